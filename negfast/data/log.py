@@ -1,0 +1,41 @@
+"""The event log in memory: every user's history, one array a column."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+EXPOSED, LIKE, DISLIKE = 0, 1, 2
+DAY = 86_400  # seconds; days are counted in UTC
+
+
+@dataclass(frozen=True)
+class EventLog:
+    """Histories of U users over I items, sorted by (user, time, order in the source file).
+
+    A user's events are the slice ``user_offsets[u]:user_offsets[u + 1]`` of the flat columns.
+    Repeated and changed feedback is kept: the last one up to t is the one that counts at t.
+    """
+
+    user_offsets: np.ndarray  # int64 [U + 1]
+    item: np.ndarray  # int32 [N], in [0, n_items)
+    feedback: np.ndarray  # uint8 [N]: EXPOSED, LIKE or DISLIKE
+    time: np.ndarray  # int64 [N], seconds since 1970 in UTC
+    value: np.ndarray | None  # float32 [N], a rating or the like; None where the source has none
+    n_items: int
+
+    @property
+    def n_users(self) -> int:
+        return len(self.user_offsets) - 1
+
+    @property
+    def user(self) -> np.ndarray:
+        """The user of every event, int32 [N]."""
+        return np.repeat(np.arange(self.n_users, dtype=np.int32), np.diff(self.user_offsets))
+
+    @property
+    def day(self) -> np.ndarray:
+        """The UTC day of every event, int32 [N], days since 1970."""
+        return (self.time // DAY).astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self.item)
