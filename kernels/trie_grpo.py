@@ -53,9 +53,7 @@ class GRPOObjective:
         if not (0 <= self.clip_low < 1 and self.clip_high >= 0):
             raise ValueError("clip_low must lie in [0, 1) and clip_high be >= 0")
         if self.set_size and self.scale_rewards:
-            raise ValueError(
-                "scale_rewards cannot be combined with set_size: max@k has a baseline of its own"
-            )
+            raise ValueError("scale_rewards cannot be combined with set_size: max@k has a baseline of its own")
 
 
 @dataclass(frozen=True)
@@ -194,9 +192,7 @@ def token_weight(
 ) -> Tensor:
     """The coefficient [T] of each token's term in the loss; 0 where not counted."""
     counted = tokens.counted.to(dtype)
-    per_answer = (
-        torch.ones(answers, dtype=dtype, device=counted.device) if answer_weight is None else answer_weight
-    )
+    per_answer = torch.ones(answers, dtype=dtype, device=counted.device) if answer_weight is None else answer_weight
     weighted = counted * per_answer[tokens.answer]
     if objective.loss == "dr_grpo":
         return weighted / (per_answer.sum() * levels)
