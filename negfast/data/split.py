@@ -1,0 +1,165 @@
+"""Requests, their futures, and the split by global time: who is asked about, when, and what came true.
+
+A request (user, day) is the end of a UTC day on which the user was active: its context is every event up to
+the last second of that day, its future the following ``horizon`` days. Definitions are those of the design,
+section 2: the future dislikes F hold the distinct items that the user had no event with up to then and
+dislikes within the horizon; the future likes P the same for likes; an item in both counts as F only.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from negfast.data.log import DISLIKE, EXPOSED, LIKE, EventLog
+from negfast.errors import InputError
+
+WEEK = 7  # days of a block of the primary test set
+NEVER = np.iinfo(np.int64).max // 2  # a day after every other one; halved so that adding to it cannot overflow
+
+
+@dataclass(frozen=True)
+class Requests:
+    """R requests sorted by (day, user), with their futures as ragged lists of item indices.
+
+    The future dislikes of row r are ``dislikes[dislike_offsets[r]:dislike_offsets[r + 1]]``, ascending.
+    """
+
+    user: np.ndarray  # int32 [R]
+    day: np.ndarray  # int32 [R], days since 1970; the context ends with this day
+    dislike_offsets: np.ndarray  # int64 [R + 1]
+    dislikes: np.ndarray  # int32, F(u, t)
+    like_offsets: np.ndarray  # int64 [R + 1]
+    likes: np.ndarray  # int32, P(u, t)
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    @property
+    def has_dislikes(self) -> np.ndarray:
+        """Whether F is non-empty, bool [R]."""
+        return np.diff(self.dislike_offsets) > 0
+
+    def take(self, rows: np.ndarray) -> "Requests":
+        """The requests at ``rows`` (indices or a bool mask), in the order given."""
+        rows = np.flatnonzero(rows) if rows.dtype == bool else rows
+        dislike_offsets, dislikes = _take_ragged(self.dislike_offsets, self.dislikes, rows)
+        like_offsets, likes = _take_ragged(self.like_offsets, self.likes, rows)
+        return Requests(self.user[rows], self.day[rows], dislike_offsets, dislikes, like_offsets, likes)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Every active user-day, also those with an empty future, split by global time."""
+
+    train: Requests  # day + horizon < valid_day
+    valid: Requests  # valid_day <= day and day + horizon < test_day
+    test: Requests  # test_day <= day and day + horizon <= the last day of the log
+    valid_day: int  # days since 1970
+    test_day: int
+    horizon: int  # days
+    test_primary: np.ndarray  # bool [R_test]: with F, the user's first such request of each week from test_day on
+
+
+def split_requests(log: EventLog, horizon: int, valid_day: int, test_day: int) -> Split:
+    """Makes the requests of a log and splits them at two days (days since 1970, UTC).
+
+    Requests whose horizon crosses a boundary belong to no split: no future of one split is another's context.
+
+    Raises InputError when the days are out of order or a split has no request with a future dislike.
+    """
+    if horizon < 1:
+        raise InputError(f"horizon: found {horizon} days, expected at least 1")
+    if valid_day >= test_day:
+        raise InputError(f"split: found valid day {valid_day} not before test day {test_day}")
+    if len(log) == 0:
+        raise InputError("event log: found no events, expected at least one")
+    requests = all_requests(log, horizon)
+    last_day = int(log.day.max())
+    day = requests.day.astype(np.int64)
+    train = requests.take(day + horizon < valid_day)
+    valid = requests.take((valid_day <= day) & (day + horizon < test_day))
+    test = requests.take((test_day <= day) & (day + horizon <= last_day))
+    for name, part in (("train", train), ("valid", valid), ("test", test)):
+        if not part.has_dislikes.any():
+            raise InputError(
+                f"split: {name} has {len(part)} requests and none with a dislike in the next {horizon} days; "
+                f"the log covers {_date(int(log.day.min()))} to {_date(last_day)}, "
+                f"valid starts {_date(valid_day)}, test {_date(test_day)}"
+            )
+    return Split(train, valid, test, valid_day, test_day, horizon, first_of_week(test, test_day))
+
+
+def all_requests(log: EventLog, horizon: int) -> Requests:
+    """Every active user-day of the log with its futures, also where the log ends within the horizon.
+
+    With first day f of a user-item pair and first dislike day g, the item is in F(u, d) exactly when
+    d < f and g <= d + horizon: nothing before f is a dislike, so g is the first one after d too.
+    """
+    user, item, first, disliked, liked = _pairs(log)
+    days = log.day.astype(np.int64)
+    low, span = int(days.min()) - horizon - 1, int(days.max() - days.min()) + 2 * horizon + 3
+    active = np.unique(log.user.astype(np.int64) * span + (days - low))  # (user, day) keys, ascending
+    base = user * span - low  # key of day d of a pair's user is base + d
+
+    def rows_between(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(request row, item) of every active day in [start, stop) of each pair; start may be NEVER."""
+        begin = np.searchsorted(active, base + np.minimum(start, stop))
+        counts = np.searchsorted(active, base + stop) - begin
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return np.repeat(begin, counts) + within, np.repeat(item, counts)
+
+    dislike_rows = rows_between(disliked - horizon, first)
+    like_rows = rows_between(liked - horizon, np.minimum(disliked - horizon, first))
+    request_user, request_day = active // span, active % span + low
+    order = np.lexsort((request_user, request_day))
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    dislike_offsets, dislikes = _ragged(rank[dislike_rows[0]], dislike_rows[1], len(active))
+    like_offsets, likes = _ragged(rank[like_rows[0]], like_rows[1], len(active))
+    return Requests(
+        user=request_user[order].astype(np.int32),
+        day=request_day[order].astype(np.int32),
+        dislike_offsets=dislike_offsets,
+        dislikes=dislikes,
+        like_offsets=like_offsets,
+        likes=likes,
+    )
+
+
+def first_of_week(requests: Requests, start_day: int) -> np.ndarray:
+    """Marks each user's first request with non-empty F in every 7-day block from ``start_day``, bool [R]."""
+    rows = np.flatnonzero(requests.has_dislikes)  # sorted by day, so the first occurrence is the earliest
+    week = (requests.day[rows] - start_day) // WEEK
+    _, first = np.unique(np.stack([requests.user[rows], week]), axis=1, return_index=True)
+    primary = np.zeros(len(requests), dtype=bool)
+    primary[rows[first]] = True
+    return primary
+
+
+def _pairs(log: EventLog) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The distinct pairs: user, item, and the days of the first event, dislike and like (NEVER if none)."""
+    key, pair = np.unique(log.user.astype(np.int64) * log.n_items + log.item, return_inverse=True)
+    first, disliked, liked = np.full((3, len(key)), NEVER)
+    for days, feedback in ((first, (EXPOSED, LIKE, DISLIKE)), (disliked, (DISLIKE,)), (liked, (LIKE,))):
+        rows = np.isin(log.feedback, feedback)
+        np.minimum.at(days, pair[rows], log.day[rows])
+    return key // log.n_items, (key % log.n_items).astype(np.int32), first, disliked, liked
+
+
+def _ragged(rows: np.ndarray, items: np.ndarray, n_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Groups items by row, ascending within a row: offsets int64 [n_rows + 1] and items int32."""
+    offsets = np.zeros(n_rows + 1, dtype=np.int64)
+    np.cumsum(np.bincount(rows, minlength=n_rows), out=offsets[1:])
+    return offsets, items[np.lexsort((items, rows))].astype(np.int32)
+
+
+def _take_ragged(offsets: np.ndarray, values: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    counts = np.diff(offsets)[rows]
+    taken = np.zeros(len(rows) + 1, dtype=np.int64)
+    np.cumsum(counts, out=taken[1:])
+    index = np.arange(taken[-1]) + np.repeat(offsets[:-1][rows] - taken[:-1], counts)
+    return taken, values[index]
+
+
+def _date(day: int) -> str:
+    return str(np.datetime64(day, "D"))
