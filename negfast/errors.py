@@ -1,0 +1,5 @@
+"""What goes wrong because of what the user gave."""
+
+
+class InputError(Exception):
+    """Bad usage or input; the message is one line: file, row or key, found, expected. The command line exits 2."""
