@@ -1,0 +1,125 @@
+"""The policy: a stock transformers decoder plus a code block of its own, driven over a group layout.
+
+The code block holds the rows of markers and semantic-ID codes. It is a Parameter apart from the model's vocabulary,
+so a code answer never touches the text rows: not forward, not backward, not in the optimiser.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from negfast.errors import InputError
+from negfast.model import attention
+from negfast.model.layout import GroupLayout
+from negfast.sid.tokens import CodeVocabulary
+
+VERDICT_FEATURES = 4  # see negfast.train.verdict.ItemUserRates
+
+
+class CodeBlock(nn.Module):
+    """Rows of markers and codes, tied between input and output through ``head``.
+
+    A logit is head(hidden) . row. ``head`` starts at zero, so that every code logit does too: with the community
+    prior the untrained policy is exactly the decay ranking (DESIGN: the prior sets the floor).
+    """
+
+    def __init__(self, size: int, hidden: int, std: float) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(size, hidden) * std)
+        self.head = nn.Linear(hidden, hidden, bias=False)
+        nn.init.zeros_(self.head.weight)
+
+
+class Policy(nn.Module):
+    """``decoder`` without its head, the code block, and the text head (the decoder's own vocabulary).
+
+    Token ids below ``vocabulary.base`` are the decoder's, the others are rows of the code block.
+    """
+
+    def __init__(self, model: PreTrainedModel, vocabulary: CodeVocabulary) -> None:
+        super().__init__()
+        reject_unsupported(model)
+        model.set_attn_implementation(attention.NAME)
+        self.decoder = model.get_decoder()
+        self.text_head = model.get_output_embeddings()
+        self.vocabulary = vocabulary
+        embedding = model.get_input_embeddings()
+        with torch.no_grad():  # rows as long as the decoder's own
+            std = float(embedding.weight.float().std())
+        self.block = CodeBlock(vocabulary.size, embedding.weight.shape[1], std)
+        self.verdict_prior = nn.Linear(VERDICT_FEATURES, 1)
+        with torch.no_grad():  # start as the item's dislike rate alone
+            self.verdict_prior.weight.zero_()
+            self.verdict_prior.weight[0, 0] = 1.0
+            self.verdict_prior.bias.zero_()
+
+    def embed(self, tokens: Tensor, has_text: bool) -> Tensor:
+        """Embeddings [N, d] of token ids [N]; ``has_text`` says whether any is the decoder's own (no device sync)."""
+        base = self.vocabulary.base
+        codes = F.embedding((tokens - base).clamp_min(0), self.block.rows)
+        if not has_text:
+            return codes
+        text = self.decoder.get_input_embeddings()(tokens.clamp_max(base - 1))
+        return torch.where((tokens >= base).unsqueeze(-1), codes, text)
+
+    def hidden(
+        self,
+        layout: GroupLayout,
+        prompt_tokens: Tensor | None,
+        answer_tokens: Tensor | None,
+        has_text: bool = False,
+    ) -> Tensor:
+        """Final hidden states [T + A * n, d] of a call that adds prompts [T], answer tokens [A, n], or both.
+
+        Keys and values of the call stay in the layout, with gradients where these are on.
+        """
+        layout.past_tokens += layout.new_tokens
+        layout.holds_prompts = prompt_tokens is not None
+        layout.new_tokens = 0 if answer_tokens is None else answer_tokens.shape[1]
+        tokens, positions = [], []
+        if prompt_tokens is not None:
+            tokens.append(prompt_tokens)
+            positions.append(layout.prompt_positions())
+        if answer_tokens is not None:
+            tokens.append(answer_tokens.reshape(-1))
+            positions.append(layout.answer_positions())
+        embedded = self.embed(torch.cat(tokens), has_text)
+        out = self.decoder(
+            inputs_embeds=embedded.unsqueeze(0),
+            position_ids=torch.cat(positions).unsqueeze(0),
+            use_cache=False,
+            layout=layout,
+        )
+        return out.last_hidden_state[0]
+
+    def level_rows(self, level: int) -> Tensor:
+        """The block's rows [K, d] of the codes of a level in 1..L."""
+        start = self.vocabulary.code_base(level) - self.vocabulary.base
+        return self.block.rows[start : start + self.vocabulary.codebook]
+
+    def code_logits(self, hidden: Tensor, level: int) -> Tensor:
+        """Logits [R, K] over the codes of a level in 1..L after hidden states [R, d]."""
+        return self.block.head(hidden) @ self.level_rows(level).T
+
+    def full_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [R, base + block] over the whole vocabulary, in the order of token ids."""
+        return torch.cat([self.text_head(hidden), self.block.head(hidden) @ self.block.rows.T], dim=-1)
+
+    def verdict_logit(self, hidden: Tensor, features: Tensor) -> Tensor:
+        """Logit [R] of P(dislike) after the verdict marker; ``features`` [R, VERDICT_FEATURES] are its prior."""
+        yes, no = (self.vocabulary.marker(name) - self.vocabulary.base for name in ("yes", "no"))
+        answer = self.block.head(hidden) @ (self.block.rows[yes] - self.block.rows[no])
+        return answer + self.verdict_prior(features).squeeze(-1)
+
+
+def reject_unsupported(model: PreTrainedModel) -> None:
+    """Raise InputError for decoders whose attention the group layout cannot carry."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise InputError(f"model: found layers of type {', '.join(sorted(kinds))}, expected full attention only")
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        raise InputError(f"model: found sliding_window={config.sliding_window}, expected full attention only")
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise InputError("model: activation checkpointing is on; the single pass needs it off")

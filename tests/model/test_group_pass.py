@@ -1,0 +1,134 @@
+"""The group pass against G separate full forwards of the stock model: log-probabilities and gradients."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers.models.llama import modeling_llama
+from transformers.models.qwen3 import modeling_qwen3
+
+from negfast.errors import InputError
+from negfast.model.layout import GroupLayout
+from negfast.model.policy import Policy
+from negfast.sid.tokens import CodeVocabulary
+
+SHAPE = dict(
+    vocab_size=40,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=12,
+    max_position_embeddings=256,
+)
+
+
+@pytest.fixture
+def exact_norms(monkeypatch):
+    """transformers' RMSNorm works in fp32 whatever its input; here it works in the input's own dtype."""
+
+    def forward(self, hidden_states):
+        scale = torch.rsqrt(hidden_states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * hidden_states * scale
+
+    monkeypatch.setattr(modeling_qwen3.Qwen3RMSNorm, "forward", forward)
+    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", forward)
+
+
+def make_policy(kind: str, dtype: torch.dtype) -> Policy:
+    if kind == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**SHAPE))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    policy = Policy(model, CodeVocabulary(SHAPE["vocab_size"], 4, 16)).to(dtype)
+    torch.nn.init.normal_(policy.block.head.weight, std=0.2)
+    torch.nn.init.normal_(policy.block.rows, std=0.3)
+    return policy.eval()
+
+
+def random_tokens(policy: Policy, *shape: int) -> torch.Tensor:
+    return torch.randint(0, policy.vocabulary.base + policy.vocabulary.size, shape)
+
+
+def separate_forwards(policy: Policy, prompts: list[torch.Tensor], answers: torch.Tensor, group: np.ndarray):
+    """log p of every answer token [A, L] over the full vocabulary by one causal forward of the stock model each."""
+    policy.decoder.set_attn_implementation("sdpa")  # eager takes its softmax in fp32
+    owner = np.repeat(np.arange(len(prompts)), group)
+    rows = []
+    for a, b in enumerate(owner):
+        tokens = torch.cat([prompts[b], answers[a]])
+        out = policy.decoder(inputs_embeds=policy.embed(tokens, True).unsqueeze(0), use_cache=False)
+        hidden = out.last_hidden_state[0, len(prompts[b]) - 1 : -1]
+        rows.append(policy.full_logits(hidden).log_softmax(-1).gather(-1, answers[a][:, None])[:, 0])
+    policy.decoder.set_attn_implementation("negfast_group")
+    return torch.stack(rows)
+
+
+def group_forward(policy: Policy, prompts: list[torch.Tensor], answers: torch.Tensor, group: np.ndarray, single: bool):
+    """The same through one prompt pass and one pass a level (``single``), or all in one call (two-pass mode)."""
+    cu = np.cumsum([0] + [len(p) for p in prompts])
+    layout = GroupLayout.build(cu, group, torch.device("cpu"))
+    length = answers.shape[1]
+    if single:
+        last = policy.hidden(layout, torch.cat(prompts), None, True)[layout.last_prompt_row][layout.answer_prompt]
+        states = [last]
+        for level in range(length - 1):
+            states.append(policy.hidden(layout, None, answers[:, level : level + 1], True))
+        states = torch.stack(states, 1)
+    else:
+        fed = answers[:, :-1] if length > 1 else None
+        hidden = policy.hidden(layout, torch.cat(prompts), fed, True)
+        first = hidden[layout.last_prompt_row][layout.answer_prompt].unsqueeze(1)
+        rest = hidden[int(cu[-1]) :].view(len(answers), length - 1, hidden.shape[-1])
+        states = torch.cat([first, rest], 1)
+    return policy.full_logits(states).log_softmax(-1).gather(-1, answers[..., None])[..., 0]
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+@pytest.mark.parametrize("single", [True, False], ids=["single-pass", "two-pass"])
+@pytest.mark.parametrize("length", [1, 3, 4])
+@pytest.mark.parametrize("group", [1, 3, 16, "ragged"])
+def test_equals_separate_forwards_in_fp64(exact_norms, kind, single, length, group):
+    policy = make_policy(kind, torch.float64)
+    lengths = np.random.randint(1, 23, size=4) if group != 3 else np.full(4, 9)
+    counts = np.array([2, 0, 5, 1]) if group == "ragged" else np.full(4, group)
+    prompts = [random_tokens(policy, n) for n in lengths]
+    answers = random_tokens(policy, counts.sum(), length)
+    weight = torch.randn(counts.sum(), length, dtype=torch.float64)
+
+    expected = separate_forwards(policy, prompts, answers, counts)
+    wanted = torch.autograd.grad((weight * expected).sum(), list(policy.parameters()), allow_unused=True)
+    found = group_forward(policy, prompts, answers, counts, single)
+    gradients = torch.autograd.grad((weight * found).sum(), list(policy.parameters()), allow_unused=True)
+
+    assert relative_error(found, expected) < 1e-9
+    names = [name for name, _ in policy.named_parameters()]
+    for name, want, got in zip(names, wanted, gradients, strict=True):
+        assert (want is None) == (got is None), name
+        if want is not None:
+            assert relative_error(got, want) < 1e-9, name
+
+
+def test_equals_separate_forwards_in_the_stock_model():
+    policy = make_policy("qwen3", torch.float32)
+    counts = np.full(3, 4)
+    prompts = [random_tokens(policy, n) for n in (5, 17, 30)]
+    answers = random_tokens(policy, 12, 3)
+    expected = separate_forwards(policy, prompts, answers, counts)
+    found = group_forward(policy, prompts, answers, counts, True)
+    assert relative_error(found, expected) < 1e-6
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
+
+
+def test_sliding_window_and_checkpointing_raise():
+    config = Qwen3Config(**SHAPE, use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    with pytest.raises(InputError, match="sliding"):
+        Policy(Qwen3ForCausalLM(config), CodeVocabulary(40, 3, 16))
+    model = Qwen3ForCausalLM(Qwen3Config(**SHAPE))
+    model.gradient_checkpointing_enable()
+    with pytest.raises(InputError, match="checkpointing"):
+        Policy(model, CodeVocabulary(40, 3, 16))
