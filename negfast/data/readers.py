@@ -1,0 +1,330 @@
+"""Tables from Parquet, CSV, TSV, `::`-separated and JSON Lines files, plain or compressed (.gz, .zst).
+
+Text formats are read as strings and converted here, so that ids keep their leading zeros and a value
+that does not convert is named with its line.
+"""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as arrow_csv
+import pyarrow.json as arrow_json
+import pyarrow.parquet as parquet
+
+from negfast.errors import InputError
+
+COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
+SEPARATORS = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".dat": "::"}
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+PARQUET = (".parquet", ".pq")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The requested columns of a file, and where its rows are."""
+
+    path: Path
+    table: pa.Table
+    header_lines: int | None  # lines before the first row of a text file; None for Parquet
+
+    def where(self, row: int) -> str:
+        """``file, line 7`` (text) or ``file, row 7`` (Parquet), both from 1, for row ``row`` from 0."""
+        if self.header_lines is None:
+            return f"{self.path}, row {row + 1}"
+        return f"{self.path}, line {_line_of_row(_content(self.path), row + self.header_lines)}"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A column as codes into its distinct values: work on values is done once a value, not once a row."""
+
+    source: Source
+    name: str
+    codes: np.ndarray  # int32 [N], -1 where the column is null, NaN or (in text formats) empty
+    values: pa.Array  # [V], no nulls
+
+    def where(self, code: int) -> str:
+        """The place of the first row with this code."""
+        return self.source.where(int(np.argmax(self.codes == code)))
+
+
+def read_table(
+    path: Path,
+    columns: Sequence[str],
+    *,
+    names: Sequence[str] | None = None,
+    separator: str | None = None,
+    multiline: bool = False,
+) -> Source:
+    """Reads ``columns`` of a file whose format its suffix tells.
+
+    ``names`` are the columns of a text file without header; ``separator`` makes any suffix a separated text;
+    ``multiline`` allows line breaks in quoted values. Raises InputError: file missing, unreadable or empty,
+    column missing, wrong encoding, a line with too few or too many fields.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: {'is a directory, expected a file' if path.is_dir() else 'no such file'}")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path}: the file is empty")
+    wanted = list(dict.fromkeys(columns))
+    suffix = _format_suffix(path)
+    if separator is None and suffix in PARQUET:
+        return Source(path, _read_parquet(path, wanted), None)
+    if separator is None and suffix in JSON_LINES:
+        return Source(path, _read_json(path, wanted), 0)
+    separator = separator or SEPARATORS.get(suffix)
+    if separator is None:
+        known = ", ".join([*PARQUET, *SEPARATORS, *JSON_LINES])
+        raise InputError(f"{path}: unknown format {suffix!r}, expected one of {known} (or give --separator)")
+    table = _read_separated(path, wanted, names, separator, multiline)
+    return Source(path, table, 0 if names else 1)
+
+
+def encode(source: Source, name: str) -> Encoded:
+    """A column as codes into its distinct values."""
+    chunks = source.table[name]
+    if pa.types.is_dictionary(chunks.type):
+        chunks = chunks.cast(chunks.type.value_type)
+    encoded = chunks.dictionary_encode().unify_dictionaries()
+    if encoded.num_chunks == 0:
+        return Encoded(source, name, np.empty(0, np.int32), pa.array([], chunks.type))
+    values = encoded.chunk(0).dictionary
+    codes = np.concatenate([c.indices.fill_null(-1).to_numpy(zero_copy_only=False) for c in encoded.chunks])
+    codes = codes.astype(np.int32, copy=False)
+    missing = _missing_values(values, text=source.header_lines is not None)
+    if missing.any():
+        renumber = np.where(missing, -1, np.cumsum(~missing) - 1).astype(np.int32)
+        codes = np.append(renumber, np.int32(-1))[codes]
+        values = values.filter(pa.array(~missing))
+    return Encoded(source, name, codes, values)
+
+
+def to_strings(column: Encoded) -> pa.Array:
+    """The distinct values as strings, [V]: how external ids are kept, whatever their type in the file."""
+    values = column.values
+    if pa.types.is_floating(values.type):  # pandas turns integer ids with gaps into floats
+        whole = pc.floor(values)
+        if not pc.all(pc.equal(whole, values)).as_py():
+            code = int(np.argmin(pc.equal(whole, values).to_numpy(zero_copy_only=False)))
+            raise InputError(
+                f"{column.where(code)}: {column.name} {values[code]} is no id, expected a string or integer"
+            )
+        values = values.cast(pa.int64())
+    if pa.types.is_nested(values.type):
+        raise InputError(
+            f"{column.source.path}: column {column.name!r} is a {values.type}, expected a string or integer"
+        )
+    strings = values.cast(pa.string())
+    try:
+        strings.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{column.source.path}: column {column.name!r} is not UTF-8: {error}") from error
+    return strings
+
+
+def to_floats(column: Encoded, what: str) -> np.ndarray:
+    """The distinct values as float64 [V]; ``what`` names them in the error."""
+    try:
+        return column.values.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        code = first_failure(column.values, lambda values: values.cast(pa.float64()))
+    value = column.values[code].as_py()
+    raise InputError(f"{column.where(code)}: {what}: {column.name} {value!r} is not a number")
+
+
+def first_failure(array: pa.Array | pa.ChunkedArray, convert: Callable[[pa.Array], object]) -> int:
+    """The first index at which ``convert``, which works element by element, fails; the array has one."""
+    low, high = 0, len(array)
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            convert(array.slice(low, middle - low))
+            low = middle
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+            high = middle
+    return low
+
+
+def check_columns(path: Path, wanted: Sequence[str], present: Sequence[str]) -> None:
+    """Raises InputError for a wanted column that is missing or there twice."""
+    for name in wanted:
+        if name not in present:
+            close = get_close_matches(name, present, 1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise InputError(f"{path}: no column {name!r}, found {', '.join(present)}{hint}")
+        if list(present).count(name) > 1:
+            raise InputError(f"{path}: column {name!r} is there twice")
+
+
+def _format_suffix(path: Path) -> str:
+    suffixes = [s.lower() for s in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSION:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _missing_values(values: pa.Array, text: bool) -> np.ndarray:
+    if pa.types.is_floating(values.type):
+        return pc.is_nan(values).to_numpy(zero_copy_only=False)
+    if text and pa.types.is_string(values.type):
+        return pc.equal(values, "").to_numpy(zero_copy_only=False)
+    return np.zeros(len(values), bool)
+
+
+def _read_parquet(path: Path, wanted: list[str]) -> pa.Table:
+    try:
+        file = parquet.ParquetFile(path)
+        check_columns(path, wanted, file.schema_arrow.names)
+        return file.read(columns=wanted)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: cannot be read as Parquet: {_one_line(error)}") from error
+
+
+def _content(path: Path) -> pa.Buffer:
+    """The file's bytes, decompressed; mapped into memory where it is not compressed."""
+    compression = COMPRESSION.get(path.suffix.lower())
+    try:
+        with pa.memory_map(str(path)) as file:
+            if compression is None:
+                return file.read_buffer()
+            with pa.CompressedInputStream(file, compression) as stream:
+                return stream.read_buffer()
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: cannot be read: {_one_line(error)}") from error
+
+
+def _line_of_row(content: pa.Buffer, row: int) -> int:
+    """The line (from 1) of the row-th line that is not empty; rows count from 0, empty lines are no rows."""
+    rows = -1
+    for number, line in enumerate(io.BytesIO(content), 1):
+        rows += bool(line.strip(b"\r\n"))
+        if rows == row:
+            return number
+    return row + 1
+
+
+def _check_utf8(path: Path, content: pa.Buffer) -> None:
+    data = content.to_pybytes()
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}, line {line}: not UTF-8: byte 0x{data[error.start]:02x}") from error
+
+
+def _read_separated(
+    path: Path, wanted: list[str], names: Sequence[str] | None, separator: str, multiline: bool
+) -> pa.Table:
+    content = _content(path)
+    quote: str | bool = '"'
+    if len(separator) > 1:  # Arrow splits at one byte: a control character that the file lacks stands in
+        data = content.to_pybytes()
+        stand_in = next((chr(c) for c in range(1, 32) if chr(c) not in "\t\n\r" and bytes([c]) not in data), None)
+        if stand_in is None:
+            raise InputError(f"{path}: cannot be split at {separator!r}: the file holds every control character")
+        content = pa.py_buffer(data.replace(separator.encode(), stand_in.encode()))
+        separator, quote = stand_in, False
+    present = list(names) if names else _header(path, content, separator, quote)
+    if not names and not set(wanted) & set(present):
+        raise InputError(
+            f"{path}: no column {wanted[0]!r}, found {', '.join(present)} (a file without header needs --columns)"
+        )
+    check_columns(path, wanted, present)
+    parse = arrow_csv.ParseOptions(delimiter=separator, quote_char=quote, newlines_in_values=multiline)
+    convert = arrow_csv.ConvertOptions(
+        column_types=dict.fromkeys(wanted, pa.string()), include_columns=wanted, strings_can_be_null=False
+    )
+    read = arrow_csv.ReadOptions(column_names=names)
+    try:
+        return arrow_csv.read_csv(pa.BufferReader(content), read, parse, convert)
+    except pa.ArrowInvalid as error:
+        _check_utf8(path, content)
+        raise InputError(_parse_failure(path, content, read, parse, convert, error)) from error
+
+
+def _header(path: Path, content: pa.Buffer, separator: str, quote: str | bool) -> list[str]:
+    line = next((line for line in io.BytesIO(content) if line.strip(b"\r\n")), b"")
+    try:
+        text = line.decode("utf-8-sig").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}, line 1: not UTF-8: byte 0x{line[error.start]:02x}") from error
+    if quote is False:
+        return text.split(separator)
+    return next(csv.reader([text], delimiter=separator), [])
+
+
+def _parse_failure(
+    path: Path,
+    content: pa.Buffer,
+    read: arrow_csv.ReadOptions,
+    parse: arrow_csv.ParseOptions,
+    convert: arrow_csv.ConvertOptions,
+    error: pa.ArrowInvalid,
+) -> str:
+    """One line for a file that does not parse; on one thread Arrow numbers the row."""
+    read.use_threads = False
+    try:
+        arrow_csv.read_csv(pa.BufferReader(content), read, parse, convert)
+    except pa.ArrowInvalid as numbered:
+        error = numbered
+    found = re.search(r"Row #(\d+): Expected (\d+) columns, got (\d+)", str(error))
+    if not found:
+        return f"{path}: cannot be read: {_one_line(error)}"
+    row = int(found[1]) - 1
+    return f"{path}, line {_line_of_row(content, row)}: found {found[3]} fields, expected {found[2]}"
+
+
+def _read_json(path: Path, wanted: list[str]) -> pa.Table:
+    content = _content(path)
+    first = _first_object(path, content)
+    # Arrow would turn strings that look like dates into timestamps
+    schema = pa.schema([(key, pa.string()) for key, value in first.items() if isinstance(value, str)])
+    try:
+        table = arrow_json.read_json(
+            pa.BufferReader(content), parse_options=arrow_json.ParseOptions(explicit_schema=schema)
+        )
+    except pa.ArrowInvalid as error:
+        _check_utf8(path, content)
+        raise InputError(_json_failure(path, content, error)) from error
+    check_columns(path, wanted, table.column_names)
+    table = table.select(wanted)
+    try:
+        table.validate(full=True)  # Arrow's JSON reader does not look at the encoding
+    except pa.ArrowInvalid:
+        _check_utf8(path, content)
+        raise
+    return table
+
+
+def _first_object(path: Path, content: pa.Buffer) -> dict:
+    line = next((line for line in io.BytesIO(content) if line.strip()), b"")
+    try:
+        value = json.loads(line)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}, line 1: not a JSON object, expected one object a line")
+    return value
+
+
+def _json_failure(path: Path, content: pa.Buffer, error: pa.ArrowInvalid) -> str:
+    for number, line in enumerate(io.BytesIO(content), 1):
+        try:
+            if line.strip():
+                json.loads(line)
+        except ValueError as broken:
+            return f"{path}, line {number}: not a JSON object: {_one_line(broken)}"
+    return f"{path}: {_one_line(error)}"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
