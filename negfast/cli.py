@@ -1,0 +1,270 @@
+"""The command line. Exit codes: 0 done, 1 failed, 2 bad usage or input, 130 interrupted."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from negfast.errors import InputError
+
+# Commands import what they run inside: --help and bad usage should not wait for torch.
+
+EXISTING = click.Path(path_type=Path)
+
+
+class Negfast(click.Group):
+    """A group whose failures are one line on stderr and an exit code."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        options["standalone_mode"] = False
+        try:
+            sys.exit(super().main(*args, **options) or 0)
+        except InputError as error:
+            _fail(str(error), 2)
+        except click.ClickException as error:
+            command = getattr(getattr(error, "ctx", None), "command_path", "negfast")
+            _fail(f"{error.format_message()} (see {command} --help)", 2)
+        except click.Abort:
+            sys.exit(130)  # the stage has said how to go on
+        except (OSError, MemoryError) as error:
+            _fail(str(error) or type(error).__name__, 1)
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"negfast: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+def _version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if not wanted:
+        return
+    import torch
+    import triton
+
+    import negfast
+
+    cuda = torch.version.cuda or "none"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    click.echo(f"negfast {negfast.__version__}")
+    click.echo(f"torch {torch.__version__}, triton {triton.__version__}, CUDA {cuda} ({device})")
+    context.exit()
+
+
+@click.group(cls=Negfast, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show versions.")
+def main() -> None:
+    """Train LLM recommenders that know what users will dislike.
+
+    \b
+    negfast train                                 the whole job on the built-in MovieTweetings log
+    negfast prepare log.csv --dislike "rating<=2" --out data
+    negfast train --data data --out runs/first
+    negfast eval runs/first
+    negfast predict runs/first --top 50 --out dislikes.parquet
+    """
+
+
+@main.command()
+@click.argument("events", type=EXISTING)
+@click.option("--out", required=True, type=EXISTING, help="Directory to write.")
+@click.option("--force", is_flag=True, help="Replace a data set that is there.")
+@click.option("--items", type=EXISTING, help="Item table; without it the items are those of the log.")
+@click.option("--user-column", default="user", show_default=True)
+@click.option("--item-column", default="item", show_default=True)
+@click.option("--time-column", default="time", show_default=True)
+@click.option("--value-column", help="A number to keep with each event, such as a rating.")
+@click.option("--time-unit", type=click.Choice(["auto", "s", "ms", "us", "iso"]), default="auto", show_default=True)
+@click.option(
+    "--dislike", multiple=True, required=True, metavar="RULE",
+    help='Which events are dislikes: "rating<=2", "label==0", "action==hide", or a boolean column. Repeat for or.',
+)  # fmt: skip
+@click.option(
+    "--like", multiple=True, metavar="RULE", help="Which events are likes; those of no rule are exposures then."
+)
+@click.option(
+    "--rest", type=click.Choice(["like", "exposed"]), default="like", show_default=True,
+    help="What the other events are where no --like is given.",
+)  # fmt: skip
+@click.option("--columns", metavar="A,B,...", help="Column names of an event file without header.")
+@click.option("--separator", help="Field separator of the event file, if the suffix does not tell it.")
+@click.option("--item-id-column", default="item", show_default=True)
+@click.option("--item-text-column", help="Title or description; without it items have no text.")
+@click.option(
+    "--item-attributes", multiple=True, metavar="COLUMN[:SEP]",
+    help='An attribute column, with the separator of its values: "genres:|". May be repeated.',
+)  # fmt: skip
+@click.option("--item-embedding", type=EXISTING, help=".npy, .safetensors or .parquet, a row for each item.")
+@click.option("--item-columns", metavar="A,B,...", help="Column names of an item file without header.")
+@click.option("--item-separator", help="Field separator of the item file, if the suffix does not tell it.")
+@click.option("--horizon", default=7, show_default=True, help="Days of future that a request asks about.")
+@click.option("--valid", metavar="DATE", help="First day of validation; chosen from the log by default.")
+@click.option("--test", metavar="DATE", help="First day of test; chosen from the log by default.")
+@click.option("--levels", default=3, show_default=True, help="Levels of the semantic IDs.")
+@click.option("--codebook", default=256, show_default=True, help="Codes a level.")
+@click.option("--sid-method", default="rq-kmeans", show_default=True, help="rq-kmeans, or random as a control.")
+@click.option("--encoder", default="auto", show_default=True, help="Text encoder: auto, minilm, tfidf.")
+@click.option("--seed", default=0, show_default=True)
+def prepare(events: Path, out: Path, **options: Any) -> None:
+    """Make a data set of an event log: validate, index, split, semantic IDs, shards.
+
+    EVENTS is Parquet, CSV, TSV, `::`-separated (.dat) or JSON Lines, also as .gz or .zst.
+
+    \b
+    negfast prepare log.parquet --dislike "rating<=2" --items items.csv --item-text-column title --out data
+    negfast prepare log.tsv --user-column user_id --time-column time_ms --dislike label==0 --out data
+    negfast prepare ratings.dat --columns user,item,rating,time --dislike "rating<=2" --out data
+    """
+    from negfast.data.events import EventMapping, ItemMapping
+    from negfast.data.prepare import SemanticIdSettings, SplitSettings
+    from negfast.data.prepare import prepare as prepare_dataset
+    from negfast.data.rules import parse_rule
+
+    prepare_dataset(
+        events,
+        options["items"],
+        out,
+        mapping=EventMapping(
+            dislike=tuple(map(parse_rule, options["dislike"])),
+            like=tuple(map(parse_rule, options["like"])),
+            rest=options["rest"],
+            user=options["user_column"],
+            item=options["item_column"],
+            time=options["time_column"],
+            value=options["value_column"],
+            time_unit=options["time_unit"],
+            columns=_names(options["columns"]),
+            separator=_separator(options["separator"]),
+        ),
+        item_mapping=ItemMapping(
+            id=options["item_id_column"],
+            text=options["item_text_column"],
+            attributes=tuple((a.partition(":")[0], a.partition(":")[2]) for a in options["item_attributes"]),
+            columns=_names(options["item_columns"]),
+            separator=_separator(options["item_separator"]),
+        ),
+        item_embedding=options["item_embedding"],
+        split=SplitSettings(options["horizon"], options["valid"], options["test"]),
+        semantic_ids=SemanticIdSettings(
+            options["levels"], options["codebook"], options["sid_method"], options["encoder"], options["seed"]
+        ),
+        force=options["force"],
+        report=click.echo,
+    )
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(name.strip() for name in text.split(","))
+
+
+def _separator(text: str | None) -> str | None:
+    return None if text is None else text.replace("\\t", "\t")
+
+
+@main.command()
+@click.argument("path", type=EXISTING)
+def inspect(path: Path) -> None:
+    """Show what a data set directory or a shard file holds, and verify its checksums.
+
+    \b
+    negfast inspect data
+    negfast inspect data/events.nfs
+    """
+    from negfast.data.inspection import inspect_path
+
+    inspect_path(path, click.echo)
+
+
+@main.command()
+@click.argument("config", required=False, type=EXISTING)
+@click.option("--preset", metavar="NAME", help="quickstart or smoke (the whole job in about a minute).")
+@click.option("--data", type=EXISTING, help="Prepared data set; the built-in MovieTweetings by default.")
+@click.option("--model", type=EXISTING, help="Local directory of any HF decoder; a small Qwen3 by default.")
+@click.option("--init", type=EXISTING, metavar="RUN", help="Start from the weights of a finished run.")
+@click.option("--out", type=EXISTING, metavar="RUN", help="Run directory; an unfinished one is continued.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting, e.g. grpo.steps=500.")
+def train(
+    config: Path | None,
+    preset: str | None,
+    data: Path | None,
+    model: Path | None,
+    init: Path | None,
+    out: Path | None,
+    overrides: tuple[str, ...],
+) -> None:
+    """Train: align, sft, grpo, then the table on the test split.
+
+    \b
+    negfast train
+    negfast train --preset smoke --out runs/smoke
+    negfast train my.toml --data data --model Qwen3-0.6B --out runs/a --set grpo.steps=500
+    """
+    from negfast.train.run import train as run
+
+    run(config=config, preset=preset, data=data, model=model, init=init, out=out, overrides=overrides)
+
+
+@main.command("eval")
+@click.argument("run", type=EXISTING)
+@click.option("--split", type=click.Choice(["valid", "test"]), default="test", show_default=True)
+@click.option("--data", type=EXISTING, help="Data set; by default the one that the run was trained on.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the table.")
+def evaluate(run: Path, split: str, data: Path | None, as_json: bool) -> None:
+    """Measure a run beside the baselines: filter, matched pool, generation.
+
+    \b
+    negfast eval runs/quickstart
+    negfast eval runs/quickstart --split valid --json
+    """
+    from negfast.evaluate.run import evaluate_run
+
+    evaluate_run(run, split=split, data=data, as_json=as_json)
+
+
+@main.command()
+@click.argument("run", type=EXISTING)
+@click.option("--data", type=EXISTING, help="Data set; by default the one that the run was trained on.")
+@click.option("--at", metavar="TIME", help="ISO time; events after it are not looked at. Default: the log's end.")
+@click.option("--top", default=50, show_default=True, type=click.IntRange(min=1), help="Items for each user.")
+@click.option("--out", required=True, type=EXISTING, help="Parquet file: user, rank, item, score.")
+def predict(run: Path, data: Path | None, at: str | None, top: int, out: Path) -> None:
+    """Write what every user is going to dislike.
+
+    \b
+    negfast predict runs/quickstart --top 50 --out dislikes.parquet
+    negfast predict runs/quickstart --at 2013-08-01 --out dislikes.parquet
+    """
+    from negfast.serve.predict import predict_run
+
+    predict_run(run, data=data, at=at, top=top, out=out)
+
+
+@main.command()
+@click.argument("run", type=EXISTING)
+@click.argument("candidates", type=EXISTING)
+@click.option("--data", type=EXISTING, help="Data set; by default the one that the run was trained on.")
+@click.option("--at", metavar="TIME", help="ISO time; events after it are not looked at. Default: the log's end.")
+@click.option("--out", required=True, type=EXISTING, help="Parquet file: the input plus score.")
+def score(run: Path, candidates: Path, data: Path | None, at: str | None, out: Path) -> None:
+    """Calibrated dislike probability of (user, item) pairs.
+
+    \b
+    negfast score runs/quickstart candidates.parquet --out scored.parquet
+    """
+    from negfast.serve.score import score_run
+
+    score_run(run, candidates, data=data, at=at, out=out)
+
+
+@main.command()
+@click.argument("run", type=EXISTING)
+@click.option("--out", required=True, type=EXISTING, help="Directory to write.")
+def export(run: Path, out: Path) -> None:
+    """Write a run as a HF directory: safetensors, tokenizer, SID table, trie.
+
+    \b
+    negfast export runs/quickstart --out exported
+    """
+    from negfast.serve.export import export_run
+
+    export_run(run, out=out)

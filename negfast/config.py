@@ -1,0 +1,248 @@
+"""The training configuration: frozen dataclasses from defaults, a preset, a TOML file and ``section.key=value``.
+
+A new setting is one line in its section: name, type, default, bounds, help. Everything else (reading, checking,
+writing, error messages) follows from that line.
+"""
+
+import json
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from negfast.errors import InputError
+
+Tree = Mapping[str, Mapping[str, Any]]
+
+
+def setting(
+    default: Any,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: Sequence[str] = (),
+    help: str = "",
+) -> Any:
+    """A field with its bounds: ``low`` and ``high`` belong to the range, ``above`` does not."""
+    bounds = {"low": low, "high": high, "above": above, "choices": tuple(choices), "help": help}
+    return field(default=default, metadata=bounds)
+
+
+@dataclass(frozen=True)
+class Model:
+    """The built-in Qwen3, where no --model is given."""
+
+    hidden: int = setting(128, low=8, help="width of the residual stream")
+    layers: int = setting(4, low=1)
+    heads: int = setting(4, low=1)
+    kv_heads: int = setting(2, low=1)
+    head_dim: int = setting(32, low=2)
+    intermediate: int = setting(384, low=8, help="width of the MLP")
+    text_vocab: int = setting(2048, low=257, help="byte-level BPE tokens trained on the item texts")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """How many items of each kind a prompt holds, the most recent ones kept."""
+
+    like_cap: int = setting(50, low=0)
+    dislike_cap: int = setting(50, low=0)
+    trending_cap: int = setting(5, low=0, help="most disliked items lately")
+
+
+@dataclass(frozen=True)
+class Prior:
+    """The community prior on the trie."""
+
+    weight: float = setting(1.0, low=0.0, help="0 switches it off")
+    half_life_days: float = setting(4.0, above=0.0)
+    eps: float = setting(0.01, above=0.0, help="mass of an unseen item without events")
+
+
+@dataclass(frozen=True)
+class Align:
+    """Item-level SFT: titles, attributes, co-disliked items, verdicts."""
+
+    steps: int = setting(300, low=0)
+    batch_tokens: int = setting(4096, low=64)
+    lr: float = setting(1e-3, above=0.0)
+    warmup: int = setting(20, low=0, help="steps")
+    weight_decay: float = setting(0.01, low=0.0)
+    clip: float = setting(1.0, above=0.0, help="largest gradient norm")
+
+
+@dataclass(frozen=True)
+class Sft:
+    """Next dislikes and likes of every active user-day."""
+
+    steps: int = setting(600, low=0)
+    batch_tokens: int = setting(8192, low=64)
+    lr: float = setting(1e-3, above=0.0)
+    warmup: int = setting(50, low=0, help="steps")
+    weight_decay: float = setting(0.01, low=0.0)
+    clip: float = setting(1.0, above=0.0, help="largest gradient norm")
+
+
+@dataclass(frozen=True)
+class Grpo:
+    """Group policy optimisation on the trie."""
+
+    steps: int = setting(200, low=0)
+    requests: int = setting(16, low=1, help="requests (groups) a step")
+    group: int = setting(16, low=2, help="answers a request")
+    lr: float = setting(2e-4, above=0.0)
+    warmup: int = setting(10, low=0, help="steps")
+    weight_decay: float = setting(0.0, low=0.0)
+    clip: float = setting(1.0, above=0.0, help="largest gradient norm")
+    beta: float = setting(0.04, low=0.0, help="weight of the KL to the SFT policy")
+    advantage: str = setting("mean", choices=("mean", "std"), help="mean: Dr. GRPO; std: GRPO")
+    objective: str = setting("trie", choices=("trie", "full"))
+
+
+@dataclass(frozen=True)
+class Reward:
+    """1 for a hit, less for collaborative neighbours of a hit, negative for a like."""
+
+    collab_weight: float = setting(0.1, low=0.0, high=1.0, help="lambda, also the cap of the term")
+    like_penalty: float = setting(0.1, low=0.0, help="mu; the break-even dislike rate is mu / (1 + mu)")
+    content_threshold: float = setting(0.6, low=-1.0, high=1.0, help="least content similarity that counts")
+
+
+@dataclass(frozen=True)
+class Train:
+    seed: int = setting(0, low=0)
+    device: str = setting("auto", help="auto, cpu, cuda, cuda:1, ...")
+    threads: int = setting(0, low=0, help="CPU threads; 0: all that the process may use")
+    checkpoint_every: int = setting(100, low=1, help="steps")
+    log_every: int = setting(1, low=1, help="steps")
+    keep: int = setting(2, low=1, help="checkpoints kept")
+
+
+@dataclass(frozen=True)
+class Eval:
+    beam: int = setting(128, low=1)
+    resamples: int = setting(1000, low=1, help="of the paired bootstrap over users")
+
+
+@dataclass(frozen=True)
+class Config:
+    model: Model = Model()
+    prompt: Prompt = Prompt()
+    prior: Prior = Prior()
+    align: Align = Align()
+    sft: Sft = Sft()
+    grpo: Grpo = Grpo()
+    reward: Reward = Reward()
+    train: Train = Train()
+    eval: Eval = Eval()
+
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "quickstart": {},
+    "smoke": {
+        "model": {"hidden": 64, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate": 192},
+        "align": {"steps": 10},
+        "sft": {"steps": 10},
+        "grpo": {"steps": 5, "requests": 4, "group": 8},
+        "eval": {"beam": 64, "resamples": 100},
+    },
+}
+
+
+def load_config(path: Path | None = None, preset: str | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Defaults, then the preset, then the TOML file, then ``section.key=value`` overrides; the last one wins.
+
+    Raises InputError naming the key, what was found and what was expected.
+    """
+    config = Config()
+    if preset is not None:
+        if preset not in PRESETS:
+            raise InputError(f"--preset {preset!r}: expected one of {', '.join(PRESETS)}")
+        config = _apply(config, PRESETS[preset], f"preset {preset}")
+    if path is not None:
+        config = _apply(config, _read_toml(path), str(path))
+    for override in overrides:
+        config = _apply(config, _parse_override(override), "--set")
+    return config
+
+
+def to_toml(config: Config) -> str:
+    """The whole configuration as TOML; ``load_config`` reads it back unchanged."""
+    lines: list[str] = []
+    for section, values in asdict(config).items():
+        lines += [f"[{section}]", *(f"{key} = {_toml_value(value)}" for key, value in values.items()), ""]
+    return "\n".join(lines)
+
+
+def _apply(config: Config, tree: Tree, source: str) -> Config:
+    sections = {f.name: f for f in fields(config)}
+    for name, values in tree.items():
+        if name not in sections:
+            raise InputError(f"{source}: unknown section {name!r}{_hint(name, list(sections))}")
+        if not isinstance(values, Mapping):
+            raise InputError(f"{source}: {name} is {values!r}, expected a section [{name}]")
+        section = getattr(config, name)
+        known = {f.name: f for f in fields(section)}
+        for key, value in values.items():
+            if key not in known:
+                raise InputError(f"{source}: unknown key '{name}.{key}'{_hint(key, list(known), name + '.')}")
+            checked = _check(value, known[key].type, known[key].metadata, f"{source}: {name}.{key}")
+            section = replace(section, **{key: checked})
+        config = replace(config, **{name: section})
+    return config
+
+
+def _check(value: Any, kind: Any, bounds: Mapping[str, Any], where: str) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind:
+        expected = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}[kind]
+        raise InputError(f"{where} is {value!r}, expected {expected}")
+    if bounds["choices"] and value not in bounds["choices"]:
+        raise InputError(f"{where} is {value!r}, expected one of {', '.join(bounds['choices'])}")
+    low, high, above = bounds["low"], bounds["high"], bounds["above"]
+    if low is not None and value < low:
+        raise InputError(f"{where} is {value}, expected at least {low}")
+    if high is not None and value > high:
+        raise InputError(f"{where} is {value}, expected at most {high}")
+    if above is not None and value <= above:
+        raise InputError(f"{where} is {value}, expected more than {above}")
+    if kind is float and not math.isfinite(value):
+        raise InputError(f"{where} is {value}, expected a finite number")
+    return value
+
+
+def _hint(name: str, known: list[str], prefix: str = "") -> str:
+    close = get_close_matches(name, known, 1)
+    return f", did you mean '{prefix}{close[0]}'?" if close else f", expected one of {', '.join(known)}"
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not TOML: {error}") from error
+
+
+def _parse_override(text: str) -> dict[str, dict[str, Any]]:
+    name, equals, value = text.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not (equals and dot and section and key):
+        raise InputError(f"--set {text!r}: expected section.key=value")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()  # a bare word is a string
+    return {section: {key: parsed}}
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    return str(value).lower() if isinstance(value, bool) else repr(value)

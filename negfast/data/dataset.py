@@ -1,0 +1,199 @@
+"""A prepared data set on disk: what `negfast prepare` writes and everything else reads."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from datetime import date
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from negfast.data.items import ItemTable
+from negfast.data.log import EventLog
+from negfast.data.shards import Shard, open_shard, write_shard
+from negfast.data.split import Split, split_requests
+from negfast.errors import InputError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+EVENTS = "events.nfs"
+VALUES = "values.safetensors"
+USERS = "users.parquet"
+ITEMS = "items.parquet"
+SEMANTIC_IDS = "semantic_ids.safetensors"
+ITEM_EMBEDDING = "item_embedding.safetensors"
+EPOCH = date(1970, 1, 1)
+
+
+def day_of(when: str) -> int:
+    """Days since 1970 of an ISO date."""
+    return (date.fromisoformat(when) - EPOCH).days
+
+
+def date_of(day: int) -> str:
+    """The ISO date of a day since 1970."""
+    return date.fromordinal(EPOCH.toordinal() + int(day)).isoformat()
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An opened data set; its parts are read when first asked for."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Self:
+        """Opens a directory after checking version and file sizes. Raises InputError."""
+        path = Path(path)
+        if not path.is_dir():
+            raise InputError(f"{path}: no such data set directory")
+        manifest_path = path / MANIFEST
+        if not manifest_path.is_file():
+            raise InputError(f"{path}: not a prepared data set: no {MANIFEST}")
+        try:
+            manifest = json.loads(manifest_path.read_text("utf-8"))
+            version, files = manifest["format"], manifest["files"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{manifest_path}: damaged: {error}") from error
+        if version != FORMAT:
+            raise InputError(f"{manifest_path}: format {version}, expected {FORMAT}; prepare the data again")
+        for name, recorded in files.items():
+            if not (path / name).is_file():
+                raise InputError(f"{path / name}: missing, expected by {MANIFEST}")
+            size = (path / name).stat().st_size
+            if size != recorded["bytes"]:
+                raise InputError(f"{path / name}: {size} bytes, expected {recorded['bytes']}")
+        return cls(path, manifest)
+
+    def verify(self) -> None:
+        """Reads every file and compares its SHA-256 with the manifest's. Raises InputError for a damaged one."""
+        for name, recorded in self.manifest["files"].items():
+            if file_record(self.path / name)["sha256"] != recorded["sha256"]:
+                raise InputError(f"{self.path / name}: damaged: its SHA-256 is not that of {MANIFEST}")
+
+    @property
+    def horizon(self) -> int:
+        """H, days."""
+        return self.manifest["split"]["horizon"]
+
+    @property
+    def valid_day(self) -> int:
+        return day_of(self.manifest["split"]["valid"])
+
+    @property
+    def test_day(self) -> int:
+        return day_of(self.manifest["split"]["test"])
+
+    @cached_property
+    def shard(self) -> Shard:
+        return open_shard(self.path / EVENTS)
+
+    @cached_property
+    def log(self) -> EventLog:
+        offsets, item, feedback, time = self.shard.get_many(None)
+        value = None
+        if VALUES in self.manifest["files"]:
+            value = _load_tensors(self.path / VALUES)["value"]
+        return EventLog(offsets, item, feedback, time, value, self.manifest["counts"]["items"])
+
+    @cached_property
+    def items(self) -> ItemTable:
+        table = _read_parquet(self.path / ITEMS)
+        attributes = {}
+        if "attributes" in table.column_names:
+            for row_field in table.schema.field("attributes").type:
+                column = pa.chunked_array([c.field(row_field.name) for c in table["attributes"].chunks])
+                attributes[row_field.name] = [tuple(values) for values in column.to_pylist()]
+        embedding = None
+        if ITEM_EMBEDDING in self.manifest["files"]:
+            embedding = _load_tensors(self.path / ITEM_EMBEDDING)["embedding"]
+        return ItemTable(table["id"].to_pylist(), table["text"].to_pylist(), attributes, embedding)
+
+    @cached_property
+    def user_ids(self) -> list[str]:
+        return _read_parquet(self.path / USERS)["id"].to_pylist()
+
+    @cached_property
+    def _semantic_ids(self) -> dict[str, np.ndarray]:
+        return _load_tensors(self.path / SEMANTIC_IDS)
+
+    @property
+    def codes(self) -> np.ndarray:
+        """Semantic IDs, uint16 [I, L]."""
+        return self._semantic_ids["codes"]
+
+    @property
+    def codebooks(self) -> np.ndarray:
+        return self._semantic_ids["codebooks"]
+
+    @property
+    def embedding(self) -> np.ndarray:
+        """What the semantic IDs were made of, float32 [I, D]."""
+        return self._semantic_ids["embedding"]
+
+    def split(self) -> Split:
+        """Requests of the log, split at the manifest's dates."""
+        return split_requests(self.log, self.horizon, self.valid_day, self.test_day)
+
+
+def write_dataset(
+    directory: Path,
+    log: EventLog,
+    user_ids: list[str],
+    items: ItemTable,
+    semantic_ids: dict[str, np.ndarray],
+    manifest: dict[str, Any],
+) -> None:
+    """Fills an empty directory; ``semantic_ids`` holds codes, codebooks and embedding.
+
+    ``manifest`` is what is said of the data; the format version and the files' sizes and checksums are added.
+    """
+    write_shard(directory / EVENTS, log)
+    if log.value is not None:
+        save_file({"value": log.value}, directory / VALUES)
+    parquet.write_table(pa.table({"id": pa.array(user_ids, pa.string())}), directory / USERS, compression="zstd")
+    parquet.write_table(_item_table(items, semantic_ids["codes"]), directory / ITEMS, compression="zstd")
+    save_file({k: np.ascontiguousarray(v) for k, v in semantic_ids.items()}, directory / SEMANTIC_IDS)
+    if items.embedding is not None:
+        save_file({"embedding": np.ascontiguousarray(items.embedding)}, directory / ITEM_EMBEDDING)
+    files = {path.name: file_record(path) for path in sorted(directory.iterdir())}
+    text = json.dumps({"format": FORMAT, **manifest, "files": files}, indent=1, ensure_ascii=False)
+    (directory / MANIFEST).write_text(text + "\n", "utf-8")
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file, as manifests keep them."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _item_table(items: ItemTable, codes: np.ndarray) -> pa.Table:
+    columns: dict[str, pa.Array] = {"id": pa.array(items.ids, pa.string()), "text": pa.array(items.text, pa.string())}
+    if items.attributes:
+        lists = [pa.array(values, pa.list_(pa.string())) for values in items.attributes.values()]
+        columns["attributes"] = pa.StructArray.from_arrays(lists, names=list(items.attributes))
+    flat = pa.array(np.ascontiguousarray(codes).reshape(-1), pa.uint16())
+    columns["codes"] = pa.FixedSizeListArray.from_arrays(flat, codes.shape[1])
+    return pa.table(columns)
+
+
+def _read_parquet(path: Path) -> pa.Table:
+    try:
+        return parquet.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: damaged: {' '.join(str(error).split())}") from error
+
+
+def _load_tensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: damaged: {' '.join(str(error).split())}") from error

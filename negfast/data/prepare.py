@@ -1,0 +1,192 @@
+"""From source files to a prepared data set: validate, index, split, semantic IDs, shard."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import negfast
+from negfast.data.dataset import MANIFEST, Dataset, date_of, day_of, file_record, write_dataset
+from negfast.data.events import EventMapping, Events, ItemMapping, items_of_log, read_events, read_items
+from negfast.data.items import ItemTable
+from negfast.data.log import DISLIKE, EXPOSED, LIKE, EventLog
+from negfast.data.split import Split, split_requests
+from negfast.errors import InputError
+from negfast.files import atomic_directory, check_output
+
+Report = Callable[[str], None]
+VALID_QUANTILE, TEST_QUANTILE = 0.6, 0.75  # shares of the events before the two dates, where none are given
+
+
+@dataclass(frozen=True)
+class SplitSettings:
+    """Horizon in days; first day of valid and test as ISO dates, chosen from the log where None."""
+
+    horizon: int = 7
+    valid: str | None = None
+    test: str | None = None
+
+
+@dataclass(frozen=True)
+class SemanticIdSettings:
+    """L levels of K codes, and how they are made; the words are those of ``negfast.sid.build``."""
+
+    levels: int = 3
+    codebook: int = 256
+    method: str = "rq-kmeans"
+    encoder: str = "auto"
+    seed: int = 0
+
+
+def prepare(
+    events_path: Path,
+    items_path: Path | None,
+    out: Path,
+    *,
+    mapping: EventMapping,
+    item_mapping: ItemMapping,
+    item_embedding: Path | None = None,
+    split: SplitSettings,
+    semantic_ids: SemanticIdSettings,
+    force: bool = False,
+    report: Report = print,
+) -> Dataset:
+    """Makes a data set of an event file and, where given, an item file. Raises InputError; nothing is left then."""
+    check_replaceable(out, force)
+    items = None if items_path is None else read_items(items_path, item_mapping, item_embedding)
+    if items is None and item_embedding is not None:
+        raise InputError(f"{item_embedding}: an item embedding needs an item table (--items)")
+    events = read_events(events_path, mapping, None if items is None else items.ids, report)
+    sources = {"events": events_path, "items": items_path, "item_embedding": item_embedding}
+    described: dict[str, Any] = {
+        "sources": {k: {"name": p.name, **file_record(p)} for k, p in sources.items() if p is not None},
+        "mapping": _described(mapping),
+        "item_mapping": None if items is None else asdict(item_mapping),
+    }
+    return build(events, items or items_of_log(events), described, out, split, semantic_ids, report)
+
+
+def build(
+    events: Events,
+    items: ItemTable,
+    described: dict[str, Any],
+    out: Path,
+    split: SplitSettings,
+    semantic_ids: SemanticIdSettings,
+    report: Report,
+) -> Dataset:
+    """Splits, makes semantic IDs and writes the directory under a temporary name, then renames it to ``out``."""
+    from negfast.sid.build import build_semantic_ids  # imports torch and faiss, which bad input need not wait for
+
+    log = events.log
+    _report_log(log, items, report)
+    horizon, valid_day, test_day = choose_split(log, split, report)
+    _report_split(split_requests(log, horizon, valid_day, test_day), report)
+    with atomic_directory(out) as directory:
+        sids = build_semantic_ids(items, log, valid_day, **asdict(semantic_ids), report=report)
+        manifest = {
+            "negfast": negfast.__version__,
+            **described,
+            "counts": _counts(log),
+            "days": {"first": date_of(log.day.min()), "last": date_of(log.day.max())},
+            "split": {"horizon": horizon, "valid": date_of(valid_day), "test": date_of(test_day)},
+            "semantic_ids": {**asdict(semantic_ids), "report": sids.report},
+        }
+        tensors = {"codes": sids.codes, "codebooks": sids.codebooks, "embedding": sids.embedding}
+        write_dataset(directory, log, events.user_ids, items, tensors, manifest)
+    report(f"data set: {out}")
+    return Dataset.open(out)
+
+
+def check_replaceable(out: Path, force: bool) -> None:
+    """Raises InputError if ``out`` is there and may not be replaced: only a data set may, and only by force."""
+    check_output(out)
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    try:
+        is_dataset = "format" in json.loads((out / MANIFEST).read_text("utf-8"))
+    except (OSError, ValueError, TypeError):
+        is_dataset = False
+    if not is_dataset:
+        raise InputError(f"{out}: exists and is no data set; choose another --out")
+    if not force:
+        raise InputError(f"{out}: a data set is there already; --force replaces it")
+
+
+def choose_split(log: EventLog, settings: SplitSettings, report: Report) -> tuple[int, int, int]:
+    """(horizon, valid day, test day), days since 1970.
+
+    Where a date is not given: the day at which 60 % (valid) or 75 % (test) of the events have passed, moved so
+    that each part holds at least w whole request days, w up to the horizon as the log's length allows
+    (negfast's choice). Raises InputError for dates that leave a part without a day.
+    """
+    horizon = settings.horizon
+    first, last = int(log.day.min()), int(log.day.max())
+    if horizon < 1:
+        raise InputError(f"--horizon {horizon}: expected at least 1 day")
+    spare = last - first + 1 - 3 * (horizon + 1)
+    if spare < 0:
+        raise InputError(
+            f"the log covers {last - first + 1} days ({date_of(first)} to {date_of(last)}), "
+            f"a horizon of {horizon} days needs at least {3 * (horizon + 1)}: give a smaller --horizon"
+        )
+    width = min(horizon, 1 + spare // 3)
+    valid_quantile, test_quantile = np.quantile(log.day, [VALID_QUANTILE, TEST_QUANTILE], method="lower").astype(int)
+    test_day = int(np.clip(test_quantile, first + 2 * (horizon + width), last - horizon - width + 1))
+    valid_day = int(np.clip(valid_quantile, first + horizon + width, test_day - horizon - width))
+    valid_day = valid_day if settings.valid is None else _day("--valid", settings.valid)
+    test_day = test_day if settings.test is None else _day("--test", settings.test)
+    for name, day, low, high in (
+        ("--valid", valid_day, first + horizon + 1, last - 2 * horizon - 1),
+        ("--test", test_day, valid_day + horizon + 1, last - horizon),
+    ):
+        if not low <= day <= high:
+            raise InputError(
+                f"{name} {date_of(day)}: expected {date_of(low)} to {date_of(high)} for a log of {date_of(first)} to "
+                f"{date_of(last)} and a horizon of {horizon} days"
+            )
+    chosen = "" if settings.valid and settings.test else " (chosen from the log; --valid and --test set it)"
+    report(f"split: horizon {horizon} days, valid from {date_of(valid_day)}, test from {date_of(test_day)}{chosen}")
+    return horizon, valid_day, test_day
+
+
+def _day(option: str, text: str) -> int:
+    try:
+        return day_of(text)
+    except ValueError:
+        raise InputError(f"{option} {text!r}: expected a date like 2013-06-17") from None
+
+
+def _described(mapping: EventMapping) -> dict[str, Any]:
+    rules = {"dislike": [str(r) for r in mapping.dislike], "like": [str(r) for r in mapping.like]}
+    return {**asdict(mapping), **rules}
+
+
+def _counts(log: EventLog) -> dict[str, int]:
+    by_feedback = np.bincount(log.feedback, minlength=3).tolist()
+    return {
+        "users": log.n_users,
+        "items": log.n_items,
+        "events": len(log),
+        "dislikes": by_feedback[DISLIKE],
+        "likes": by_feedback[LIKE],
+        "exposed": by_feedback[EXPOSED],
+    }
+
+
+def _report_log(log: EventLog, items: ItemTable, report: Report) -> None:
+    counts = _counts(log)
+    report(f"events: {counts['events']:,} by {counts['users']:,} users on {counts['items']:,} items")
+    shares = [f"{counts[k]:,} {k} ({counts[k] / len(log):.1%})" for k in ("dislikes", "likes", "exposed")]
+    report(f"feedback: {', '.join(shares)}")
+    if not any(items.text):
+        report("items: no text")
+
+
+def _report_split(split: Split, report: Report) -> None:
+    for name, requests in (("train", split.train), ("valid", split.valid), ("test", split.test)):
+        with_dislikes = int(requests.has_dislikes.sum())
+        report(f"{name}: {len(requests):,} active user-days, {with_dislikes:,} with a dislike ahead")
