@@ -18,7 +18,7 @@ from negfast.errors import InputError
 from negfast.files import atomic_directory, check_output
 
 Report = Callable[[str], None]
-VALID_QUANTILE, TEST_QUANTILE = 0.6, 0.75  # shares of the events before the two dates, where none are given
+VALID_SHARE, TEST_SHARE = 0.15, 0.25  # of the request days, where no dates are given
 
 
 @dataclass(frozen=True)
@@ -119,24 +119,22 @@ def check_replaceable(out: Path, force: bool) -> None:
 def choose_split(log: EventLog, settings: SplitSettings, report: Report) -> tuple[int, int, int]:
     """(horizon, valid day, test day), days since 1970.
 
-    Where a date is not given: the day at which 60 % (valid) or 75 % (test) of the events have passed, moved so
-    that each part holds at least w whole request days, w up to the horizon as the log's length allows
-    (negfast's choice). Raises InputError for dates that leave a part without a day.
+    A log of D days has D - 3 H request days, since each of the three parts needs H days of future. Where a date
+    is not given, 15 % of them are valid's and 25 % test's, at least one each (negfast's choice).
+    Raises InputError for dates that leave a part without a day.
     """
     horizon = settings.horizon
     first, last = int(log.day.min()), int(log.day.max())
     if horizon < 1:
         raise InputError(f"--horizon {horizon}: expected at least 1 day")
-    spare = last - first + 1 - 3 * (horizon + 1)
-    if spare < 0:
+    request_days = last - first + 1 - 3 * horizon
+    if request_days < 3:
         raise InputError(
             f"the log covers {last - first + 1} days ({date_of(first)} to {date_of(last)}), "
-            f"a horizon of {horizon} days needs at least {3 * (horizon + 1)}: give a smaller --horizon"
+            f"a horizon of {horizon} days needs at least {3 * horizon + 3}: give a smaller --horizon"
         )
-    width = min(horizon, 1 + spare // 3)
-    valid_quantile, test_quantile = np.quantile(log.day, [VALID_QUANTILE, TEST_QUANTILE], method="lower").astype(int)
-    test_day = int(np.clip(test_quantile, first + 2 * (horizon + width), last - horizon - width + 1))
-    valid_day = int(np.clip(valid_quantile, first + horizon + width, test_day - horizon - width))
+    test_day = last - horizon + 1 - max(1, round(TEST_SHARE * request_days))
+    valid_day = test_day - horizon - max(1, round(VALID_SHARE * request_days))
     valid_day = valid_day if settings.valid is None else _day("--valid", settings.valid)
     test_day = test_day if settings.test is None else _day("--test", settings.test)
     for name, day, low, high in (
