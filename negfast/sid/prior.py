@@ -28,8 +28,8 @@ def decayed_mass(log: EventLog, feedback: int, half_life_days: float, first_day:
     day, item = log.day[counted].astype(np.int64), log.item[counted].astype(np.int64)
     row = np.maximum(day - first_day, 0)  # an earlier event enters on the first row, with what is left of it
     weight = np.exp2(-np.maximum(first_day - day, 0) / half_life_days)
-    mass = np.bincount(row * log.n_items + item, weight, n_days * log.n_items)
-    mass = mass.astype(np.float64, copy=False).reshape(n_days, log.n_items)  # without events numpy counts integers
+    counts = np.bincount(row * log.n_items + item, weight, n_days * log.n_items)
+    mass = counts.astype(np.float64).reshape(n_days, log.n_items)  # without events numpy counts integers
     for today in range(1, n_days):
         mass[today] += mass[today - 1] * 2.0 ** (-1.0 / half_life_days)
     return mass

