@@ -1,0 +1,50 @@
+"""The baselines of the table: what a model has to beat, each reading events up to t only."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from negfast.data.items import ItemTable
+from negfast.data.log import EventLog
+from negfast.evaluate.baselines.knn import knn_predictions
+from negfast.evaluate.baselines.ranking import ranking_predictions
+from negfast.evaluate.baselines.rates import rate_predictions
+from negfast.evaluate.predictions import Predictions, threshold_for_share
+from negfast.evaluate.sets import EvalSet
+
+
+def baseline_predictions(
+    log: EventLog, items: ItemTable, evalsets: Sequence[EvalSet], fit_until: int
+) -> list[dict[str, Predictions]]:
+    """Every baseline's answers to every evaluation set, in the order of the table.
+
+    ``fit_until`` (days since 1970) bounds what is learned: co-occurrence counts, smoothing rates, the logistic and
+    boosted models see only events of days before it. Pass the valid day, or the test day for a final refit. The
+    running counts that they are applied to always end with the context. Where ``evalsets`` holds valid and test,
+    thresholds for test are chosen on valid.
+    """
+    answers: list[dict[str, Predictions]] = [{} for _ in evalsets]
+    for more in (
+        ranking_predictions(log, evalsets),
+        knn_predictions(log, evalsets, fit_until),
+        rate_predictions(log, items, evalsets, fit_until),
+    ):
+        for answer, new in zip(answers, more, strict=True):
+            answer |= new
+    return with_thresholds(evalsets, answers)
+
+
+def with_thresholds(
+    evalsets: Sequence[EvalSet], answers: Sequence[dict[str, Predictions]]
+) -> list[dict[str, Predictions]]:
+    """The same answers, with the filter thresholds of test chosen on valid where both are there."""
+    valid = next((a for evalset, a in zip(evalsets, answers, strict=True) if evalset.name == "valid"), {})
+    return [
+        {name: _with_threshold(p, valid.get(name)) if evalset.name == "test" else p for name, p in answer.items()}
+        for evalset, answer in zip(evalsets, answers, strict=True)
+    ]
+
+
+def _with_threshold(test: Predictions, valid: Predictions | None) -> Predictions:
+    if valid is None or valid.filter_score is None:
+        return test
+    return replace(test, filter_threshold=threshold_for_share(valid.filter_score))

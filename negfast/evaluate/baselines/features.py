@@ -1,0 +1,172 @@
+"""What the past says of a user, an item and their pair, at the start of any day: the inputs of the fitted baselines.
+
+The last like or dislike of a user-item pair counts: when it changes, the earlier one is taken back. Exposures do
+not count, and do not take a like or dislike back (negfast's choice).
+"""
+
+import numpy as np
+
+from negfast.data.items import ItemTable
+from negfast.data.log import DISLIKE, EXPOSED, EventLog
+
+PSEUDO_EVENTS = 5  # of the prior rate, mixed into every rate
+_INDICATORS = 32  # most frequent values of an attribute that get a column each
+
+
+class RunningSums:
+    """Sums of columns over the events of a key on days before a given one, for any (key, day) asked."""
+
+    def __init__(self, key: np.ndarray, day: np.ndarray, columns: np.ndarray) -> None:
+        """key int64 [M] >= 0, day int [M], columns float64 [M, C]."""
+        self.low, self.span = int(day.min()), int(day.max() - day.min()) + 2
+        where = key.astype(np.int64) * self.span + (day - self.low)
+        order = np.argsort(where, kind="stable")
+        self.where = where[order]
+        self.total = np.concatenate([np.zeros((1, columns.shape[1])), np.cumsum(columns[order], axis=0)])
+
+    def before(self, key: np.ndarray, day: np.ndarray) -> np.ndarray:
+        """float64 [Q, C] for keys int [Q] and days int [Q]."""
+        base = key.astype(np.int64) * self.span
+        within = np.clip(day.astype(np.int64) - self.low, 0, self.span - 1)
+        stop, start = np.searchsorted(self.where, base + within), np.searchsorted(self.where, base)
+        return self.total[stop] - self.total[start]
+
+
+class HistoryFeatures:
+    """Features of (user, item, day) from events of days before ``day``; rates are smoothed towards a prior rate.
+
+    ``simple`` gives the four of the logistic baseline, ``full`` those and what else the log and item table offer:
+    with values, the item's and user's mean and the user's spread; with attributes, the user's and everyone's
+    dislike rate among the item's values of each, numbers as they are, and indicators of frequent values.
+    """
+
+    def __init__(self, log: EventLog, items: ItemTable, prior_rate: float, prior_value: float) -> None:
+        self.prior_rate, self.prior_value = prior_rate, prior_value
+        self.has_values = log.value is not None
+        rows, changes = _changes(log)
+        user, item, day = log.user[rows], log.item[rows], log.day[rows]
+        self.by_user = RunningSums(user, day, changes)
+        self.by_item = RunningSums(item, day, changes)
+        self.attributes = [_Attribute(values, user, item, day, changes[:, :2]) for values in items.attributes.values()]
+
+    def rate(self, sums: np.ndarray) -> np.ndarray:
+        """The smoothed dislike rate of sums whose first columns are events and dislikes."""
+        return (sums[..., 1] + PSEUDO_EVENTS * self.prior_rate) / (sums[..., 0] + PSEUDO_EVENTS)
+
+    def item_rate(self, item: np.ndarray, day: np.ndarray) -> np.ndarray:
+        return self.rate(self.by_item.before(item, day))
+
+    def user_rate(self, user: np.ndarray, day: np.ndarray) -> np.ndarray:
+        return self.rate(self.by_user.before(user, day))
+
+    def simple(self, user: np.ndarray, item: np.ndarray, day: np.ndarray) -> np.ndarray:
+        """Logit item rate, logit user rate and both log counts, float64 [Q, 4]."""
+        of_user, of_item = self.by_user.before(user, day), self.by_item.before(item, day)
+        columns = [_logit(self.rate(of_item)), _logit(self.rate(of_user))]
+        return np.stack([*columns, np.log1p(of_item[:, 0]), np.log1p(of_user[:, 0])], axis=1)
+
+    def full(self, user: np.ndarray, item: np.ndarray, day: np.ndarray) -> np.ndarray:
+        """float64 [Q, C]; NaN where a feature is not known."""
+        columns = list(self.simple(user, item, day).T)
+        if self.has_values:
+            of_user, of_item = self.by_user.before(user, day), self.by_item.before(item, day)
+            columns += [self._mean_value(of_item), self._mean_value(of_user), _spread(of_user)]
+        for attribute in self.attributes:
+            columns += [attribute.mean_rate(self, user, item, day), attribute.mean_rate(self, None, item, day)]
+            columns += list(attribute.static[item].T)
+        return np.stack(columns, axis=1)
+
+    def _mean_value(self, sums: np.ndarray) -> np.ndarray:
+        return (sums[:, 3] + PSEUDO_EVENTS * self.prior_value) / (sums[:, 2] + PSEUDO_EVENTS)
+
+
+class _Attribute:
+    """One attribute of the items, e.g. genres: rates by value and by (user, value), and static columns."""
+
+    def __init__(
+        self, values: list[tuple[str, ...]], user: np.ndarray, item: np.ndarray, day: np.ndarray, counts: np.ndarray
+    ) -> None:
+        names, value = np.unique([name for of_item in values for name in of_item], return_inverse=True)
+        self.n_values, self.value = max(len(names), 1), value.astype(np.int64)
+        self.offsets = np.concatenate([[0], np.cumsum([len(of_item) for of_item in values])])
+        self.static = self._static_columns(names)
+        row, value = self._expand(item)
+        everyone = RunningSums(value, day[row], counts[row]) if len(row) else None
+        self.by_value = everyone
+        self.by_user_value = (
+            RunningSums(user[row].astype(np.int64) * self.n_values + value, day[row], counts[row]) if len(row) else None
+        )
+
+    def mean_rate(
+        self, features: HistoryFeatures, user: np.ndarray | None, item: np.ndarray, day: np.ndarray
+    ) -> np.ndarray:
+        """The user's (everyone's if None) dislike rate, averaged over the item's values; NaN without values."""
+        sums = self.by_value if user is None else self.by_user_value
+        if sums is None:
+            return np.full(len(item), np.nan)
+        row, value = self._expand(item)
+        key = value if user is None else user[row].astype(np.int64) * self.n_values + value
+        rate = np.bincount(row, features.rate(sums.before(key, day[row])), len(item))
+        count = np.diff(self.offsets)[item]
+        return np.divide(rate, count, out=np.full(len(item), np.nan), where=count > 0)
+
+    def _expand(self, item: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A row for every value of every item asked: its index in ``item`` and the value."""
+        count = np.diff(self.offsets)[item]
+        row = np.repeat(np.arange(len(item)), count)
+        return row, self.value[np.arange(count.sum()) + np.repeat(self.offsets[item] - np.cumsum(count) + count, count)]
+
+    def _static_columns(self, names: np.ndarray) -> np.ndarray:
+        """The number itself of an attribute with one number an item; else indicators, float32 [I, C]."""
+        n_items = len(self.offsets) - 1
+        item = np.repeat(np.arange(n_items), np.diff(self.offsets))
+        numbers = _numbers(names)
+        if numbers is not None and np.diff(self.offsets).max(initial=0) == 1:
+            column = np.full((n_items, 1), np.nan, np.float32)
+            column[item, 0] = numbers[self.value]
+            return column
+        frequent = np.argsort(-np.bincount(self.value, minlength=len(names)), kind="stable")[:_INDICATORS]
+        column_of = np.full(len(names), -1)
+        column_of[frequent] = np.arange(len(frequent))
+        indicators = np.zeros((n_items, len(frequent)), np.float32)
+        kept = column_of[self.value] >= 0
+        indicators[item[kept], column_of[self.value[kept]]] = 1.0
+        return indicators
+
+
+def _changes(log: EventLog) -> tuple[np.ndarray, np.ndarray]:
+    """How each like or dislike changes the counts, given the pair's earlier one: event rows, float64 [M, 5].
+
+    Columns: events, dislikes, events with a value, their values, squared values.
+    """
+    rows = np.flatnonzero(log.feedback != EXPOSED)
+    state = np.zeros((len(rows), 5))
+    state[:, 0], state[:, 1] = 1.0, log.feedback[rows] == DISLIKE
+    if log.value is not None:
+        known = np.isfinite(log.value[rows])
+        value = np.where(known, log.value[rows], 0.0).astype(np.float64)
+        state[:, 2], state[:, 3], state[:, 4] = known, value, value**2
+    pair = log.user[rows].astype(np.int64) * log.n_items + log.item[rows]
+    order = np.argsort(pair, kind="stable")  # within a pair as in the log, by time
+    earlier = np.zeros_like(state)
+    repeat = pair[order[1:]] == pair[order[:-1]]
+    earlier[order[1:][repeat]] = state[order[:-1][repeat]]
+    return rows, state - earlier
+
+
+def _spread(sums: np.ndarray) -> np.ndarray:
+    """The standard deviation of the values, NaN for fewer than two."""
+    count = np.where(sums[:, 2] < 2, np.nan, sums[:, 2])
+    return np.sqrt(np.maximum(sums[:, 4] / count - (sums[:, 3] / count) ** 2, 0.0))
+
+
+def _logit(rate: np.ndarray) -> np.ndarray:
+    rate = np.clip(rate, 1e-6, 1 - 1e-6)
+    return np.log(rate) - np.log1p(-rate)
+
+
+def _numbers(names: np.ndarray) -> np.ndarray | None:
+    try:
+        return names.astype(np.float64)
+    except ValueError:
+        return None

@@ -1,0 +1,88 @@
+"""Baselines that score a user-item pair: smoothed rates, a logistic and a boosted model on histories."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from negfast.data.items import ItemTable
+from negfast.data.log import DISLIKE, EventLog
+from negfast.evaluate.baselines.features import HistoryFeatures
+from negfast.evaluate.predictions import Predictions
+from negfast.evaluate.sets import EvalSet, first_feedback
+
+WARM_UP = 40  # days at the start of the log that are not fitted on, as histories are still short
+
+Scorer = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # users, items, days -> probability
+
+
+def rate_predictions(
+    log: EventLog, items: ItemTable, evalsets: Sequence[EvalSet], fit_until: int
+) -> list[dict[str, Predictions]]:
+    """``item-rate``, ``user-rate``, ``logistic`` and ``boosted``: filter scores and, save for user-rate, pools.
+
+    Rates are smoothed with 5 pseudo-events at the dislike rate before ``fit_until``. The fitted two are left out
+    when the events to fit on hold one class only.
+    """
+    scorers = fit_scorers(log, items, fit_until)
+    return [
+        {
+            name: Predictions(
+                filter_score=score(evalset.filter_user, evalset.filter_item, evalset.filter_day),
+                filter_is_probability=True,
+                pool_score=None if name == "user-rate" else _score_pools(evalset, score),
+                kind="baseline",
+            )
+            for name, score in scorers.items()
+        }
+        for evalset in evalsets
+    ]
+
+
+def fit_scorers(log: EventLog, items: ItemTable, fit_until: int) -> dict[str, Scorer]:
+    """The dislike probability of (user, item) from events of days before ``day``, by each baseline."""
+    events = first_feedback(log)
+    days = log.day
+    events = events[days[events] < fit_until]
+    dislike = log.feedback[events] == DISLIKE
+    value = log.value[events] if log.value is not None else np.zeros(0)
+    features = HistoryFeatures(
+        log,
+        items,
+        prior_rate=float(dislike.mean()) if len(events) else 0.5,
+        prior_value=float(value[np.isfinite(value)].mean()) if np.isfinite(value).any() else 0.0,
+    )
+    scorers: dict[str, Scorer] = {
+        "item-rate": lambda user, item, day: features.item_rate(item, day),
+        "user-rate": lambda user, item, day: features.user_rate(user, day),
+    }
+    # Of a short log at most 40 % is left out.
+    fitted = days[events] - days.min() >= min(WARM_UP, int(0.4 * (fit_until - days.min())))
+    events, dislike = events[fitted], dislike[fitted]
+    if dislike.all() or not dislike.any():
+        return scorers
+    asked = (log.user[events], log.item[events], days[events])
+    logistic = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    logistic.fit(features.simple(*asked), dislike)
+    boosted = HistGradientBoostingClassifier(
+        learning_rate=0.05,
+        max_iter=200,
+        max_leaf_nodes=15,
+        min_samples_leaf=50,
+        l2_regularization=1.0,
+        early_stopping=False,
+        random_state=0,
+    )
+    boosted.fit(features.full(*asked), dislike)
+    scorers["logistic"] = lambda *pair: logistic.predict_proba(features.simple(*pair))[:, 1]
+    scorers["boosted"] = lambda *pair: boosted.predict_proba(features.full(*pair))[:, 1]
+    return scorers
+
+
+def _score_pools(evalset: EvalSet, score: Scorer) -> np.ndarray:
+    n, size = evalset.pool_items.shape
+    day = np.repeat(evalset.pool_day + 1, size)  # a pool's context includes its request's day
+    return score(np.repeat(evalset.pool_user, size), evalset.pool_items.ravel(), day).reshape(n, size)

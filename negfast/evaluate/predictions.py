@@ -1,0 +1,77 @@
+"""What a model or baseline says about an evaluation set, and the proof that what it generated is admissible."""
+
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+
+from negfast.data.log import EventLog
+from negfast.data.split import Requests
+from negfast.evaluate.sets import history_ends
+
+TOP = 50  # items generated for each request
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Answers to the three questions of an `EvalSet`; None where a predictor does not answer one."""
+
+    generated: np.ndarray | None = None  # int32 [R, TOP], item indices, most likely dislike first, -1 padding last
+    filter_score: np.ndarray | None = None  # float64 [E], higher means more likely disliked
+    filter_is_probability: bool = False  # whether filter_score is a probability (calibration is then measured)
+    filter_threshold: float | None = None  # chosen on valid: events with filter_score >= it are filtered
+    pool_score: np.ndarray | None = None  # float64 [N, 100], in the order of EvalSet.pool_items
+    kind: str = "model"  # or "baseline"
+
+
+def threshold_for_share(score: np.ndarray, share: float = 0.1) -> float:
+    """The score at or above which the share of events is closest to ``share`` (the higher score of two as close).
+
+    Meant for valid scores: filtering ``score >= threshold`` on test is what a deployment would do.
+    """
+    values, counts = np.unique(score, return_counts=True)
+    at_or_above = np.cumsum(counts[::-1])[::-1] / len(score)
+    return float(values[::-1][np.argmin(np.abs(at_or_above[::-1] - share))])
+
+
+def check_generated(log: EventLog, requests: Requests, generated: np.ndarray) -> None:
+    """Proves that every generated item exists, is distinct within its row, and was unseen by the user up to t.
+
+    ``generated`` is int32 [R, K]; -1 pads the end of a row. Raises ValueError naming the first row that fails.
+    """
+    if generated.ndim != 2 or len(generated) != len(requests):
+        raise ValueError(f"generated: found shape {generated.shape}, expected [{len(requests)}, K]")
+    begin = log.user_offsets[requests.user]
+    end = history_ends(log, requests.user, requests.day)
+    row, column, fault = _first_fault(generated.astype(np.int64), begin, end, log.item, log.n_items)
+    if fault:
+        reason = ("", "does not exist", "follows padding", "is generated twice", "was seen before")[fault]
+        raise ValueError(
+            f"generated: item {generated[row, column]} at rank {column + 1} of request {row} "
+            f"(user {requests.user[row]}, day {requests.day[row]}) {reason}"
+        )
+
+
+@numba.njit(cache=True)
+def _first_fault(generated, begin, end, item, n_items):
+    seen_by = np.full(n_items, -1, np.int64)
+    given_to = np.full(n_items, -1, np.int64)
+    for row in range(generated.shape[0]):
+        for event in range(begin[row], end[row]):
+            seen_by[item[event]] = row
+        padded = False
+        for column in range(generated.shape[1]):
+            i = generated[row, column]
+            if i == -1:
+                padded = True
+                continue
+            if i < 0 or i >= n_items:
+                return row, column, 1
+            if padded:
+                return row, column, 2
+            if given_to[i] == row:
+                return row, column, 3
+            if seen_by[i] == row:
+                return row, column, 4
+            given_to[i] = row
+    return 0, 0, 0

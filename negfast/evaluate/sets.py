@@ -1,0 +1,209 @@
+"""The questions of an evaluation: requests, filter events and matched pools of one split, made once."""
+
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+
+from negfast.data.log import DISLIKE, EXPOSED, EventLog
+from negfast.data.split import Requests, Split, first_of_week
+from negfast.errors import InputError
+
+POOL = 100  # the disliked item and 99 others
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """R requests with future dislikes, E filter events, N matched pools.
+
+    A request and its pools are answered from events up to the end of ``requests.day``; a filter event from
+    events of days before ``filter_day``. Users count as known by their index in the log.
+    """
+
+    name: str  # "valid" or "test"
+    requests: Requests  # R requests with non-empty F, sorted by (day, user)
+    primary: np.ndarray  # bool [R], a user's first such request of each week
+    next_dislike: np.ndarray  # int32 [R], the item of F disliked first (of equal times the first in the log)
+    past_dislike: np.ndarray  # bool [R], whether the user disliked anything up to t
+    cold_item: np.ndarray  # bool [I], no event before the valid day
+    filter_user: np.ndarray  # int32 [E]
+    filter_item: np.ndarray  # int32 [E]
+    filter_day: np.ndarray  # int32 [E], the day of the event, itself not part of the context
+    filter_dislike: np.ndarray  # bool [E], the label
+    filter_past_dislike: np.ndarray  # bool [E], whether the user disliked anything before that day
+    pool_request: np.ndarray  # int32 [N], row of ``requests`` whose context counts
+    pool_items: np.ndarray  # int32 [N, POOL], the disliked item first
+    pools_redrawn: int  # pools with fewer than 99 events to draw from, so drawn with replacement
+    pools_dropped: int  # pairs left out because nobody else consumed anything unknown to the user that day
+
+    @property
+    def pool_user(self) -> np.ndarray:
+        """int32 [N]."""
+        return self.requests.user[self.pool_request]
+
+    @property
+    def pool_day(self) -> np.ndarray:
+        """int32 [N], the last day of each pool's context."""
+        return self.requests.day[self.pool_request]
+
+
+def evaluation_set(log: EventLog, split: Split, name: str, seed: int = 0) -> EvalSet:
+    """Makes the evaluation set of split ``name`` ("valid" or "test").
+
+    Filter events are the first like or dislike of each user-item pair from the split's first day on, for valid
+    up to the test day; a mere exposure is neither and is not scored (negfast's choice). Every distinct (user,
+    item of F) gives a pool, answered at the latest request that has it in F. Raises InputError when the split
+    has no filter event.
+    """
+    start, stop = {
+        "valid": (split.valid_day, split.test_day),
+        "test": (split.test_day, int(log.day.max()) + 1),
+    }[name]
+    requests: Requests = getattr(split, name)
+    requests = requests.take(requests.has_dislikes)
+    days = log.day
+    events = first_feedback(log)
+    events = events[(days[events] >= start) & (days[events] < stop)]
+    if len(events) == 0:
+        raise InputError(f"evaluation: {name} has no first like or dislike, expected at least one")
+    events = events[np.lexsort((log.item[events], log.user[events], days[events]))]
+    cold = np.ones(log.n_items, dtype=bool)
+    cold[log.item[days < split.valid_day]] = False
+    pool_request, pool_items, redrawn, dropped = _pools(log, requests, seed)
+    return EvalSet(
+        name=name,
+        requests=requests,
+        primary=first_of_week(requests, start),
+        next_dislike=_next_dislikes(log, requests),
+        past_dislike=_has_past_dislike(log, requests.user, requests.day),
+        cold_item=cold,
+        filter_user=log.user[events],
+        filter_item=log.item[events],
+        filter_day=days[events],
+        filter_dislike=log.feedback[events] == DISLIKE,
+        filter_past_dislike=_has_past_dislike(log, log.user[events], days[events] - 1),
+        pool_request=pool_request,
+        pool_items=pool_items,
+        pools_redrawn=redrawn,
+        pools_dropped=dropped,
+    )
+
+
+def history_ends(log: EventLog, user: np.ndarray, day: np.ndarray) -> np.ndarray:
+    """Where a user's events up to the end of a day end in the flat columns, int64, one for each (user, day)."""
+    days = log.day.astype(np.int64)
+    low, span = int(days.min()) - 1, int(days.max() - days.min()) + 2
+    keys = log.user.astype(np.int64) * span + (days - low)
+    within = np.clip(day.astype(np.int64) - low, 0, span - 1)
+    return np.searchsorted(keys, user.astype(np.int64) * span + within, side="right")
+
+
+def first_feedback(log: EventLog) -> np.ndarray:
+    """The event rows of the first like or dislike of each user-item pair, int64, ascending."""
+    rows = np.flatnonzero(log.feedback != EXPOSED)
+    _, first = np.unique(log.user[rows].astype(np.int64) * log.n_items + log.item[rows], return_index=True)
+    return rows[np.sort(first)]
+
+
+def _has_past_dislike(log: EventLog, user: np.ndarray, day: np.ndarray) -> np.ndarray:
+    dislikes = np.concatenate([[0], np.cumsum(log.feedback == DISLIKE)])
+    return dislikes[history_ends(log, user, day)] > dislikes[log.user_offsets[user]]
+
+
+def _next_dislikes(log: EventLog, requests: Requests) -> np.ndarray:
+    """The item of F with the earliest dislike, int32 [R]."""
+    row = np.repeat(np.arange(len(requests)), np.diff(requests.dislike_offsets))
+    event = _first_dislike_events(log, requests.user[row], requests.dislikes)
+    order = np.lexsort((event, row))
+    return requests.dislikes[order[requests.dislike_offsets[:-1]]]
+
+
+def _first_dislike_events(log: EventLog, user: np.ndarray, item: np.ndarray) -> np.ndarray:
+    """The event row of the first dislike of each (user, item), which must exist; of an item of F it is the one
+    within the horizon, as nothing came before."""
+    rows = np.flatnonzero(log.feedback == DISLIKE)
+    keys, first = np.unique(log.user[rows].astype(np.int64) * log.n_items + log.item[rows], return_index=True)
+    return rows[first[np.searchsorted(keys, user.astype(np.int64) * log.n_items + item)]]
+
+
+def _pools(log: EventLog, requests: Requests, seed: int) -> tuple[np.ndarray, np.ndarray, int, int]:
+    """Pools of the distinct (user, item of F) pairs, sorted by (request, item): requests, items, redrawn, dropped.
+
+    The 99 others are the items of 99 *events*, drawn without replacement from that day's events on items that
+    the user has no event with at any time. An item consumed by many is drawn as often as it is consumed: so the
+    target and its competitors have the same exposure, and a score that knows only exposure stays near 0.5.
+    """
+    row = np.repeat(np.arange(len(requests)), np.diff(requests.dislike_offsets))[::-1]  # latest request first
+    target = requests.dislikes[::-1]
+    _, latest = np.unique(requests.user[row].astype(np.int64) * log.n_items + target, return_index=True)
+    row, target = row[latest], target[latest]
+    order = np.lexsort((target, row))
+    row, target = row[order], target[order]
+
+    user = requests.user[row]
+    days = log.day
+    day = days[_first_dislike_events(log, user, target)]
+    by_day = np.argsort(days, kind="stable")
+    by_user = np.lexsort((log.item, log.user))
+    order = np.argsort(day, kind="stable")  # counts per item are made once a day
+    items, eligible = np.empty((len(row), POOL), np.int32), np.empty(len(row), np.int64)
+    items[order], eligible[order] = _draw(
+        user[order],
+        target[order],
+        np.searchsorted(days[by_day], day[order], side="left"),
+        np.searchsorted(days[by_day], day[order], side="right"),
+        log.item[by_day],
+        log.user_offsets,
+        log.item[by_user],
+        log.n_items,
+        seed,
+    )
+    kept = eligible > 0
+    return row[kept].astype(np.int32), items[kept], int((eligible[kept] < POOL - 1).sum()), int((~kept).sum())
+
+
+@numba.njit(cache=True)
+def _draw(user, target, begin, end, day_item, user_offsets, user_item, n_items, seed):
+    """Pools [N, POOL] and the number of events that each could draw from; rejection sampling, a seed a pair."""
+    n = len(user)
+    pools = np.zeros((n, POOL), np.int32)
+    eligible = np.zeros(n, np.int64)
+    count = np.zeros(n_items, np.int64)
+    drawn = np.empty(POOL, np.int64)
+    for p in range(n):
+        if p == 0 or begin[p] != begin[p - 1]:
+            count[:] = 0
+            for event in range(begin[p], end[p]):
+                count[day_item[event]] += 1
+        own = user_item[user_offsets[user[p]] : user_offsets[user[p] + 1]]  # ascending, may repeat
+        eligible[p] = end[p] - begin[p]
+        for k in range(len(own)):
+            if k == 0 or own[k] != own[k - 1]:
+                eligible[p] -= count[own[k]]
+        if eligible[p] == 0:
+            continue
+        pools[p, 0] = target[p]
+        state = _mix(_mix(_mix(np.uint64(seed)) ^ np.uint64(user[p])) ^ np.uint64(target[p]))
+        size = 1
+        while size < POOL:
+            state = _mix(state)
+            event = begin[p] + np.int64(state % np.uint64(end[p] - begin[p]))
+            candidate = day_item[event]
+            k = np.searchsorted(own, candidate)
+            if k < len(own) and own[k] == candidate:
+                continue
+            if eligible[p] >= POOL - 1 and (drawn[1:size] == event).any():
+                continue
+            drawn[size] = event
+            pools[p, size] = candidate
+            size += 1
+    return pools, eligible
+
+
+@numba.njit(cache=True)
+def _mix(state):
+    """One step of splitmix64."""
+    z = state + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
