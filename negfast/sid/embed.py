@@ -134,6 +134,9 @@ def embed_cooccurrence(log: EventLog, valid_day: int, seed: int = 0) -> np.ndarr
 
 
 def _reduced(features: sp.csr_matrix, seed: int) -> np.ndarray:
+    features = features[:, np.unique(features.indices)]  # most hashed columns of a small table are empty
+    if features.nnz == 0:
+        return np.zeros((features.shape[0], 1), dtype=np.float32)
     width = min(SVD_DIMENSIONS, *features.shape)
     return TruncatedSVD(width, random_state=seed).fit_transform(features).astype(np.float32)
 

