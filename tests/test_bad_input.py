@@ -1,0 +1,252 @@
+"""Bad input through the command line: one line that names the place, exit code 2, nothing left behind."""
+
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+from click.testing import CliRunner
+
+from negfast.cli import main
+
+T0, DAY = 1_371_000_000, 86_400
+HEADER = "user,item,rating,time"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a good event log and a good item table to spoil."""
+    rng = np.random.default_rng()
+    rows = [f"{user},{day // 2},{rng.integers(1, 11)},{T0 + day * DAY}" for day in range(60) for user in range(6)]
+    (tmp_path / "log.csv").write_text("\n".join([HEADER, *rows]) + "\n")
+    (tmp_path / "items.csv").write_text("item,title\n" + "".join(f"{item},Title {item}\n" for item in range(30)))
+    return tmp_path
+
+
+def refused(folder, *arguments, out="out"):
+    """Runs `negfast prepare` and returns its message, after checking code, form and traces."""
+    before = sorted(folder.rglob("*"))
+    options = ["--dislike", "rating<=5", "--out", str(folder / out)]
+    result = CliRunner().invoke(main, ["prepare", *map(str, arguments), *options])
+    assert result.exit_code == 2, (result.output, result.exception)
+    assert sorted(folder.rglob("*")) == before
+    message = result.stderr.removesuffix("\n")
+    assert message.startswith("negfast: ")
+    assert "\n" not in message
+    return message
+
+
+def spoil(path, line, text):
+    """Replaces a line (from 1)."""
+    lines = path.read_text().split("\n")
+    lines[line - 1] = text
+    path.write_text("\n".join(lines))
+
+
+def test_missing_file(folder):
+    assert "none.csv: no such file" in refused(folder, folder / "none.csv")
+    message = refused(folder, folder / "log.csv", "--items", folder / "none.parquet")
+    assert "none.parquet: no such file" in message
+
+
+def test_missing_column(folder):
+    message = refused(folder, folder / "log.csv", "--user-column", "usr")
+    assert "log.csv: no column 'usr', found user, item, rating, time (did you mean 'user'?)" in message
+    message = refused(folder, folder / "log.csv", "--items", folder / "items.csv", "--item-text-column", "name")
+    assert "items.csv: no column 'name', found item, title" in message
+
+
+def test_missing_column_of_parquet(folder):
+    parquet.write_table(pa.table({"user": [1], "item": [1], "time": [T0]}), folder / "log.parquet")
+    assert "log.parquet: no column 'rating', found user, item, time" in refused(folder, folder / "log.parquet")
+
+
+def test_a_file_without_header(folder):
+    (folder / "ratings.dat").write_text(f"1::2::3::{T0}\n")
+    assert "--columns" in refused(folder, folder / "ratings.dat")
+
+
+@pytest.mark.parametrize("row", ["1,2,3", "1,2,3,4,5"])
+def test_wrong_number_of_fields(folder, row):
+    spoil(folder / "log.csv", 17, row)
+    assert f"log.csv, line 17: found {row.count(',') + 1} fields, expected 4" in refused(folder, folder / "log.csv")
+
+
+@pytest.mark.parametrize("when", ["soon", "12:30", "nan", "1371000000x"])
+@pytest.mark.parametrize("unit", ["auto", "s"])
+def test_non_numeric_time(folder, when, unit):
+    spoil(folder / "log.csv", 5, f"1,2,3,{when}")
+    message = refused(folder, folder / "log.csv", "--time-unit", unit)
+    assert f"log.csv, line 5: time '{when}' is no time, expected" in message
+
+
+def test_missing_time(folder):
+    spoil(folder / "log.csv", 5, "1,2,3,")
+    assert "log.csv, line 5: time '' is no time" in refused(folder, folder / "log.csv")
+    parquet.write_table(
+        pa.table({"user": [1, 1], "item": [1, 1], "rating": [1, 1], "time": [T0, None]}), folder / "log.parquet"
+    )
+    assert "log.parquet, row 2: no time" in refused(folder, folder / "log.parquet")
+
+
+def test_iso_time_that_is_none(folder):
+    (folder / "log.csv").write_text(f"{HEADER}\n1,2,3,2013-06-17\n1,2,3,2013-06-31\n")
+    assert "log.csv, line 3: time '2013-06-31' is no time" in refused(folder, folder / "log.csv")
+
+
+def test_negative_time(folder):
+    spoil(folder / "log.csv", 3, "1,2,3,-5")
+    assert "log.csv, line 3: time -5 lies before 1970" in refused(folder, folder / "log.csv")
+
+
+@pytest.mark.parametrize("future", [int(time.time()) + 3 * DAY, 9 * 10**18, 10**30])
+def test_future_time(folder, future):
+    spoil(folder / "log.csv", 3, f"1,2,3,{future}")
+    message = refused(folder, folder / "log.csv", "--time-unit", "s")
+    assert f"log.csv, line 3: time {future} lies in the future" in message
+
+
+def test_wrong_unit_shows_as_future(folder):
+    (folder / "log.csv").write_text(f"{HEADER}\n1,2,3,{T0 * 1000}\n")
+    assert "--time-unit" in refused(folder, folder / "log.csv", "--time-unit", "s")
+
+
+def test_empty_log(folder):
+    (folder / "log.csv").write_text("")
+    assert "log.csv: the file is empty" in refused(folder, folder / "log.csv")
+    (folder / "log.csv").write_text(HEADER + "\n")
+    assert "log.csv: no events" in refused(folder, folder / "log.csv")
+
+
+def test_log_without_dislikes(folder):
+    log = (folder / "log.csv").read_text().split("\n")
+    (folder / "log.csv").write_text(
+        "\n".join([log[0], *(",".join([*line.split(",")[:2], "9", line.split(",")[3]]) for line in log[1:-1])])
+    )
+    message = refused(folder, folder / "log.csv")
+    assert "log.csv: no dislikes: no event matches rating<=5; rating holds 9" in message
+
+
+def test_rating_that_is_no_number(folder):
+    spoil(folder / "log.csv", 9, f"1,2,good,{T0}")
+    assert "log.csv, line 9: rule rating<=5: rating 'good' is not a number" in refused(folder, folder / "log.csv")
+
+
+def test_missing_ids(folder):
+    spoil(folder / "log.csv", 4, f"1,,3,{T0}")
+    assert "log.csv, line 4: no item, expected an id" in refused(folder, folder / "log.csv")
+
+
+def test_duplicate_items(folder):
+    (folder / "items.csv").write_text("item,title\n1,One\n2,Two\n3,Three\n2,Again\n")
+    message = refused(folder, folder / "log.csv", "--items", folder / "items.csv")
+    assert "items.csv, line 5: item '2' is there twice, first in" in message
+    assert message.endswith("items.csv, line 3")
+
+
+def test_events_of_unknown_items(folder):
+    spoil(folder / "log.csv", 8, f"1,99,3,{T0}")
+    message = refused(folder, folder / "log.csv", "--items", folder / "items.csv")
+    assert "log.csv, line 8: item '99' is not in the item table (1 items of the log are not)" in message
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_truncated_parquet(folder, share):
+    table = pa.table({"user": [1] * 500, "item": range(500), "rating": [1] * 500, "time": [T0] * 500})
+    parquet.write_table(table, folder / "log.parquet")
+    data = (folder / "log.parquet").read_bytes()
+    (folder / "log.parquet").write_bytes(data[: int(len(data) * share)])
+    assert "log.parquet: cannot be read as Parquet" in refused(folder, folder / "log.parquet")
+
+
+def test_damaged_compression(folder):
+    import zstandard
+
+    data = zstandard.compress((folder / "log.csv").read_bytes())
+    (folder / "log.csv.zst").write_bytes(data[: len(data) // 2])
+    assert "log.csv.zst: cannot be read" in refused(folder, folder / "log.csv.zst")
+    (folder / "log.csv.gz").write_bytes(b"not gzip")
+    assert "log.csv.gz: cannot be read" in refused(folder, folder / "log.csv.gz")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_wrong_encoding_of_items(folder, encoding):
+    (folder / "items.csv").write_bytes("item,title\n1,One\n2,Fantômas\n3,Three\n".encode(encoding))
+    message = refused(folder, folder / "log.csv", "--items", folder / "items.csv", "--item-text-column", "title")
+    assert f"items.csv, line {3 if encoding == 'latin-1' else 1}: not UTF-8" in message
+
+
+@pytest.mark.parametrize("kind", ["dat", "jsonl", "tsv"])
+def test_wrong_encoding_of_events(folder, kind):
+    good, bad = f"1::2::3::{T0}\n", f"ô::2::3::{T0}\n"
+    text, options = good + bad, ["--columns", "user,item,rating,time"]
+    if kind == "tsv":
+        text = text.replace("::", "\t")
+    if kind == "jsonl":
+        rows = [f'{{"user": "{user}", "item": "2", "rating": 1, "time": {T0}}}\n' for user in "1ô"]
+        text, options = "".join(rows), []
+    (folder / f"log.{kind}").write_bytes(text.encode("latin-1"))
+    assert f"log.{kind}, line 2: not UTF-8: byte 0xf4" in refused(folder, folder / f"log.{kind}", *options)
+
+
+def test_broken_json(folder):
+    (folder / "log.jsonl").write_text('{"user": 1, "item": 2, "rating": 1, "time": 3}\n{"user": 1, "item"\n')
+    assert "log.jsonl, line 2: not a JSON object" in refused(folder, folder / "log.jsonl")
+    (folder / "log.jsonl").write_text("[1, 2]\n")
+    assert "log.jsonl, line 1: not a JSON object" in refused(folder, folder / "log.jsonl")
+
+
+def test_unknown_format(folder):
+    (folder / "log.xls").write_text("x")
+    assert "log.xls: unknown format '.xls'" in refused(folder, folder / "log.xls")
+
+
+def test_log_shorter_than_its_horizon(folder):
+    assert "a horizon of 28 days needs at least 87" in refused(folder, folder / "log.csv", "--horizon", "28")
+
+
+@pytest.mark.parametrize(("option", "date"), [("--valid", "2013-06-13"), ("--test", "2030-01-01"), ("--test", "soon")])
+def test_dates_that_do_not_fit(folder, option, date):
+    message = refused(folder, folder / "log.csv", option, date)
+    assert option in message
+    assert date in message
+
+
+def test_semantic_ids_that_cannot_name_the_items(folder):
+    message = refused(folder, folder / "log.csv", "--levels", "1", "--codebook", "2")
+    assert "cannot name 30 items apart" in message
+
+
+def test_output_that_cannot_be_written(folder):
+    assert "cannot be written" in refused(folder, folder / "log.csv", out="log.csv/out")
+    assert "cannot be written" in refused(folder, folder / "log.csv", out="log.csv/deeper/out")
+
+
+def test_output_that_is_something_else(folder):
+    (folder / "mine").mkdir()
+    (folder / "mine" / "thesis.tex").write_text("x")
+    for force in ([], ["--force"]):
+        assert "exists and is no data set" in refused(folder, folder / "log.csv", *force, out="mine")
+    assert "exists and is no data set" in refused(folder, folder / "log.csv", "--force", out="items.csv")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["prepare"], "Missing argument 'EVENTS'"),
+        (["prepare", "log.csv", "--out", "x"], "Missing option '--dislike'"),
+        (["prepare", "log.csv", "--out", "x", "--dislike", "rating=5"], "rule 'rating=5'"),
+        (["prepare", "log.csv", "--out", "x", "--dislike", "a", "--horizon", "x"], "'x' is not a valid integer"),
+        (["prepare", "log.csv", "--out", "x", "--dislike", "a", "--wrong"], "No such option"),
+        (["wrong"], "No such command 'wrong'"),
+        (["inspect", "none"], "none: no such file or directory"),
+    ],
+)
+def test_usage(arguments, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not any(tmp_path.iterdir())

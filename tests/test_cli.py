@@ -1,0 +1,202 @@
+"""The command line: help without torch, options that arrive, exit codes, and prepare + inspect as a user runs them."""
+
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from negfast.cli import main
+from negfast.data.dataset import Dataset
+from negfast.errors import InputError
+
+COMMANDS = ["prepare", "inspect", "train", "eval", "predict", "score", "export"]
+DAY = 86_400
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(main, list(map(str, arguments)))
+
+
+@pytest.fixture
+def kuairand(tmp_path):
+    """A log in KuaiRand's format: tab separated, hates and likes only, milliseconds, no titles."""
+    rng = np.random.default_rng()
+    columns = ["user_id", "video_id", "date", "hourmin", "time_ms", "is_click", "play_time_ms", "label", "timestamp"]
+    lines = []
+    for day in range(14):
+        for user in range(12):
+            for video in rng.integers(1000, 1400, 4):
+                time_ms = (1_649_376_000 + day * DAY) * 1000 + rng.integers(DAY * 1000)
+                lines.append([100 + user, video, 20220408 + day, 1700, time_ms, 1, 9, rng.integers(2), "2022-04-10"])
+    path = tmp_path / "events.tsv"
+    path.write_text("\n".join("\t".join(map(str, line)) for line in [columns, *lines]) + "\n")
+    return path
+
+
+KUAIRAND_MAPPING = [
+    *("--user-column", "user_id", "--item-column", "video_id", "--time-column", "time_ms", "--time-unit", "ms"),
+    *("--dislike", "label==0", "--horizon", "3"),
+]
+
+
+def test_kuairand_by_mapping_alone(kuairand, tmp_path):
+    result = invoke("prepare", kuairand, *KUAIRAND_MAPPING, "--out", tmp_path / "data")
+    assert result.exit_code == 0, result.output
+    rows = [line.split("\t") for line in kuairand.read_text().split("\n")[1:-1]]
+    log = Dataset.open(tmp_path / "data").log
+    assert len(log) == len(rows)
+    assert sorted(log.time) == sorted(int(row[4]) // 1000 for row in rows)
+    assert int((log.feedback == 2).sum()) == sum(row[7] == "0" for row in rows)
+    assert "items: no text" in result.stdout
+    assert "split: horizon 3 days" in result.stdout
+
+
+def test_inspect_shows_the_data_set_and_finds_damage(kuairand, tmp_path):
+    data = tmp_path / "data"
+    assert invoke("prepare", kuairand, *KUAIRAND_MAPPING, "--out", data).exit_code == 0
+    result = invoke("inspect", data)
+    assert result.exit_code == 0, result.output
+    manifest = Dataset.open(data).manifest
+    assert f"{manifest['counts']['dislikes']:,} dislikes" in result.stdout
+    assert "days          2022-04-08 to 2022-04-21" in result.stdout
+    assert "collisions_before" in result.stdout
+    assert "perplexity" in result.stdout
+    for name in manifest["files"]:
+        assert re.search(rf"^{re.escape(name)} .* ok$", result.stdout, re.MULTILINE)
+    codes = data / "semantic_ids.safetensors"
+    codes.write_bytes(codes.read_bytes()[:-1] + b"\x99")
+    result = invoke("inspect", data)
+    assert result.exit_code == 2
+    assert result.stderr == f"negfast: {codes}: damaged: its SHA-256 is not that of manifest.json\n"
+
+
+def test_inspect_shows_a_shard(kuairand, tmp_path):
+    data = tmp_path / "data"
+    assert invoke("prepare", kuairand, *KUAIRAND_MAPPING, "--out", data).exit_code == 0
+    result = invoke("inspect", data / "events.nfs")
+    assert result.exit_code == 0, result.output
+    assert "672" in result.stdout  # events
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command):
+    for flag in ("-h", "--help"):
+        result = invoke(command, flag)
+        assert result.exit_code == 0
+        assert f"negfast {command} " in result.stdout.split("Usage:")[1].split("\n", 1)[1]
+
+
+def test_help_and_bad_input_do_not_wait_for_torch(tmp_path):
+    code = (
+        "import sys\n"
+        "from negfast.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: print('heavy', {'torch', 'transformers', 'numba'} & set(sys.modules), end.code)\n"
+    )
+    bad = ["prepare", str(tmp_path / "none.csv"), "--dislike", "a", "--out", str(tmp_path / "out")]
+    for arguments, status in ((["--help"], 0), (["prepare", "--help"], 0), (["train", "-h"], 0), (bad, 2)):
+        run = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+        assert f"heavy set() {status}" in run.stdout
+
+
+def test_version_names_what_runs():
+    import torch
+
+    result = invoke("--version")
+    assert result.exit_code == 0
+    assert f"torch {torch.__version__}" in result.stdout
+    for name in ("negfast", "triton", "CUDA"):
+        assert name in result.stdout
+
+
+def fake(monkeypatch, module, function, behaviour):
+    """Puts a module with one function in place of the one that the command imports."""
+    stand_in = types.ModuleType(module)
+    setattr(stand_in, function, behaviour)
+    monkeypatch.setitem(sys.modules, module, stand_in)
+
+
+@pytest.mark.parametrize(
+    ("line", "module", "function", "expected"),
+    [
+        (
+            "train my.toml --preset smoke --data d --model m --init i --out o --set a.b=1 --set c.d=x",
+            *("negfast.train.run", "train"),
+            {
+                **{"config": Path("my.toml"), "preset": "smoke", "data": Path("d"), "model": Path("m")},
+                **{"init": Path("i"), "out": Path("o"), "overrides": ("a.b=1", "c.d=x")},
+            },
+        ),
+        (
+            "train",
+            *("negfast.train.run", "train"),
+            {
+                **dict.fromkeys(["config", "preset", "data", "model", "init", "out"]),
+                "overrides": (),
+            },
+        ),
+        (
+            "eval r --split valid --data d --json",
+            *("negfast.evaluate.run", "evaluate_run"),
+            {0: Path("r"), "split": "valid", "data": Path("d"), "as_json": True},
+        ),
+        (
+            "predict r --at 2013-08-01 --top 7 --out f",
+            *("negfast.serve.predict", "predict_run"),
+            {0: Path("r"), "data": None, "at": "2013-08-01", "top": 7, "out": Path("f")},
+        ),
+        (
+            "score r c --data d --out f",
+            *("negfast.serve.score", "score_run"),
+            {0: Path("r"), 1: Path("c"), "data": Path("d"), "at": None, "out": Path("f")},
+        ),
+        ("export r --out d", "negfast.serve.export", "export_run", {0: Path("r"), "out": Path("d")}),
+    ],
+)
+def test_options_arrive(monkeypatch, line, module, function, expected):
+    calls = []
+    fake(monkeypatch, module, function, lambda *args, **options: calls.append({**dict(enumerate(args)), **options}))
+    result = invoke(*line.split())
+    assert result.exit_code == 0, result.output
+    assert calls == [expected]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "stderr"),
+    [
+        (InputError("my.toml: unknown\nkey"), 2, "negfast: my.toml: unknown key\n"),
+        (OSError(28, "No space left on device", "x"), 1, "negfast: [Errno 28] No space left on device: 'x'\n"),
+        (MemoryError(), 1, "negfast: MemoryError\n"),
+    ],
+)
+def test_failures_are_one_line_and_a_code(monkeypatch, error, code, stderr):
+    def fail(**_):
+        raise error
+
+    fake(monkeypatch, "negfast.train.run", "train", fail)
+    result = invoke("train")
+    assert (result.exit_code, result.stderr) == (code, stderr)
+
+
+def test_ctrl_c_exits_130(monkeypatch):
+    def interrupted(**_):
+        print("saved at step 7; go on with ...", file=sys.stderr)
+        raise KeyboardInterrupt
+
+    fake(monkeypatch, "negfast.train.run", "train", interrupted)
+    result = invoke("train")
+    assert result.exit_code == 130
+    assert result.stderr.strip() == "saved at step 7; go on with ..."
+
+
+def test_a_bug_is_not_dressed_up(monkeypatch):
+    def broken(**_):
+        raise ZeroDivisionError
+
+    fake(monkeypatch, "negfast.train.run", "train", broken)
+    assert isinstance(invoke("train").exception, ZeroDivisionError)
