@@ -7,6 +7,7 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from negfast.data.items import ItemTable
 from negfast.data.log import DISLIKE, EventLog
@@ -15,6 +16,8 @@ from negfast.evaluate.predictions import Predictions
 from negfast.evaluate.sets import EvalSet, first_feedback
 
 WARM_UP = 40  # days at the start of the log that are not fitted on, as histories are still short
+
+_SMALL = 500_000  # rows
 
 Scorer = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # users, items, days -> probability
 
@@ -76,10 +79,21 @@ def fit_scorers(log: EventLog, items: ItemTable, fit_until: int) -> dict[str, Sc
         early_stopping=False,
         random_state=0,
     )
-    boosted.fit(features.full(*asked), dislike)
+    with _threads(len(events)):
+        boosted.fit(features.full(*asked), dislike)
+
+    def boosted_score(user: np.ndarray, item: np.ndarray, day: np.ndarray) -> np.ndarray:
+        with _threads(len(user)):
+            return boosted.predict_proba(features.full(user, item, day))[:, 1]
+
     scorers["logistic"] = lambda *pair: logistic.predict_proba(features.simple(*pair))[:, 1]
-    scorers["boosted"] = lambda *pair: boosted.predict_proba(features.full(*pair))[:, 1]
+    scorers["boosted"] = boosted_score
     return scorers
+
+
+def _threads(rows: int) -> threadpool_limits:
+    """One OpenMP thread for a small job: waiting threads spin, ten times slower where cores are shared."""
+    return threadpool_limits(limits=1 if rows < _SMALL else None, user_api="openmp")
 
 
 def _score_pools(evalset: EvalSet, score: Scorer) -> np.ndarray:
