@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from negfast.errors import InputError
+from negfast.errors import InputError, TrainingError
 
 # Commands import what they run inside: --help and bad usage should not wait for torch.
 
@@ -27,7 +27,7 @@ class Negfast(click.Group):
             _fail(f"{error.format_message()} (see {command} --help)", 2)
         except click.Abort:
             sys.exit(130)  # the stage has said how to go on
-        except (OSError, MemoryError) as error:
+        except (TrainingError, OSError, MemoryError) as error:
             _fail(str(error) or type(error).__name__, 1)
 
 

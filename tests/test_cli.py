@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from negfast.cli import main
 from negfast.data.dataset import Dataset
-from negfast.errors import InputError
+from negfast.errors import InputError, TrainingError
 
 COMMANDS = ["prepare", "inspect", "train", "eval", "predict", "score", "export"]
 DAY = 86_400
@@ -171,6 +171,7 @@ def test_options_arrive(monkeypatch, line, module, function, expected):
     [
         (InputError("my.toml: unknown\nkey"), 2, "negfast: my.toml: unknown key\n"),
         (OSError(28, "No space left on device", "x"), 1, "negfast: [Errno 28] No space left on device: 'x'\n"),
+        (TrainingError("loss is nan at step 7"), 1, "negfast: loss is nan at step 7\n"),
         (MemoryError(), 1, "negfast: MemoryError\n"),
     ],
 )

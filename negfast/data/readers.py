@@ -94,7 +94,7 @@ def encode(source: Source, name: str) -> Encoded:
     chunks = source.table[name]
     if pa.types.is_dictionary(chunks.type):
         chunks = chunks.cast(chunks.type.value_type)
-    encoded = chunks.dictionary_encode().unify_dictionaries()
+    encoded = chunks.dictionary_encode()  # one dictionary for all chunks
     if encoded.num_chunks == 0:
         return Encoded(source, name, np.empty(0, np.int32), pa.array([], chunks.type))
     values = encoded.chunk(0).dictionary

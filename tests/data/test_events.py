@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from negfast.data.events import EventMapping, ItemMapping, read_events, read_items
 from negfast.data.log import DISLIKE, EXPOSED, LIKE
+from negfast.data.readers import Source, encode
 from negfast.data.rules import parse_rule
 from negfast.errors import InputError
 
@@ -219,6 +220,26 @@ def test_order_within_a_second_follows_the_finer_time(tmp_path):
     log = read_events(path, mapping(time_unit="ms", value="rating"), None, silent).log
     assert log.value.tolist() == [1, 2, 9]  # equal times keep the order of the lines
     assert log.time.tolist() == [T0] * 3
+
+
+def test_order_where_users_and_microseconds_overflow_one_key(tmp_path):
+    rng = np.random.default_rng()
+    n_users, ticks = 9000, rng.integers(0, 1_700_000_000_000_000, 20_000)
+    user = rng.integers(0, n_users, 20_000)
+    path = tmp_path / "log.parquet"
+    parquet.write_table(pa.table({"user": user, "item": user, "rating": np.ones(20_000), "time": ticks}), path)
+    events = read_events(path, mapping(time_unit="us"), None, silent)
+    found = [(int(events.user_ids[u]), t) for u, t in zip(events.log.user, events.log.time, strict=True)]
+    assert found == sorted(zip(user.tolist(), (ticks // 1_000_000).tolist(), strict=True))
+
+
+@given(chunks=st.lists(st.lists(st.sampled_from(["a", "b", "c", "", None]), max_size=4), max_size=5))
+def test_encoding_of_a_column_in_chunks(chunks):
+    table = pa.table({"x": pa.chunked_array(chunks, pa.string())})
+    column = encode(Source(None, table, 1), "x")
+    expected = [value or None for chunk in chunks for value in chunk]
+    assert [None if code < 0 else column.values[int(code)].as_py() for code in column.codes] == expected
+    assert len(set(column.values.to_pylist())) == len(column.values)
 
 
 def test_line_numbers_count_the_header_and_empty_lines(tmp_path):
