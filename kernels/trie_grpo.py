@@ -19,7 +19,7 @@ KLS = ("exact", "k3")
 
 @dataclass(frozen=True)
 class GRPOObjective:
-    """What GRPO maximises. Sources: GRPO (arXiv 2402.03300), Dr. GRPO (2503.20783), DAPO (2503.14476), PKPO (2505.15201).
+    """What GRPO maximises. From GRPO (arXiv 2402.03300), Dr. GRPO (2503.20783), DAPO (2503.14476), PKPO (2505.15201).
 
     loss        grpo: mean over the counted tokens of an answer, then over answers; dr_grpo: sum over tokens divided
                 by (answers * levels), a constant; dapo: mean over all counted tokens.
@@ -84,11 +84,12 @@ class GRPOTerms:
 
 
 def log_policy(logits: Tensor, valid: Tensor, log_prior: Tensor | None, temperature: float) -> Tensor:
-    """Log-probabilities [R, K] of the policy renormalised over the valid codes; -inf where not valid.
+    """Log-probabilities [R, K] of the policy renormalised over the valid codes, in float32 or float64; -inf elsewhere.
 
     A row without a valid code (padding) gets zeros, so that it can be carried along without NaN.
     """
-    scores = logits if log_prior is None else logits + log_prior
+    scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    scores = scores if log_prior is None else scores + log_prior
     scores = (scores / temperature).masked_fill(~valid, -torch.inf)
     scores = torch.where(valid.any(-1, keepdim=True), scores, 0.0)
     return torch.log_softmax(scores, dim=-1)
@@ -124,11 +125,18 @@ def max_at_k_advantage(rewards: Tensor, k: int) -> Tensor:
     # Sorted ascending, answer m is the best of comb(m, k - 2) sets of k - 1 answers; only sets whose best lies
     # below answer i leave it anything to add.
     ordered, order = rewards.sort(dim=-1)
-    sets = torch.tensor([comb(m, k - 2) for m in range(size)], dtype=rewards.dtype, device=rewards.device)
-    sets_below = sets.cumsum(0) - sets
-    best_below = (sets * ordered).cumsum(-1) - sets * ordered
-    added = (sets_below * ordered - best_below) / comb(size - 1, k - 1)
-    return torch.empty_like(rewards).scatter_(-1, order, k * added)
+    share = torch.tensor(set_shares(size, k), dtype=rewards.dtype, device=rewards.device)
+    share_below = share.cumsum(0) - share
+    best_below = (share * ordered).cumsum(-1) - share * ordered
+    return torch.empty_like(rewards).scatter_(-1, order, share_below * ordered - best_below)
+
+
+def set_shares(size: int, k: int) -> list[float]:
+    """For m = 0..size-1: k times the share of all sets of k - 1 other answers whose best is the m-th from below.
+
+    Divided as integers, since binomials of large groups overflow any float.
+    """
+    return [k * comb(m, k - 2) / comb(size - 1, k - 1) for m in range(size)]
 
 
 def trie_grpo_reference(
@@ -143,7 +151,7 @@ def trie_grpo_reference(
     old_log_prob: Tensor | None = None,
     answer_weight: Tensor | None = None,
 ) -> GRPOTerms:
-    """GRPO's loss with clipping and KL over the trie, in the dtype of ``logits`` (fp64 for tests).
+    """GRPO's loss with clipping and KL over the trie, in float32, or float64 where ``logits`` are (for tests).
 
     logits [R, K], valid bool [R, K], log_prior [R, K] or None; rewards [B, G]; reference_log_policy [R, K] the frozen
     policy's ``log_policy`` at the same rows (needed where beta > 0); old_log_prob [T] of the policy that sampled
@@ -153,15 +161,15 @@ def trie_grpo_reference(
         raise ValueError("reference_log_policy: found None, expected log-probabilities since beta > 0")
     log_p = log_policy(logits, valid, log_prior, objective.temperature)
     log_prob = log_p[tokens.row, tokens.code]
-    counted = tokens.counted.to(logits.dtype)
+    counted = tokens.counted.to(log_p.dtype)
     log_prob = torch.where(tokens.counted, log_prob, 0.0)
     old = log_prob.detach() if old_log_prob is None else torch.where(tokens.counted, old_log_prob, 0.0)
 
-    advantage = group_advantage(rewards, objective).reshape(-1)[tokens.answer].to(logits.dtype)
+    advantage = group_advantage(rewards, objective).reshape(-1)[tokens.answer].to(log_p.dtype)
     ratio = (log_prob - old).exp()
     bounded = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
     gain = torch.minimum(ratio * advantage, bounded * advantage)
-    clipped = (bounded * advantage < ratio * advantage).to(logits.dtype) * counted
+    clipped = (bounded * advantage < ratio * advantage).to(log_p.dtype) * counted
 
     # 0 * log 0 = 0: masked codes hold -inf
     finite = log_p.masked_fill(~valid, 0.0)
@@ -177,7 +185,7 @@ def trie_grpo_reference(
             kl = log_ratio.exp() - log_ratio - 1
         kl = torch.where(tokens.counted, kl, 0.0)
 
-    weight = token_weight(tokens, rewards.numel(), levels, objective, logits.dtype, answer_weight)
+    weight = token_weight(tokens, rewards.numel(), levels, objective, log_p.dtype, answer_weight)
     loss = (weight * (objective.beta * kl - gain)).sum()
     return GRPOTerms(loss, log_prob.detach(), kl.detach(), entropy.detach(), clipped.detach())
 

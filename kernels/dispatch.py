@@ -1,0 +1,27 @@
+"""Where Triton kernels run: on CUDA, and on the CPU under Triton's interpreter, which only tests ask for."""
+
+import os
+
+import torch
+from torch import Tensor
+
+# Triton reads the variable when a kernel is decorated, hence once, at import.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether tensors of this device go to the Triton kernels; otherwise the eager reference computes."""
+    return device.type == "cuda" or INTERPRETED
+
+
+def check_tensors(shapes: dict[str, tuple[Tensor | None, tuple[int, ...], torch.dtype]], device: torch.device) -> None:
+    """Raise ValueError at the first tensor of another shape, dtype or device than the kernel reads; None passes."""
+    for name, (tensor, shape, dtype) in shapes.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: found shape {tuple(tensor.shape)}, expected {shape}")
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name}: found {tensor.dtype}, expected {dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: found on {tensor.device}, expected {device}")

@@ -1,0 +1,206 @@
+"""Random inputs of the kernels, and how far an output is from the truth; shared by tests and benchmarks."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from negfast.kernels.trie_rows import RowTokens, TrieRows, TrieTables
+from torch import Tensor
+
+
+def relative_error(found: Tensor, truth: Tensor) -> float:
+    """||found - truth|| / ||truth|| in float64; infinite where anything found is not finite."""
+    found, truth = found.detach().cpu().double(), truth.detach().cpu().double()
+    if not torch.isfinite(found).all():
+        return float("inf")
+    return float((found - truth).norm() / truth.norm().clamp_min(1e-30)) if truth.norm() > 0 else float(found.norm())
+
+
+@dataclass(frozen=True)
+class PlainTrie:
+    """A trie built slowly from Python sets: per level the sorted prefixes, and the tables made from them."""
+
+    codes: np.ndarray  # [I, L], distinct rows
+    codebook: int
+    prefixes: list[list[tuple[int, ...]]]  # level 0..L
+    index: dict[tuple[int, ...], int]  # prefix -> global node id
+
+    @classmethod
+    def random(cls, random: np.random.Generator, items: int, levels: int, codebook: int) -> "PlainTrie":
+        codes = np.unique(random.integers(0, codebook, (items, levels)), axis=0)
+        prefixes = [sorted({tuple(int(c) for c in row[:level]) for row in codes}) for level in range(levels + 1)]
+        index = {prefix: n for n, prefix in enumerate(prefix for level in prefixes for prefix in level)}
+        return cls(codes, codebook, prefixes, index)
+
+    def tables(self, mass: np.ndarray | None, weight: float, device: torch.device) -> TrieTables:
+        """``mass`` float64 [D, I] of items."""
+        words = -(-self.codebook // 32)
+        first_child, child_bits, leaf_count, node_mass = [], [], [], []
+        for level, level_prefixes in enumerate(self.prefixes):
+            local = {prefix: n for n, prefix in enumerate(level_prefixes)}
+            if level:
+                owner = np.array([local[tuple(int(c) for c in row[:level])] for row in self.codes])
+                leaf_count.append(np.bincount(owner, minlength=len(local)).astype(np.int32))
+                if mass is not None:
+                    node_mass.append(np.stack([np.bincount(owner, m, len(local)) for m in mass]).astype(np.float32))
+            if level < len(self.prefixes) - 1:
+                bits = np.zeros((len(local), words), dtype=np.uint32)
+                counts = np.zeros(len(local), dtype=np.int64)
+                for prefix in self.prefixes[level + 1]:
+                    bits[local[prefix[:-1]], prefix[-1] // 32] |= np.uint32(1 << (prefix[-1] % 32))
+                    counts[local[prefix[:-1]]] += 1
+                first_child.append(np.append(0, np.cumsum(counts)).astype(np.int32))
+                child_bits.append(bits.view(np.int32))
+
+        def put(arrays: list[np.ndarray]) -> list[Tensor]:
+            return [torch.from_numpy(array).to(device) for array in arrays]
+
+        return TrieTables.from_levels(
+            put(first_child),
+            put(child_bits),
+            put(leaf_count),
+            self.codebook,
+            put(node_mass) if mass is not None else None,
+            weight,
+            epsilon=0.05,
+        )
+
+    def choices(self, prefix: tuple[int, ...], seen: set[int]) -> dict[int, list[int]]:
+        """code -> unseen items below it, of the children of a prefix that have any."""
+        below: dict[int, list[int]] = {}
+        for item, row in enumerate(self.codes):
+            if item not in seen and tuple(int(c) for c in row[: len(prefix)]) == prefix:
+                below.setdefault(int(row[len(prefix)]), []).append(item)
+        return below
+
+
+@dataclass(frozen=True)
+class TrieCase:
+    """Inputs of ``trie_grpo``; ``request_seen`` and ``row_prefix`` let a test enumerate what the tables say."""
+
+    logits: Tensor
+    tables: TrieTables
+    rows: TrieRows
+    tokens: RowTokens
+    code: Tensor
+    counted: Tensor
+    rewards: Tensor
+    reference: Tensor
+    answer_weight: Tensor
+    trie: PlainTrie
+    mass: np.ndarray | None
+    request_seen: list[set[int]]
+    row_prefix: list[tuple[int, tuple[int, ...]]]  # (request, prefix) of each row that is no padding
+
+    def to(self, dtype: torch.dtype) -> "TrieCase":
+        """Logits in a dtype; in float64 all that computes with them."""
+        if dtype != torch.float64:
+            return replace(self, logits=self.logits.to(dtype), reference=self.reference.to(dtype))
+        names = ("logits", "reference", "rewards", "answer_weight")
+        return replace(self, **{name: getattr(self, name).double() for name in names})
+
+
+def trie_case(
+    seed: int,
+    device: torch.device,
+    *,
+    prompts: int = 3,
+    group: int = 4,
+    levels: int = 3,
+    codebook: int = 16,
+    items: int = 60,
+    rows: int | None = None,
+    merge: bool = True,
+    with_prior: bool = True,
+    seen_items: int = 12,
+    equal_rewards: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> TrieCase:
+    """Answers drawn uniformly from unseen items. ``rows``: padded up to this many; ``merge``: answers that share a node
+    share its row. Each request has seen all items under some node, so that inner nodes are pruned too."""
+    random = np.random.default_rng(seed)
+    trie = PlainTrie.random(random, items, levels, codebook)
+    count = len(trie.codes)
+    mass = random.exponential(1.0, (2, count)) * (random.random((2, count)) < 0.7) if with_prior else None
+    tables = trie.tables(mass, weight=0.8, device=device)
+    seen_sets, entries = [], []
+    for _ in range(prompts):
+        seen = {int(i) for i in random.choice(count, min(seen_items, count // 3), replace=False)}
+        if levels > 1 and count > 3:
+            first = int(random.integers(count))
+            seen |= {i for i in range(count) if (trie.codes[i, : levels - 1] == trie.codes[first, : levels - 1]).all()}
+        seen_sets.append(seen if len(seen) < count else set())
+        per_node: dict[int, list[int]] = {}
+        for item in sorted(seen_sets[-1]):
+            for level in range(1, levels + 1):
+                per_node.setdefault(trie.index[tuple(int(c) for c in trie.codes[item, :level])], []).append(item)
+        entries.append(sorted(per_node.items()))
+
+    unseen = [[i for i in range(count) if i not in seen] for seen in seen_sets]
+    answers = np.stack([random.choice(options, group) for options in unseen])  # [B, G]
+    code = torch.tensor(trie.codes[answers.reshape(-1)].T.copy(), dtype=torch.int32)  # [L, B*G]
+    row_of: dict[tuple, int] = {}
+    row_prefix: list[tuple[int, tuple[int, ...]]] = []
+    token_row = np.empty((levels, prompts * group), dtype=np.int64)
+    counted = np.empty((levels, prompts * group), dtype=bool)
+    open_choice: dict[tuple, bool] = {}
+    for level in range(levels):
+        for answer, item in enumerate(answers.reshape(-1)):
+            request, prefix = answer // group, tuple(int(c) for c in trie.codes[item, :level])
+            key = (request, prefix) if merge or level == 0 else (request, prefix, answer)
+            if key not in row_of:
+                row_of[key] = len(row_prefix)
+                row_prefix.append((request, prefix))
+            if (request, prefix) not in open_choice:
+                open_choice[request, prefix] = len(trie.choices(prefix, seen_sets[request])) > 1
+            token_row[level, answer] = row_of[key]
+            counted[level, answer] = open_choice[request, prefix]
+    total = max(rows or 0, len(row_prefix))
+
+    flat = [(node, len(seen), request) for request, per in enumerate(entries) for node, seen in per]
+    begin = np.searchsorted([request for _, _, request in flat], np.arange(prompts + 1))
+    day = random.integers(0, 2, prompts)
+    seen_mass = [
+        sum(mass[day[request], item] for item in seen) if mass is not None else 0
+        for request, per in enumerate(entries)
+        for _, seen in per
+    ]
+
+    def put(values, dtype: torch.dtype, fill: float = 0) -> Tensor:
+        tensor = torch.as_tensor(np.asarray(values), dtype=dtype)
+        missing = total - len(tensor)
+        return torch.cat([tensor, torch.full((missing,), fill, dtype=dtype)]).to(device)
+
+    requests = np.array([request for request, _ in row_prefix])
+    trie_rows = TrieRows(
+        node=put([trie.index[prefix] for _, prefix in row_prefix], torch.int32, -1),
+        seen_begin=put(begin[requests], torch.int32),
+        seen_end=put(begin[requests + 1], torch.int32),
+        seen_node=torch.tensor([node for node, _, _ in flat], dtype=torch.int32, device=device),
+        seen_count=torch.tensor([n for _, n, _ in flat], dtype=torch.int32, device=device),
+        mass_row=put(day[requests], torch.int32) if with_prior else None,
+        seen_mass=torch.tensor(seen_mass, dtype=torch.float32, device=device) if with_prior else None,
+    )
+    counts = torch.from_numpy(counted).to(device)
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    rewards = torch.full((prompts, group), 0.25) if equal_rewards else torch.rand(prompts, group, generator=generator)
+    rewards = (rewards * 4).round() / 4  # ties within groups
+    return TrieCase(
+        logits=(2 * normal(total, codebook)).to(dtype),
+        tables=tables,
+        rows=trie_rows,
+        tokens=RowTokens.from_rows(torch.from_numpy(token_row).to(device), counts, total),
+        code=code.to(device),
+        counted=counts,
+        rewards=rewards.to(device),
+        reference=(2 * normal(total, codebook)).to(dtype),
+        answer_weight=torch.rand(prompts * group, generator=generator).to(device),
+        trie=trie,
+        mass=mass,
+        request_seen=seen_sets,
+        row_prefix=row_prefix,
+    )

@@ -1,0 +1,47 @@
+"""Tests under device/ launch Triton kernels: on the GPU where there is one, else in Triton's interpreter.
+
+The interpreter must be chosen before Triton is first imported, so without a GPU the folder is run by
+``test_interpreted.py`` in processes of its own.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `import cases`, which bench/ reads as well
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore = [] if INTERPRETED or torch.cuda.is_available() else ["device"]
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda")
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A fresh seed, printed by pytest where the test fails; KERNEL_SEED repeats one."""
+    value = int(os.environ.get("KERNEL_SEED", int.from_bytes(os.urandom(3), "little")))
+    print(f"KERNEL_SEED={value}")
+    return value
+
+
+if INTERPRETED:
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    truncating_cast = InterpreterBuilder.cast_impl
+
+    def rounding_cast(builder: InterpreterBuilder, source: TensorHandle, target: tl.dtype) -> TensorHandle:
+        """GPUs round float32 to the nearest bfloat16; the interpreter cuts the bits off, twice the error."""
+        if source.dtype.scalar != tl.float32 or target.scalar != tl.bfloat16:
+            return truncating_cast(builder, source, target)
+        rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.int16)
+        return TensorHandle(rounded.numpy().view(np.uint16), tl.bfloat16)
+
+    InterpreterBuilder.cast_impl = rounding_cast

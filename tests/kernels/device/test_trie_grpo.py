@@ -1,0 +1,196 @@
+"""The fused trie GRPO kernel against float64: never further off than eager code in the same dtype, plus a rounding."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import TrieCase, relative_error, trie_case
+from negfast.kernels import fused_trie_grpo
+from negfast.kernels.fused_trie_grpo import eager, launch, trie_grpo
+from negfast.kernels.trie_grpo import GRPOObjective
+
+NAMES = ("loss", "log_prob", "kl", "entropy", "clipped", "dlogits")
+ROUNDING = 3e-6
+BASE = GRPOObjective(beta=0.1)
+
+
+def inputs(case: TrieCase) -> tuple:
+    return case.logits, case.tables, case.rows, case.tokens, case.code, case.counted, case.rewards
+
+
+def poisoned_launch(*arguments):
+    """The kernel over outputs filled with NaN before it runs."""
+    torch.use_deterministic_algorithms(True)  # makes torch.empty fill with NaN
+    try:
+        assert torch.empty(3).isnan().all()
+        return launch(*arguments)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def check(
+    case: TrieCase, objective: GRPOObjective, kind: str = "logits", off_policy: bool = False, weights: bool = False
+) -> tuple[torch.Tensor, ...]:
+    exact = case.to(torch.float64)
+    weight, exact_weight = (case.answer_weight, exact.answer_weight) if weights else (None, None)
+    reference, exact_reference = (case.reference, exact.reference) if objective.beta > 0 else (None, None)
+    if kind == "log_policy" and reference is not None:
+        reference = torch.log_softmax(case.reference.float(), -1)
+        exact_reference = reference.double()
+    old = exact_old = None
+    if off_policy:  # far enough from the policy that ratios clip on both sides
+        sampled = eager(*inputs(exact), replace(objective, beta=0.0))[1]
+        old = (sampled + 0.4 * torch.randn(sampled.shape, dtype=torch.float64).to(sampled.device)).float()
+        exact_old = old.double()
+    truth = eager(*inputs(exact), objective, exact_reference, kind, exact_old, exact_weight)
+    expected = eager(*inputs(case), objective, reference, kind, old, weight)
+    found = poisoned_launch(*inputs(case), objective, reference, kind, old, weight)
+    for name, kernel, plain, right in zip(NAMES, found, expected, truth, strict=True):
+        assert kernel.shape == plain.shape and kernel.dtype == plain.dtype, name
+        error, allowed = relative_error(kernel, right), relative_error(plain, right)
+        assert error <= 1.1 * allowed + ROUNDING, f"{name}: {error:.2e}, eager {allowed:.2e}"
+    return truth
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype"),
+    [(252, torch.float32), (507, torch.bfloat16), (123, torch.float32), (123, torch.bfloat16)],
+    ids=["252", "507-bf16", "123", "123-bf16"],
+)
+def test_odd_numbers_of_rows(rows: int, dtype: torch.dtype, device: torch.device, seed: int):
+    case = trie_case(seed, device, prompts=3, group=13, codebook=40, items=300, rows=rows, merge=False, dtype=dtype)
+    check(case, BASE, off_policy=True, weights=True)
+
+
+@pytest.mark.parametrize("codebook", [1, 2, 31, 33, 255, 256, 1000, 8192])
+def test_codebooks(codebook: int, device: torch.device, seed: int):
+    items = min(codebook**3, 400)
+    check(trie_case(seed, device, prompts=2, group=3, codebook=codebook, items=items), BASE, off_policy=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_half_precision_wide_rows(dtype: torch.dtype, device: torch.device, seed: int):
+    case = trie_case(seed, device, prompts=2, group=5, codebook=2048, items=300, dtype=dtype)
+    check(case, BASE, off_policy=True, weights=True)
+
+
+@pytest.mark.parametrize("group", [1, 3, 64])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        BASE,
+        GRPOObjective(beta=0.1, scale_rewards=True, loss="grpo"),
+        GRPOObjective(beta=0.1, set_size=1, kl="k3"),
+        GRPOObjective(beta=0.1, set_size=3, loss="dapo"),
+    ],
+    ids=["plain", "scaled", "leave-one-out", "max@3"],
+)
+def test_groups(group: int, objective: GRPOObjective, device: torch.device, seed: int):
+    objective = replace(objective, set_size=min(objective.set_size, group))
+    check(trie_case(seed, device, prompts=2, group=group), objective)
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo"])
+@pytest.mark.parametrize("kl", ["exact", "k3"])
+@pytest.mark.parametrize("weights", [False, True], ids=["plain", "weighted"])
+def test_objectives(loss: str, kl: str, weights: bool, device: torch.device, seed: int):
+    objective = GRPOObjective(loss=loss, kl=kl, beta=0.3, clip_low=0.1, clip_high=0.25, temperature=0.7)
+    truth = check(trie_case(seed, device, group=9), objective, off_policy=True, weights=weights)
+    assert truth[4].sum() > 0, "no token was clipped: the case tests nothing of clipping"
+
+
+@pytest.mark.parametrize("kind", ["logits", "log_policy"])
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_references(kind: str, beta: float, device: torch.device, seed: int):
+    check(trie_case(seed, device), replace(BASE, beta=beta), kind=kind)
+
+
+def test_without_a_prior(device: torch.device, seed: int):
+    check(trie_case(seed, device, with_prior=False), BASE, off_policy=True)
+
+
+def test_equal_rewards_push_nothing(device: torch.device, seed: int):
+    case = trie_case(seed, device, equal_rewards=True)
+    check(case, replace(BASE, scale_rewards=True))
+    *_, dlogits = launch(*inputs(case), replace(BASE, beta=0.0))
+    assert (dlogits == 0).all()
+
+
+def test_single_children_count_nowhere(device: torch.device, seed: int):
+    """Four deep levels of few items: most nodes have one child."""
+    case = trie_case(seed, device, levels=4, codebook=64, items=40, group=8)
+    assert (~case.counted).float().mean() > 0.3
+    check(case, BASE, off_policy=True)
+    _, log_prob, kl, entropy, *_ = launch(*inputs(case), BASE, case.reference)
+    for term in (log_prob, kl, entropy):
+        assert (term[~case.counted] == 0).all()
+
+
+def test_pruned_and_padding_rows_get_no_gradient(device: torch.device, seed: int):
+    case = trie_case(seed, device, rows=40, seen_items=30)
+    check(case, BASE)
+    *_, dlogits = poisoned_launch(*inputs(case), BASE, case.reference)
+    valid = torch.zeros(dlogits.shape, dtype=torch.bool)
+    for row, (request, prefix) in enumerate(case.row_prefix):
+        valid[row, list(case.trie.choices(prefix, case.request_seen[request]))] = True
+    assert (dlogits.cpu()[~valid] == 0).all()
+    assert (dlogits.cpu()[valid] != 0).any()
+
+
+def test_runs_are_bit_equal(device: torch.device, seed: int):
+    case = trie_case(seed, device, group=16, dtype=torch.bfloat16)
+    first = launch(*inputs(case), BASE, case.reference)
+    again = launch(*inputs(case), BASE, case.reference)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_the_gradient_arrives_at_the_logits(device: torch.device, seed: int):
+    case = trie_case(seed, device)
+    logits = case.logits.clone().requires_grad_()
+    terms = trie_grpo(logits, *inputs(case)[1:], BASE, reference=case.reference)
+    (3 * terms.loss).backward()
+    *_, dlogits = launch(*inputs(case), BASE, case.reference)
+    torch.testing.assert_close(logits.grad, 3 * dlogits)
+
+
+def test_operator_is_registered_for_compilation(device: torch.device, seed: int):
+    case = trie_case(seed, device)
+    captured = []
+    operator = fused_trie_grpo._op
+    try:
+        fused_trie_grpo._op = lambda *arguments: captured.append(arguments) or operator(*arguments)
+        trie_grpo(*inputs(case), BASE, reference=case.reference)
+    finally:
+        fused_trie_grpo._op = operator
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    logits = captured[0][0].clone().requires_grad_()
+    torch.library.opcheck(operator, (logits, *captured[0][1:]), test_utils=checks)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_rewards_that_are_not_finite_raise(bad: float, device: torch.device, seed: int):
+    case = trie_case(seed, device)
+    case.rewards[1, 2] = bad
+    with pytest.raises(ValueError, match="rewards: found NaN or inf"):
+        trie_grpo(*inputs(case), BASE, reference=case.reference)
+
+
+def test_what_is_unsupported_raises(device: torch.device, seed: int):
+    case = trie_case(seed, device)
+    calls = {
+        "beta > 0": {"objective": BASE},
+        "reference_kind": {"objective": BASE, "reference": case.reference, "reference_kind": "probabilities"},
+        "set_size: found 5": {"objective": replace(BASE, set_size=5), "reference": case.reference},
+        "reference: found torch.bfloat16": {"objective": BASE, "reference": case.reference.bfloat16()},
+        "reference: found shape": {"objective": BASE, "reference": case.reference[1:]},
+    }
+    for message, options in calls.items():
+        with pytest.raises(ValueError, match=message):
+            trie_grpo(*inputs(case), **options)
+    with pytest.raises(ValueError, match=r"logits: found torch\.float64"):
+        trie_grpo(*inputs(case.to(torch.float64)), replace(BASE, beta=0.0))
+    with pytest.raises(ValueError, match=r"code: found torch\.int64"):
+        trie_grpo(*inputs(replace(case, code=case.code.long())), replace(BASE, beta=0.0))
+    wide = replace(case, logits=torch.zeros(len(case.logits), 8193, device=device))
+    with pytest.raises(ValueError, match="codebook: found 8193"):
+        trie_grpo(*inputs(wide), replace(BASE, beta=0.0))

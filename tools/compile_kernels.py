@@ -1,0 +1,231 @@
+"""Compile every Triton kernel for GPUs one does not have, and print registers, spills and shared memory.
+
+    python tools/compile_kernels.py [--target 80 90 100] [--kernel trie_grpo ...] [--json]
+
+Launches are recorded from the very functions that run on a GPU, on tensors without data, so that the compiled
+signatures are those of real calls. No GPU is needed; TRITON_INTERPRET must not be set. Triton keeps what it compiled
+in its cache directory, so that a second run is fast.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import triton
+from negfast.kernels import fused_trie_grpo
+from negfast.kernels.trie_grpo import GRPOObjective
+from negfast.kernels.trie_rows import RowTokens, TrieRows, TrieTables
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = (80, 90, 100)
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded launch: a kernel function and the arguments it was given."""
+
+    case: str
+    kernel: triton.JITFunction
+    grid: tuple[int, ...]
+    arguments: dict
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+
+@dataclass
+class Recorder:
+    """Stands in a module for a kernel and notes its launches."""
+
+    case: str
+    kernel: triton.JITFunction
+    launches: list[Launch]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable:
+        def note(*args: object, **kwargs: object) -> None:
+            arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
+            self.launches.append(Launch(self.case, self.kernel, grid, arguments))
+
+        return note
+
+
+@contextmanager
+def recorded(case: str, module: ModuleType) -> Iterator[list[Launch]]:
+    """Within it, launches of the module's kernels are noted and not run."""
+    launches: list[Launch] = []
+    kernels = {name: value for name, value in vars(module).items() if isinstance(value, triton.JITFunction)}
+    for name, kernel in kernels.items():
+        setattr(module, name, Recorder(case, kernel, launches))
+    try:
+        yield launches
+    finally:
+        for name, kernel in kernels.items():
+            setattr(module, name, kernel)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def trie_inputs(codebook: int, dtype: torch.dtype, count: int = 1024) -> tuple[Tensor, TrieTables, TrieRows, RowTokens]:
+    """Logits, tables, rows and tokens of 16 prompts, 32 answers, 3 levels, and a trie of 100,000 nodes."""
+    nodes, inner, seen, tokens = 100_000, 40_000, 5_000, 3 * 16 * 32
+    tables = TrieTables(
+        empty(inner + 1),
+        empty(inner, -(-codebook // 32)),
+        empty(nodes),
+        (0, 1, 300, inner),
+        codebook,
+        empty(400, nodes, dtype=torch.float32),
+    )
+    rows = TrieRows(
+        *(empty(count) for _ in range(3)),
+        *(empty(seen) for _ in range(2)),
+        mass_row=empty(count),
+        seen_mass=empty(seen, dtype=torch.float32),
+    )
+    logits = empty(count, codebook, dtype=dtype)
+    return logits, tables, rows, RowTokens(empty(count + 1), empty(tokens), empty(tokens))
+
+
+def record_trie_grpo() -> list[Launch]:
+    launches = []
+    for codebook in (256, 1024, 8192):
+        logits, tables, rows, tokens = trie_inputs(codebook, torch.bfloat16)
+        answers = empty(3, 16 * 32), empty(3, 16 * 32, dtype=torch.bool), empty(16, 32, dtype=torch.float32)
+        arguments = (logits, tables, rows, tokens, *answers)
+        old = empty(3, 16 * 32, dtype=torch.float32)
+        cases = {"default": (GRPOObjective(), None)}
+        if codebook != 1024:
+            cases["grpo k3 max@8"] = (GRPOObjective(loss="grpo", kl="k3", set_size=8), old)
+        for name, (objective, old_log_prob) in cases.items():
+            with recorded(f"{codebook} codes bf16, {name}", fused_trie_grpo) as noted:
+                fused_trie_grpo.launch(*arguments, objective, logits, "logits", old_log_prob)
+            launches += noted
+    return launches
+
+
+KERNELS: dict[str, Callable[[], list[Launch]]] = {"trie_grpo": record_trie_grpo}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes: 32-bit registers a thread, bytes of stack and spill instructions, shared bytes."""
+
+    kernel: str
+    case: str
+    target: str
+    warps: int
+    stages: int
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    tensor_core: str = field(default="")
+
+
+def compile_launch(launch: Launch, capability: int) -> Resources:
+    source, options = ast_source(launch)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    usage, sass = inspect_cubin(compiled.asm["cubin"])
+    matrix = [name for name in ("UTCHMMA", "HGMMA", "HMMA") if name in sass]
+    return Resources(
+        kernel=launch.name,
+        case=launch.case,
+        target=f"sm_{capability}",
+        warps=compiled.metadata.num_warps,
+        stages=compiled.metadata.num_stages,
+        registers=int(usage["REG"]),
+        stack=int(usage["STACK"]),
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        shared=compiled.metadata.shared,
+        tensor_core=matrix[0] if matrix else "",
+    )
+
+
+def ast_source(launch: Launch) -> tuple[ASTSource, dict]:
+    """Signature as Triton's own launcher would specialise it: None and 1 are constants, aligned values are marked."""
+    names = launch.kernel.arg_names
+    constexprs = {param.name for param in launch.kernel.params if param.is_constexpr}
+    signature, constants, attributes = {}, {}, {}
+    for index, name in enumerate(names):
+        value = launch.arguments[name]
+        if name in constexprs or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        if isinstance(value, Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    options = {key: value for key, value in launch.arguments.items() if key not in names}
+    return ASTSource(launch.kernel, signature, constants, attributes), options
+
+
+def inspect_cubin(cubin: bytes) -> tuple[dict[str, str], str]:
+    """(resource usage, disassembly) by the tools that Triton carries."""
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def ask(tool: str, *options: str) -> str:
+            command = [str(tools / tool), *options, file.name]
+            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+        usage = dict(re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", ask("cuobjdump", "-res-usage")))
+        return usage, ask("nvdisasm", "-c")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compile the kernels ahead of time and print what they take.")
+    parser.add_argument("--target", type=int, nargs="+", default=TARGETS, choices=TARGETS)
+    parser.add_argument("--kernel", nargs="+", default=list(KERNELS), choices=list(KERNELS))
+    parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
+    options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("TRITON_INTERPRET is set: kernels cannot be compiled in a process that interprets them")
+    found = []
+    if not options.json:
+        print(f"{'kernel':34} {'case':30} {'target':7} {'warps':>5} {'regs':>5} {'spills':>6} {'shared':>7}  unit")
+    for name in options.kernel:
+        for launch in KERNELS[name]():
+            for target in options.target:
+                r = compile_launch(launch, target)
+                found.append(r)
+                if not options.json:
+                    figures = f"{r.warps:5} {r.registers:5} {r.spills:6} {r.shared:7}  {r.tensor_core}"
+                    print(f"{r.kernel:34} {r.case:30} {r.target:7} {figures}", flush=True)
+    if options.json:
+        print(json.dumps([asdict(r) for r in found]))
+    if any(r.spills or r.stack for r in found):
+        sys.exit("a kernel spills registers")
+
+
+if __name__ == "__main__":
+    main()
