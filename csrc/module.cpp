@@ -1,6 +1,198 @@
-// negfast._core: the parts of negfast that run outside Python.
+// negfast._core: the parts of negfast that run outside Python. Every call releases the GIL.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <memory>
+
+#include "packer.hpp"
+#include "shard.hpp"
+#include "source.hpp"
+#include "writer.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace negfast {
+namespace {
+
+template <class T>
+using Column = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Table = nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Output = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+template <class T>
+std::span<const T> view(const Column<T>& column) {
+  return {column.data(), column.size()};
+}
+
+void same_length(size_t found, size_t expected, const char* name) {
+  if (found != expected)
+    throw ShardError(std::string(name) + ": found " + std::to_string(found) + " entries, expected " +
+                     std::to_string(expected));
+}
+
+// A vector as a numpy array that keeps it alive: no copy.
+template <class T>
+nb::object to_numpy(std::vector<T>&& values) {
+  auto* owned = new std::vector<T>(std::move(values));
+  nb::capsule owner(owned, [](void* p) noexcept { delete static_cast<std::vector<T>*>(p); });
+  return nb::cast(nb::ndarray<nb::numpy, T, nb::ndim<1>>(owned->data(), {owned->size()}, owner));
+}
+
+void write_histories(const std::string& path, Column<int64_t> offsets, Column<int32_t> item, Column<uint8_t> feedback,
+                     Column<int64_t> time, Column<uint32_t> user_list, uint64_t users, uint64_t items,
+                     uint32_t time_unit, unsigned threads) {
+  same_length(feedback.size(), item.size(), "feedback");
+  same_length(time.size(), item.size(), "time");
+  if (offsets.size() == 0 || offsets.data()[0] != 0 ||
+      offsets.data()[offsets.size() - 1] != static_cast<int64_t>(item.size()))
+    throw ShardError("user offsets: expected them to go from 0 to " + std::to_string(item.size()));
+  for (size_t i = 0; i + 1 < offsets.size(); ++i)
+    if (offsets.data()[i] > offsets.data()[i + 1]) throw ShardError("user offsets: found a decrease, expected none");
+  if (user_list.size() > 0) same_length(user_list.size(), offsets.size() - 1, "user list");
+  nb::gil_scoped_release release;
+  const MemorySource source({view(offsets), item.data(), feedback.data(), time.data()});
+  write_shard(path, source, {users, items, time_unit, threads, view(user_list)});
+}
+
+void add_events(SortingSource& source, Column<int32_t> user, Column<int32_t> item, Column<uint8_t> feedback,
+                Column<int64_t> time) {
+  same_length(item.size(), user.size(), "item");
+  same_length(feedback.size(), user.size(), "feedback");
+  same_length(time.size(), user.size(), "time");
+  nb::gil_scoped_release release;
+  source.add(view(user), item.data(), feedback.data(), time.data());
+}
+
+void write_sorted(SortingSource& source, const std::string& path, uint64_t users, uint64_t items, uint32_t time_unit,
+                  unsigned threads) {
+  nb::gil_scoped_release release;
+  source.finish();
+  write_shard(path, source, {users, items, time_unit, threads, {}});
+}
+
+void shard_offsets(const Shard& shard, Column<int32_t> users, Output<int64_t> offsets) {
+  same_length(offsets.size(), users.size() + 1, "offsets");
+  nb::gil_scoped_release release;
+  shard.offsets(view(users), offsets.data());
+}
+
+void shard_read(const Shard& shard, Column<int32_t> users, Column<int64_t> offsets, Output<int32_t> item,
+                Output<uint8_t> feedback, Output<int64_t> time, unsigned threads) {
+  same_length(offsets.size(), users.size() + 1, "offsets");
+  std::vector<int64_t> expected(users.size() + 1);
+  nb::gil_scoped_release release;
+  shard.offsets(view(users), expected.data());
+  if (!std::equal(expected.begin(), expected.end(), offsets.data())) throw ShardError("offsets: not those of the users");
+  const auto events = static_cast<size_t>(expected.back());
+  same_length(item.size(), events, "item");
+  same_length(feedback.size(), events, "feedback");
+  same_length(time.size(), events, "time");
+  shard.read(view(users), offsets.data(), item.data(), feedback.data(), time.data(), threads);
+}
+
+nb::tuple shard_pack(const Shard& shard, Column<int32_t> users, Column<int64_t> cut, Column<uint8_t> views,
+                     int64_t like_cap, int64_t dislike_cap, Table<int32_t> item_tokens, Table<int32_t> item_nodes,
+                     std::vector<int32_t> markers, Table<int32_t> trending, Column<int32_t> trending_row,
+                     Column<int32_t> tail, unsigned threads) {
+  same_length(cut.size(), users.size(), "cut");
+  same_length(views.size(), users.size(), "views");
+  same_length(trending_row.size(), users.size(), "trending_row");
+  same_length(tail.size(), users.size(), "tail");
+  same_length(markers.size(), 3, "markers");
+  same_length(item_nodes.shape(0), item_tokens.shape(0), "item_nodes");
+  same_length(item_nodes.shape(1), item_tokens.shape(1), "levels of item_nodes");
+  const PackRequests requests{view(users), cut.data(), views.data(), trending_row.data(), tail.data()};
+  const PackLayout layout{like_cap,
+                          dislike_cap,
+                          item_tokens.data(),
+                          item_nodes.data(),
+                          static_cast<int>(item_tokens.shape(1)),
+                          item_tokens.shape(0),
+                          markers[0],
+                          markers[1],
+                          markers[2],
+                          trending.data(),
+                          static_cast<int64_t>(trending.shape(0)),
+                          static_cast<int64_t>(trending.shape(1))};
+  Packed packed;
+  {
+    nb::gil_scoped_release release;
+    packed = pack(shard, requests, layout, threads);
+  }
+  nb::list node, request, count, slot;
+  for (SeenLevel& level : packed.seen) {
+    node.append(to_numpy(std::move(level.node)));
+    request.append(to_numpy(std::move(level.request)));
+    count.append(to_numpy(std::move(level.count)));
+    slot.append(to_numpy(std::move(level.slot)));
+  }
+  return nb::make_tuple(to_numpy(std::move(packed.tokens)), to_numpy(std::move(packed.cu_seqlens)),
+                        to_numpy(std::move(packed.seen_item)), to_numpy(std::move(packed.seen_cu)), node, request,
+                        count, slot);
+}
+
+// What every file of a shard holds, in bytes a part.
+nb::list shard_files(const Shard& shard) {
+  nb::list files;
+  for (const auto& file : shard.files()) {
+    const Header& h = file->header();
+    uint64_t item_bytes = 0, time_bytes = 0;
+    for (uint64_t b = 0; b < file->blocks(); ++b) {
+      item_bytes += file->block_bytes(b, false);
+      time_bytes += file->block_bytes(b, true);
+    }
+    nb::dict facts;
+    facts["path"] = file->path();
+    facts["version"] = h.version;
+    facts["rows"] = h.rows;
+    facts["users"] = h.users;
+    facts["items"] = h.items;
+    facts["items_with_events"] = h.ranked;
+    facts["events"] = h.events;
+    facts["time_unit"] = h.time_unit;
+    facts["time_coding"] = h.features & kTimeRuns ? "runs" : "deltas";
+    nb::dict bytes;
+    bytes["items"] = item_bytes;
+    bytes["times"] = time_bytes;
+    bytes["index"] = h.index.size + h.wide.size + h.user_list.size;
+    bytes["tables"] = sizeof(Header) + h.codes.size + h.ranks.size;
+    facts["bytes"] = bytes;
+    facts["file_bytes"] = h.file_size;
+    files.append(facts);
+  }
+  return files;
+}
+
+}  // namespace
+}  // namespace negfast
 
 NB_MODULE(_core, m) {
-  m.doc() = "negfast's C++ core: shards, trie, packer";
+  using namespace negfast;
+  m.doc() = "negfast's C++ core: shard writer, reader and packer";
+  const nb::object input_error = nb::module_::import_("negfast.errors").attr("InputError");
+  nb::exception<ShardError>(m, "ShardError", input_error);
+
+  m.def("write_histories", &write_histories, "path"_a, "offsets"_a, "item"_a, "feedback"_a, "time"_a, "user_list"_a,
+        "users"_a, "items"_a, "time_unit"_a, "threads"_a);
+
+  nb::class_<SortingSource>(m, "EventSorter")
+      .def(nb::init<std::string, uint64_t, uint64_t, uint64_t>(), "folder"_a, "users"_a, "items"_a, "memory_bytes"_a)
+      .def("add", &add_events, "user"_a, "item"_a, "feedback"_a, "time"_a)
+      .def("write", &write_sorted, "path"_a, "users"_a, "items"_a, "time_unit"_a, "threads"_a);
+
+  nb::class_<Shard>(m, "Shard")
+      .def(nb::init<const std::vector<std::string>&>(), "paths"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def_prop_ro("n_users", &Shard::users)
+      .def_prop_ro("n_items", &Shard::items)
+      .def_prop_ro("n_events", &Shard::events)
+      .def("files", &shard_files)
+      .def("offsets", &shard_offsets, "users"_a, "out"_a)
+      .def("read", &shard_read, "users"_a, "offsets"_a, "item"_a, "feedback"_a, "time"_a, "threads"_a)
+      .def("pack", &shard_pack, nb::kw_only(), "users"_a, "cut"_a, "views"_a, "like_cap"_a, "dislike_cap"_a,
+           "item_tokens"_a, "item_nodes"_a, "markers"_a, "trending"_a, "trending_row"_a, "tail"_a, "threads"_a);
 }

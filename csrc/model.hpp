@@ -1,0 +1,51 @@
+// The statistics of a log's events and the codes made from them: what the encoder works with.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "huffman.hpp"
+#include "source.hpp"
+#include "symbols.hpp"
+
+namespace negfast {
+
+// A prefix code over the symbols of numbers, each with a tag (only items have one, their feedback).
+struct NumberCode {
+  unsigned head_bits = 1;
+  unsigned tags = 1;
+  std::vector<uint8_t> lengths;  // of symbol * tags + tag
+  std::vector<Code> codes;
+  uint64_t bits = 0;  // what the counted numbers cost, extra bits included
+
+  // The codeword with the extra bits above it, and their joint length (at most 56).
+  std::pair<uint64_t, unsigned> encode(uint64_t value, unsigned tag = 0) const {
+    const Symbol symbol = to_symbol(value, head_bits);
+    const Code code = codes[symbol.index * tags + tag];
+    return {code.bits | symbol.extra << code.length, code.length + symbol.extra_bits};
+  }
+};
+
+struct ShardModel {
+  std::vector<uint32_t> item_of_rank;  // items with events, most frequent first, ties by index
+  std::vector<uint32_t> rank_of_item;
+  int64_t time_base = 0;  // units
+  int64_t time_last = 0;
+  uint32_t time_unit = 1;
+  bool time_runs = false;  // whether (delta, run length) pairs are cheaper than a delta an event
+  NumberCode item, delta, run;
+  std::vector<uint64_t> stripe_events;
+  uint64_t events = 0;
+};
+
+// Units since 1970; seconds before it round down too.
+inline int64_t to_units(int64_t seconds, uint32_t unit) {
+  const int64_t quotient = seconds / static_cast<int64_t>(unit);
+  return seconds % static_cast<int64_t>(unit) < 0 ? quotient - 1 : quotient;
+}
+
+// One pass over the source, which also checks it: throws ShardError for an item out of range, an
+// unknown feedback, times out of order or 2^40 units apart.
+ShardModel build_model(const EventSource& source, uint64_t items, uint32_t time_unit, unsigned threads);
+
+}  // namespace negfast

@@ -1,0 +1,216 @@
+#include "packer.hpp"
+
+#include <algorithm>
+#include <string>
+
+#include "format.hpp"
+#include "parallel.hpp"
+
+namespace negfast {
+namespace {
+
+constexpr size_t kChunkRequests = 64;
+constexpr uint8_t kLike = 1, kDislike = 2;
+
+// Which items this thread has met in the request at hand; clearing it is a new number, not a pass.
+class MetItems {
+ public:
+  void start(uint64_t items) {
+    if (stamp_.size() < items) stamp_.resize(items, 0);
+    if (++request_ == 0) {
+      std::fill(stamp_.begin(), stamp_.end(), 0);
+      request_ = 1;
+    }
+  }
+  bool meet(uint32_t item) {  // true the first time
+    const bool fresh = stamp_[item] != request_;
+    stamp_[item] = request_;
+    return fresh;
+  }
+
+ private:
+  std::vector<uint32_t> stamp_;
+  uint32_t request_ = 0;
+};
+
+struct Scratch {
+  std::vector<int64_t> offsets, time;
+  std::vector<int32_t> item;
+  std::vector<uint8_t> feedback;
+  MetItems seen, told;
+  std::vector<int32_t> likes, dislikes;  // most recent first
+  std::vector<std::pair<int32_t, int32_t>> by_leaf;
+};
+
+void check_requests(const PackRequests& r, const PackLayout& layout) {
+  auto bad = [](size_t i, const std::string& what) { throw ShardError("request " + std::to_string(i) + ": " + what); };
+  for (size_t i = 0; i < r.users.size(); ++i) {
+    if (r.views[i] > 3) bad(i, "found view " + std::to_string(r.views[i]) + ", expected 0 to 3");
+    if (r.trending_row[i] < -1 || r.trending_row[i] >= layout.trending_days)
+      bad(i, "found trending row " + std::to_string(r.trending_row[i]) + ", expected -1 to " +
+                 std::to_string(layout.trending_days - 1));
+  }
+  for (int64_t i = 0; i < layout.trending_days * layout.trending_width; ++i)
+    if (layout.trending[i] < -1 || layout.trending[i] >= static_cast<int64_t>(layout.items))
+      throw ShardError("trending: found item " + std::to_string(layout.trending[i]) + ", expected -1 to " +
+                       std::to_string(layout.items - 1));
+}
+
+void append_items(const std::vector<int32_t>& items, const PackLayout& layout, std::vector<int32_t>& tokens) {
+  for (auto item = items.rbegin(); item != items.rend(); ++item) {
+    const int32_t* row = layout.item_tokens + static_cast<size_t>(*item) * layout.levels;
+    tokens.insert(tokens.end(), row, row + layout.levels);
+  }
+}
+
+// The last like or dislike of every (user, item) counts and gives it its place; an exposure says nothing.
+void collect_context(const int32_t* item, const uint8_t* feedback, int64_t events, const PackLayout& layout,
+                     Scratch& s, std::vector<int32_t>& seen_item) {
+  s.seen.start(layout.items);
+  s.told.start(layout.items);
+  s.likes.clear();
+  s.dislikes.clear();
+  const size_t first_seen = seen_item.size();
+  for (int64_t i = events - 1; i >= 0; --i) {
+    if (s.seen.meet(static_cast<uint32_t>(item[i]))) seen_item.push_back(item[i]);
+    if (feedback[i] == 0 || !s.told.meet(static_cast<uint32_t>(item[i]))) continue;
+    if (feedback[i] == kLike && static_cast<int64_t>(s.likes.size()) < layout.like_cap) s.likes.push_back(item[i]);
+    if (feedback[i] == kDislike && static_cast<int64_t>(s.dislikes.size()) < layout.dislike_cap)
+      s.dislikes.push_back(item[i]);
+  }
+  std::sort(seen_item.begin() + static_cast<std::ptrdiff_t>(first_seen), seen_item.end());
+}
+
+void append_prompt(const PackRequests& r, size_t i, const PackLayout& layout, const Scratch& s,
+                   std::vector<int32_t>& tokens) {
+  if (r.views[i] & 1) {
+    tokens.push_back(layout.likes_marker);
+    append_items(s.likes, layout, tokens);
+  }
+  if (r.views[i] & 2) {
+    tokens.push_back(layout.dislikes_marker);
+    append_items(s.dislikes, layout, tokens);
+  }
+  if (r.trending_row[i] >= 0) {
+    tokens.push_back(layout.trending_marker);
+    const int32_t* row = layout.trending + r.trending_row[i] * layout.trending_width;
+    for (int64_t k = 0; k < layout.trending_width; ++k) {
+      if (row[k] < 0) continue;
+      const int32_t* sid = layout.item_tokens + static_cast<size_t>(row[k]) * layout.levels;
+      tokens.insert(tokens.end(), sid, sid + layout.levels);
+    }
+  }
+  if (r.tail[i] >= 0) tokens.push_back(r.tail[i]);
+}
+
+// In the order of the leaves every level's nodes are in order too, so one sort serves all levels.
+void append_seen_nodes(std::span<const int32_t> items, int32_t request, const PackLayout& layout, Scratch& s,
+                       std::vector<SeenLevel>& seen) {
+  s.by_leaf.clear();
+  for (size_t k = 0; k < items.size(); ++k)
+    s.by_leaf.emplace_back(layout.item_nodes[static_cast<size_t>(items[k] + 1) * layout.levels - 1],
+                           static_cast<int32_t>(k));
+  std::sort(s.by_leaf.begin(), s.by_leaf.end());
+  for (int level = 0; level < layout.levels; ++level) {
+    SeenLevel& out = seen[level];
+    const size_t first_slot = out.slot.size();
+    out.slot.resize(first_slot + items.size());
+    int32_t last = -1;
+    for (const auto& [leaf, k] : s.by_leaf) {
+      const int32_t node = layout.item_nodes[static_cast<size_t>(items[k]) * layout.levels + level];
+      if (node < last || node < 0)
+        throw ShardError("item nodes: level " + std::to_string(level + 1) +
+                         " is not numbered in the order of the leaves");
+      if (node != last) {
+        out.node.push_back(node);
+        out.request.push_back(request);
+        out.count.push_back(0);
+        last = node;
+      }
+      ++out.count.back();
+      out.slot[first_slot + k] = static_cast<int32_t>(out.node.size()) - 1;
+    }
+  }
+}
+
+// Requests [first, first + n) as a Packed of their own.
+Packed pack_chunk(const Shard& shard, const PackRequests& r, size_t first, size_t n, const PackLayout& layout,
+                  Scratch& s) {
+  const auto users = r.users.subspan(first, n);
+  s.offsets.resize(n + 1);
+  shard.offsets(users, s.offsets.data());
+  // Times are decoded only where a cut may leave events out.
+  const bool any_cut = std::any_of(r.cut + first, r.cut + first + n, [&](int64_t t) { return t < shard.end_time(); });
+  const auto events = static_cast<size_t>(s.offsets[n]);
+  s.item.resize(events);
+  s.feedback.resize(events);
+  s.time.resize(any_cut ? events : 0);
+  shard.read_chunk(users, s.offsets.data(), s.item.data(), s.feedback.data(), any_cut ? s.time.data() : nullptr);
+
+  Packed out;
+  out.cu_seqlens.push_back(0);
+  out.seen_cu.push_back(0);
+  out.seen.resize(layout.levels);
+  for (size_t i = 0; i < n; ++i) {
+    const int64_t begin = s.offsets[i];
+    int64_t context = s.offsets[i + 1] - begin;
+    if (any_cut) {
+      const auto time = s.time.begin() + begin;
+      context = std::lower_bound(time, time + context, r.cut[first + i]) - time;
+    }
+    collect_context(s.item.data() + begin, s.feedback.data() + begin, context, layout, s, out.seen_item);
+    append_prompt(r, first + i, layout, s, out.tokens);
+    const auto seen_from = static_cast<size_t>(out.seen_cu.back());
+    append_seen_nodes(std::span(out.seen_item).subspan(seen_from), static_cast<int32_t>(first + i), layout, s, out.seen);
+    out.cu_seqlens.push_back(static_cast<int32_t>(out.tokens.size()));
+    out.seen_cu.push_back(static_cast<int32_t>(out.seen_item.size()));
+  }
+  return out;
+}
+
+template <class T>
+void append(std::vector<T>& to, const std::vector<T>& from, T shift = 0, size_t skip = 0) {
+  const size_t at = to.size();
+  to.insert(to.end(), from.begin() + static_cast<std::ptrdiff_t>(skip), from.end());
+  if (shift != 0)
+    for (size_t i = at; i < to.size(); ++i) to[i] += shift;
+}
+
+}  // namespace
+
+Packed pack(const Shard& shard, const PackRequests& requests, const PackLayout& layout, unsigned threads) {
+  check_requests(requests, layout);
+  if (layout.items < shard.items())
+    throw ShardError("item tokens: found " + std::to_string(layout.items) + " rows, expected " +
+                     std::to_string(shard.items()) + " or more");
+  const size_t chunks = (requests.users.size() + kChunkRequests - 1) / kChunkRequests;
+  std::vector<Packed> parts(chunks);
+  std::vector<Scratch> scratch(std::max(1u, threads));
+  parallel_for(chunks, threads, [&](size_t chunk, unsigned worker) {
+    const size_t first = chunk * kChunkRequests, n = std::min(kChunkRequests, requests.users.size() - first);
+    parts[chunk] = pack_chunk(shard, requests, first, n, layout, scratch[worker]);
+  });
+
+  Packed all;
+  all.cu_seqlens.push_back(0);
+  all.seen_cu.push_back(0);
+  all.seen.resize(layout.levels);
+  for (const Packed& part : parts) {
+    if (all.tokens.size() + part.tokens.size() > INT32_MAX || all.seen_item.size() + part.seen_item.size() > INT32_MAX)
+      throw ShardError("pack: found a batch of more than 2^31 tokens or seen items, expected a smaller one");
+    append(all.cu_seqlens, part.cu_seqlens, static_cast<int32_t>(all.tokens.size()), 1);
+    append(all.tokens, part.tokens);
+    append(all.seen_cu, part.seen_cu, static_cast<int32_t>(all.seen_item.size()), 1);
+    append(all.seen_item, part.seen_item);
+    for (int level = 0; level < layout.levels; ++level) {
+      SeenLevel& to = all.seen[level];
+      append(to.slot, part.seen[level].slot, static_cast<int32_t>(to.node.size()));
+      append(to.node, part.seen[level].node);
+      append(to.request, part.seen[level].request);
+      append(to.count, part.seen[level].count);
+    }
+  }
+  return all;
+}
+
+}  // namespace negfast

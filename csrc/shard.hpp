@@ -1,0 +1,49 @@
+// A data set's histories: a base file and the files appended to it, read as one.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "decode.hpp"
+#include "shard_file.hpp"
+
+namespace negfast {
+
+class Shard {
+ public:
+  // Later files hold later events of a user.
+  explicit Shard(const std::vector<std::string>& paths);
+  Shard(const Shard&) = delete;
+  Shard& operator=(const Shard&) = delete;
+
+  uint64_t users() const { return users_; }
+  uint64_t items() const { return items_; }
+  uint64_t events() const { return events_; }
+  int64_t end_time() const { return end_time_; }  // no event has this time or a later one
+  const std::vector<std::unique_ptr<ShardFile>>& files() const { return files_; }
+
+  // Throws ShardError for a user out of range.
+  uint64_t events_of(int32_t user) const;
+
+  // Where every user's history starts in an output of all of them: offsets[0] = 0 .. offsets[users.size()].
+  void offsets(std::span<const int32_t> users, int64_t* offsets) const;
+
+  // Histories of the users, one after another as `offsets` says; a null column is left out.
+  // Checksums are verified before a block's first byte is used.
+  void read(std::span<const int32_t> users, const int64_t* offsets, int32_t* item, uint8_t* feedback, int64_t* time,
+            unsigned threads) const;
+
+  // The same for a few users, on the calling thread; positions in the columns start at offsets[0].
+  void read_chunk(std::span<const int32_t> users, const int64_t* offsets, int32_t* item, uint8_t* feedback,
+                  int64_t* time) const;
+
+ private:
+  std::vector<std::unique_ptr<ShardFile>> files_;
+  uint64_t users_ = 0, items_ = 0, events_ = 0;
+  int64_t end_time_ = INT64_MIN;
+};
+
+}  // namespace negfast

@@ -1,0 +1,190 @@
+"""Histories on disk: compressed, checksummed, memory-mapped shards (csrc/FORMAT.md), and prompts packed from them."""
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from negfast import _core
+from negfast.data.log import EventLog
+
+
+@dataclass(frozen=True)
+class PackedPrompts:
+    """B prompts without padding, and the trie nodes above each request's seen items; all int32."""
+
+    tokens: np.ndarray  # [T]
+    cu_seqlens: np.ndarray  # [B + 1]: prompt b is tokens[cu_seqlens[b]:cu_seqlens[b + 1]]
+    seen_item: np.ndarray  # [S] distinct items with an event before the cut, increasing within a request
+    seen_cu: np.ndarray  # [B + 1]
+    # One array a level l = 1..L. The nodes of a level are ordered by (request, node).
+    seen_node: list[np.ndarray]  # [M_l]
+    seen_request: list[np.ndarray]  # [M_l]
+    seen_count: list[np.ndarray]  # [M_l] seen leaves under the node
+    seen_slot: list[np.ndarray]  # [S] which of the M_l a seen item is under
+
+
+class Shard:
+    """An open shard: the histories of ``n_users`` users over ``n_items`` items, ``n_events`` in all.
+
+    Whatever is read has passed its checksum; InputError says which part of a damaged file did not.
+    """
+
+    def __init__(self, paths: list[str]) -> None:
+        self._core = _core.Shard(paths)
+
+    @property
+    def n_users(self) -> int:
+        return self._core.n_users
+
+    @property
+    def n_items(self) -> int:
+        return self._core.n_items
+
+    @property
+    def n_events(self) -> int:
+        return self._core.n_events
+
+    def get_many(
+        self,
+        users: np.ndarray | None = None,
+        threads: int = 1,
+        out: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The histories of ``users`` int32 [B] (default: all), one after another.
+
+        Returns (offsets int64 [B + 1], item int32 [N], feedback uint8 [N], time int64 [N] in UTC seconds, rounded
+        down to the shard's resolution); user b's events are offsets[b]:offsets[b + 1]. ``out`` gives arrays of at
+        least that length to write (item, feedback, time) to, e.g. pinned ones; slices of them are returned.
+        Raises InputError for a user out of range or a damaged shard.
+        """
+        if users is None:
+            users = np.arange(self.n_users, dtype=np.int32)
+        offsets = np.empty(len(users) + 1, dtype=np.int64)
+        self._core.offsets(users, offsets)
+        n = int(offsets[-1])
+        if out is None:
+            out = np.empty(n, np.int32), np.empty(n, np.uint8), np.empty(n, np.int64)
+        item, feedback, time = (column[:n] for column in out)
+        self._core.read(users, offsets, item, feedback, time, threads)
+        return offsets, item, feedback, time
+
+    def pack(
+        self,
+        *,
+        users: np.ndarray,
+        cut: np.ndarray,
+        views: np.ndarray,
+        like_cap: int,
+        dislike_cap: int,
+        item_tokens: np.ndarray,
+        item_nodes: np.ndarray,
+        markers: tuple[int, int, int],
+        trending: np.ndarray,
+        trending_row: np.ndarray,
+        tail: np.ndarray,
+        threads: int = 1,
+    ) -> PackedPrompts:
+        """The prompts of B requests: ``[<likes> sid*] [<dislikes> sid*] [<trending> sid*] [tail]``.
+
+        users int32 [B]; cut int64 [B]: events before this time (UTC seconds) are the context; views uint8 [B]: bit 0
+        shows the likes, bit 1 the dislikes. A hidden segment has no marker, an empty shown one keeps it. The last
+        like or dislike of an item counts and gives it its place (an exposure changes neither); the most recent
+        ``like_cap`` and ``dislike_cap`` are kept, in order of time. item_tokens and item_nodes int32 [I, L];
+        ``markers`` are the tokens of likes, dislikes, trending; trending int32 [D, T]: items, -1 padded;
+        trending_row int32 [B]: its row, -1 for no segment; tail int32 [B]: the last token, -1 for none.
+
+        Raises InputError for requests outside the tables and for a damaged shard.
+        """
+        return PackedPrompts(
+            *self._core.pack(
+                users=users,
+                cut=cut,
+                views=views,
+                like_cap=like_cap,
+                dislike_cap=dislike_cap,
+                item_tokens=item_tokens,
+                item_nodes=item_nodes,
+                markers=list(markers),
+                trending=trending,
+                trending_row=trending_row,
+                tail=tail,
+                threads=threads,
+            )
+        )
+
+
+def write_shard(path: str | os.PathLike[str], log: EventLog, time_unit: int = 1, threads: int = 1) -> None:
+    """Writes the histories of a log (its ``value`` column excepted) to a shard file.
+
+    ``time_unit``: resolution of the stored times, seconds (86400 keeps days). The bytes do not depend on ``threads``.
+    The file appears whole or not at all. Raises InputError for events out of order or out of range.
+    """
+    _core.write_histories(
+        os.fspath(path),
+        log.user_offsets,
+        log.item,
+        log.feedback,
+        log.time,
+        np.empty(0, np.uint32),
+        log.n_users,
+        log.n_items,
+        time_unit,
+        threads,
+    )
+
+
+def open_shard(path: str | os.PathLike[str]) -> Shard:
+    """Maps a shard and checks all of it but the histories themselves, which are checked when first read.
+
+    Raises InputError for a file that is missing, damaged, cut short, or of an unknown version.
+    """
+    return Shard([os.fspath(path)])
+
+
+def describe_shard(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads all of a shard, checksums included, and tells its sizes by stream and its bits per event.
+
+    ``order0_floor`` is the order-0 entropy of item, feedback, time difference and history length, bits per event: what
+    a coder without context could reach. Raises InputError if the shard is damaged.
+    """
+    shard = open_shard(path)
+    facts: dict[str, Any] = {"events": shard.n_events, "users": shard.n_users, "items": shard.n_items}
+    facts["files"] = shard._core.files()
+    bytes_of = {part: sum(file["bytes"][part] for file in facts["files"]) for part in facts["files"][0]["bytes"]}
+    file_bytes = sum(file["file_bytes"] for file in facts["files"])
+    facts["bytes"] = bytes_of | {"file": file_bytes}
+    floor = _order0_floor(shard, min(file["time_unit"] for file in facts["files"]))
+    events = max(1, shard.n_events)
+    facts["bits_per_event"] = {part: 8 * size / events for part, size in bytes_of.items()} | {
+        "file": 8 * file_bytes / events
+    }
+    facts["order0_floor"] = floor | {"total": sum(floor.values())}
+    facts["checksums"] = "ok"  # reading all of it has verified every one
+    return facts
+
+
+def _order0_floor(shard: Shard, time_unit: int, users_at_once: int = 65_536) -> dict[str, float]:
+    """Order-0 entropies in bits per event, of counts gathered a slice of users at a time."""
+    counts: dict[str, Counter[int]] = {name: Counter() for name in ("item", "feedback", "time", "length")}
+    for first in range(0, shard.n_users, users_at_once):
+        users = np.arange(first, min(first + users_at_once, shard.n_users), dtype=np.int32)
+        offsets, item, feedback, time = shard.get_many(users)
+        units = time // time_unit
+        gaps = np.diff(units, prepend=0)
+        starts = offsets[:-1][np.diff(offsets) > 0]
+        gaps[starts] = units[starts]
+        columns = {"item": item, "feedback": feedback, "time": gaps, "length": np.diff(offsets)}
+        for name, column in columns.items():
+            values, times = np.unique(column, return_counts=True)
+            counts[name].update(dict(zip(values.tolist(), times.tolist(), strict=True)))
+    return {name: _entropy_bits(c.values()) / max(1, shard.n_events) for name, c in counts.items()}
+
+
+def _entropy_bits(counts: Iterable[int]) -> float:
+    """Entropy of a sample with these counts times its size, bits."""
+    n = np.fromiter(counts, dtype=np.float64)
+    return float(-(n * np.log2(n / n.sum())).sum()) if len(n) else 0.0
