@@ -250,3 +250,29 @@ def test_usage(arguments, said, tmp_path, monkeypatch):
     assert said in result.stderr
     assert result.stderr.count("\n") == 1
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--set", "grpo.stepz=1"], "--set: unknown key 'grpo.stepz', did you mean 'grpo.steps'?"),
+        (["--set", "grpo.lr=-1"], "--set: grpo.lr is -1.0, expected more than 0.0"),
+        (["--preset", "fast"], "--preset 'fast': expected one of"),
+        (["unknown.toml"], "unknown.toml: unknown section 'gpro', did you mean 'grpo'?"),
+        (["range.toml"], "range.toml: prior.eps is 0.0, expected more than 0.0"),
+        (["broken.toml"], "broken.toml: not TOML"),
+        (["missing.toml"], "missing.toml: no such file"),
+        (["--data", "missing"], "missing: no such data set directory"),
+    ],
+)
+def test_settings_of_training(arguments, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "unknown.toml").write_text("[gpro]\nsteps = 1\n")
+    (tmp_path / "range.toml").write_text("[prior]\neps = 0\n")
+    (tmp_path / "broken.toml").write_text("[prior\n")
+    before = sorted(tmp_path.rglob("*"))
+    result = CliRunner().invoke(main, ["train", *arguments, "--out", "run"])
+    assert result.exit_code == 2, (result.output, result.exception)
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before

@@ -79,12 +79,12 @@ def build(
     report: Report,
 ) -> Dataset:
     """Splits, makes semantic IDs and writes the directory under a temporary name, then renames it to ``out``."""
-    from negfast.sid.build import build_semantic_ids  # imports torch and faiss, which bad input need not wait for
-
     log = events.log
     _report_log(log, items, report)
     horizon, valid_day, test_day = choose_split(log, split, report)
     _report_split(split_requests(log, horizon, valid_day, test_day), report)
+    from negfast.sid.build import build_semantic_ids  # imports torch and faiss, which bad input need not wait for
+
     with atomic_directory(out) as directory:
         sids = build_semantic_ids(items, log, valid_day, **asdict(semantic_ids), report=report)
         manifest = {
