@@ -73,6 +73,21 @@ def test_split_is_the_definition(case: tuple[list[Event], int, int], horizon: in
     assume(max(days) - min(days) >= 2)
     valid_day = data.draw(st.integers(min(days), max(days) - 1))
     test_day = data.draw(st.integers(valid_day + 1, max(days)))
+    check_split(events, n_users, n_items, horizon, valid_day, test_day)
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_split_of_dense_logs(seed: int) -> None:
+    """Enough events that no split is empty, with days right at the boundaries."""
+    rng = np.random.default_rng(seed)
+    n, horizon = 250, int(rng.integers(1, 5))
+    events = list(zip(*(rng.integers(0, high, n).tolist() for high in (4, 60, 3, 30 * DAY)), strict=True))
+    assert check_split(events, 4, 60, horizon, int(rng.integers(9, 12)), int(rng.integers(18, 22)))
+
+
+def check_split(events: list[Event], n_users: int, n_items: int, horizon: int, valid_day: int, test_day: int) -> bool:
+    """Compares with the slow reading; False where a split is empty and that was said."""
+    days = [time // DAY for *_, time in events]
     reference = slow_requests(events, horizon)
     train = [r for r in reference if r[0] + horizon < valid_day]
     valid = [r for r in reference if valid_day <= r[0] and r[0] + horizon < test_day]
@@ -81,7 +96,7 @@ def test_split_is_the_definition(case: tuple[list[Event], int, int], horizon: in
     if not all(any(r[2] for r in part) for part in (train, valid, test)):
         with pytest.raises(InputError, match="none with a dislike"):
             split_requests(log, horizon, valid_day, test_day)
-        return
+        return False
     split = split_requests(log, horizon, valid_day, test_day)
     assert [as_tuples(split.train), as_tuples(split.valid), as_tuples(split.test)] == [train, valid, test]
     first: dict[tuple[int, int], int] = {}
@@ -89,6 +104,7 @@ def test_split_is_the_definition(case: tuple[list[Event], int, int], horizon: in
         if dislikes:
             first.setdefault((user, (day - test_day) // 7), row)
     assert np.flatnonzero(split.test_primary).tolist() == sorted(first.values())
+    return True
 
 
 @settings(max_examples=50, deadline=None)
