@@ -16,10 +16,11 @@ weights from ``counted``. Losses of rows are summed outside in a fixed order and
 are bit-equal.
 
 Bytes: logits, reference and dlogits are touched once, 3 R K elements (6 R K bytes in bf16), plus K / 8 bytes of child
-bits a row, 8 bytes a row and child, 25 bytes a token. FLOPs: about 25 a code, so memory bounds it, and below about
+bits a row, 4 bytes a row and child, 29 bytes a token. FLOPs: about 25 a code, so memory bounds it, and below about
 1,000 rows of 256 the launch. The loss "dapo" reads all T counted flags in every row, max@k makes G^2 comparisons a row.
 """
 
+import inspect
 import json
 from dataclasses import asdict
 from functools import lru_cache
@@ -41,9 +42,10 @@ from negfast.kernels.trie_rows import (
     TrieRows,
     TrieTables,
     dense_policy,
-    load_prior,
+    load_log_mass,
     log2_softmax_row,
     row_block,
+    sampled_log_prob,
 )
 from torch import Tensor
 
@@ -95,26 +97,24 @@ def trie_grpo(
             "reference_kind": reference_kind,
             "level_base": tables.level_base,
             "weight": tables.weight,
-            "epsilon": tables.epsilon,
         }
     )
-    has_prior = tables.mass is not None and tables.weight != 0
     loss, log_prob, kl, entropy, clipped, _ = _op(
         logits,
         reference if objective.beta > 0 else None,
         tables.first_child,
         tables.child_bits,
         tables.leaf_count,
-        tables.mass if has_prior else None,
+        tables.log_mass,
         rows.node,
-        rows.mass_row if has_prior else None,
+        rows.mass_row,
         rows.seen_begin,
         rows.seen_end,
         rows.seen_node,
-        rows.seen_count,
-        rows.seen_mass if has_prior else None,
+        rows.seen_log,
         tokens.start,
         tokens.token,
+        tokens.answer,
         tokens.row,
         code,
         counted,
@@ -133,16 +133,16 @@ def _op(
     first_child: Tensor,
     child_bits: Tensor,
     leaf_count: Tensor,
-    mass: Tensor | None,
+    log_mass: Tensor | None,
     node: Tensor,
     mass_row: Tensor | None,
     seen_begin: Tensor,
     seen_end: Tensor,
     seen_node: Tensor,
-    seen_count: Tensor,
-    seen_mass: Tensor | None,
+    seen_log: Tensor,
     token_start: Tensor,
     token: Tensor,
+    token_answer: Tensor,
     token_row: Tensor,
     code: Tensor,
     counted: Tensor,
@@ -159,12 +159,11 @@ def _op(
         leaf_count=leaf_count,
         level_base=tuple(settings["level_base"]),
         codebook=logits.shape[1],
-        mass=mass,
+        log_mass=log_mass,
         weight=settings["weight"],
-        epsilon=settings["epsilon"],
     )
-    rows = TrieRows(node, seen_begin, seen_end, seen_node, seen_count, mass_row, seen_mass)
-    tokens = RowTokens(token_start, token, token_row)
+    rows = TrieRows(node, seen_begin, seen_end, seen_node, seen_log, mass_row)
+    tokens = RowTokens(token_start, token, token_answer, token_row)
     objective = GRPOObjective(**settings["objective"])
     arguments = (logits, tables, rows, tokens, code, counted, rewards, objective)
     optional = (reference, settings["reference_kind"], old_log_prob, answer_weight)
@@ -174,9 +173,13 @@ def _op(
     return eager(*arguments, *optional)
 
 
+OPERATOR_INPUTS = tuple(inspect.signature(_op._init_fn).parameters)
+
+
 @_op.register_fake
-def _(logits, *arguments):
-    code = arguments[15]
+def _(*arguments):
+    given = dict(zip(OPERATOR_INPUTS, arguments, strict=True))
+    logits, code = given["logits"], given["code"]
     terms = [code.new_empty(code.shape, dtype=_term_dtype(logits)) for _ in range(4)]
     return (logits.new_empty((), dtype=_term_dtype(logits)), *terms, torch.empty_like(logits))
 
@@ -187,7 +190,7 @@ def _save_dlogits(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_loss, *_):
     (dlogits,) = ctx.saved_tensors
-    return (grad_loss.to(dlogits.dtype) * dlogits, *[None] * 21)
+    return (grad_loss.to(dlogits.dtype) * dlogits, *[None] * (len(OPERATOR_INPUTS) - 1))
 
 
 _op.register_autograd(_backward, setup_context=_save_dlogits)
@@ -230,10 +233,10 @@ def check_arguments(
         "mass_row": (rows.mass_row, (count,), torch.int32),
         "seen_begin": (rows.seen_begin, (count,), torch.int32),
         "seen_end": (rows.seen_end, (count,), torch.int32),
-        "seen_count": (rows.seen_count, entries, torch.int32),
-        "seen_mass": (rows.seen_mass, entries, torch.float32),
+        "seen_log": (rows.seen_log, entries, torch.float32),
         "tokens.start": (tokens.start, (count + 1,), torch.int32),
         "tokens.token": (tokens.token, (total,), torch.int32),
+        "tokens.answer": (tokens.answer, (total,), torch.int32),
         "tokens.row": (tokens.row, (total,), torch.int32),
         "code": (code, tuple(code.shape), torch.int32),
         "counted": (counted, tuple(code.shape), torch.bool),
@@ -242,8 +245,8 @@ def check_arguments(
         "answer_weight": (answer_weight, (answers,), real),
     }
     check_tensors(expected, logits.device)
-    if tables.mass is not None and (rows.mass_row is None or rows.seen_mass is None):
-        raise ValueError("mass_row and seen_mass: found None, expected tensors since the tables hold a prior")
+    if tables.log_mass is not None and rows.mass_row is None:
+        raise ValueError("mass_row: found None, expected a tensor since the tables hold a prior")
 
 
 def eager(
@@ -310,6 +313,7 @@ def launch(
             clipped,
             tokens.start,
             tokens.token,
+            tokens.answer,
             code.contiguous(),
             counted.contiguous(),
             None if old_log_prob is None else old_log_prob.contiguous(),
@@ -318,27 +322,23 @@ def launch(
             shares,
             tables.first_child,
             tables.child_bits,
-            tables.leaf_count,
-            tables.mass,
+            tables.log_mass,
             rows.node,
             rows.mass_row,
             rows.seen_begin,
             rows.seen_end,
             rows.seen_node,
-            rows.seen_count,
-            rows.seen_mass,
+            rows.seen_log,
             codebook,
             tables.child_bits.shape[1],
             len(tables.leaf_count),
             tables.weight,
-            tables.epsilon,
             1 / objective.temperature,
             objective.clip_low,
             objective.clip_high,
             objective.beta,
             code.shape[1],
             code.shape[0],
-            rewards.shape[-1],
             **specialise(objective, reference_kind, codebook, rewards.shape[-1]),
         )
     return loss.sum(), log_prob, kl, entropy, clipped, dlogits
@@ -354,6 +354,7 @@ def specialise(objective: GRPOObjective, reference_kind: str, codebook: int, gro
         "SCALE_REWARDS": objective.scale_rewards,
         "SET_SIZE": objective.set_size if objective.set_size < 2 else 2,
         "BLOCK_T": min(max(triton.next_power_of_2(group), 16), 32),
+        "GROUP": group,
         "BLOCK_G": triton.next_power_of_2(group),
         **block,
     }
@@ -376,6 +377,7 @@ def trie_grpo_kernel(
     clipped,
     token_start,
     tokens,
+    token_answer,
     code,
     counted,
     old_log_prob,
@@ -384,33 +386,30 @@ def trie_grpo_kernel(
     shares,
     first_child,
     child_bits,
-    leaf_count,
-    mass,
+    log_mass,
     node,
     mass_row,
     seen_begin,
     seen_end,
     seen_node,
-    seen_count,
-    seen_mass,
+    seen_log,
     codebook,
     words,
     nodes,
     prior_weight,
-    epsilon,
     inverse_temperature,
     clip_low,
     clip_high,
     beta,
     answers,
     levels,
-    group,
     LOSS: tl.constexpr,
     EXACT_KL: tl.constexpr,
     REFERENCE_IS_LOGITS: tl.constexpr,
     SCALE_REWARDS: tl.constexpr,
     SET_SIZE: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -419,19 +418,20 @@ def trie_grpo_kernel(
     LN2: tl.constexpr = 0.6931471805599453
     row = tl.program_id(0)
     codes = tl.arange(0, BLOCK_K)
-    place = row.to(tl.int64) * codebook + codes
-    z = tl.load(logits + place, mask=codes < codebook, other=0.0).to(tl.float32)
-    valid, prior = load_prior(
-        row, first_child, child_bits, leaf_count, mass, node, mass_row, seen_begin, seen_end, seen_node, seen_count,
-        seen_mass, words, nodes, prior_weight * inverse_temperature, epsilon, BLOCK_K,
+    first_code = row.to(tl.int64) * codebook
+    z = tl.load(logits + first_code + codes, mask=codes < codebook, other=0.0).to(tl.float32)
+    valid, prior = load_log_mass(
+        row, codes, first_child, child_bits, log_mass, node, mass_row, seen_begin, seen_end, seen_node, seen_log,
+        words, nodes,
     )  # fmt: skip
     scale = inverse_temperature / LN2
+    prior *= prior_weight * scale
     log_p, p = log2_softmax_row(z * scale + prior, valid)
     row_entropy = -LN2 * tl.sum(p * log_p, 0)
     row_kl = 0.0
     log_ref = tl.zeros_like(z)
     if reference is not None:
-        log_ref = tl.load(reference + place, mask=codes < codebook, other=0.0).to(tl.float32)
+        log_ref = tl.load(reference + first_code + codes, mask=codes < codebook, other=0.0).to(tl.float32)
         if REFERENCE_IS_LOGITS:
             log_ref = log2_softmax_row(log_ref * scale + prior, valid)[0]
         else:
@@ -441,16 +441,16 @@ def trie_grpo_kernel(
     begin = tl.load(token_start + row)
     end = tl.load(token_start + row + 1)
     members = tl.arange(0, BLOCK_G)
-    first_answer = tl.load(tokens + begin, mask=begin < end, other=0) % answers
-    group_rewards = rewards + first_answer // group * group
-    peers = tl.load(group_rewards + members, mask=members < group, other=0.0)
-    mean = tl.sum(peers, 0) / group
+    first_answer = tl.load(token_answer + begin, mask=begin < end, other=0)
+    group_rewards = rewards + first_answer // GROUP * GROUP
+    peers = tl.load(group_rewards + members, mask=members < GROUP, other=0.0)
+    mean = tl.sum(peers, 0) / GROUP
     if SCALE_REWARDS:
-        deviation = tl.where(members < group, peers - mean, 0.0)
-        spread = tl.sqrt(tl.sum(deviation * deviation, 0) / tl.maximum(group - 1, 1))
+        deviation = tl.where(members < GROUP, peers - mean, 0.0)
+        spread = tl.sqrt(tl.sum(deviation * deviation, 0) / max(GROUP - 1, 1))
     if SET_SIZE > 1:
-        rank = rank_in_group(group_rewards, peers, members, group)
-        share = tl.load(shares + rank, mask=members < group, other=0.0)
+        rank = rank_in_group(group_rewards, peers, members, GROUP)
+        share = tl.load(shares + rank, mask=members < GROUP, other=0.0)
     weights_total = answers.to(tl.float32)
     if answer_weight is not None:
         weights_total = sum_of(answer_weight, answers)
@@ -468,18 +468,18 @@ def trie_grpo_kernel(
         live = slot < end - first
         token = tl.load(tokens + first + slot, mask=live, other=0)
         on = tl.load(counted + token, mask=live, other=0) != 0
-        answer = token % answers
+        answer = tl.load(token_answer + first + slot, mask=live, other=0)
         sampled = tl.load(code + token, mask=on, other=0)
-        lp = tl.where(on, LN2 * tl.gather(log_p, sampled, 0), 0.0)
+        lp = tl.where(on, sampled_log_prob(log_p, sampled), 0.0)
 
         reward = tl.load(rewards + answer, mask=on, other=0.0)
         if SET_SIZE > 1:
             lead = reward[:, None] - peers[None, :]
-            advantage = tl.sum(tl.where((lead > 0) & (members < group)[None, :], lead * share[None, :], 0.0), 1)
+            advantage = tl.sum(tl.where((lead > 0) & (members < GROUP)[None, :], lead * share[None, :], 0.0), 1)
         elif SET_SIZE == 1:
-            advantage = reward - (mean * group - reward) / tl.maximum(group - 1, 1)
+            advantage = reward - (mean * GROUP - reward) / max(GROUP - 1, 1)
         elif SCALE_REWARDS:
-            advantage = (reward - mean) / tl.where(group > 1, spread + 1e-4, 1.0)
+            advantage = (reward - mean) / (spread + 1e-4)
         else:
             advantage = reward - mean
 
@@ -502,12 +502,12 @@ def trie_grpo_kernel(
             if EXACT_KL:
                 kl_weight += beta * tl.sum(w, 0)
             else:
-                d = tl.where(on, LN2 * tl.gather(log_ref, sampled, 0) - lp, 0.0)
+                d = tl.where(on, sampled_log_prob(log_ref, sampled) - lp, 0.0)
                 token_kl = tl.exp(d) - d - 1
                 slope += w * beta * (1 - tl.exp(d))
         row_loss += tl.sum(w * (beta * token_kl - tl.minimum(ratio * advantage, bounded * advantage)), 0)
         slope_total += tl.sum(slope, 0)
-        for other in tl.range(0, tl.minimum(end - first, BLOCK_T), loop_unroll_factor=4):
+        for other in range(0, tl.minimum(end - first, BLOCK_T)):
             its_code = tl.load(code + tl.load(tokens + first + other))
             h += tl.where(codes == its_code, tl.sum(tl.where(slot == other, slope, 0.0), 0), 0.0)
 
@@ -516,17 +516,17 @@ def trie_grpo_kernel(
         tl.store(entropy + token, tl.where(on, row_entropy, 0.0), mask=live)
         tl.store(clipped + token, is_clipped.to(tl.float32), mask=live)
 
-    # zero where not valid without being told: p and h are
-    gradient = h + p * (kl_weight * (LN2 * (log_p - log_ref) - row_kl) - slope_total)
-    tl.store(dlogits + place, gradient * inverse_temperature, mask=codes < codebook)
+    # Zero where not valid without being told: p and h are. p is made anew, to hold a vector less through the loop.
+    gradient = h + tl.exp2(log_p) * (kl_weight * (LN2 * (log_p - log_ref) - row_kl) - slope_total)
+    tl.store(dlogits + first_code + codes, gradient * inverse_temperature, mask=codes < codebook)
     tl.store(loss + row, row_loss)
 
 
 @triton.jit
-def rank_in_group(first, peers, members, group):
+def rank_in_group(first, peers, members, GROUP: tl.constexpr):
     """Rank of each reward within its group, ascending, ties by position: int32 [BLOCK_G]."""
     rank = tl.zeros(peers.shape, tl.int32)
-    for other in range(0, group):
+    for other in range(0, GROUP):
         value = tl.load(first + other)
         rank += ((value < peers) | ((value == peers) & (other < members))).to(tl.int32)
     return rank

@@ -22,7 +22,7 @@ from types import ModuleType
 
 import torch
 import triton
-from negfast.kernels import fused_trie_grpo
+from negfast.kernels import fused_trie_grpo, sid_cross_entropy
 from negfast.kernels.trie_grpo import GRPOObjective
 from negfast.kernels.trie_rows import RowTokens, TrieRows, TrieTables
 from torch import Tensor
@@ -92,21 +92,17 @@ def trie_inputs(codebook: int, dtype: torch.dtype, count: int = 1024) -> tuple[T
     """Logits, tables, rows and tokens of 16 prompts, 32 answers, 3 levels, and a trie of 100,000 nodes."""
     nodes, inner, seen, tokens = 100_000, 40_000, 5_000, 3 * 16 * 32
     tables = TrieTables(
-        empty(inner + 1),
-        empty(inner, -(-codebook // 32)),
-        empty(nodes),
-        (0, 1, 300, inner),
-        codebook,
-        empty(400, nodes, dtype=torch.float32),
+        first_child=empty(inner + 1),
+        child_bits=empty(inner, -(-codebook // 32)),
+        leaf_count=empty(nodes),
+        level_base=(0, 1, 300, inner),
+        codebook=codebook,
+        log_mass=empty(400, nodes, dtype=torch.float32),
     )
-    rows = TrieRows(
-        *(empty(count) for _ in range(3)),
-        *(empty(seen) for _ in range(2)),
-        mass_row=empty(count),
-        seen_mass=empty(seen, dtype=torch.float32),
-    )
+    seen_log = empty(seen, dtype=torch.float32)
+    rows = TrieRows(empty(count), empty(count), empty(count), empty(seen), seen_log, mass_row=empty(count))
     logits = empty(count, codebook, dtype=dtype)
-    return logits, tables, rows, RowTokens(empty(count + 1), empty(tokens), empty(tokens))
+    return logits, tables, rows, RowTokens(empty(count + 1), *(empty(tokens) for _ in range(3)))
 
 
 def record_trie_grpo() -> list[Launch]:
@@ -126,7 +122,21 @@ def record_trie_grpo() -> list[Launch]:
     return launches
 
 
-KERNELS: dict[str, Callable[[], list[Launch]]] = {"trie_grpo": record_trie_grpo}
+def record_sid_cross_entropy() -> list[Launch]:
+    launches = []
+    for codebook in (256, 8192):
+        logits, tables, rows, tokens = trie_inputs(codebook, torch.bfloat16)
+        targets = empty(len(tokens.token)), empty(len(tokens.token), dtype=torch.float32)
+        with recorded(f"{codebook} codes bf16", sid_cross_entropy) as noted:
+            sid_cross_entropy.launch(logits, tables, rows, tokens, *targets)
+        launches += noted
+    return launches
+
+
+KERNELS: dict[str, Callable[[], list[Launch]]] = {
+    "trie_grpo": record_trie_grpo,
+    "sid_cross_entropy": record_sid_cross_entropy,
+}
 
 
 @dataclass(frozen=True)

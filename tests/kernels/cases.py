@@ -8,12 +8,15 @@ from negfast.kernels.trie_rows import RowTokens, TrieRows, TrieTables
 from torch import Tensor
 
 
-def relative_error(found: Tensor, truth: Tensor) -> float:
-    """||found - truth|| / ||truth|| in float64; infinite where anything found is not finite."""
+def relative_error(found: Tensor, truth: Tensor, scale: float = 0.0) -> float:
+    """||found - truth|| / max(||truth||, scale) in float64; infinite where anything found is not finite.
+
+    ``scale``: what the truth's terms measure where they may cancel.
+    """
     found, truth = found.detach().cpu().double(), truth.detach().cpu().double()
     if not torch.isfinite(found).all():
         return float("inf")
-    return float((found - truth).norm() / truth.norm().clamp_min(1e-30)) if truth.norm() > 0 else float(found.norm())
+    return float((found - truth).norm() / truth.norm().clamp_min(max(scale, 1e-30)))
 
 
 @dataclass(frozen=True)
@@ -172,14 +175,20 @@ def trie_case(
         return torch.cat([tensor, torch.full((missing,), fill, dtype=dtype)]).to(device)
 
     requests = np.array([request for request, _ in row_prefix])
+    seen_node, seen_count, seen_request = np.array(flat, dtype=np.int64).reshape(-1, 3).T
+    seen_log = tables.seen_log_mass(
+        torch.from_numpy(seen_node).to(device),
+        torch.from_numpy(seen_count).to(device),
+        torch.tensor(seen_mass, dtype=torch.float32, device=device) if with_prior else None,
+        torch.from_numpy(day[seen_request]).to(device) if with_prior else None,
+    )
     trie_rows = TrieRows(
         node=put([trie.index[prefix] for _, prefix in row_prefix], torch.int32, -1),
         seen_begin=put(begin[requests], torch.int32),
         seen_end=put(begin[requests + 1], torch.int32),
-        seen_node=torch.tensor([node for node, _, _ in flat], dtype=torch.int32, device=device),
-        seen_count=torch.tensor([n for _, n, _ in flat], dtype=torch.int32, device=device),
+        seen_node=torch.from_numpy(seen_node).int().to(device),
+        seen_log=seen_log,
         mass_row=put(day[requests], torch.int32) if with_prior else None,
-        seen_mass=torch.tensor(seen_mass, dtype=torch.float32, device=device) if with_prior else None,
     )
     counts = torch.from_numpy(counted).to(device)
     generator = torch.Generator().manual_seed(seed)

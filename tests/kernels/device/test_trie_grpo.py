@@ -47,15 +47,16 @@ def check(
     found = poisoned_launch(*inputs(case), objective, reference, kind, old, weight)
     for name, kernel, plain, right in zip(NAMES, found, expected, truth, strict=True):
         assert kernel.shape == plain.shape and kernel.dtype == plain.dtype, name
-        error, allowed = relative_error(kernel, right), relative_error(plain, right)
+        scale = 0.05 if name == "loss" else 0.0  # on-policy, a group's terms cancel
+        error, allowed = relative_error(kernel, right, scale), relative_error(plain, right, scale)
         assert error <= 1.1 * allowed + ROUNDING, f"{name}: {error:.2e}, eager {allowed:.2e}"
     return truth
 
 
 @pytest.mark.parametrize(
     ("rows", "dtype"),
-    [(252, torch.float32), (507, torch.bfloat16), (123, torch.float32), (123, torch.bfloat16)],
-    ids=["252", "507-bf16", "123", "123-bf16"],
+    [(252, torch.float32), (507, torch.bfloat16), (123, torch.float16)],
+    ids=["252-fp32", "507-bf16", "123-fp16"],
 )
 def test_odd_numbers_of_rows(rows: int, dtype: torch.dtype, device: torch.device, seed: int):
     case = trie_case(seed, device, prompts=3, group=13, codebook=40, items=300, rows=rows, merge=False, dtype=dtype)
@@ -74,7 +75,6 @@ def test_half_precision_wide_rows(dtype: torch.dtype, device: torch.device, seed
     check(case, BASE, off_policy=True, weights=True)
 
 
-@pytest.mark.parametrize("group", [1, 3, 64])
 @pytest.mark.parametrize(
     "objective",
     [
@@ -85,9 +85,10 @@ def test_half_precision_wide_rows(dtype: torch.dtype, device: torch.device, seed
     ],
     ids=["plain", "scaled", "leave-one-out", "max@3"],
 )
+@pytest.mark.parametrize("group", [1, 3, 64])
 def test_groups(group: int, objective: GRPOObjective, device: torch.device, seed: int):
     objective = replace(objective, set_size=min(objective.set_size, group))
-    check(trie_case(seed, device, prompts=2, group=group), objective)
+    check(trie_case(seed, device, prompts=2, group=group, codebook=8), objective)
 
 
 @pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo"])
@@ -118,7 +119,7 @@ def test_equal_rewards_push_nothing(device: torch.device, seed: int):
 
 def test_single_children_count_nowhere(device: torch.device, seed: int):
     """Four deep levels of few items: most nodes have one child."""
-    case = trie_case(seed, device, levels=4, codebook=64, items=40, group=8)
+    case = trie_case(seed, device, levels=4, codebook=64, items=40, prompts=2)
     assert (~case.counted).float().mean() > 0.3
     check(case, BASE, off_policy=True)
     _, log_prob, kl, entropy, *_ = launch(*inputs(case), BASE, case.reference)
@@ -138,7 +139,7 @@ def test_pruned_and_padding_rows_get_no_gradient(device: torch.device, seed: int
 
 
 def test_runs_are_bit_equal(device: torch.device, seed: int):
-    case = trie_case(seed, device, group=16, dtype=torch.bfloat16)
+    case = trie_case(seed, device, group=8, dtype=torch.bfloat16)
     first = launch(*inputs(case), BASE, case.reference)
     again = launch(*inputs(case), BASE, case.reference)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
