@@ -64,50 +64,71 @@ class Prior:
 
 
 @dataclass(frozen=True)
-class Align:
-    """Item-level SFT: titles, attributes, co-disliked items, verdicts."""
+class Stage:
+    """What every training stage has."""
 
     steps: int = setting(300, low=0)
-    batch_tokens: int = setting(4096, low=64)
-    lr: float = setting(1e-3, above=0.0)
+    lr: float = setting(1e-3, above=0.0, help="peak of a linear warm-up and a cosine")
     warmup: int = setting(20, low=0, help="steps")
-    weight_decay: float = setting(0.01, low=0.0)
-    clip: float = setting(1.0, above=0.0, help="largest gradient norm")
+    weight_decay: float = setting(0.01, low=0.0, help="of the decoder's matrices")
+    clip_norm: float = setting(1.0, above=0.0, help="largest gradient norm")
+    validate_every: int = setting(100, low=1, help="steps; the best weights on valid are kept")
 
 
 @dataclass(frozen=True)
-class Sft:
-    """Next dislikes and likes of every active user-day."""
+class Align(Stage):
+    """Item-level SFT: title to SID, co-disliked items, verdicts."""
+
+    titles: int = setting(32, low=0, help="title -> SID examples a step")
+    pairs: int = setting(64, low=0, help="co-disliked pairs a step")
+    verdicts: int = setting(32, low=1, help="user-days with verdicts a step")
+    cut: float = setting(0.5, above=0.0, high=1.0, help="share of the train days that pairs may come from")
+
+
+@dataclass(frozen=True)
+class Sft(Stage):
+    """Next dislikes and likes of every active user-day, and verdicts."""
 
     steps: int = setting(600, low=0)
-    batch_tokens: int = setting(8192, low=64)
-    lr: float = setting(1e-3, above=0.0)
     warmup: int = setting(50, low=0, help="steps")
-    weight_decay: float = setting(0.01, low=0.0)
-    clip: float = setting(1.0, above=0.0, help="largest gradient norm")
+    requests: int = setting(64, low=1, help="requests a step")
+    targets: int = setting(4, low=1, help="items drawn from F, and from P, for a request")
+    like_weight: float = setting(0.3, low=0.0, help="of the loss after <|next-like|>")
+    verdicts: int = setting(64, low=1, help="user-days with verdicts a step")
+    verdict_weight: float = setting(1.0, low=0.0)
+    negative_view: float = setting(0.2, low=0.0, high=1.0, help="share of prompts that show no likes")
+    positive_view: float = setting(0.05, low=0.0, high=1.0, help="share of prompts that show no dislikes")
 
 
 @dataclass(frozen=True)
-class Grpo:
-    """Group policy optimisation on the trie."""
+class Grpo(Stage):
+    """Progressive group policy optimisation on the trie."""
 
-    steps: int = setting(200, low=0)
-    requests: int = setting(16, low=1, help="requests (groups) a step")
-    group: int = setting(16, low=2, help="answers a request")
-    lr: float = setting(2e-4, above=0.0)
+    steps: int = setting(150, low=0)
+    lr: float = setting(2e-4, above=0.0, help="peak of a linear warm-up and a cosine")
     warmup: int = setting(10, low=0, help="steps")
-    weight_decay: float = setting(0.0, low=0.0)
-    clip: float = setting(1.0, above=0.0, help="largest gradient norm")
+    validate_every: int = setting(50, low=1, help="steps; the best weights on valid are kept")
+    requests: int = setting(32, low=1, help="requests (groups) a step")
+    group: int = setting(16, low=2, help="answers a request")
+    loss: str = setting("dr_grpo", choices=("grpo", "dr_grpo", "dapo"))
+    scale_rewards: bool = setting(False, help="divide the advantage by the group's standard deviation")
+    set_size: int = setting(0, low=0, help="k of the max@k advantage; 0: each answer for itself")
+    clip_low: float = setting(0.2, low=0.0, high=0.99)
+    clip_high: float = setting(0.2, low=0.0)
     beta: float = setting(0.04, low=0.0, help="weight of the KL to the SFT policy")
-    advantage: str = setting("mean", choices=("mean", "std"), help="mean: Dr. GRPO; std: GRPO")
-    objective: str = setting("trie", choices=("trie", "full"))
+    kl: str = setting("exact", choices=("exact", "k3"))
+    temperature: float = setting(1.0, above=0.0)
+    negative_phase: float = setting(0.4, low=0.0, high=1.0, help="share of the steps on negative-only prompts")
+    mixed_share: float = setting(0.7, low=0.0, high=1.0, help="share of mixed prompts at the end of the second phase")
+    sft_weight: float = setting(0.3, low=0.0, help="of the SFT loss on both branches and the verdict")
 
 
 @dataclass(frozen=True)
 class Reward:
     """1 for a hit, less for collaborative neighbours of a hit, negative for a like."""
 
-    collab_weight: float = setting(0.1, low=0.0, high=1.0, help="lambda, also the cap of the term")
+    collab_weight: float = setting(0.5, low=0.0, help="lambda; 0 switches the term off")
+    collab_cap: float = setting(0.1, low=0.0, high=1.0, help="most that the term may earn")
     like_penalty: float = setting(0.1, low=0.0, help="mu; the break-even dislike rate is mu / (1 + mu)")
     content_threshold: float = setting(0.6, low=-1.0, high=1.0, help="least content similarity that counts")
 
@@ -118,13 +139,14 @@ class Train:
     device: str = setting("auto", help="auto, cpu, cuda, cuda:1, ...")
     threads: int = setting(0, low=0, help="CPU threads; 0: all that the process may use")
     checkpoint_every: int = setting(100, low=1, help="steps")
-    log_every: int = setting(1, low=1, help="steps")
     keep: int = setting(2, low=1, help="checkpoints kept")
 
 
 @dataclass(frozen=True)
 class Eval:
-    beam: int = setting(128, low=1)
+    beam: int = setting(64, low=1, help="beams kept above the last level")
+    batch: int = setting(64, low=1, help="requests scored at once")
+    valid_requests: int = setting(400, low=1, help="requests of the validation during training")
     resamples: int = setting(1000, low=1, help="of the paired bootstrap over users")
 
 
@@ -146,9 +168,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "smoke": {
         "model": {"hidden": 64, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate": 192},
         "align": {"steps": 10},
-        "sft": {"steps": 10},
-        "grpo": {"steps": 5, "requests": 4, "group": 8},
-        "eval": {"beam": 64, "resamples": 100},
+        "sft": {"steps": 20, "warmup": 5, "requests": 32, "verdicts": 32},
+        "grpo": {"steps": 5, "warmup": 2, "requests": 8, "group": 8},
+        "eval": {"beam": 50, "valid_requests": 64, "resamples": 100},
     },
 }
 

@@ -3,3 +3,7 @@
 
 class InputError(Exception):
     """Bad usage or input; the message is one line: file, row or key, found, expected. The command line exits 2."""
+
+
+class TrainingError(Exception):
+    """Training cannot go on; the message is one line. The command line exits 1."""

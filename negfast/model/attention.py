@@ -40,31 +40,39 @@ def group_attention(
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, H, D]
 
     outputs = []
-    prompt_rows = layout.unpad_index.shape[0] if layout.holds_prompts else 0
+    rows = layout.prompt_tokens if layout.holds_prompts else 0
     if layout.holds_prompts:
-        outputs.append(_prompt_attention(module.layer_idx, layout, query, key, value, prompt_rows, scale))
+        outputs.append(_prompt_attention(module.layer_idx, layout, query[:rows], key[:rows], value[:rows], scale))
     if layout.new_tokens:
-        answers = (x[prompt_rows:] for x in (query, key, value))
-        outputs.append(_answer_attention(layout.keys[module.layer_idx], layout, *answers, scale))
+        kept = layout.keys[module.layer_idx]
+        outputs.append(_answer_attention(kept, layout, query[rows:], key[rows:], value[rows:], scale))
     return torch.cat(outputs).unsqueeze(0) if len(outputs) > 1 else outputs[0].unsqueeze(0), None
 
 
 def _prompt_attention(
-    layer: int, layout: GroupLayout, query: Tensor, key: Tensor, value: Tensor, rows: int, scale: float
+    layer: int, layout: GroupLayout, query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> Tensor:
     """Causal attention of the packed prompts [T, H, D]; leaves their padded keys and values in the layout.
 
     Padding lies to the right of every query that counts, so the causal mask alone hides it.
     """
-    if rows == layout.pad_index.numel():  # equal lengths: the grid is a view
-        grid = (layout.prompts, layout.pad_index.shape[1])
-        padded = [x[:rows].unflatten(0, grid).transpose(1, 2) for x in (query, key, value)]
-    else:
-        padded = [x[:rows][layout.pad_index].transpose(1, 2) for x in (query, key, value)]
-    layout.keys[layer] = LayerKeys(padded[1], padded[2])
-    out = F.scaled_dot_product_attention(*padded, is_causal=True, scale=scale, enable_gqa=True)
-    out = out.transpose(1, 2).flatten(0, 1)
-    return out if rows == layout.pad_index.numel() else out[layout.unpad_index]
+    if layout.token_order is not None:
+        query, key, value = (x.index_select(0, layout.token_order) for x in (query, key, value))
+    kept = layout.keys[layer] = LayerKeys([], [])
+    sizes = [bucket.tokens for bucket in layout.buckets]
+    outputs = []
+    for bucket, *parts in zip(layout.buckets, *(x.split(sizes) for x in (query, key, value)), strict=True):
+        padded = [x if bucket.mask is None else x.index_select(0, bucket.pad_index) for x in parts]
+        q, k, v = (x.unflatten(0, (bucket.prompts, bucket.longest)).transpose(1, 2) for x in padded)
+        kept.prompt_key.append(k)
+        kept.prompt_value.append(v)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        out = out.transpose(1, 2).flatten(0, 1)
+        outputs.append(out if bucket.unpad_index is None else out.index_select(0, bucket.unpad_index))
+    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    if layout.token_order is None:
+        return out
+    return torch.zeros_like(out).index_copy(0, layout.token_order, out)
 
 
 def _answer_attention(
@@ -73,50 +81,66 @@ def _answer_attention(
     """Attention of the answers' new tokens, query [A * n, H, D], over their prompt and their own tokens so far."""
     answers, new, past = layout.answers, layout.new_tokens, layout.past_tokens
     heads, dim, kv_heads = query.shape[1], query.shape[2], key.shape[1]
+    repeat = heads // kv_heads
     own_key, own_value = key.unflatten(0, (answers, new)), value.unflatten(0, (answers, new))
     if kept.own_key is not None and kept.own_value is not None:
         own_key = torch.cat([kept.own_key, own_key], dim=1)
         own_value = torch.cat([kept.own_value, own_value], dim=1)
     kept.own_key, kept.own_value = own_key, own_value
 
-    # all queries of a kv head and group side by side: [B, Hk, G * rep * n, D] against the prompt's [B, Hk, P, D]
-    queries = query.unflatten(0, (answers, new)).unflatten(2, (kv_heads, heads // kv_heads)) * scale
-    queries = queries.permute(0, 2, 3, 1, 4)  # [A, Hk, rep, n, D]
-    grid = _to_grid(queries.flatten(2, 3), layout)  # [B, G, Hk, rep * n, D]
-    grid = grid.transpose(1, 2).flatten(2, 3)
-    over_prompt = grid @ kept.prompt_key.transpose(-1, -2)  # [B, Hk, G * rep * n, P]
-    over_prompt = over_prompt.masked_fill(~layout.prompt_mask[:, None, None, :], -torch.inf)
-
+    queries = (query * scale).view(answers, new, kv_heads, repeat, dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
     keys, values = own_key.transpose(1, 2), own_value.transpose(1, 2)  # [A, Hk, m, D]
-    over_own = (queries.flatten(2, 3).unsqueeze(-2) * keys.unsqueeze(2)).sum(-1)  # [A, Hk, rep * n, m]
+    own = (queries.unsqueeze(-2) * keys.unsqueeze(2)).sum(-1)  # [A, Hk, rep * n, m]
     if new > 1:
-        step = torch.arange(new, device=query.device).repeat(heads // kv_heads)
-        future = torch.arange(past + new, device=query.device) > (past + step)[:, None]
-        over_own = over_own.masked_fill(future, -torch.inf)
-    own_grid = _to_grid(over_own, layout).transpose(1, 2).flatten(2, 3)
+        step = torch.arange(new, device=query.device).repeat(repeat)
+        own = own.masked_fill(torch.arange(past + new, device=query.device) > (past + step)[:, None], -torch.inf)
 
-    weights = torch.softmax(torch.cat([over_prompt, own_grid], dim=-1), dim=-1, dtype=_softmax_dtype(query))
-    weights = weights.to(query.dtype)
-    longest = layout.prompt_mask.shape[1]
-    out = weights[..., :longest] @ kept.prompt_value  # [B, Hk, G * rep * n, D]
-    out = _from_grid(out, layout)  # [A, Hk, rep * n, D]
-    own_weights = _from_grid(weights[..., longest:], layout)
-    out = out + (own_weights.unsqueeze(-1) * values.unsqueeze(2)).sum(-2)
-    return out.unflatten(2, (-1, new)).permute(0, 3, 1, 2, 4).reshape(answers * new, heads, dim)
+    places = layout.grid_places()
+    sizes = [bucket.prompts * layout.group for bucket in layout.buckets]
+    outputs, own_weights = [], []
+    parts = zip(
+        layout.buckets,
+        _to_grid(queries, layout, places).split(sizes),
+        _to_grid(own, layout, places).split(sizes),
+        kept.prompt_key,
+        kept.prompt_value,
+        strict=True,
+    )
+    for bucket, q, own_scores, prompt_key, prompt_value in parts:
+        # all queries of a kv head and group side by side, [b, Hk, G * rep * n, D], against the prompt's [b, Hk, P, D]
+        q, own_scores = (_side_by_side(x, bucket.prompts) for x in (q, own_scores))
+        scores = q @ prompt_key.transpose(-1, -2)
+        if bucket.mask is not None:
+            scores = scores.masked_fill(~bucket.mask[:, None, None, :], -torch.inf)
+        weights = torch.softmax(torch.cat([scores, own_scores], dim=-1), dim=-1, dtype=_softmax_dtype(query))
+        weights = weights.to(query.dtype)
+        outputs.append(_answer_by_answer(weights[..., : bucket.longest] @ prompt_value, layout.group))
+        own_weights.append(_answer_by_answer(weights[..., bucket.longest :], layout.group))
+    out = _from_grid(outputs, places) + (_from_grid(own_weights, places).unsqueeze(-1) * values.unsqueeze(2)).sum(-2)
+    return out.view(answers, kv_heads, repeat, new, dim).permute(0, 3, 1, 2, 4).reshape(answers * new, heads, dim)
 
 
-def _to_grid(rows: Tensor, layout: GroupLayout) -> Tensor:
-    """[A, ...] -> [B, G, ...]; places without an answer hold zeros."""
-    places = layout.prompts * layout.group
-    if layout.answers != places:
-        rows = rows.new_zeros(places, *rows.shape[1:]).index_copy(0, layout.slots, rows)
-    return rows.unflatten(0, (layout.prompts, layout.group))
+def _to_grid(rows: Tensor, layout: GroupLayout, places: Tensor | None) -> Tensor:
+    """[A, ...] -> [B * G, ...] in the order of buckets; places without an answer hold zeros."""
+    if places is None:
+        return rows
+    return rows.new_zeros(layout.prompts * layout.group, *rows.shape[1:]).index_copy(0, places, rows)
 
 
-def _from_grid(grid: Tensor, layout: GroupLayout) -> Tensor:
-    """[B, Hk, G * q, X] -> [A, Hk, q, X]."""
-    rows = grid.unflatten(2, (layout.group, -1)).transpose(1, 2).flatten(0, 1)
-    return rows if layout.answers == layout.prompts * layout.group else rows[layout.slots]
+def _from_grid(parts: list[Tensor], places: Tensor | None) -> Tensor:
+    """[b * G, ...] of every bucket -> [A, ...]."""
+    grid = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return grid if places is None else grid.index_select(0, places)
+
+
+def _side_by_side(grid: Tensor, prompts: int) -> Tensor:
+    """[b * G, Hk, q, X] -> [b, Hk, G * q, X]."""
+    return grid.unflatten(0, (prompts, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def _answer_by_answer(grid: Tensor, group: int) -> Tensor:
+    """[b, Hk, G * q, X] -> [b * G, Hk, q, X]."""
+    return grid.unflatten(2, (group, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def _softmax_dtype(x: Tensor) -> torch.dtype:

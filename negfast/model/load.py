@@ -15,7 +15,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from negfast.config import ModelConfig
+from negfast.config import Model
 from negfast.errors import InputError
 from negfast.model.policy import Policy
 from negfast.sid.tokens import CodeVocabulary
@@ -24,7 +24,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def build_policy(
-    config: ModelConfig, model_dir: Path | None, texts: list[str], levels: int, codebook: int
+    config: Model, model_dir: Path | None, texts: list[str], levels: int, codebook: int
 ) -> tuple[Policy, PreTrainedTokenizerBase]:
     """A policy ready for its first step: from ``model_dir`` where given, else the built-in Qwen3 of ``config``.
 
@@ -64,7 +64,7 @@ def rebuild_policy(folder: Path, levels: int, codebook: int) -> tuple[Policy, Pr
     return policy, AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def small_qwen3(config: ModelConfig, vocab_size: int) -> PreTrainedModel:
+def small_qwen3(config: Model, vocab_size: int) -> PreTrainedModel:
     """A randomly initialised Qwen3 of the configured shape."""
     return Qwen3ForCausalLM(
         Qwen3Config(

@@ -80,7 +80,7 @@ class Policy(nn.Module):
         tokens, positions = [], []
         if prompt_tokens is not None:
             tokens.append(prompt_tokens)
-            positions.append(layout.prompt_positions())
+            positions.append(layout.positions)
         if answer_tokens is not None:
             tokens.append(answer_tokens.reshape(-1))
             positions.append(layout.answer_positions())

@@ -1,0 +1,144 @@
+"""What a policy answers to an evaluation set: generated items, filter probabilities, pool scores."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from negfast.data.split import Requests
+from negfast.evaluate.predictions import TOP, Predictions, threshold_for_share
+from negfast.evaluate.sets import POOL, EvalSet, history_ends
+from negfast.model.beam import beam_search
+from negfast.model.prompts import MIXED
+from negfast.sid.prior import NEXT_DISLIKE
+from negfast.train.engine import Engine
+from negfast.train.verdict import Candidates, group_candidates, verdict_logits
+
+CANDIDATES_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Platt scaling of verdict logits, fitted on valid: P(dislike) = sigmoid(slope * logit + intercept)."""
+
+    slope: float
+    intercept: float
+    threshold: float  # probability at or above which 10 % of the valid events lie
+
+    def probability(self, logit: np.ndarray) -> np.ndarray:
+        return 1 / (1 + np.exp(-(self.slope * logit + self.intercept)))
+
+
+def generate(
+    engine: Engine, requests: Requests, top: int = TOP, with_policy: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """The ``top`` items that each request's user will most probably dislike: int32 [R, top] and log p float32 [R, top].
+
+    -1 and -inf pad rows with fewer unseen items. Without the policy the community prior alone answers.
+    """
+    items = np.full((len(requests), top), -1, dtype=np.int32)
+    scores = np.full((len(requests), top), -np.inf, dtype=np.float32)
+    # requests of similar length together: attention pads a batch's prompts to its longest
+    ends = history_ends(engine.log, requests.user, requests.day)
+    order = np.argsort(ends - engine.log.user_offsets[requests.user], kind="stable")
+    size = engine.config.eval.batch
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        batch = engine.prompts.build(requests.user[rows], requests.day[rows], MIXED, 0, tail="next-dislike")
+        found, log_p = beam_search(
+            engine.policy if with_policy else None,
+            engine.chooser,
+            batch.layout,
+            batch.tokens,
+            batch.prior,
+            NEXT_DISLIKE,
+            max(engine.config.eval.beam, top),
+            top,
+        )
+        items[rows], scores[rows] = found.cpu().numpy(), log_p.cpu().numpy()
+    return items, scores
+
+
+@torch.no_grad()
+def candidate_logits(engine: Engine, candidates: Candidates) -> np.ndarray:
+    """Verdict logits float64 [E] of candidates, in batches of similar prompt length."""
+    out = np.empty(len(candidates.items))
+    ends = history_ends(engine.log, candidates.user, candidates.day - 1)
+    order = np.argsort(ends - engine.log.user_offsets[candidates.user], kind="stable")
+    counts = np.diff(candidates.offsets)[order]
+    batch_of = (np.cumsum(counts) - counts) // CANDIDATES_AT_ONCE
+    for batch in np.unique(batch_of):
+        part, places = candidates.take(order[batch_of == batch])
+        out[places] = verdict_logits(engine, part).double().cpu().numpy()
+    return out
+
+
+def filter_logits(engine: Engine, evalset: EvalSet) -> np.ndarray:
+    """Verdict logits of the filter events, float64 [E]."""
+    order = np.lexsort((evalset.filter_day, evalset.filter_user))
+    candidates = group_candidates(evalset.filter_user[order], evalset.filter_day[order], evalset.filter_item[order])
+    out = np.empty(len(order))
+    out[order] = candidate_logits(engine, candidates)
+    return out
+
+
+def pool_logits(engine: Engine, evalset: EvalSet) -> np.ndarray:
+    """Verdict logits of the matched pools, float64 [N, POOL]."""
+    user, day = np.repeat(evalset.pool_user, POOL), np.repeat(evalset.pool_day + 1, POOL)
+    order = np.lexsort((day, user))
+    candidates = group_candidates(user[order], day[order], evalset.pool_items.reshape(-1)[order])
+    out = np.empty(len(order))
+    out[order] = candidate_logits(engine, candidates)
+    return out.reshape(-1, POOL)
+
+
+def calibrate(engine: Engine, valid: EvalSet) -> Calibration:
+    """Fits the scaling and the threshold on the valid filter events."""
+    from sklearn.linear_model import LogisticRegression
+
+    logit = filter_logits(engine, valid)
+    fit = LogisticRegression(C=1e6).fit(logit[:, None], valid.filter_dislike)
+    scaling = Calibration(float(fit.coef_[0, 0]), float(fit.intercept_[0]), 0.5)
+    return Calibration(scaling.slope, scaling.intercept, threshold_for_share(scaling.probability(logit)))
+
+
+def predict_set(engine: Engine, evalset: EvalSet, calibration: Calibration) -> Predictions:
+    """All answers of the engine's policy to ``evalset``."""
+    engine.policy.eval()
+    return Predictions(
+        generated=generate(engine, evalset.requests)[0],
+        filter_score=calibration.probability(filter_logits(engine, evalset)),
+        filter_is_probability=True,
+        filter_threshold=calibration.threshold,
+        pool_score=pool_logits(engine, evalset),
+    )
+
+
+class Validation:
+    """The quick look at valid during training: FHR@20 and filter AUC on a fixed sample; their sum chooses weights."""
+
+    def __init__(self, engine: Engine, valid: EvalSet) -> None:
+        from sklearn.metrics import roc_auc_score
+
+        self._auc = roc_auc_score
+        self.engine = engine
+        size = engine.config.eval.valid_requests
+        rng = np.random.default_rng(engine.config.train.seed)
+        rows = np.sort(rng.permutation(len(valid.requests))[:size])
+        self.requests = valid.requests.take(rows)
+        events = np.sort(rng.permutation(len(valid.filter_user))[: size * 8])
+        order = events[np.lexsort((valid.filter_day[events], valid.filter_user[events]))]
+        self.candidates = group_candidates(valid.filter_user[order], valid.filter_day[order], valid.filter_item[order])
+        self.labels = valid.filter_dislike[order]
+
+    def __call__(self) -> dict[str, float]:
+        generated = generate(self.engine, self.requests, top=20)[0]
+        owner = np.repeat(np.arange(len(self.requests)), np.diff(self.requests.dislike_offsets))
+        hit = np.zeros(len(self.requests), dtype=bool)
+        np.logical_or.at(hit, owner, (generated[owner] == self.requests.dislikes[:, None]).any(1))
+        metrics = {"FHR@20": float(hit.mean())}
+        score = metrics["FHR@20"]
+        if 0 < self.labels.sum() < len(self.labels):
+            metrics["filter_auc"] = float(self._auc(self.labels, candidate_logits(self.engine, self.candidates)))
+            score += metrics["filter_auc"]
+        return {**metrics, "score": score}

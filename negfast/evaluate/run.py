@@ -1,0 +1,82 @@
+"""`negfast eval`: a finished run's rows beside the baselines on one split."""
+
+import json
+import sys
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from negfast.collab import co_dislike_neighbours, content_neighbours, soft_similarity
+from negfast.data.split import Requests
+from negfast.evaluate.baselines import baseline_predictions
+from negfast.evaluate.metrics import Similarity
+from negfast.evaluate.model import calibrate, generate, predict_set
+from negfast.evaluate.predictions import Predictions, check_generated
+from negfast.evaluate.report import evaluate_rows, print_table, to_json
+from negfast.evaluate.sets import EvalSet, evaluation_set
+from negfast.files import atomic_file
+from negfast.run_folder import RunFolder
+from negfast.train.checkpoint import load_weights
+from negfast.train.engine import Engine
+
+
+def evaluate_run(run: Path, split: str, data: Path | None, as_json: bool) -> None:
+    """Prints the table of ``split`` ("valid" or "test"), or one JSON object. Raises InputError for an unfinished run."""
+    evalset, rows = evaluate_folder(RunFolder(run), split, data)
+    if as_json:
+        print(to_json(evalset, rows))
+    else:
+        print_table(evalset, rows)
+
+
+def evaluate_folder(run: RunFolder, split: str, data: Path | None) -> tuple[EvalSet, list[dict[str, Any]]]:
+    """The rows of every baseline, of `prior`, and of the run's `sft` and `grpo` weights."""
+    engine = run.finished_engine(data)
+    sets = {name: evaluation_set(engine.log, engine.split, name) for name in ("valid", "test")}
+    evalset = sets[split]
+    _say("baselines")
+    baselines = baseline_predictions(engine.log, engine.data.items, list(sets.values()), engine.data.valid_day)
+    predictions: dict[str, Predictions] = dict(baselines[list(sets).index(split)])
+    _say("prior")
+    predictions["prior"] = Predictions(generated=generate(engine, evalset.requests, with_policy=False)[0])
+    for name, folder in (("sft", run.checkpoints / "sft"), ("grpo", run.final)):
+        _say(name)
+        load_weights(folder, engine.policy)
+        predictions[name] = predict_set(engine, evalset, calibrate(engine, sets["valid"]))
+    for name in ("prior", "sft", "grpo"):
+        check_generated(engine.log, evalset.requests, predictions[name].generated)
+    rows = evaluate_rows(
+        evalset, predictions, similarity_of(engine), engine.config.eval.resamples, engine.config.train.seed
+    )
+    return evalset, rows
+
+
+def write_report(run: RunFolder, evalset: EvalSet, rows: list[dict[str, Any]]) -> None:
+    """RUN/report.md and RUN/report.json."""
+    text = StringIO()
+    with redirect_stdout(text):
+        print_table(evalset, rows)
+    with atomic_file(run.path / "report.json") as temporary:
+        temporary.write_text(to_json(evalset, rows) + "\n")
+    with atomic_file(run.report) as temporary:
+        temporary.write_text(f"# {run.path.name}: {evalset.name} split\n\n```\n{text.getvalue()}```\n")
+
+
+def similarity_of(engine: Engine) -> Similarity:
+    """s_u(i, j) of the soft metrics: co-dislikes of other users before T_valid, else content."""
+    neighbours = co_dislike_neighbours(engine.log, engine.data.valid_day)
+    content = content_neighbours(engine.data.embedding, engine.config.reward.content_threshold)
+
+    def similarity(requests: Requests, generated: np.ndarray) -> np.ndarray:
+        return soft_similarity(
+            neighbours, content, requests.user, generated, requests.dislike_offsets, requests.dislikes
+        )
+
+    return similarity
+
+
+def _say(row: str) -> None:
+    print(f"evaluating {row}", file=sys.stderr, flush=True)

@@ -1,0 +1,83 @@
+"""Constrained beam search: the most probable unseen items of a context, beams as rows over shared prompt keys."""
+
+import torch
+from torch import Tensor
+
+from negfast.model.choice import TrieChooser
+from negfast.model.layout import GroupLayout
+from negfast.model.policy import Policy
+from negfast.sid.prior import RequestPrior
+
+
+@torch.no_grad()
+def beam_search(
+    policy: Policy | None,
+    chooser: TrieChooser,
+    layout: GroupLayout,
+    prompt_tokens: Tensor,
+    prior: RequestPrior,
+    branch: int,
+    width: int,
+    top: int,
+) -> tuple[Tensor, Tensor]:
+    """The ``top`` best items of each of B prompts (which end with the branch's marker) and their log-probabilities.
+
+    Returns (items int64 [B, top], log_prob [B, top]), best first; -1 and -inf where fewer unseen items were found.
+    ``width`` beams are kept at every level above the last. Items are distinct, exist and are unseen, since only valid
+    codes are followed. Ties go to the lower node. Without a policy the prior alone is searched.
+    """
+    prompts, levels = layout.prompts, chooser.trie.levels
+    device = prompt_tokens.device
+    hidden = None
+    if policy is not None:
+        hidden = policy.hidden(layout, prompt_tokens, None)[layout.last_prompt_row]
+    score = torch.zeros(prompts, 1, device=device)
+    nodes = torch.zeros(prompts, 1, dtype=torch.int64, device=device)
+    requests = torch.arange(prompts, device=device)
+    for level in range(levels):
+        beams = nodes.shape[1]
+        alive = torch.isfinite(score)
+        choice = chooser.choose(
+            policy, hidden, level, nodes.flatten(), requests.repeat_interleave(beams), prior, branch
+        )
+        joint = score.unsqueeze(-1) + choice.log_probs().unflatten(0, (prompts, beams))
+        valid = choice.valid.unflatten(0, (prompts, beams)) & alive.unsqueeze(-1)
+        joint = joint.masked_fill(~valid, -torch.inf).flatten(1)
+        keep = min(width if level < levels - 1 else top, joint.shape[1])
+        score, index = stable_topk(joint, keep)
+        nodes = choice.children.unflatten(0, (prompts, beams)).flatten(1).gather(1, index)
+        nodes = nodes.clamp_min(0)  # a dead beam (score -inf) walks along on node 0
+        if level == levels - 1 or policy is None:
+            continue
+        parents = (index // choice.logits.shape[1] + requests[:, None] * beams).flatten()
+        slots = torch.arange(prompts * keep, device=device)
+        if level == 0:
+            layout.slots, layout.group = slots, keep
+        else:
+            layout.replace(parents, slots, keep)
+        codes = index % choice.logits.shape[1]
+        tokens = policy.vocabulary.code_base(level + 1) + codes
+        hidden = policy.hidden(layout, None, tokens.reshape(-1, 1))
+    items = torch.where(torch.isfinite(score), chooser.trie.leaf_item[nodes].long(), -1)
+    if items.shape[1] < top:
+        missing = top - items.shape[1]
+        items = torch.nn.functional.pad(items, (0, missing), value=-1)
+        score = torch.nn.functional.pad(score, (0, missing), value=-torch.inf)
+    return items, score
+
+
+def stable_topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, descending; equal values in the order of their columns (topk leaves that open)."""
+    kth = values.topk(k, dim=-1).values[:, -1:]
+    # everything above the k-th value is in; of those equal to it the first columns fill the rest
+    above = values > kth
+    equal = values == kth
+    room = k - above.sum(-1, keepdim=True)
+    chosen = above | (equal & (equal.cumsum(-1) <= room))
+    place = torch.where(chosen, chosen.cumsum(-1) - 1, k)  # the rest falls into a spare column
+    columns = torch.arange(values.shape[1], device=values.device).expand_as(values)
+    index = torch.empty(len(values), k + 1, dtype=torch.int64, device=values.device)
+    index = index.scatter_(1, place, columns)[:, :k]
+    picked = values.gather(1, index)
+    order = picked.argsort(dim=-1, descending=True, stable=True)
+    return picked.gather(1, order), index.gather(1, order)

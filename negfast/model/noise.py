@@ -1,0 +1,32 @@
+"""Sampling noise keyed by what it is for, so that it depends neither on batch layout nor on the number of ranks."""
+
+import torch
+from torch import Tensor
+
+_MIX = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_SIGNED = [c - (1 << 64) if c >= 1 << 63 else c for c in _MIX]
+
+
+def keyed_gumbel(seed: int, step: int, request: Tensor, answer: Tensor, level: int, width: int) -> Tensor:
+    """Standard Gumbel noise float32 [R, width], a function of (seed, step, request [R], answer [R], level, column).
+
+    ``request`` int64 [R] is the request's own number (not its place in the batch). A hash (SplitMix64's finaliser)
+    of the whole key gives each number, so there is no generator state to save or to share.
+    """
+    row = _mix(_mix(_mix(_mix(torch.full_like(request, seed)) + step) + request) + answer)
+    column = torch.arange(width, device=request.device)
+    bits = _mix(_mix(row + level)[:, None] + column) >> 40 & 0xFFFFFF  # 24 of them: what a float32 holds exactly
+    uniform = (bits.to(torch.float32) + 0.5) * 2.0**-24
+    return -torch.log(-torch.log(uniform))
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser on int64 (arithmetic wraps around; shifts are made logical)."""
+    x = x + _SIGNED[0]
+    x = (x ^ _shift(x, 30)) * _SIGNED[1]
+    x = (x ^ _shift(x, 27)) * _SIGNED[2]
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,105 @@
+"""A run directory: where things lie in it, and how a policy comes back out of it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from negfast.config import Config, load_config
+from negfast.data.dataset import SEMANTIC_IDS, Dataset
+from negfast.errors import InputError
+from negfast.evaluate.model import Calibration
+from negfast.model.load import rebuild_policy
+from negfast.model.policy import Policy
+from negfast.train.checkpoint import load_weights, read_state
+from negfast.train.engine import Engine, build_engine, choose_device, use_threads
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where things lie in a run directory."""
+
+    path: Path
+
+    @property
+    def description(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def model(self) -> Path:
+        """Model configuration and tokenizer."""
+        return self.path / "model"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def initial(self) -> Path:
+        """The weights before the first step."""
+        return self.checkpoints / "initial"
+
+    @property
+    def final(self) -> Path:
+        return self.path / "final"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.md"
+
+    @property
+    def exists(self) -> bool:
+        return self.description.is_file()
+
+    @property
+    def data(self) -> Path:
+        return self.path / self.read()["data"]
+
+    @property
+    def config(self) -> Config:
+        return load_config(self.path / "config.toml")
+
+    @property
+    def calibration(self) -> Calibration:
+        return Calibration(**read_state(self.final)["calibration"])
+
+    def read(self) -> dict:
+        if not self.exists:
+            raise InputError(f"{self.path}: found no run.json, expected a run directory")
+        return json.loads(self.description.read_text())
+
+    def require_finished(self) -> None:
+        self.read()
+        if not self.final.is_dir():
+            raise InputError(f"{self.path}: the run is unfinished; `negfast train --out {self.path}` goes on")
+
+    def check_data(self, dataset: Dataset) -> None:
+        """InputError where the data set has other semantic IDs than those the run was trained on."""
+        if self.read()["semantic_ids"] != self.fingerprint(dataset):
+            raise InputError(f"{dataset.path}: found other semantic IDs than those that {self.path} was trained on")
+
+    @staticmethod
+    def fingerprint(dataset: Dataset) -> str:
+        return dataset.manifest["files"][SEMANTIC_IDS]["sha256"]
+
+    def load_policy(self, dataset: Dataset) -> tuple[Policy, PreTrainedTokenizerBase]:
+        """The run's policy, its weights still to be loaded, and its tokenizer."""
+        codebook = int(dataset.manifest["semantic_ids"]["codebook"])
+        return rebuild_policy(self.model, dataset.codes.shape[1], codebook)
+
+    def finished_engine(self, data: Path | None) -> Engine:
+        """An engine with the run's final weights over ``data`` (default: the data it was trained on), for inference.
+
+        Raises InputError where the run is unfinished or the data does not belong to it.
+        """
+        self.require_finished()
+        dataset = Dataset.open(self.data if data is None else data)
+        self.check_data(dataset)
+        config = self.config
+        use_threads(config.train.threads)
+        policy, tokenizer = self.load_policy(dataset)
+        engine = build_engine(config, dataset, policy, tokenizer, choose_device(config.train.device))
+        load_weights(self.final, engine.policy)
+        engine.policy.eval().requires_grad_(False)
+        return engine

@@ -1,0 +1,80 @@
+"""`negfast export`: a run as a Hugging Face directory that opens in transformers, with its SID table and trie."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import torch
+from safetensors.numpy import save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from negfast.files import atomic_directory
+from negfast.model.policy import Policy
+from negfast.run_folder import RunFolder
+from negfast.sid.trie import Trie
+
+
+def export_run(run: Path, out: Path) -> None:
+    """Writes model, tokenizer, sid_table.parquet, trie.safetensors and negfast.json to the directory ``out``.
+
+    The code block is merged into the model's vocabulary: input rows are the block's, output rows those seen through
+    its head, so logits are the policy's before the community prior. Raises InputError as `RunFolder.finished_engine`.
+    """
+    folder = RunFolder(run)
+    engine = folder.finished_engine(None)
+    model = merged_model(engine.policy)
+    tokenizer = merged_tokenizer(engine.policy, engine.tokenizer)
+    with atomic_directory(out) as temporary:
+        model.save_pretrained(temporary, safe_serialization=True)
+        tokenizer.save_pretrained(temporary)
+        tokens = engine.prompts.item_tokens
+        columns = {
+            "item": pa.array(engine.data.items.ids, pa.string()),
+            "text": pa.array(engine.data.items.text, pa.string()),
+            "tokens": pa.FixedSizeListArray.from_arrays(pa.array(tokens.reshape(-1)), tokens.shape[1]),
+        }
+        parquet.write_table(pa.table(columns), temporary / "sid_table.parquet", compression="zstd")
+        save_file(trie_tensors(engine.trie), temporary / "trie.safetensors")
+        vocabulary = engine.policy.vocabulary
+        description = {
+            "base": vocabulary.base,
+            "levels": vocabulary.levels,
+            "codebook": vocabulary.codebook,
+            "calibration": vars(folder.calibration),
+        }
+        (temporary / "negfast.json").write_text(json.dumps(description, indent=1) + "\n")
+
+
+@torch.no_grad()
+def merged_model(policy: Policy) -> PreTrainedModel:
+    """A causal LM of the policy's architecture whose vocabulary ends with the code block; untied."""
+    config = policy.decoder.config.__class__.from_dict(policy.decoder.config.to_dict())
+    config.vocab_size = policy.vocabulary.base + policy.vocabulary.size
+    config.tie_word_embeddings = False
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    weights = {f"{model.base_model_prefix}.{name}": value for name, value in policy.decoder.state_dict().items()}
+    text_rows = policy.decoder.get_input_embeddings().weight
+    output_rows = policy.block.rows @ policy.block.head.weight  # head(h) . row = h . (row W)
+    weights[f"{model.base_model_prefix}.embed_tokens.weight"] = torch.cat([text_rows, policy.block.rows])
+    weights["lm_head.weight"] = torch.cat([policy.text_head.weight, output_rows])
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def merged_tokenizer(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer with the block's tokens added at their ids; rows that the model had to spare get filler names."""
+    spare = policy.vocabulary.base - len(tokenizer)
+    tokenizer.add_tokens([f"<|unused_{i}|>" for i in range(spare)], special_tokens=True)
+    tokenizer.add_tokens(policy.vocabulary.tokens, special_tokens=True)
+    return tokenizer
+
+
+def trie_tensors(trie: Trie) -> dict[str, np.ndarray]:
+    """The trie as named arrays; level 0 is the root. See `negfast.sid.trie.Trie` for their meaning."""
+    tensors = {"leaf_item": trie.leaf_item, "item_nodes": trie.item_nodes}
+    for level, (first, bits) in enumerate(zip(trie.first_child, trie.child_bits, strict=True)):
+        tensors[f"first_child.{level}"] = first
+        tensors[f"child_bits.{level}"] = bits
+    return {name: np.ascontiguousarray(value) for name, value in tensors.items()}

@@ -1,0 +1,116 @@
+"""Everything that stages, evaluation and serving share: data set, policy, trie, prior, prompts on one device."""
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from negfast.config import Config
+from negfast.data.dataset import Dataset
+from negfast.data.log import DISLIKE, LIKE, EventLog
+from negfast.data.rates import FeedbackRates
+from negfast.data.split import Split
+from negfast.errors import InputError
+from negfast.model.choice import TrieChooser
+from negfast.model.policy import Policy
+from negfast.model.prompts import PromptBuilder, trending_items
+from negfast.sid.prior import DevicePrior, decayed_mass
+from negfast.sid.trie import Trie, build_trie
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One job's parts, made by `build_engine`."""
+
+    config: Config
+    data: Dataset
+    log: EventLog
+    policy: Policy
+    tokenizer: PreTrainedTokenizerBase
+    trie: Trie
+    chooser: TrieChooser
+    prompts: PromptBuilder
+    rates: FeedbackRates
+    device: torch.device
+    threads: int
+
+    @cached_property
+    def split(self) -> Split:
+        return self.data.split()
+
+
+def build_engine(
+    config: Config, data: Dataset, policy: Policy, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> Engine:
+    """Puts the policy on ``device`` and builds the tables beside it."""
+    log, threads = data.log, torch.get_num_threads()
+    trie = build_trie(data.codes, int(data.manifest["semantic_ids"]["codebook"]))
+    first_day, last_day = int(log.day.min()) - 1, int(log.day.max())
+    dislikes, likes = (
+        decayed_mass(log, kind, config.prior.half_life_days, first_day, last_day) for kind in (DISLIKE, LIKE)
+    )
+    prior = DevicePrior.build(trie, dislikes, likes, first_day, config.prior.eps, device)
+    prompts = PromptBuilder(
+        data.shard,
+        trie,
+        policy.vocabulary,
+        prior,
+        trending_items(dislikes, config.prompt.trending_cap),
+        config.prompt,
+        device,
+        threads,
+    )
+    return Engine(
+        config,
+        data,
+        log,
+        policy.to(device),
+        tokenizer,
+        trie,
+        TrieChooser(trie.to(device), config.prior.weight),
+        prompts,
+        FeedbackRates(log, data.valid_day),
+        device,
+        threads,
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of ``train.device``: "auto" takes CUDA where there is one. InputError where it is not to be had."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"train.device: found {name!r}, expected auto, cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"train.device: found {name!r}, expected auto, cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("train.device: found cuda, but this machine has no usable CUDA device")
+    return device
+
+
+def use_threads(count: int) -> None:
+    """Sets the CPU threads of `train.threads`; 0 takes all that the process may use."""
+    torch.set_num_threads(count or len(os.sched_getaffinity(0)))
+
+
+def epoch_rows(seed: int, task: str, step: int, size: int, count: int) -> np.ndarray:
+    """The rows, of ``size``, that step ``step`` of a task visits when each step takes ``count``: seeded permutations
+    one after the other, so that every row comes once an epoch and a step can be reached without walking there."""
+    count = min(count, size)
+    places = np.arange(step * count, (step + 1) * count)
+    rows = np.empty(count, dtype=np.int64)
+    for epoch in np.unique(places // size):
+        order = task_rng(seed, task, int(epoch)).permutation(size)
+        here = places // size == epoch
+        rows[here] = order[places[here] % size]
+    return rows
+
+
+def task_rng(seed: int, task: str, step: int) -> np.random.Generator:
+    """A generator of its own for (seed, task, step)."""
+    return np.random.default_rng([seed, step, *task.encode()])

@@ -1,0 +1,135 @@
+"""Rollout and training pass in one: the prompt once, then level by level choose, sample and go on, with gradients.
+
+On-policy, the forward that samples *is* the forward that trains. Level 1 is chosen once per prompt for all of its
+answers; an answer whose remaining choices are all forced (one unseen leaf below it) is carried no further.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from negfast.kernels.trie_grpo import SampledTokens
+from negfast.model.choice import Choice, TrieChooser
+from negfast.model.noise import keyed_gumbel
+from negfast.model.policy import Policy
+from negfast.model.prompts import PromptBatch
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """G answers of each of B prompts, and the policy's choices at every node they visited.
+
+    items int64 [B, G]; ``choice`` holds R rows in the order of levels; ``tokens`` are the L*B*G sampled tokens of
+    `negfast.kernels.trie_grpo`; ``codes`` int64 [B*G, L]. ``choice.logits`` carries the gradient.
+    """
+
+    items: Tensor
+    codes: Tensor
+    choice: Choice
+    tokens: SampledTokens
+    rows: list[Tensor]  # per level, int64 [R_l]: the prompt of each row of level 1, below it the answer, ascending
+
+
+def rollout(
+    policy: Policy,
+    chooser: TrieChooser,
+    batch: PromptBatch,
+    request_ids: Tensor,
+    branch: int,
+    group: int,
+    seed: int,
+    step: int,
+    temperature: float = 1.0,
+) -> Rollout:
+    """Samples ``group`` items of every prompt of ``batch`` (prompts end with the branch's marker), with replacement.
+
+    ``request_ids`` int64 [B] key the noise, so the same request draws the same numbers in any batch.
+    """
+    layout, trie = batch.layout, chooser.trie
+    prompts, device = layout.prompts, batch.tokens.device
+    answer = torch.arange(prompts * group, device=device)
+    owner, number = answer // group, answer % group
+
+    hidden = policy.hidden(layout, batch.tokens, None)[layout.last_prompt_row]
+    roots = torch.zeros(prompts, dtype=torch.int64, device=device)
+    choices = [chooser.choose(policy, hidden, 0, roots, owner[::group], batch.prior, branch)]
+    rows = [owner[::group]]
+    layout.slots, layout.group = answer, group
+    carried, row_of_carried = answer, owner  # level 1 is one row a prompt, whatever the number of answers
+    node, codes, token_rows, counted, offset = torch.zeros_like(answer), [], [], [], 0
+    for level in range(trie.levels):
+        choice = choices[-1]
+        noise = keyed_gumbel(seed, step, request_ids[owner[carried]], number[carried], level, trie.codebook)
+        sampled = (choice.log_probs(temperature).detach()[row_of_carried] + noise).argmax(-1)
+        code, next_node = _forced(chooser, level, node, owner, carried, batch, branch)
+        code[carried] = sampled
+        next_node[carried] = choice.children[row_of_carried, sampled]
+        open_choice = choice.valid.sum(-1) > 1
+        codes.append(code)
+        token_rows.append(torch.zeros_like(answer).index_copy(0, carried, row_of_carried + offset))
+        counted.append(torch.zeros_like(answer, dtype=torch.bool).index_copy(0, carried, open_choice[row_of_carried]))
+        node, offset = next_node, offset + len(choice.logits)
+        if level == trie.levels - 1:
+            break
+        if device.type == "cpu":  # elsewhere static shapes are worth more than the rows saved
+            still_open = chooser.unseen_leaves(level + 1, node[carried], owner[carried], batch.prior) > 1
+            layout.keep(still_open.nonzero()[:, 0])
+            carried = carried[still_open]
+        row_of_carried = torch.arange(len(carried), device=device)
+        tokens = policy.vocabulary.code_base(level + 1) + code[carried]
+        hidden = policy.hidden(layout, None, tokens.unsqueeze(-1)) if len(carried) else hidden[:0]
+        choices.append(chooser.choose(policy, hidden, level + 1, node[carried], owner[carried], batch.prior, branch))
+        rows.append(carried)
+
+    merged = Choice(
+        torch.cat([c.logits for c in choices]),
+        torch.cat([c.valid for c in choices]),
+        torch.cat([c.log_prior for c in choices if c.log_prior is not None]) if chooser.prior_weight else None,
+        torch.cat([c.children for c in choices]),
+    )
+    sampled_tokens = SampledTokens(
+        torch.cat(token_rows), torch.cat(codes), answer.repeat(trie.levels), torch.cat(counted)
+    )
+    items = trie.leaf_item[node].long().view(prompts, group)
+    return Rollout(items, torch.stack(codes, 1), merged, sampled_tokens, rows)
+
+
+def _forced(
+    chooser: TrieChooser,
+    level: int,
+    node: Tensor,
+    owner: Tensor,
+    carried: Tensor,
+    batch: PromptBatch,
+    branch: int,
+) -> tuple[Tensor, Tensor]:
+    """The code and child of every answer that is carried no further: the only unseen way on. Zeros for the rest."""
+    code, child = torch.zeros_like(node), torch.zeros_like(node)
+    if len(carried) < len(node):
+        rest = torch.ones_like(node, dtype=torch.bool).index_fill(0, carried, False).nonzero()[:, 0]
+        only = chooser.choose(None, None, level, node[rest], owner[rest], batch.prior, branch)
+        code[rest] = only.valid.int().argmax(-1)
+        child[rest] = only.children.gather(1, code[rest].unsqueeze(1))[:, 0]
+    return code, child
+
+
+def replay_logits(policy: Policy, batch: PromptBatch, sampled: Rollout) -> Tensor:
+    """Logits [R, K] of ``policy`` at the nodes of a rollout, row for row those of ``sampled.choice``.
+
+    One forward of prompts and answers together: the reference policy, or the policy itself in two-pass mode.
+    """
+    levels = sampled.codes.shape[1]
+    first_codes = torch.tensor(
+        [policy.vocabulary.code_base(level) for level in range(1, levels)], device=sampled.codes.device
+    )
+    fed = sampled.rows[1] if levels > 1 else sampled.rows[0][:0]
+    layout = batch.layout.fresh(fed, sampled.items.shape[1])
+    answers = sampled.codes[fed, : levels - 1] + first_codes if len(fed) else None
+    hidden = policy.hidden(layout, batch.tokens, answers)
+    logits = [policy.code_logits(hidden[layout.last_prompt_row], 1)]
+    states = hidden[len(batch.tokens) :].view(len(fed), levels - 1, hidden.shape[-1])
+    for level in range(1, len(sampled.rows)):
+        place = torch.searchsorted(fed, sampled.rows[level])
+        logits.append(policy.code_logits(states[place, level - 1], level + 1))
+    return torch.cat(logits)

@@ -1,0 +1,161 @@
+"""`negfast train`: a run directory from nothing to its table, or on from where it stopped."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from negfast.config import Config, load_config, to_toml
+from negfast.data.dataset import Dataset
+from negfast.data.samples import prepare_movietweetings
+from negfast.errors import InputError
+from negfast.evaluate.model import Validation, calibrate
+from negfast.evaluate.run import evaluate_folder, write_report
+from negfast.evaluate.sets import evaluation_set
+from negfast.files import atomic_file, check_output
+from negfast.model.load import build_policy, save_model_files
+from negfast.run_folder import RunFolder
+from negfast.train.align import AlignStage
+from negfast.train.checkpoint import latest_checkpoint, load_weights, read_state, save_checkpoint
+from negfast.train.engine import Engine, build_engine, choose_device, use_threads
+from negfast.train.grpo import GrpoStage
+from negfast.train.journal import Journal
+from negfast.train.loop import StopRequested, run_stage
+from negfast.train.sft import SftStage
+
+STAGES = {"align": AlignStage, "sft": SftStage, "grpo": GrpoStage}
+
+
+def train(
+    config: Path | None,
+    preset: str | None,
+    data: Path | None,
+    model: Path | None,
+    init: Path | None,
+    out: Path | None,
+    overrides: tuple[str, ...],
+) -> None:
+    """Runs all stages and leaves RUN with its table; an unfinished RUN is continued from its last checkpoint.
+
+    Without ``data`` the embedded MovieTweetings is prepared into RUN/data. Raises InputError on bad settings or on
+    a RUN that was started with others, TrainingError where training cannot go on.
+    """
+    if config is None and preset is None:
+        preset = "quickstart"
+    settings = load_config(config, preset, overrides)
+    run = RunFolder(out or Path("runs") / (preset or "train"))
+    check_output(run.path / "x")
+    device = choose_device(settings.train.device)
+    use_threads(settings.train.threads)
+
+    if run.exists:
+        data_dir = _check_same_run(run, settings, data, model, init)
+    else:
+        data_dir = data if data is not None else run.path / "data"
+        if data is None and not data_dir.exists():
+            _say("preparing the embedded MovieTweetings-100K")
+            prepare_movietweetings(data_dir)
+        _start_run(run, settings, Dataset.open(data_dir), data_dir, model, init)
+    dataset = Dataset.open(data_dir)
+    policy, tokenizer = run.load_policy(dataset)
+    engine = build_engine(settings, dataset, policy, tokenizer, device)
+    load_weights(run.initial, engine.policy)
+    _run_stages(run, engine)
+    if not run.report.exists():
+        evalset, rows = evaluate_folder(run, "test", None)
+        write_report(run, evalset, rows)
+    print(run.report.read_text())
+
+
+def _start_run(
+    run: RunFolder, settings: Config, dataset: Dataset, data_dir: Path, model: Path | None, init: Path | None
+) -> None:
+    """Writes what a run is made of; run.json comes last and makes it a run."""
+    torch.manual_seed(settings.train.seed)
+    run.path.mkdir(parents=True, exist_ok=True)
+    shape = dataset.codes.shape[1], int(dataset.manifest["semantic_ids"]["codebook"])
+    if init is None:
+        texts = [text for text in dataset.items.text if text.strip()]
+        policy, tokenizer = build_policy(settings.model, model, texts, *shape)
+    else:
+        source = RunFolder(init)
+        source.require_finished()
+        policy, tokenizer = source.load_policy(dataset)
+        load_weights(source.final, policy)
+    save_model_files(policy, tokenizer, run.model)
+    save_checkpoint(run.initial, policy)
+    (run.path / "config.toml").write_text(to_toml(settings))
+    description = {
+        "data": os.path.relpath(data_dir, run.path),
+        "semantic_ids": run.fingerprint(dataset),
+        "model": None if model is None else str(model),
+        "init": None if init is None else str(init),
+        "seed": settings.train.seed,
+    }
+    with atomic_file(run.description) as temporary:
+        temporary.write_text(json.dumps(description, indent=1) + "\n")
+
+
+def _check_same_run(run: RunFolder, settings: Config, data: Path | None, model: Path | None, init: Path | None) -> Path:
+    """The data directory of a run that goes on; InputError where it was started otherwise."""
+    description = run.read()
+    if (run.path / "config.toml").read_text() != to_toml(settings):
+        raise InputError(f"{run.path}: was started with other settings than asked for; see its config.toml, or --out")
+    for name, given in (("model", model), ("init", init)):
+        if given is not None and str(given) != description[name]:
+            raise InputError(f"{run.path}: was started with --{name} {description[name]}, found {given}")
+    started_with = run.data
+    if data is not None and data.resolve() != started_with.resolve():
+        raise InputError(f"{run.path}: was started with --data {started_with}, found {data}")
+    run.check_data(Dataset.open(started_with))
+    return started_with
+
+
+def _run_stages(run: RunFolder, engine: Engine) -> None:
+    names = list(STAGES)
+    done = [name for name in names if (run.checkpoints / name).is_dir()]
+    resume = latest_checkpoint(run.checkpoints)
+    if resume is not None and read_state(resume)["stage"] in done:
+        resume = None
+    if len(done) == len(names) and run.final.is_dir():
+        return
+    resumed_from = None
+    if resume is not None:
+        resumed_from = {key: read_state(resume)[key] for key in ("stage", "step")}
+    elif done:
+        resumed_from = {"stage": done[-1], "step": getattr(engine.config, done[-1]).steps}
+    journal = Journal(run.path, names, resumed_from)
+    if resumed_from is not None:
+        _say(f"going on from {resumed_from['stage']} step {resumed_from['step']}")
+    if done:
+        load_weights(run.checkpoints / done[-1], engine.policy)
+    valid = evaluation_set(engine.log, engine.split, "valid")
+    validate = Validation(engine, valid)
+    for number, name in enumerate(names):
+        if name in done:
+            continue
+        stage = STAGES[name](engine)
+        _say(f"stage {number + 1} of {len(names)}: {name}, {stage.config.steps} steps")
+        try:
+            run_stage(
+                stage,
+                number,
+                engine.policy,
+                run.path,
+                engine.config.train,
+                journal,
+                resume,
+                None if name == "align" else validate,
+            )
+        except StopRequested as stopped:
+            _say(f"{stopped}; `negfast train --out {run.path}` with the same settings goes on")
+            sys.exit(130)
+        resume = None
+    save_checkpoint(run.final, engine.policy, state={"calibration": vars(calibrate(engine, valid))})
+    journal.event("finished")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

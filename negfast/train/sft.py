@@ -1,0 +1,100 @@
+"""Stage 2, SFT: every active user-day -> the items of F after <|next-dislike|>, of P after <|next-like|>; verdicts."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from negfast.config import Sft
+from negfast.data.split import Requests
+from negfast.model.prompts import MIXED, NEGATIVE_ONLY, POSITIVE_ONLY
+from negfast.sid.prior import NEXT_DISLIKE, NEXT_LIKE
+from negfast.train.answers import answer_log_probs
+from negfast.train.engine import Engine, epoch_rows, task_rng
+from negfast.train.loop import StepResult
+from negfast.train.verdict import VerdictTask
+
+
+class NextItems:
+    """The next-item task: both branches of a request share its prompt in one group."""
+
+    def __init__(self, engine: Engine, settings: Sft) -> None:
+        requests = engine.split.train
+        has_future = (np.diff(requests.dislike_offsets) > 0) | (np.diff(requests.like_offsets) > 0)
+        self.engine, self.settings = engine, settings
+        self.requests = requests.take(has_future)
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor], int]:
+        """(loss, metrics, tokens). An item of F weighs 1/|F drawn|, of P like_weight/|P drawn|; mean over requests."""
+        engine, settings = self.engine, self.settings
+        seed, size = engine.config.train.seed, len(self.requests)
+        rows = epoch_rows(seed, "next-items", step, size, settings.requests)
+        rng = task_rng(seed, "targets", step)
+        requests = self.requests.take(rows)
+        request, item, branch, weight = draw_targets(requests, settings.targets, settings.like_weight, rng)
+        views = draw_views(len(rows), settings.negative_view, settings.positive_view, rng)
+
+        counts = np.bincount(request, minlength=len(rows))
+        batch = engine.prompts.build(requests.user, requests.day, views, counts)
+        names = {NEXT_DISLIKE: "next-dislike", NEXT_LIKE: "next-like"}
+        marker_ids = np.array([engine.policy.vocabulary.marker(names[b]) for b in (NEXT_DISLIKE, NEXT_LIKE)])
+
+        def put(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(engine.device)
+
+        branches = put(branch)
+        log_p = answer_log_probs(
+            engine, batch.layout, batch.tokens, put(marker_ids[branch]), put(item), batch.prior, branches
+        )
+        weights = put(weight)
+        loss = -(weights * log_p).sum() / len(rows)
+        disliked = branches == NEXT_DISLIKE
+        metrics = {
+            "nll_dislike": -(log_p.detach() * weights * disliked).sum() / (weights * disliked).sum().clamp_min(1e-9)
+        }
+        return loss, metrics, len(batch.tokens) + len(item) * engine.trie.levels
+
+
+def draw_targets(
+    requests: Requests, most: int, like_weight: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """At most ``most`` items of F and of P for each request: (request, item, branch int64 [A], weight float32 [A]),
+    sorted by request."""
+    parts = []
+    for branch, offsets, items, share in (
+        (NEXT_DISLIKE, requests.dislike_offsets, requests.dislikes, 1.0),
+        (NEXT_LIKE, requests.like_offsets, requests.likes, like_weight),
+    ):
+        owner = np.repeat(np.arange(len(requests)), np.diff(offsets))
+        shuffled = np.lexsort((rng.random(len(items)), owner))  # random order within a request
+        place = np.arange(len(items)) - offsets[owner]
+        chosen = shuffled[place < most]
+        owner = owner[chosen]
+        weight = share / np.bincount(owner, minlength=len(requests))[owner]
+        parts.append((owner, items[chosen].astype(np.int64), np.full(len(chosen), branch), weight))
+    request, item, branch, weight = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.argsort(request, kind="stable")
+    return request[order], item[order], branch[order].astype(np.int64), weight[order].astype(np.float32)
+
+
+def draw_views(size: int, negative: float, positive: float, rng: np.random.Generator) -> np.ndarray:
+    """A view for each of ``size`` prompts, uint8: negative-only, positive-only, else mixed."""
+    draw = rng.random(size)
+    views = np.where(draw < negative, NEGATIVE_ONLY, np.where(draw < negative + positive, POSITIVE_ONLY, MIXED))
+    return views.astype(np.uint8)
+
+
+class SftStage:
+    """Next items and verdicts."""
+
+    name = "sft"
+
+    def __init__(self, engine: Engine) -> None:
+        self.config = engine.config.sft
+        self.next_items = NextItems(engine, self.config)
+        self.verdict = VerdictTask(engine, self.config.verdicts)
+
+    def step(self, step: int) -> StepResult:
+        items, metrics, item_tokens = self.next_items.loss(step)
+        verdict, verdict_tokens = self.verdict.loss(step)
+        loss = items + self.config.verdict_weight * verdict
+        return StepResult(loss, {**metrics, "verdict_bce": verdict.detach()}, item_tokens + verdict_tokens)

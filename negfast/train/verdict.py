@@ -1,0 +1,92 @@
+"""The verdict task: will this user dislike this item, if it is consumed? Context strictly before the item's day."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from negfast.data.log import DISLIKE, EXPOSED, EventLog
+from negfast.model.prompts import MIXED
+from negfast.train.engine import Engine, epoch_rows
+
+WARM_UP_DAYS = 30  # of the log are left out: rates mean little before (negfast's choice)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Candidates of G user-days: group g has ``items[offsets[g]:offsets[g + 1]]``; the context ends before the day."""
+
+    user: np.ndarray  # int32 [G]
+    day: np.ndarray  # int32 [G], the candidates' day
+    offsets: np.ndarray  # int64 [G + 1]
+    items: np.ndarray  # int32 [E]
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    @property
+    def group_of_item(self) -> np.ndarray:
+        return np.repeat(np.arange(len(self)), np.diff(self.offsets))
+
+    def take(self, groups: np.ndarray) -> tuple["Candidates", np.ndarray]:
+        """The groups at ``groups``, and the places of their candidates in ``items``."""
+        counts = np.diff(self.offsets)[groups]
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        places = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][groups] - offsets[:-1], counts)
+        return Candidates(self.user[groups], self.day[groups], offsets, self.items[places]), places
+
+
+def first_feedback(log: EventLog, from_day: int, before_day: int) -> tuple[Candidates, np.ndarray]:
+    """The first like or dislike of every user-item pair on days [from_day, before_day), grouped by user-day, and
+    whether each is a dislike, float32 [E]."""
+    user = log.user.astype(np.int64)
+    told = np.flatnonzero(log.feedback != EXPOSED)
+    _, first = np.unique(user[told] * log.n_items + log.item[told], return_index=True)
+    rows = np.sort(told[first])  # sorted by (user, time): the first index of a pair is its earliest event
+    rows = rows[(log.day[rows] >= from_day) & (log.day[rows] < before_day)]
+    return group_candidates(user[rows], log.day[rows], log.item[rows]), (log.feedback[rows] == DISLIKE).astype(
+        np.float32
+    )
+
+
+def group_candidates(user: np.ndarray, day: np.ndarray, items: np.ndarray) -> Candidates:
+    """Candidates from columns [E] in which equal (user, day) stand together."""
+    starts = np.flatnonzero((np.diff(user, prepend=-1) != 0) | (np.diff(day, prepend=-1) != 0))
+    offsets = np.append(starts, len(user))
+    return Candidates(user[starts].astype(np.int32), day[starts].astype(np.int32), offsets, items.astype(np.int32))
+
+
+def verdict_logits(engine: Engine, candidates: Candidates, view: int = MIXED) -> Tensor:
+    """Logit [E] of P(dislike) for every candidate: one prompt a user-day, its candidates as answers."""
+    owner = candidates.group_of_item
+    before = candidates.day - 1
+    counts = np.diff(candidates.offsets)
+    batch = engine.prompts.build(candidates.user, before, view, counts, trending=False)
+    codes = engine.prompts.item_token_ids[torch.from_numpy(candidates.items).to(engine.device).long()]
+    answers = F.pad(codes, (0, 1), value=engine.policy.vocabulary.marker("verdict"))
+    hidden = engine.policy.hidden(batch.layout, batch.tokens, answers)
+    last = hidden[len(batch.tokens) :].view(*answers.shape, -1)[:, -1]
+    features = engine.rates.features(candidates.user[owner], candidates.items, before[owner])
+    return engine.policy.verdict_logit(last, torch.from_numpy(features).to(engine.device))
+
+
+class VerdictTask:
+    """Verdicts on the first feedback of train days."""
+
+    def __init__(self, engine: Engine, batch: int) -> None:
+        """``batch``: user-days a step."""
+        first_day = int(engine.log.day.min())
+        start = min(first_day + WARM_UP_DAYS, (first_day + engine.data.valid_day) // 2)
+        self.engine, self.batch = engine, batch
+        self.candidates, self.labels = first_feedback(engine.log, start, engine.data.valid_day)
+
+    def loss(self, step: int) -> tuple[Tensor, int]:
+        """(binary cross entropy, tokens) of a step's user-days."""
+        groups = epoch_rows(self.engine.config.train.seed, "verdict", step, len(self.candidates), self.batch)
+        candidates, places = self.candidates.take(groups)
+        labels = torch.from_numpy(self.labels[places]).to(self.engine.device)
+        logits = verdict_logits(self.engine, candidates)
+        tokens = len(candidates.items) * (self.engine.trie.levels + 1)
+        return F.binary_cross_entropy_with_logits(logits, labels), tokens

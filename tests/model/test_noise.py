@@ -1,0 +1,30 @@
+import numpy as np
+import torch
+from scipy.stats import gumbel_r, kstest
+
+from negfast.model.noise import keyed_gumbel
+
+
+def test_is_gumbel_and_independent_of_neighbours():
+    request = torch.arange(400)
+    noise = keyed_gumbel(0, 3, request, torch.zeros_like(request), 1, 64)
+    assert kstest(noise.numpy().ravel(), gumbel_r.cdf).pvalue > 1e-4
+    table = np.corrcoef(noise.numpy().T)
+    assert np.abs(table - np.eye(64)).max() < 0.3
+    rows = np.corrcoef(noise[:50].numpy())
+    assert np.abs(rows - np.eye(50)).max() < 0.6
+
+
+def test_every_part_of_the_key_counts():
+    request, answer = torch.tensor([5]), torch.tensor([2])
+    base = keyed_gumbel(1, 2, request, answer, 0, 8)
+    assert (base == keyed_gumbel(1, 2, request, answer, 0, 8)).all()
+    others = [
+        keyed_gumbel(2, 2, request, answer, 0, 8),
+        keyed_gumbel(1, 3, request, answer, 0, 8),
+        keyed_gumbel(1, 2, request + 1, answer, 0, 8),
+        keyed_gumbel(1, 2, request, answer + 1, 0, 8),
+        keyed_gumbel(1, 2, request, answer, 1, 8),
+    ]
+    assert all((base != other).all() for other in others)
+    assert (keyed_gumbel(1, 2, request, answer, 0, 16)[:, :8] == base).all()

@@ -1,0 +1,92 @@
+"""A small policy on a random trie with random prompts, histories and masses: what rollout and beam are tested on."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from negfast.model.choice import TrieChooser
+from negfast.model.layout import GroupLayout
+from negfast.model.policy import Policy
+from negfast.model.prompts import PromptBatch
+from negfast.sid.prior import DevicePrior, child_log_prior
+from negfast.sid.tokens import CodeVocabulary
+from negfast.sid.trie import SeenNodes, build_trie
+from tests.sid.reference import random_codes, seen_nodes_reference
+
+BASE = 7
+
+
+@dataclass
+class Small:
+    policy: Policy
+    chooser: TrieChooser
+    trie: object
+    seen: list[list[int]]
+    tokens: torch.Tensor
+    cu_seqlens: np.ndarray
+    prior: object
+
+    def batch(self, group: int) -> PromptBatch:
+        layout = GroupLayout.build(self.cu_seqlens, group, torch.device("cpu"))
+        return PromptBatch(self.tokens, layout, self.prior, group)
+
+    @torch.no_grad()
+    def leaf_log_probs(self, branch: int) -> np.ndarray:
+        """log p of every item for every request, float64 [B, I], by a separate forward for every prefix."""
+        prompts, levels = len(self.seen), self.chooser.trie.levels
+        out = np.full((prompts, len(self.trie.leaf_item)), -np.inf)
+        prefix_states: dict = {}
+        for b in range(prompts):
+            prompt = self.tokens[self.cu_seqlens[b] : self.cu_seqlens[b + 1]]
+            for item in range(out.shape[1]):
+                if item in self.seen[b]:
+                    continue
+                total = 0.0
+                for level in range(levels):
+                    prefix = tuple(self.trie.codes[item, :level].tolist())
+                    if (b, prefix) not in prefix_states:
+                        prefix_states[b, prefix] = self._log_probs(b, prompt, level, prefix, item, branch)
+                    total += float(prefix_states[b, prefix][int(self.trie.codes[item, level])])
+                out[b, item] = total
+        return out
+
+    def _log_probs(self, b, prompt, level, prefix, item, branch):
+        fed = [self.policy.vocabulary.code_base(k + 1) + code for k, code in enumerate(prefix)]
+        tokens = torch.cat([prompt, torch.tensor(fed, dtype=torch.int64)])
+        layout = GroupLayout.build(np.array([0, len(tokens)]), 1, torch.device("cpu"))
+        hidden = self.policy.hidden(layout, tokens, None)[-1:]
+        node = torch.tensor([0 if level == 0 else int(self.trie.item_nodes[item, level - 1])])
+        log_mass, valid = child_log_prior(self.chooser.trie, self.prior, branch, level, node, torch.tensor([b]))
+        logits = self.policy.code_logits(hidden, level + 1) + self.chooser.prior_weight * log_mass
+        return logits.masked_fill(~valid, -torch.inf).log_softmax(-1)[0].numpy()
+
+
+def make_small(seed: int, items: int = 40, levels: int = 3, codebook: int = 6, prompts: int = 3) -> Small:
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    trie = build_trie(random_codes(rng, items, levels, codebook), codebook)
+    vocabulary = CodeVocabulary(BASE, levels, codebook)
+    config = Qwen3Config(
+        vocab_size=BASE,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        pad_token_id=None,
+    )
+    policy = Policy(Qwen3ForCausalLM(config), vocabulary).double().eval()
+    torch.nn.init.normal_(policy.block.head.weight, std=0.3)
+    torch.nn.init.normal_(policy.block.rows, std=0.5)
+    seen = [sorted(rng.choice(items, int(rng.integers(0, items // 2)), replace=False).tolist()) for _ in range(prompts)]
+    mass = rng.gamma(0.3, size=(2, 5, items))
+    prior = DevicePrior.build(trie, mass[0], mass[1], 100, 0.05, "cpu", torch.float64)
+    packed = seen_nodes_reference(trie, seen)
+    request_prior = prior.for_requests(rng.integers(100, 105, prompts), SeenNodes.from_packed(packed, trie, "cpu"))
+    lengths = rng.integers(1, 12, prompts)
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = torch.from_numpy(rng.integers(BASE, BASE + vocabulary.size, cu_seqlens[-1]))
+    return Small(policy, TrieChooser(trie.to("cpu"), 1.0), trie, seen, tokens, cu_seqlens, request_prior)
