@@ -1,6 +1,7 @@
 """Metrics against slow readings of their definitions, on random sets with ties, padding and empty slices."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,7 +27,9 @@ MakeLog = Callable[..., EventLog]
 @pytest.fixture(params=range(3))
 def test_set(random_log: MakeLog, request: pytest.FixtureRequest) -> EvalSet:
     log = random_log(request.param, n_users=30, n_items=90, n_events=2000)
-    return evaluation_set(log, split_requests(log, 5, 15_025, 15_042), "test")
+    test = evaluation_set(log, split_requests(log, 5, 15_025, 15_042), "test")
+    cold = np.random.default_rng(request.param).random(90) < 0.3  # the log itself leaves hardly an item cold
+    return replace(test, cold_item=cold)
 
 
 def futures(requests: Requests, row: int) -> tuple[set[int], set[int]]:
