@@ -60,6 +60,9 @@ MappedFile::~MappedFile() {
 }
 
 ScratchFile::ScratchFile(const std::string& folder) {
+  fd_ = ::open(folder.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+  if (fd_ >= 0) return;
+  // A file system without nameless files: it has a name for an instant.
   std::string name = folder + "/.negfast-scratch-XXXXXX";
   fd_ = ::mkostemp(name.data(), O_CLOEXEC);
   if (fd_ < 0) fail(name);

@@ -22,7 +22,7 @@ class MappedFile {
   size_t size_ = 0;
 };
 
-// Without a name from the start: nothing is left of it whatever happens to the process.
+// Without a name, so that nothing is left of it whatever happens to the process.
 class ScratchFile {
  public:
   explicit ScratchFile(const std::string& folder);

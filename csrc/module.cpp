@@ -95,6 +95,19 @@ void shard_read(const Shard& shard, Column<int32_t> users, Column<int64_t> offse
   shard.read(view(users), offsets.data(), item.data(), feedback.data(), time.data(), threads);
 }
 
+// `table` and `out` are the bytes of two-dimensional arrays of any element type.
+void shard_read_rows(const Shard& shard, Column<int32_t> users, Column<int64_t> offsets, Table<uint8_t> table,
+                     Output<uint8_t> out, unsigned threads) {
+  same_length(offsets.size(), users.size() + 1, "offsets");
+  if (table.shape(0) < shard.items()) same_length(table.shape(0), shard.items(), "table");
+  std::vector<int64_t> expected(users.size() + 1);
+  nb::gil_scoped_release release;
+  shard.offsets(view(users), expected.data());
+  if (!std::equal(expected.begin(), expected.end(), offsets.data())) throw ShardError("offsets: not those of the users");
+  same_length(out.size(), static_cast<size_t>(expected.back()) * table.shape(1), "out");
+  shard.read_rows(view(users), offsets.data(), table.data(), table.shape(1), out.data(), threads);
+}
+
 nb::tuple shard_pack(const Shard& shard, Column<int32_t> users, Column<int64_t> cut, Column<uint8_t> views,
                      int64_t like_cap, int64_t dislike_cap, Table<int32_t> item_tokens, Table<int32_t> item_nodes,
                      std::vector<int32_t> markers, Table<int32_t> trending, Column<int32_t> trending_row,
@@ -163,6 +176,7 @@ nb::list shard_files(const Shard& shard) {
     bytes["tables"] = sizeof(Header) + h.codes.size + h.ranks.size;
     facts["bytes"] = bytes;
     facts["file_bytes"] = h.file_size;
+    facts["checksum"] = h.crc;  // over the header, which holds the checksums of all tables
     files.append(facts);
   }
   return files;
@@ -193,6 +207,7 @@ NB_MODULE(_core, m) {
       .def("files", &shard_files)
       .def("offsets", &shard_offsets, "users"_a, "out"_a)
       .def("read", &shard_read, "users"_a, "offsets"_a, "item"_a, "feedback"_a, "time"_a, "threads"_a)
+      .def("read_rows", &shard_read_rows, "users"_a, "offsets"_a, "table"_a, "out"_a, "threads"_a)
       .def("pack", &shard_pack, nb::kw_only(), "users"_a, "cut"_a, "views"_a, "like_cap"_a, "dislike_cap"_a,
            "item_tokens"_a, "item_nodes"_a, "markers"_a, "trending"_a, "trending_row"_a, "tail"_a, "threads"_a);
 }

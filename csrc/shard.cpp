@@ -37,43 +37,63 @@ void Shard::offsets(std::span<const int32_t> users, int64_t* offsets) const {
   for (size_t i = 0; i < users.size(); ++i) offsets[i + 1] = offsets[i] + static_cast<int64_t>(events_of(users[i]));
 }
 
-void Shard::read_chunk(std::span<const int32_t> users, const int64_t* offsets, int32_t* item, uint8_t* feedback,
-                       int64_t* time) const {
-  std::vector<DecodeJob> item_jobs, time_jobs;
+template <class Decode>
+void Shard::for_each_file(std::span<const int32_t> users, const int64_t* offsets, Stream stream,
+                          Decode&& decode) const {
+  std::vector<DecodeJob> jobs;
   std::vector<uint64_t> at(users.size());
   for (size_t i = 0; i < users.size(); ++i) at[i] = static_cast<uint64_t>(offsets[i] - offsets[0]);
   for (const auto& file : files_) {
-    item_jobs.clear();
-    time_jobs.clear();
+    jobs.clear();
     for (size_t i = 0; i < users.size(); ++i) {
       const auto row = file->row_of(static_cast<uint32_t>(users[i]));
       if (!row) continue;
       const RowStreams s = file->streams(*row);
-      if (item != nullptr) {
-        for (uint64_t byte = s.item_begin; byte < s.item_end; byte += 64) __builtin_prefetch(file->data() + byte);
-        item_jobs.push_back({s.item_begin, s.item_end, s.events, at[i]});
-      }
-      if (time != nullptr) {
-        for (uint64_t byte = s.time_begin; byte < s.time_end; byte += 64) __builtin_prefetch(file->data() + byte);
-        time_jobs.push_back({s.time_begin, s.time_end, s.events, at[i]});
-      }
+      const bool items = stream == Stream::items;
+      const uint64_t begin = items ? s.item_begin : s.time_begin, end = items ? s.item_end : s.time_end;
+      for (uint64_t byte = begin; byte < end; byte += 64) __builtin_prefetch(file->data() + byte);
+      if (items)
+        file->check_items(s.block);
+      else
+        file->check_times(s.block);
+      jobs.push_back({begin, end, s.events, at[i]});
       at[i] += s.events;
-      if (item != nullptr) file->check_items(s.block);
-      if (time != nullptr) file->check_times(s.block);
     }
-    if (item != nullptr) decode_items(*file, item_jobs, item, feedback);
-    if (time != nullptr) decode_times(*file, time_jobs, time);
+    decode(*file, std::span<const DecodeJob>(jobs));
   }
+}
+
+void Shard::read_chunk(std::span<const int32_t> users, const int64_t* offsets, int32_t* item, uint8_t* feedback,
+                       int64_t* time) const {
+  if (item != nullptr)
+    for_each_file(users, offsets, Stream::items,
+                  [&](const ShardFile& file, auto jobs) { decode_items(file, jobs, item, feedback); });
+  if (time != nullptr)
+    for_each_file(users, offsets, Stream::times, [&](const ShardFile& file, auto jobs) { decode_times(file, jobs, time); });
+}
+
+template <class Body>
+static void for_each_chunk(size_t users, unsigned threads, Body&& body) {
+  parallel_for((users + kChunkUsers - 1) / kChunkUsers, threads, [&](size_t chunk, unsigned) {
+    const size_t first = chunk * kChunkUsers;
+    body(first, std::min(kChunkUsers, users - first));
+  });
 }
 
 void Shard::read(std::span<const int32_t> users, const int64_t* offsets, int32_t* item, uint8_t* feedback,
                  int64_t* time, unsigned threads) const {
-  const size_t chunks = (users.size() + kChunkUsers - 1) / kChunkUsers;
-  parallel_for(chunks, threads, [&](size_t chunk, unsigned) {
-    const size_t first = chunk * kChunkUsers, n = std::min(kChunkUsers, users.size() - first);
+  for_each_chunk(users.size(), threads, [&](size_t first, size_t n) {
     const int64_t start = offsets[first];
-    read_chunk(users.subspan(first, n), offsets + first, item ? item + start : nullptr,
-               feedback ? feedback + start : nullptr, time ? time + start : nullptr);
+    read_chunk(users.subspan(first, n), offsets + first, item + start, feedback + start, time + start);
+  });
+}
+
+void Shard::read_rows(std::span<const int32_t> users, const int64_t* offsets, const uint8_t* table, size_t row_bytes,
+                      uint8_t* out, unsigned threads) const {
+  for_each_chunk(users.size(), threads, [&](size_t first, size_t n) {
+    uint8_t* here = out + static_cast<size_t>(offsets[first]) * row_bytes;
+    for_each_file(users.subspan(first, n), offsets + first, Stream::items,
+                  [&](const ShardFile& file, auto jobs) { decode_rows(file, jobs, table, row_bytes, here); });
   });
 }
 

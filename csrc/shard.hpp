@@ -36,11 +36,21 @@ class Shard {
   void read(std::span<const int32_t> users, const int64_t* offsets, int32_t* item, uint8_t* feedback, int64_t* time,
             unsigned threads) const;
 
-  // The same for a few users, on the calling thread; positions in the columns start at offsets[0].
+  // Every event's row of a table of `row_bytes` a row, one after another: histories as tokens, times never touched.
+  void read_rows(std::span<const int32_t> users, const int64_t* offsets, const uint8_t* table, size_t row_bytes,
+                 uint8_t* out, unsigned threads) const;
+
+  // The histories of a few users, on the calling thread; positions in the columns start at offsets[0].
   void read_chunk(std::span<const int32_t> users, const int64_t* offsets, int32_t* item, uint8_t* feedback,
                   int64_t* time) const;
 
  private:
+  enum class Stream { items, times };
+
+  // Calls decode(file, jobs) with the users' streams in every file, their blocks verified.
+  template <class Decode>
+  void for_each_file(std::span<const int32_t> users, const int64_t* offsets, Stream stream, Decode&& decode) const;
+
   std::vector<std::unique_ptr<ShardFile>> files_;
   uint64_t users_ = 0, items_ = 0, events_ = 0;
   int64_t end_time_ = INT64_MIN;

@@ -45,7 +45,7 @@ void ShardFile::check_header() {
   if (crc32c(&header_, offsetof(Header, crc)) != header_.crc) damaged("the header's checksum does not match");
   if (header_.file_size != map_.size()) damaged(found_expected("bytes", map_.size(), header_.file_size));
   if (header_.items >= kMaxItems || header_.ranked > header_.items || header_.rows > header_.users ||
-      header_.users >> 31 || header_.time_unit == 0)
+      header_.users >> 31 || header_.time_unit == 0 || (header_.events > 0 && header_.ranked == 0))
     damaged("the header's numbers contradict each other");
   for (unsigned bits : {header_.item_head_bits, header_.time_head_bits, header_.run_head_bits})
     if (bits < 1 || bits > 16) damaged(found_expected("head bits", bits, 1) + " to 16");

@@ -45,7 +45,7 @@ class ShardFile {
   void check_times(uint64_t block) const;
 
   // Indexed by rank and then padded with kNoItem up to every rank that a symbol can express.
-  static constexpr uint32_t kNoItem = 0xffffffff;
+  static constexpr uint32_t kNoItem = 0x80000000;
   const uint32_t* item_of_rank() const { return item_of_rank_.data(); }
 
   const DecodeTable& item_table() const { return items_; }

@@ -1,15 +1,19 @@
 """Histories on disk: compressed, checksummed, memory-mapped shards (csrc/FORMAT.md), and prompts packed from them."""
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from negfast import _core
 from negfast.data.log import EventLog
+from negfast.errors import InputError
+from negfast.files import atomic_file
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,34 @@ class Shard:
         self._core.read(users, offsets, item, feedback, time, threads)
         return offsets, item, feedback, time
 
+    def tokens(
+        self,
+        users: np.ndarray | None,
+        item_tokens: np.ndarray,
+        threads: int = 1,
+        out: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Histories of ``users`` int32 [B] (None: all) as tokens: the row of ``item_tokens`` [I, L], of any dtype, for
+        every event.
+
+        Returns (offsets int64 [B + 1] in events, tokens [N, L]); ``out`` gives an array of at least N rows to write
+        to. Raises InputError for a user out of range, a table that is too short, or a damaged shard.
+        """
+        if users is None:
+            users = np.arange(self.n_users, dtype=np.int32)
+        offsets = np.empty(len(users) + 1, dtype=np.int64)
+        self._core.offsets(users, offsets)
+        if out is None:
+            out = np.empty((int(offsets[-1]), item_tokens.shape[1]), dtype=item_tokens.dtype)
+        elif out.dtype != item_tokens.dtype or out.shape[1] != item_tokens.shape[1]:
+            raise InputError(
+                f"out: found {out.dtype} [{out.shape[1]}], expected {item_tokens.dtype} [{item_tokens.shape[1]}]"
+            )
+        tokens = out[: int(offsets[-1])]
+        bytes_out = tokens.reshape(-1).view(np.uint8)
+        self._core.read_rows(users, offsets, np.ascontiguousarray(item_tokens).view(np.uint8), bytes_out, threads)
+        return offsets, tokens
+
     def pack(
         self,
         *,
@@ -117,32 +149,141 @@ class Shard:
         )
 
 
+class ShardBuilder:
+    """Builds a shard of events that come in any order, in bounded memory.
+
+    Sorted runs of at most ``memory_bytes`` go to nameless files beside ``path`` and are merged by `finish`. Ties in
+    time keep the order of arrival. Nothing appears at ``path`` before all of it is there.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        n_users: int,
+        n_items: int,
+        time_unit: int = 1,
+        memory_bytes: int = 1 << 30,
+    ) -> None:
+        self.path, self.n_users, self.n_items, self.time_unit = Path(path), n_users, n_items, time_unit
+        self._sorter = _core.EventSorter(str(self.path.parent), n_users, n_items, memory_bytes)
+
+    def add(self, user: np.ndarray, item: np.ndarray, feedback: np.ndarray, time: np.ndarray) -> None:
+        """Takes events: user int32, item int32, feedback uint8, time int64 (UTC seconds), all [n].
+
+        Raises InputError for an event out of range; the builder is of no use after that.
+        """
+        self._sorter.add(user, item, feedback, time)
+
+    def finish(self, threads: int = 1) -> None:
+        """Writes the shard, the same bytes for any number of threads."""
+        self._sorter.write(str(self.path), self.n_users, self.n_items, self.time_unit, threads)
+        _parts_path(self.path).unlink(missing_ok=True)
+
+
 def write_shard(path: str | os.PathLike[str], log: EventLog, time_unit: int = 1, threads: int = 1) -> None:
-    """Writes the histories of a log (its ``value`` column excepted) to a shard file.
+    """Writes the histories of a log (its ``value`` column excepted) to a shard, in place of what was at ``path``.
 
     ``time_unit``: resolution of the stored times, seconds (86400 keeps days). The bytes do not depend on ``threads``.
     The file appears whole or not at all. Raises InputError for events out of order or out of range.
     """
-    _core.write_histories(
-        os.fspath(path),
-        log.user_offsets,
-        log.item,
-        log.feedback,
-        log.time,
-        np.empty(0, np.uint32),
-        log.n_users,
-        log.n_items,
-        time_unit,
-        threads,
-    )
+    _write_histories(Path(path), log, np.empty(0, np.uint32), log.n_users, time_unit, threads)
+    _parts_path(path).unlink(missing_ok=True)
+
+
+def append_shard(
+    path: str | os.PathLike[str],
+    user: np.ndarray,
+    item: np.ndarray,
+    feedback: np.ndarray,
+    time: np.ndarray,
+    n_users: int,
+    n_items: int,
+    threads: int = 1,
+) -> Path:
+    """Adds later events to a shard without rewriting it: a file beside it, and its name in the list of parts.
+
+    Columns as for `ShardBuilder.add`, in any order; n_users and n_items are the sizes from now on. Returns the new
+    file. Raises InputError where an event comes before one of its user that the shard has, as readers put the
+    parts of a history one after another.
+    """
+    shard = open_shard(path)
+    if n_users < shard.n_users or n_items < shard.n_items:
+        raise InputError(
+            f"{path}: found {n_users} users and {n_items} items, expected {shard.n_users} and {shard.n_items} or more"
+        )
+    if len(user) == 0:
+        raise InputError(f"{path}: found no events to append, expected some")
+    order = np.lexsort((time, user))
+    user, item, feedback, time = user[order], item[order], feedback[order], time[order]
+    active, first = np.unique(user, return_index=True)
+    if not 0 <= active[0] <= active[-1] < n_users:
+        raise InputError(f"{path}: found users {active[0]} to {active[-1]}, expected 0 to {n_users - 1}")
+    time_unit = shard._core.files()[0]["time_unit"]
+    known = active[active < shard.n_users].astype(np.int32)
+    offsets, _, _, old_time = shard.get_many(known, threads)
+    has_events = np.flatnonzero(np.diff(offsets))
+    late = time[first[has_events]] // time_unit * time_unit < old_time[offsets[1:][has_events] - 1]
+    if late.any():
+        who = has_events[late.argmax()]
+        raise InputError(
+            f"{path}: found an event of user {known[who]} at {time[first[who]]}, expected none before its last one, "
+            f"{old_time[offsets[who + 1] - 1]}: write the shard anew"
+        )
+    log = EventLog(np.append(first, len(user)).astype(np.int64), item, feedback, time, None, n_items)
+    files = shard._core.files()
+    part = Path(f"{os.fspath(path)}.{len(files):06d}")
+    _write_histories(part, log, active.astype(np.uint32), n_users, time_unit, threads)
+    names = [*(Path(f["path"]).name for f in files[1:]), part.name]
+    checksums = [*(f["checksum"] for f in files[1:]), _core.Shard([str(part)]).files()[0]["checksum"]]
+    parts = [{"file": name, "checksum": crc} for name, crc in zip(names, checksums, strict=True)]
+    with atomic_file(_parts_path(path)) as temporary:
+        temporary.write_text(json.dumps({"base_checksum": files[0]["checksum"], "parts": parts}, indent=1) + "\n")
+    return part
 
 
 def open_shard(path: str | os.PathLike[str]) -> Shard:
-    """Maps a shard and checks all of it but the histories themselves, which are checked when first read.
+    """Maps a shard and what was appended to it, and checks all but the histories, which are checked when first read.
 
     Raises InputError for a file that is missing, damaged, cut short, or of an unknown version.
     """
-    return Shard([os.fspath(path)])
+    path = Path(path)
+    parts = _read_parts(path)
+    if parts:
+        base = Shard([str(path)])
+        # A list for another base is what a rebuild left that was killed before it could remove the list.
+        if base._core.files()[0]["checksum"] != parts["base_checksum"]:
+            return base
+    listed = parts["parts"] if parts else []
+    shard = Shard([str(path), *(str(path.with_name(part["file"])) for part in listed)])
+    for part, file in zip(listed, shard._core.files()[1:], strict=True):
+        if part["checksum"] != file["checksum"]:
+            raise InputError(f"{file['path']}: found checksum {file['checksum']}, expected {part['checksum']}")
+    return shard
+
+
+def _parts_path(path: str | os.PathLike[str]) -> Path:
+    return Path(f"{os.fspath(path)}.parts")
+
+
+def _read_parts(path: Path) -> dict[str, Any] | None:
+    parts_path = _parts_path(path)
+    try:
+        parts = json.loads(parts_path.read_text("utf-8"))
+        return {
+            "base_checksum": int(parts["base_checksum"]),
+            "parts": [{"file": str(p["file"]), "checksum": int(p["checksum"])} for p in parts["parts"]],
+        }
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{parts_path}: damaged list of parts: {error}") from error
+
+
+def _write_histories(
+    path: Path, log: EventLog, user_list: np.ndarray, n_users: int, time_unit: int, threads: int
+) -> None:
+    columns = log.user_offsets, log.item, log.feedback, log.time
+    _core.write_histories(str(path), *columns, user_list, n_users, log.n_items, time_unit, threads)
 
 
 def describe_shard(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """The packer against a reference that follows the definitions one event at a time."""
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,18 +10,9 @@ from negfast.data.shards import PackedPrompts, open_shard, write_shard
 from negfast.errors import InputError
 from negfast.sid.trie import build_trie
 
+from .shard_logs import random_log
+
 MARKERS = (900, 901, 902)  # likes, dislikes, trending
-
-
-def random_log(rng: np.random.Generator, users: int, items: int, longest: int) -> EventLog:
-    """Histories with repeated items, changed feedback and equal times; some users have none."""
-    offsets = np.concatenate([[0], np.cumsum(rng.integers(0, longest + 1, users))])
-    n = int(offsets[-1])
-    time = rng.integers(0, 40, n)
-    for a, b in pairwise(offsets):
-        time[a:b].sort()
-    item = rng.integers(0, items, n).astype(np.int32)
-    return EventLog(offsets, item, rng.integers(0, 3, n).astype(np.uint8), time, None, items)
 
 
 def reference_pack(log: EventLog, request: dict, item_nodes: np.ndarray) -> PackedPrompts:

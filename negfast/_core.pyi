@@ -1,0 +1,82 @@
+"""The C++ core (csrc/module.cpp). Arrays are C-contiguous, on the CPU and of exactly these types."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from negfast.errors import InputError
+
+class ShardError(InputError): ...
+
+class EventSorter:
+    """Takes events in any order and keeps at most ``memory_bytes`` of them in memory."""
+
+    def __init__(self, folder: str, users: int, items: int, memory_bytes: int) -> None: ...
+    def add(
+        self,
+        user: NDArray[np.int32],
+        item: NDArray[np.int32],
+        feedback: NDArray[np.uint8],
+        time: NDArray[np.int64],
+    ) -> None: ...
+    def write(self, path: str, users: int, items: int, time_unit: int, threads: int) -> None: ...
+
+class Shard:
+    """Files of one data set, oldest first, read as one."""
+
+    def __init__(self, paths: list[str]) -> None: ...
+    @property
+    def n_users(self) -> int: ...
+    @property
+    def n_items(self) -> int: ...
+    @property
+    def n_events(self) -> int: ...
+    def files(self) -> list[dict[str, Any]]: ...
+    def offsets(self, users: NDArray[np.int32], out: NDArray[np.int64]) -> None: ...
+    def read(
+        self,
+        users: NDArray[np.int32],
+        offsets: NDArray[np.int64],
+        item: NDArray[np.int32],
+        feedback: NDArray[np.uint8],
+        time: NDArray[np.int64],
+        threads: int,
+    ) -> None: ...
+    def read_rows(
+        self,
+        users: NDArray[np.int32],
+        offsets: NDArray[np.int64],
+        table: NDArray[np.uint8],
+        out: NDArray[np.uint8],
+        threads: int,
+    ) -> None: ...
+    def pack(
+        self,
+        *,
+        users: NDArray[np.int32],
+        cut: NDArray[np.int64],
+        views: NDArray[np.uint8],
+        like_cap: int,
+        dislike_cap: int,
+        item_tokens: NDArray[np.int32],
+        item_nodes: NDArray[np.int32],
+        markers: list[int],
+        trending: NDArray[np.int32],
+        trending_row: NDArray[np.int32],
+        tail: NDArray[np.int32],
+        threads: int,
+    ) -> tuple[Any, ...]: ...
+
+def write_histories(
+    path: str,
+    offsets: NDArray[np.int64],
+    item: NDArray[np.int32],
+    feedback: NDArray[np.uint8],
+    time: NDArray[np.int64],
+    user_list: NDArray[np.uint32],
+    users: int,
+    items: int,
+    time_unit: int,
+    threads: int,
+) -> None: ...
