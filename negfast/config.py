@@ -130,7 +130,7 @@ class Reward:
     collab_weight: float = setting(0.5, low=0.0, help="lambda; 0 switches the term off")
     collab_cap: float = setting(0.1, low=0.0, high=1.0, help="most that the term may earn")
     like_penalty: float = setting(0.1, low=0.0, help="mu; the break-even dislike rate is mu / (1 + mu)")
-    content_threshold: float = setting(0.6, low=-1.0, high=1.0, help="least content similarity that counts")
+    content_threshold: float = setting(0.7, low=-1.0, high=1.0, help="least content similarity that counts")
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,13 @@ def first_of_week(requests: Requests, start_day: int) -> np.ndarray:
     return primary
 
 
+def first_feedback(log: EventLog) -> np.ndarray:
+    """The event rows of the first like or dislike of each user-item pair, int64, ascending."""
+    rows = np.flatnonzero(log.feedback != EXPOSED)
+    _, first = np.unique(log.user[rows].astype(np.int64) * log.n_items + log.item[rows], return_index=True)
+    return rows[np.sort(first)]
+
+
 def _pairs(log: EventLog) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The distinct pairs: user, item, and the days of the first event, dislike and like (NEVER if none)."""
     key, pair = np.unique(log.user.astype(np.int64) * log.n_items + log.item, return_inverse=True)

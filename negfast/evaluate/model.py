@@ -14,7 +14,7 @@ from negfast.sid.prior import NEXT_DISLIKE
 from negfast.train.engine import Engine
 from negfast.train.verdict import Candidates, group_candidates, verdict_logits
 
-CANDIDATES_AT_ONCE = 4096
+CANDIDATES_AT_ONCE = 512
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """`negfast eval`: a finished run's rows beside the baselines on one split."""
 
-import json
 import sys
 from contextlib import redirect_stdout
 from io import StringIO
@@ -24,7 +23,7 @@ from negfast.train.engine import Engine
 
 
 def evaluate_run(run: Path, split: str, data: Path | None, as_json: bool) -> None:
-    """Prints the table of ``split`` ("valid" or "test"), or one JSON object. Raises InputError for an unfinished run."""
+    """Prints the table of ``split`` ("valid" or "test"), or one JSON object. InputError for an unfinished run."""
     evalset, rows = evaluate_folder(RunFolder(run), split, data)
     if as_json:
         print(to_json(evalset, rows))
@@ -46,8 +45,9 @@ def evaluate_folder(run: RunFolder, split: str, data: Path | None) -> tuple[Eval
         _say(name)
         load_weights(folder, engine.policy)
         predictions[name] = predict_set(engine, evalset, calibrate(engine, sets["valid"]))
-    for name in ("prior", "sft", "grpo"):
-        check_generated(engine.log, evalset.requests, predictions[name].generated)
+    for answer in predictions.values():
+        if answer.generated is not None:
+            check_generated(engine.log, evalset.requests, answer.generated)
     rows = evaluate_rows(
         evalset, predictions, similarity_of(engine), engine.config.eval.resamples, engine.config.train.seed
     )

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
-from negfast.data.log import DISLIKE, EXPOSED, EventLog
-from negfast.data.split import Requests, Split, first_of_week
+from negfast.data.log import DISLIKE, EventLog
+from negfast.data.split import Requests, Split, first_feedback, first_of_week
 from negfast.errors import InputError
 
 POOL = 100  # the disliked item and 99 others
@@ -96,13 +96,6 @@ def history_ends(log: EventLog, user: np.ndarray, day: np.ndarray) -> np.ndarray
     keys = log.user.astype(np.int64) * span + (days - low)
     within = np.clip(day.astype(np.int64) - low, 0, span - 1)
     return np.searchsorted(keys, user.astype(np.int64) * span + within, side="right")
-
-
-def first_feedback(log: EventLog) -> np.ndarray:
-    """The event rows of the first like or dislike of each user-item pair, int64, ascending."""
-    rows = np.flatnonzero(log.feedback != EXPOSED)
-    _, first = np.unique(log.user[rows].astype(np.int64) * log.n_items + log.item[rows], return_index=True)
-    return rows[np.sort(first)]
 
 
 def _has_past_dislike(log: EventLog, user: np.ndarray, day: np.ndarray) -> np.ndarray:

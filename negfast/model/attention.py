@@ -40,11 +40,12 @@ def group_attention(
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, H, D]
 
     outputs = []
+    layer = int(module.layer_idx)  # type: ignore[arg-type]  # every decoder's attention has it
     rows = layout.prompt_tokens if layout.holds_prompts else 0
     if layout.holds_prompts:
-        outputs.append(_prompt_attention(module.layer_idx, layout, query[:rows], key[:rows], value[:rows], scale))
+        outputs.append(_prompt_attention(layer, layout, query[:rows], key[:rows], value[:rows], scale))
     if layout.new_tokens:
-        kept = layout.keys[module.layer_idx]
+        kept = layout.keys[layer]
         outputs.append(_answer_attention(kept, layout, query[rows:], key[rows:], value[rows:], scale))
     return torch.cat(outputs).unsqueeze(0) if len(outputs) > 1 else outputs[0].unsqueeze(0), None
 
@@ -96,17 +97,18 @@ def _answer_attention(
         own = own.masked_fill(torch.arange(past + new, device=query.device) > (past + step)[:, None], -torch.inf)
 
     places = layout.grid_places()
-    sizes = [bucket.prompts * layout.group for bucket in layout.buckets]
+    sizes = [bucket.prompts * cells for bucket, cells in zip(layout.buckets, layout.cells, strict=True)]
     outputs, own_weights = [], []
     parts = zip(
         layout.buckets,
+        layout.cells,
         _to_grid(queries, layout, places).split(sizes),
         _to_grid(own, layout, places).split(sizes),
         kept.prompt_key,
         kept.prompt_value,
         strict=True,
     )
-    for bucket, q, own_scores, prompt_key, prompt_value in parts:
+    for bucket, cells, q, own_scores, prompt_key, prompt_value in parts:
         # all queries of a kv head and group side by side, [b, Hk, G * rep * n, D], against the prompt's [b, Hk, P, D]
         q, own_scores = (_side_by_side(x, bucket.prompts) for x in (q, own_scores))
         scores = q @ prompt_key.transpose(-1, -2)
@@ -114,17 +116,17 @@ def _answer_attention(
             scores = scores.masked_fill(~bucket.mask[:, None, None, :], -torch.inf)
         weights = torch.softmax(torch.cat([scores, own_scores], dim=-1), dim=-1, dtype=_softmax_dtype(query))
         weights = weights.to(query.dtype)
-        outputs.append(_answer_by_answer(weights[..., : bucket.longest] @ prompt_value, layout.group))
-        own_weights.append(_answer_by_answer(weights[..., bucket.longest :], layout.group))
+        outputs.append(_answer_by_answer(weights[..., : bucket.longest] @ prompt_value, cells))
+        own_weights.append(_answer_by_answer(weights[..., bucket.longest :], cells))
     out = _from_grid(outputs, places) + (_from_grid(own_weights, places).unsqueeze(-1) * values.unsqueeze(2)).sum(-2)
     return out.view(answers, kv_heads, repeat, new, dim).permute(0, 3, 1, 2, 4).reshape(answers * new, heads, dim)
 
 
 def _to_grid(rows: Tensor, layout: GroupLayout, places: Tensor | None) -> Tensor:
-    """[A, ...] -> [B * G, ...] in the order of buckets; places without an answer hold zeros."""
+    """[A, ...] -> [cells of all buckets, ...]; places without an answer hold zeros."""
     if places is None:
         return rows
-    return rows.new_zeros(layout.prompts * layout.group, *rows.shape[1:]).index_copy(0, places, rows)
+    return rows.new_zeros(layout.grid_size, *rows.shape[1:]).index_copy(0, places, rows)
 
 
 def _from_grid(parts: list[Tensor], places: Tensor | None) -> Tensor:
@@ -138,9 +140,9 @@ def _side_by_side(grid: Tensor, prompts: int) -> Tensor:
     return grid.unflatten(0, (prompts, -1)).transpose(1, 2).flatten(2, 3)
 
 
-def _answer_by_answer(grid: Tensor, group: int) -> Tensor:
+def _answer_by_answer(grid: Tensor, cells: int) -> Tensor:
     """[b, Hk, G * q, X] -> [b * G, Hk, q, X]."""
-    return grid.unflatten(2, (group, -1)).transpose(1, 2).flatten(0, 1)
+    return grid.unflatten(2, (cells, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def _softmax_dtype(x: Tensor) -> torch.dtype:

@@ -52,9 +52,9 @@ def beam_search(
         parents = (index // choice.logits.shape[1] + requests[:, None] * beams).flatten()
         slots = torch.arange(prompts * keep, device=device)
         if level == 0:
-            layout.slots, layout.group = slots, keep
+            layout.set_answers(slots, keep)
         else:
-            layout.replace(parents, slots, keep)
+            layout.branch(parents, slots, keep)
         codes = index % choice.logits.shape[1]
         tokens = policy.vocabulary.code_base(level + 1) + codes
         hidden = policy.hidden(layout, None, tokens.reshape(-1, 1))

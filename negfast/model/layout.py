@@ -3,17 +3,18 @@
 One `GroupLayout` travels with a call of a stock transformers decoder (`model(..., layout=layout)` hands it to the
 registered attention function) and holds, layer by layer, the keys and values that later calls attend to. Rows of a
 call are packed: first the prompts' tokens, if the call holds prompts, then the answers' tokens, answer by answer.
-Linear layers, norms and MLPs therefore touch no padding. Attention works on buckets of prompts of similar length,
-each padded to its longest.
+Linear layers, norms and MLPs therefore touch no padding. Attention works on buckets of prompts of similar length
+and similar number of answers, each padded to its largest.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 FILL = 0.75  # a bucket's shortest prompt is at least this share of its longest
+CROWD = 4.0  # a bucket's numbers of answers differ by less than this factor
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Bucket:
 
 @dataclass
 class LayerKeys:
-    """What one layer keeps: per bucket the prompts' keys and values [b, Hk, P, D], and the answers' own [A, n, Hk, D]."""
+    """What one layer keeps: per bucket the prompts' keys and values [b, Hk, P, D]; the answers' own [A, n, Hk, D]."""
 
     prompt_key: list[Tensor]
     prompt_value: list[Tensor]
@@ -44,20 +45,24 @@ class GroupLayout:
 
     lengths       int64 [B]     tokens of each prompt
     positions     int64 [T]     position of each packed prompt token
-    buckets                     of prompts, ascending in length
+    buckets                     of prompts
     token_order   int64 [T]     packed rows in the order of buckets; None where that is their order anyway
-    bucket_place  int64 [B]     place of each prompt in the order of buckets
-    slots         int64 [A]     place of each answer in the grid [B, G], flattened; ascending
-    group         int           G, at least the largest number of answers of a prompt
+    place         int64 [B]     place of each prompt in the order of buckets
+    slots         int64 [A]     prompt * group + number of each answer; ascending
+    group         int           at least the largest number of answers of a prompt
+    cells         list[int]     cells that each bucket's grid has for a prompt's answers
+    grid_base     int64 [B]     first cell of each prompt in the grid of all buckets
     """
 
     lengths: Tensor
     positions: Tensor
     buckets: list[Bucket]
     token_order: Tensor | None
-    bucket_place: Tensor | None
+    place: Tensor
     slots: Tensor
     group: int
+    cells: list[int]
+    grid_base: Tensor
     holds_prompts: bool = True  # whether the rows of the current call begin with the prompts
     new_tokens: int = 0  # tokens that each answer adds in the current call
     past_tokens: int = 0  # tokens that each answer added in earlier calls
@@ -73,28 +78,40 @@ class GroupLayout:
         def put(array: np.ndarray) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
 
-        order = np.argsort(lengths, kind="stable")
-        starts = np.repeat(np.asarray(cu_seqlens[:-1], dtype=np.int64), lengths)
-        positions = np.arange(cu_seqlens[-1]) - starts
-        in_order = bool((order == np.arange(len(order))).all())
-        token_order = np.argsort(np.repeat(np.argsort(order), lengths), kind="stable")
         counts = np.broadcast_to(np.asarray(answers_per_prompt, dtype=np.int64), len(lengths))
-        group = max(int(counts.max()), 1)
+        crowd = np.log(np.maximum(counts, 1)) // np.log(CROWD)
+        order = np.lexsort((lengths, crowd))
+        parts = [part for c in np.unique(crowd) for part in _similar(order[crowd[order] == c], lengths)]
+        cells = [max(int(counts[part].max()), 1) for part in parts]
+        starts = np.repeat(np.asarray(cu_seqlens[:-1], dtype=np.int64), lengths)
+        in_order = bool((order == np.arange(len(order))).all())
+        place = np.argsort(order)
+        token_order = np.argsort(np.repeat(place, lengths), kind="stable")
+        of_bucket = np.repeat(cells, [len(part) for part in parts])
+        group = max(cells)
         return cls(
             lengths=put(lengths),
-            positions=put(positions),
-            buckets=[_bucket(part, put) for part in _similar(lengths[order])],
+            positions=put(np.arange(cu_seqlens[-1]) - starts),
+            buckets=[_bucket(lengths[part], put) for part in parts],
             token_order=None if in_order else put(token_order),
-            bucket_place=None if in_order else put(np.argsort(order)),
+            place=put(place),
             slots=put(np.flatnonzero(np.arange(group) < counts[:, None])),
             group=group,
+            cells=cells,
+            grid_base=put((np.cumsum(of_bucket) - of_bucket)[place]),
         )
 
     def fresh(self, slots: Tensor, group: int) -> "GroupLayout":
         """A layout of the same prompts for other answers, with nothing computed yet."""
-        return GroupLayout(
-            self.lengths, self.positions, self.buckets, self.token_order, self.bucket_place, slots, group
-        )
+        layout = replace(self, keys={}, past_tokens=0, new_tokens=0)
+        layout.set_answers(slots, group)
+        return layout
+
+    def set_answers(self, slots: Tensor, group: int) -> None:
+        """New answers at ``slots`` int64 [A], up to ``group`` of each prompt."""
+        self.slots, self.group = slots, group
+        self.cells = [group] * len(self.buckets)
+        self.grid_base = self.place * group
 
     @property
     def prompts(self) -> int:
@@ -118,12 +135,15 @@ class GroupLayout:
         """The packed row of each prompt's last token, int64 [B]."""
         return self.lengths.cumsum(0) - 1
 
+    @property
+    def grid_size(self) -> int:
+        return sum(bucket.prompts * cells for bucket, cells in zip(self.buckets, self.cells, strict=True))
+
     def grid_places(self) -> Tensor | None:
-        """The place of each answer in the grid of prompts in the order of buckets, int64 [A]; None where answers fill
-        the grid in that order already."""
-        if self.bucket_place is not None:
-            return self.bucket_place[self.answer_prompt] * self.group + self.slots % self.group
-        return None if self.answers == self.prompts * self.group else self.slots
+        """The cell of each answer in the grid of all buckets, int64 [A]; None where answers fill it in order."""
+        if self.token_order is None and self.answers == self.grid_size:
+            return None
+        return self.grid_base[self.answer_prompt] + self.slots % self.group
 
     def answer_positions(self) -> Tensor:
         """Position of each answer token of the current call, int64 [A * n]: an answer follows its prompt."""
@@ -137,23 +157,23 @@ class GroupLayout:
             if layer.own_key is not None and layer.own_value is not None:
                 layer.own_key, layer.own_value = layer.own_key[rows], layer.own_value[rows]
 
-    def replace(self, parents: Tensor, slots: Tensor, group: int) -> None:
-        """New answers that go on from the answers ``parents`` int64 [A'], in new ``slots`` int64 [A'] of [B, group]."""
+    def branch(self, parents: Tensor, slots: Tensor, group: int) -> None:
+        """New answers that go on from the answers ``parents`` int64 [A'], at ``slots`` int64 [A']."""
         self.keep(parents)
-        self.slots, self.group = slots, group
+        self.set_answers(slots, group)
 
 
-def _similar(ascending: np.ndarray) -> list[np.ndarray]:
-    """Splits ascending lengths where padding to the longest would waste more than ``FILL`` allows."""
-    parts, end = [], len(ascending)
+def _similar(rows: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    """Splits ``rows``, ascending in length, where padding to the longest would waste more than ``FILL`` allows."""
+    parts, end = [], len(rows)
     while end:
-        start = int(np.searchsorted(ascending[:end], FILL * ascending[end - 1]))
-        parts.append(ascending[start:end])
+        start = int(np.searchsorted(lengths[rows[:end]], FILL * lengths[rows[end - 1]]))
+        parts.append(rows[start:end])
         end = start
     return parts[::-1]
 
 
-def _bucket(lengths: np.ndarray, put) -> Bucket:  # noqa: ANN001
+def _bucket(lengths: np.ndarray, put) -> Bucket:
     longest, tokens = int(lengths[-1]), int(lengths.sum())
     place = np.arange(longest)
     mask = place < lengths[:, None]

@@ -17,7 +17,7 @@ from transformers import (
 
 from negfast.config import Model
 from negfast.errors import InputError
-from negfast.model.policy import Policy
+from negfast.model.policy import Policy, embedding_rows
 from negfast.sid.tokens import CodeVocabulary
 
 END_OF_TEXT = "<|endoftext|>"
@@ -44,7 +44,7 @@ def build_policy(
             )
         except (OSError, ValueError) as error:
             raise InputError(f"{model_dir}: cannot be read as a decoder: {first_line(error)}") from error
-    vocabulary = CodeVocabulary(model.get_input_embeddings().weight.shape[0], levels, codebook)
+    vocabulary = CodeVocabulary(len(embedding_rows(model)), levels, codebook)
     return Policy(model, vocabulary), tokenizer
 
 
@@ -59,7 +59,7 @@ def rebuild_policy(folder: Path, levels: int, codebook: int) -> tuple[Policy, Pr
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.random.fork_rng(devices=[]):  # weights are replaced: leave the caller's stream of numbers alone
         model = AutoModelForCausalLM.from_config(config)
-        vocabulary = CodeVocabulary(model.get_input_embeddings().weight.shape[0], levels, codebook)
+        vocabulary = CodeVocabulary(len(embedding_rows(model)), levels, codebook)
         policy = Policy(model, vocabulary)
     return policy, AutoTokenizer.from_pretrained(folder, local_files_only=True)
 

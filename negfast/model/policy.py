@@ -14,7 +14,7 @@ from negfast.model import attention
 from negfast.model.layout import GroupLayout
 from negfast.sid.tokens import CodeVocabulary
 
-VERDICT_FEATURES = 4  # see negfast.train.verdict.ItemUserRates
+VERDICT_FEATURES = 4  # see negfast.data.features.HistoryFeatures.simple
 
 
 class CodeBlock(nn.Module):
@@ -44,10 +44,9 @@ class Policy(nn.Module):
         self.decoder = model.get_decoder()
         self.text_head = model.get_output_embeddings()
         self.vocabulary = vocabulary
-        embedding = model.get_input_embeddings()
-        with torch.no_grad():  # rows as long as the decoder's own
-            std = float(embedding.weight.float().std())
-        self.block = CodeBlock(vocabulary.size, embedding.weight.shape[1], std)
+        rows = embedding_rows(model)
+        std = float(rows.detach().float().std())  # block rows as long as the decoder's own
+        self.block = CodeBlock(vocabulary.size, rows.shape[1], std)
         self.verdict_prior = nn.Linear(VERDICT_FEATURES, 1)
         with torch.no_grad():  # start as the item's dislike rate alone
             self.verdict_prior.weight.zero_()
@@ -111,6 +110,13 @@ class Policy(nn.Module):
         yes, no = (self.vocabulary.marker(name) - self.vocabulary.base for name in ("yes", "no"))
         answer = self.block.head(hidden) @ (self.block.rows[yes] - self.block.rows[no])
         return answer + self.verdict_prior(features).squeeze(-1)
+
+
+def embedding_rows(model: PreTrainedModel) -> Tensor:
+    """The input embedding of a model, [vocabulary, hidden]."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def reject_unsupported(model: PreTrainedModel) -> None:

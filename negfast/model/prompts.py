@@ -1,6 +1,8 @@
 """From (user, day) to what the policy reads: packed prompts, their group layout, pruning and prior."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,14 +22,18 @@ if TYPE_CHECKING:
 NEGATIVE_ONLY, POSITIVE_ONLY, MIXED = 2, 1, 3  # views: bit 0 shows the likes, bit 1 the dislikes
 
 
-@dataclass
+@dataclass(frozen=True)
 class PromptBatch:
     """B prompts on the device, ready for a call of the policy."""
 
     tokens: Tensor  # int64 [T]
     layout: GroupLayout
-    prior: RequestPrior
-    answers_per_prompt: np.ndarray | int
+    make_prior: Callable[[], RequestPrior]
+
+    @cached_property
+    def prior(self) -> RequestPrior:
+        """Pruning and prior of the requests, made when first asked for (verdicts need neither)."""
+        return self.make_prior()
 
 
 class PromptBuilder:
@@ -74,16 +80,19 @@ class PromptBuilder:
             dislike_cap=self.config.dislike_cap,
             item_tokens=self.item_tokens,
             item_nodes=self.trie.item_nodes,
-            markers=tuple(self.vocabulary.marker(name) for name in ("likes", "dislikes", "trending")),
+            markers=(self.vocabulary.marker("likes"), self.vocabulary.marker("dislikes"), self.vocabulary.marker("trending")),
             trending=self.trending,
             trending_row=rows.astype(np.int32) if shown else np.full(size, -1, dtype=np.int32),
             tail=np.full(size, -1 if tail is None else self.vocabulary.marker(tail), dtype=np.int32),
             threads=self.threads,
         )
         tokens = torch.from_numpy(packed.tokens).to(self.device, non_blocking=True).long()
-        seen = SeenNodes.from_packed(packed, self.trie, self.device)
         layout = GroupLayout.build(packed.cu_seqlens, answers_per_prompt, self.device)
-        return PromptBatch(tokens, layout, self.prior.for_requests(days, seen), answers_per_prompt)
+
+        def make_prior() -> RequestPrior:
+            return self.prior.for_requests(days, SeenNodes.from_packed(packed, self.trie, self.device))
+
+        return PromptBatch(tokens, layout, make_prior)
 
 
 def trending_items(dislike_mass: np.ndarray, top: int) -> np.ndarray:

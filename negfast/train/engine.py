@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from negfast.config import Config
 from negfast.data.dataset import Dataset
-from negfast.data.log import DISLIKE, LIKE, EventLog
-from negfast.data.rates import FeedbackRates
+from negfast.data.features import HistoryFeatures
+from negfast.data.items import ItemTable
+from negfast.data.log import DISLIKE, EXPOSED, LIKE, EventLog
 from negfast.data.split import Split
 from negfast.errors import InputError
 from negfast.model.choice import TrieChooser
@@ -33,7 +34,7 @@ class Engine:
     trie: Trie
     chooser: TrieChooser
     prompts: PromptBuilder
-    rates: FeedbackRates
+    features: HistoryFeatures
     device: torch.device
     threads: int
 
@@ -72,10 +73,17 @@ def build_engine(
         trie,
         TrieChooser(trie.to(device), config.prior.weight),
         prompts,
-        FeedbackRates(log, data.valid_day),
+        history_features(data),
         device,
         threads,
     )
+
+
+def history_features(data: Dataset) -> HistoryFeatures:
+    """Features of the verdict's prior, smoothed towards the dislike rate of the events before T_valid."""
+    log = data.log
+    early = log.feedback[(log.day < data.valid_day) & (log.feedback != EXPOSED)] == DISLIKE
+    return HistoryFeatures(log, ItemTable([], []), float(early.mean()) if len(early) else 0.5, 0.0)
 
 
 def choose_device(name: str) -> torch.device:

@@ -33,9 +33,10 @@ class Journal:
         self._append("metrics.jsonl", line)
         speed = {"stage": stage, "step": step, "seconds": seconds, "tokens": result.tokens}
         self._append("speed.jsonl", speed | {"tokens_per_s": result.tokens / seconds})
-        shown = {name: figures[name] for name in ("loss", "reward", "kl") if figures.get(name) is not None}
-        shown["tokens/s"] = result.tokens / seconds
-        for name, value in shown.items():
+        for name in ("loss", "reward", "kl", "tokens/s"):
+            value = result.tokens / seconds if name == "tokens/s" else figures.get(name)
+            if value is None:
+                continue
             self._shown[name] = SMOOTH * self._shown.get(name, value) + (1 - SMOOTH) * value
 
     def summary(self) -> str:

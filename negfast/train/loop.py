@@ -38,8 +38,11 @@ class StepResult:
 class Stage(Protocol):
     """One stage of training. ``step(n)`` is a pure function of the weights and n: that is what makes resuming exact."""
 
-    name: str
-    config: StageSettings
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def config(self) -> StageSettings: ...
 
     def step(self, step: int) -> StepResult: ...
 

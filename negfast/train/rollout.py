@@ -55,7 +55,7 @@ def rollout(
     roots = torch.zeros(prompts, dtype=torch.int64, device=device)
     choices = [chooser.choose(policy, hidden, 0, roots, owner[::group], batch.prior, branch)]
     rows = [owner[::group]]
-    layout.slots, layout.group = answer, group
+    layout.set_answers(answer, group)
     carried, row_of_carried = answer, owner  # level 1 is one row a prompt, whatever the number of answers
     node, codes, token_rows, counted, offset = torch.zeros_like(answer), [], [], [], 0
     for level in range(trie.levels):

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,10 +23,10 @@ from negfast.train.checkpoint import latest_checkpoint, load_weights, read_state
 from negfast.train.engine import Engine, build_engine, choose_device, use_threads
 from negfast.train.grpo import GrpoStage
 from negfast.train.journal import Journal
-from negfast.train.loop import StopRequested, run_stage
+from negfast.train.loop import Stage, StopRequested, run_stage
 from negfast.train.sft import SftStage
 
-STAGES = {"align": AlignStage, "sft": SftStage, "grpo": GrpoStage}
+STAGES: dict[str, Callable[[Engine], Stage]] = {"align": AlignStage, "sft": SftStage, "grpo": GrpoStage}
 
 
 def train(

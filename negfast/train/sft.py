@@ -71,9 +71,9 @@ def draw_targets(
         owner = owner[chosen]
         weight = share / np.bincount(owner, minlength=len(requests))[owner]
         parts.append((owner, items[chosen].astype(np.int64), np.full(len(chosen), branch), weight))
-    request, item, branch, weight = (np.concatenate(column) for column in zip(*parts, strict=True))
+    request, item, branches, weight = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.argsort(request, kind="stable")
-    return request[order], item[order], branch[order].astype(np.int64), weight[order].astype(np.float32)
+    return request[order], item[order], branches[order].astype(np.int64), weight[order].astype(np.float32)
 
 
 def draw_views(size: int, negative: float, positive: float, rng: np.random.Generator) -> np.ndarray:

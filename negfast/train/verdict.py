@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from negfast.data.log import DISLIKE, EXPOSED, EventLog
+from negfast.data.log import DISLIKE, EventLog
+from negfast.data.split import first_feedback
 from negfast.model.prompts import MIXED
 from negfast.train.engine import Engine, epoch_rows
 
@@ -38,15 +39,13 @@ class Candidates:
         return Candidates(self.user[groups], self.day[groups], offsets, self.items[places]), places
 
 
-def first_feedback(log: EventLog, from_day: int, before_day: int) -> tuple[Candidates, np.ndarray]:
+def told_candidates(log: EventLog, from_day: int, before_day: int) -> tuple[Candidates, np.ndarray]:
     """The first like or dislike of every user-item pair on days [from_day, before_day), grouped by user-day, and
     whether each is a dislike, float32 [E]."""
-    user = log.user.astype(np.int64)
-    told = np.flatnonzero(log.feedback != EXPOSED)
-    _, first = np.unique(user[told] * log.n_items + log.item[told], return_index=True)
-    rows = np.sort(told[first])  # sorted by (user, time): the first index of a pair is its earliest event
-    rows = rows[(log.day[rows] >= from_day) & (log.day[rows] < before_day)]
-    return group_candidates(user[rows], log.day[rows], log.item[rows]), (log.feedback[rows] == DISLIKE).astype(
+    rows = first_feedback(log)
+    days = log.day
+    rows = rows[(days[rows] >= from_day) & (days[rows] < before_day)]
+    return group_candidates(log.user[rows], days[rows], log.item[rows]), (log.feedback[rows] == DISLIKE).astype(
         np.float32
     )
 
@@ -68,8 +67,8 @@ def verdict_logits(engine: Engine, candidates: Candidates, view: int = MIXED) ->
     answers = F.pad(codes, (0, 1), value=engine.policy.vocabulary.marker("verdict"))
     hidden = engine.policy.hidden(batch.layout, batch.tokens, answers)
     last = hidden[len(batch.tokens) :].view(*answers.shape, -1)[:, -1]
-    features = engine.rates.features(candidates.user[owner], candidates.items, before[owner])
-    return engine.policy.verdict_logit(last, torch.from_numpy(features).to(engine.device))
+    features = engine.features.simple(candidates.user[owner], candidates.items, candidates.day[owner])
+    return engine.policy.verdict_logit(last, torch.from_numpy(features.astype(np.float32)).to(engine.device))
 
 
 class VerdictTask:
@@ -80,7 +79,7 @@ class VerdictTask:
         first_day = int(engine.log.day.min())
         start = min(first_day + WARM_UP_DAYS, (first_day + engine.data.valid_day) // 2)
         self.engine, self.batch = engine, batch
-        self.candidates, self.labels = first_feedback(engine.log, start, engine.data.valid_day)
+        self.candidates, self.labels = told_candidates(engine.log, start, engine.data.valid_day)
 
     def loss(self, step: int) -> tuple[Tensor, int]:
         """(binary cross entropy, tokens) of a step's user-days."""

@@ -6,11 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from negfast.data.features import HistoryFeatures
 from negfast.data.items import ItemTable
 from negfast.data.log import DISLIKE, EXPOSED, LIKE, EventLog
 from negfast.data.split import all_requests, split_requests
 from negfast.evaluate.baselines import baseline_predictions
-from negfast.evaluate.baselines.features import HistoryFeatures
 from negfast.evaluate.predictions import TOP, Predictions, check_generated, threshold_for_share
 from negfast.evaluate.report import evaluate_rows
 from negfast.evaluate.sets import EvalSet, evaluation_set

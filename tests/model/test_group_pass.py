@@ -37,10 +37,7 @@ def exact_norms(monkeypatch):
 
 
 def make_policy(kind: str, dtype: torch.dtype) -> Policy:
-    if kind == "qwen3":
-        model = Qwen3ForCausalLM(Qwen3Config(**SHAPE))
-    else:
-        model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    model = Qwen3ForCausalLM(Qwen3Config(**SHAPE)) if kind == "qwen3" else LlamaForCausalLM(LlamaConfig(**SHAPE))
     policy = Policy(model, CodeVocabulary(SHAPE["vocab_size"], 4, 16)).to(dtype)
     torch.nn.init.normal_(policy.block.head.weight, std=0.2)
     torch.nn.init.normal_(policy.block.rows, std=0.3)
@@ -91,7 +88,7 @@ def group_forward(policy: Policy, prompts: list[torch.Tensor], answers: torch.Te
 @pytest.mark.parametrize("group", [1, 3, 16, "ragged"])
 def test_equals_separate_forwards_in_fp64(exact_norms, kind, single, length, group):
     policy = make_policy(kind, torch.float64)
-    lengths = np.random.randint(1, 23, size=4) if group != 3 else np.full(4, 9)
+    lengths = torch.randint(1, 23, (4,)).numpy() if group != 3 else np.full(4, 9)
     counts = np.array([2, 0, 5, 1]) if group == "ragged" else np.full(4, group)
     prompts = [random_tokens(policy, n) for n in lengths]
     answers = random_tokens(policy, counts.sum(), length)

@@ -30,7 +30,7 @@ class Small:
 
     def batch(self, group: int) -> PromptBatch:
         layout = GroupLayout.build(self.cu_seqlens, group, torch.device("cpu"))
-        return PromptBatch(self.tokens, layout, self.prior, group)
+        return PromptBatch(self.tokens, layout, lambda: self.prior)
 
     @torch.no_grad()
     def leaf_log_probs(self, branch: int) -> np.ndarray:

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
+from negfast.kernels.trie_grpo import GRPOObjective, log_policy, trie_grpo_reference
 from scipy.stats import chisquare
 
-from negfast.kernels.trie_grpo import GRPOObjective, log_policy, trie_grpo_reference
 from negfast.sid.prior import NEXT_DISLIKE, NEXT_LIKE
 from negfast.train.rollout import replay_logits, rollout
 from tests.train.small import make_small

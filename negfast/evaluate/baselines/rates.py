@@ -9,11 +9,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
+from negfast.data.features import HistoryFeatures
 from negfast.data.items import ItemTable
 from negfast.data.log import DISLIKE, EventLog
-from negfast.evaluate.baselines.features import HistoryFeatures
+from negfast.data.split import first_feedback
 from negfast.evaluate.predictions import Predictions
-from negfast.evaluate.sets import EvalSet, first_feedback
+from negfast.evaluate.sets import EvalSet
 
 WARM_UP = 40  # days at the start of the log that are not fitted on, as histories are still short
 

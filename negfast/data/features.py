@@ -1,4 +1,4 @@
-"""What the past says of a user, an item and their pair, at the start of any day: the inputs of the fitted baselines.
+"""What the past says of a user, an item and their pair, at the start of any day: inputs of verdict and baselines.
 
 The last like or dislike of a user-item pair counts: when it changes, the earlier one is taken back. Exposures do
 not count, and do not take a like or dislike back (negfast's choice).
