@@ -1,0 +1,116 @@
+"""Batches of a seeded permutation, read ahead by threads; where it stands is three numbers.
+
+The permutation is computed, not stored (a Feistel network with cycle walking), so any place of it is reached at once
+and costs no shuffle buffer. Steps are counted over all ranks: a run that stops can go on with another number of
+ranks or workers and sees the rest of the same stream.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from negfast.errors import InputError
+
+Batch = TypeVar("Batch")
+
+ROUNDS = 6  # of the Feistel network; four already pass for random, two more cost nothing here
+
+
+@dataclass(frozen=True)
+class LoaderState:
+    """Everything a loader needs to go on: what it has given, over all ranks."""
+
+    seed: int
+    epoch: int = 0
+    position: int = 0  # entries of the epoch's permutation given so far
+
+
+class Permutation:
+    """A pseudo-random permutation of 0..size-1 given by (seed, epoch), the same on every machine and numpy."""
+
+    def __init__(self, size: int, seed: int, epoch: int) -> None:
+        self.size = size
+        self.half_bits = np.uint64(max(1, ((max(1, size - 1)).bit_length() + 1) // 2))
+        chosen = np.array([seed, epoch], dtype=np.uint64)
+        self.keys = _mix(np.arange(ROUNDS, dtype=np.uint64) + _mix(chosen[:1]) + _mix(~chosen[1:]))
+
+    def __getitem__(self, places: np.ndarray) -> np.ndarray:
+        """The entries at ``places`` int [n], int64 [n]."""
+        values = self._encipher(np.asarray(places, dtype=np.uint64))
+        # The cipher permutes the next power of four; what falls outside goes round again until it is inside.
+        while len(outside := np.flatnonzero(values >= self.size)):
+            values[outside] = self._encipher(values[outside])
+        return values.astype(np.int64)
+
+    def _encipher(self, values: np.ndarray) -> np.ndarray:
+        mask = (np.uint64(1) << self.half_bits) - np.uint64(1)
+        left, right = values >> self.half_bits, values & mask
+        for key in self.keys:
+            left, right = right, left ^ (_mix(right + key) & mask)
+        return left << self.half_bits | right
+
+
+class Loader(Generic[Batch]):
+    """Gives ``read(rows)`` for batches of rows of 0..size-1, each row once an epoch, read ahead in order.
+
+    A step takes the next ``batch_size`` rows for each of ``world_size`` ranks (fewer at the end of an epoch) and this
+    rank reads its share, possibly of no rows. Iterating gives the rest of the current epoch; the next iteration gives
+    the next one. ``state`` after a batch is where another loader goes on after that batch.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        read: Callable[[np.ndarray], Batch],
+        state: LoaderState,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 1,
+        prefetch: int = 2,
+    ) -> None:
+        """``read`` gets int64 rows and runs on one of ``workers`` threads, ``prefetch`` batches ahead of use."""
+        if not 0 <= rank < world_size:
+            raise InputError(f"loader: found rank {rank}, expected 0 to {world_size - 1}")
+        if batch_size < 1 or workers < 1 or prefetch < 1:
+            raise InputError(
+                f"loader: found batch size {batch_size}, {workers} workers, {prefetch} ahead; expected >= 1"
+            )
+        if not 0 <= state.position <= size:
+            raise InputError(f"loader: found position {state.position}, expected 0 to {size}")
+        self.size, self.batch_size, self.read, self.state = size, batch_size, read, state
+        self.rank, self.world_size, self.workers, self.prefetch = rank, world_size, workers, prefetch
+
+    def __iter__(self) -> Iterator[Batch]:
+        seed, epoch = self.state.seed, self.state.epoch
+        permutation = Permutation(self.size, seed, epoch)
+        step = self.batch_size * self.world_size
+        starts = iter(range(self.state.position, self.size, step))
+        pending: deque[tuple[int, Future[Batch]]] = deque()
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="negfast-loader")
+        try:
+            while True:
+                while len(pending) < self.prefetch and (start := next(starts, None)) is not None:
+                    places = np.arange(start, min(start + step, self.size))
+                    mine = np.array_split(places, self.world_size)[self.rank]
+                    pending.append((int(places[-1]) + 1, pool.submit(self.read, permutation[mine])))
+                if not pending:
+                    break
+                end, future = pending.popleft()
+                batch = future.result()
+                self.state = LoaderState(seed, epoch, end)
+                yield batch
+            self.state = LoaderState(seed, epoch + 1, 0)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _mix(x: Any) -> Any:
+    """The finaliser of splitmix64: every input bit reaches every output bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
