@@ -14,6 +14,17 @@ def runs_triton(device: torch.device) -> bool:
     return device.type == "cuda" or INTERPRETED
 
 
+def capability(device: torch.device) -> int:
+    """Compute capability of a CUDA device, as 90 for sm_90; elsewhere the one that kernels are compiled for."""
+    if device.type != "cuda":
+        return compile_for
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+compile_for = 90  # set by tools/compile_kernels.py, which has no device
+
+
 def check_tensors(shapes: dict[str, tuple[Tensor | None, tuple[int, ...], torch.dtype]], device: torch.device) -> None:
     """Raise ValueError at the first tensor of another shape, dtype or device than the kernel reads; None passes."""
     for name, (tensor, shape, dtype) in shapes.items():

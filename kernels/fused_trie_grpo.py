@@ -451,7 +451,7 @@ def trie_grpo_kernel(
     if SET_SIZE > 1:
         rank = rank_in_group(group_rewards, peers, members, GROUP)
         share = tl.load(shares + rank, mask=members < GROUP, other=0.0)
-    weights_total = answers.to(tl.float32)
+    weights_total = answers * 1.0
     if answer_weight is not None:
         weights_total = sum_of(answer_weight, answers)
     if LOSS == "dapo":

@@ -22,7 +22,7 @@ from types import ModuleType
 
 import torch
 import triton
-from negfast.kernels import fused_trie_grpo, sid_cross_entropy
+from negfast.kernels import answer_attention, dispatch, fused_trie_grpo, prompt_attention, sid_cross_entropy
 from negfast.kernels.trie_grpo import GRPOObjective
 from negfast.kernels.trie_rows import RowTokens, TrieRows, TrieTables
 from torch import Tensor
@@ -133,9 +133,38 @@ def record_sid_cross_entropy() -> list[Launch]:
     return launches
 
 
+def record_prompt_attention() -> list[Launch]:
+    launches, offsets = [], empty(5)
+    for dim, dtype in ((64, torch.bfloat16), (128, torch.bfloat16), (128, torch.float32)):
+        query, key = empty(4096, 16, dim, dtype=dtype), empty(4096, 8, dim, dtype=dtype)
+        lse = empty(4096, 16, dtype=torch.float32)
+        with recorded(f"head {dim} {TYPES[dtype]}", prompt_attention) as noted:
+            prompt_attention._forward._init_fn(query, key, key, offsets, 1024, dim**-0.5)
+            prompt_attention._backward._init_fn(query, query, key, key, query, lse, offsets, 1024, dim**-0.5)
+        launches += noted
+    return launches
+
+
+def record_answer_attention() -> list[Launch]:
+    """P = 2048, G = 64 level by level (one token an answer), and three tokens at once."""
+    launches, offsets = [], empty(5)
+    for dim, new, dtype in ((64, 1, torch.bfloat16), (128, 1, torch.bfloat16), (128, 3, torch.float32)):
+        query, key = empty(4, 64, new, 16, dim, dtype=dtype), empty(8192, 8, dim, dtype=dtype)
+        own, lse = empty(4, 64, 3, 8, dim, dtype=dtype), empty(4, 64, new, 16, dtype=torch.float32)
+        case = f"head {dim} {TYPES[dtype]}, {new} new"
+        with recorded(case, answer_attention) as noted, recorded(case, prompt_attention):
+            answer_attention._forward._init_fn(query, key, key, own, own, offsets, 2048, dim**-0.5)
+            tensors = (query, query, key, key, own, own, query, lse)
+            answer_attention._backward._init_fn(*tensors, offsets, 2048, dim**-0.5)
+        launches += noted
+    return launches
+
+
 KERNELS: dict[str, Callable[[], list[Launch]]] = {
     "trie_grpo": record_trie_grpo,
     "sid_cross_entropy": record_sid_cross_entropy,
+    "prompt_attention": record_prompt_attention,
+    "answer_attention": record_answer_attention,
 }
 
 
@@ -153,6 +182,12 @@ class Resources:
     spills: int
     shared: int
     tensor_core: str = field(default="")
+
+
+def launches_for(kernel: str, capability: int) -> list[Launch]:
+    """Launches of a kernel's cases with the blocks that it would choose on a device of that capability."""
+    dispatch.compile_for = capability
+    return KERNELS[kernel]()
 
 
 def compile_launch(launch: Launch, capability: int) -> Resources:
@@ -224,8 +259,8 @@ def main() -> None:
     if not options.json:
         print(f"{'kernel':34} {'case':30} {'target':7} {'warps':>5} {'regs':>5} {'spills':>6} {'shared':>7}  unit")
     for name in options.kernel:
-        for launch in KERNELS[name]():
-            for target in options.target:
+        for target in options.target:
+            for launch in launches_for(name, target):
                 r = compile_launch(launch, target)
                 found.append(r)
                 if not options.json:

@@ -213,3 +213,63 @@ def trie_case(
         request_seen=seen_sets,
         row_prefix=row_prefix,
     )
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """Tensors of one half of group attention in the order of its signature, and a gradient of its output."""
+
+    tensors: tuple[Tensor, ...]
+    grad: Tensor
+    cu_seqlens: Tensor
+    longest: int
+
+
+@dataclass(frozen=True)
+class GroupCase:
+    """Random packed prompts, and answers of ``seen`` tokens of which the last ``new`` ask."""
+
+    prompt: tuple[Tensor, Tensor, Tensor]
+    own: tuple[Tensor, Tensor, Tensor]
+    grads: tuple[Tensor, Tensor]
+    cu_seqlens: Tensor
+    longest: int
+
+    def prompts(self) -> AttentionCase:
+        return AttentionCase(self.prompt, self.grads[0], self.cu_seqlens, self.longest)
+
+    def answers(self) -> AttentionCase:
+        query, key, value = self.own
+        return AttentionCase((query, *self.prompt[1:], key, value), self.grads[1], self.cu_seqlens, self.longest)
+
+
+def attention_case(
+    seed: int,
+    device: torch.device,
+    lengths: tuple[int, ...],
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    *,
+    group: int = 1,
+    new: int = 1,
+    seen: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> GroupCase:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device=device, dtype=dtype)
+
+    total, answers = sum(lengths), (len(lengths), group)
+    return GroupCase(
+        prompt=(normal(total, heads, dim), normal(total, kv_heads, dim), normal(total, kv_heads, dim)),
+        own=(
+            normal(*answers, new, heads, dim),
+            normal(*answers, seen, kv_heads, dim),
+            normal(*answers, seen, kv_heads, dim),
+        ),
+        grads=(normal(total, heads, dim), normal(*answers, new, heads, dim)),
+        cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device),
+        longest=max(lengths),
+    )

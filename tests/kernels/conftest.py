@@ -45,3 +45,13 @@ if INTERPRETED:
         return TensorHandle(rounded.numpy().view(np.uint16), tl.bfloat16)
 
     InterpreterBuilder.cast_impl = rounding_cast
+
+    integer_dot = InterpreterBuilder.create_dot
+
+    def bfloat_dot(builder: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *rest: object) -> TensorHandle:
+        """The interpreter multiplies the bits of bfloat16 as if they were integers."""
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = truncating_cast(builder, a, tl.float32), truncating_cast(builder, b, tl.float32)
+        return integer_dot(builder, a, b, *rest)
+
+    InterpreterBuilder.create_dot = bfloat_dot
