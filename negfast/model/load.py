@@ -35,8 +35,7 @@ def build_policy(
         tokenizer = train_tokenizer(texts, config.text_vocab)
         model = small_qwen3(config, len(tokenizer))
     else:
-        if not (model_dir / "config.json").is_file():
-            raise InputError(f"{model_dir}: found no config.json, expected a local Hugging Face decoder")
+        check_model_folder(model_dir)
         try:
             tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
             model = AutoModelForCausalLM.from_pretrained(
@@ -46,6 +45,12 @@ def build_policy(
             raise InputError(f"{model_dir}: cannot be read as a decoder: {first_line(error)}") from error
     vocabulary = CodeVocabulary(len(embedding_rows(model)), levels, codebook)
     return Policy(model, vocabulary), tokenizer
+
+
+def check_model_folder(folder: Path) -> None:
+    """InputError where ``folder`` plainly is no local Hugging Face model."""
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: found no config.json, expected a local Hugging Face decoder")
 
 
 def save_model_files(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

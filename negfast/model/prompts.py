@@ -80,7 +80,11 @@ class PromptBuilder:
             dislike_cap=self.config.dislike_cap,
             item_tokens=self.item_tokens,
             item_nodes=self.trie.item_nodes,
-            markers=(self.vocabulary.marker("likes"), self.vocabulary.marker("dislikes"), self.vocabulary.marker("trending")),
+            markers=(
+                self.vocabulary.marker("likes"),
+                self.vocabulary.marker("dislikes"),
+                self.vocabulary.marker("trending"),
+            ),
             trending=self.trending,
             trending_row=rows.astype(np.int32) if shown else np.full(size, -1, dtype=np.int32),
             tail=np.full(size, -1 if tail is None else self.vocabulary.marker(tail), dtype=np.int32),

@@ -16,7 +16,7 @@ from negfast.evaluate.model import Validation, calibrate
 from negfast.evaluate.run import evaluate_folder, write_report
 from negfast.evaluate.sets import evaluation_set
 from negfast.files import atomic_file, check_output
-from negfast.model.load import build_policy, save_model_files
+from negfast.model.load import build_policy, check_model_folder, save_model_files
 from negfast.run_folder import RunFolder
 from negfast.train.align import AlignStage
 from negfast.train.checkpoint import latest_checkpoint, load_weights, read_state, save_checkpoint
@@ -54,6 +54,8 @@ def train(
     if run.exists:
         data_dir = _check_same_run(run, settings, data, model, init)
     else:
+        if model is not None:
+            check_model_folder(model)
         data_dir = data if data is not None else run.path / "data"
         if data is None and not data_dir.exists():
             _say("preparing the embedded MovieTweetings-100K")
@@ -75,7 +77,6 @@ def _start_run(
 ) -> None:
     """Writes what a run is made of; run.json comes last and makes it a run."""
     torch.manual_seed(settings.train.seed)
-    run.path.mkdir(parents=True, exist_ok=True)
     shape = dataset.codes.shape[1], int(dataset.manifest["semantic_ids"]["codebook"])
     if init is None:
         texts = [text for text in dataset.items.text if text.strip()]
@@ -85,6 +86,7 @@ def _start_run(
         source.require_finished()
         policy, tokenizer = source.load_policy(dataset)
         load_weights(source.final, policy)
+    run.path.mkdir(parents=True, exist_ok=True)
     save_model_files(policy, tokenizer, run.model)
     save_checkpoint(run.initial, policy)
     (run.path / "config.toml").write_text(to_toml(settings))

@@ -1,0 +1,5 @@
+"""``python -m negfast`` is ``negfast``."""
+
+from negfast.cli import main
+
+main()

@@ -1,0 +1,276 @@
+"""The main job through the command line: train, resume, eval, predict, score, export, and what is refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from negfast.data.dataset import Dataset
+from negfast.evaluate.model import generate
+from negfast.evaluate.sets import evaluation_set
+from negfast.run_folder import RunFolder
+from tests.tiny import run_cli, train_arguments
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_holds_what_it_should(tiny_run):
+    for name in ("config.toml", "metrics.jsonl", "events.jsonl", "checkpoints", "final", "report.md"):
+        assert (tiny_run / name).exists(), name
+    steps = [(line["stage"], line["step"]) for line in lines(tiny_run / "metrics.jsonl")]
+    expected = [("align", s) for s in range(1, 5)] + [("sft", s) for s in range(1, 7)]
+    assert steps == expected + [("grpo", s) for s in range(1, 5)]
+    for line in lines(tiny_run / "metrics.jsonl"):
+        assert np.isfinite(line["loss"])
+        assert (line["reward"] is not None) == (line["kl"] is not None) == (line["stage"] == "grpo")
+    events = lines(tiny_run / "events.jsonl")
+    assert events[0] == {"event": "start", "resumed_from": None} and events[-1]["event"] == "finished"
+    report = (tiny_run / "report.md").read_text()
+    for name in ("decay-4d", "boosted", "prior", "sft", "grpo"):
+        assert name in report
+
+
+def test_finished_run_prints_its_table_again(tiny_run, tiny_data):
+    before = (tiny_run / "metrics.jsonl").read_bytes()
+    assert "grpo" in run_cli(*train_arguments(tiny_data, tiny_run))
+    assert (tiny_run / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("moment", ["align", "sft", "grpo"])
+def test_killed_run_goes_on_to_the_same_bits(tiny_run, tiny_data, tmp_path, moment):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "negfast", *train_arguments(tiny_data, run)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        metrics = run / "metrics.jsonl"
+        if metrics.exists() and sum(f'"stage": "{moment}"' in line for line in metrics.open()) >= 3:
+            break
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    run_cli(*train_arguments(tiny_data, run))
+    assert (run / "metrics.jsonl").read_bytes() == (tiny_run / "metrics.jsonl").read_bytes()
+    restart = [line for line in lines(run / "events.jsonl") if line["event"] == "start"][-1]
+    assert restart["resumed_from"]["step"] >= 2
+    weights = "final/policy.safetensors"
+    assert (run / weights).read_bytes() == (tiny_run / weights).read_bytes()
+
+
+def test_interrupt_saves_and_says_how_to_go_on(tiny_data, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "negfast", *train_arguments(tiny_data, run, sft__steps=2000)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while not (run / "metrics.jsonl").exists() or '"sft"' not in (run / "metrics.jsonl").read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130 and f"negfast train --out {run}" in said and "Traceback" not in said
+    assert any(path.name.startswith("1-sft-") for path in (run / "checkpoints").iterdir())
+
+
+def test_eval_json_has_every_row_and_metric(tiny_run):
+    output = run_cli("eval", str(tiny_run), "--json")
+    answer = json.loads(output[output.index("{") :])
+    assert set(answer) >= {"split", "requests", "primary_requests", "users", "rows"} and answer["split"] == "test"
+    rows = {row["name"]: row for row in answer["rows"]}
+    assert set(rows) >= {"popularity", "decay-4d", "item-rate", "logistic", "boosted", "prior", "sft", "grpo"}
+    for name in ("sft", "grpo"):
+        for metric in ("FHR@20", "filter_auc", "filter_reduction", "pool_hr@10", "soft_FHR@20"):
+            cell = rows[name][metric]
+            assert cell["low"] <= cell["mean"] <= cell["high"]
+    report = json.loads((tiny_run / "report.json").read_text())
+    assert report["rows"] == answer["rows"]
+
+
+def test_prior_is_decay_up_to_ties(tiny_run):
+    rows = {row["name"]: row for row in json.loads((tiny_run / "report.json").read_text())["rows"]}
+    assert abs(rows["prior"]["FHR@20/all"]["mean"] - rows["decay-4d"]["FHR@20/all"]["mean"]) < 0.05
+
+
+def test_predict_gives_every_user_unseen_items_in_order(tiny_run, tmp_path):
+    out = tmp_path / "predictions.parquet"
+    run_cli("predict", str(tiny_run), "--top", "7", "--out", str(out))
+    table = parquet.read_table(out)
+    assert table.column_names == ["user", "rank", "item", "score"]
+    data = Dataset.open(RunFolder(tiny_run).data)
+    rows = table.to_pylist()
+    assert {row["user"] for row in rows} == set(data.user_ids)
+    ids = {item: i for i, item in enumerate(data.items.ids)}
+    for index, user in enumerate(data.user_ids[:20]):
+        own = [row for row in rows if row["user"] == user]
+        assert [row["rank"] for row in own] == list(range(1, len(own) + 1)) and len(own) == 7
+        scores = [row["score"] for row in own]
+        assert scores == sorted(scores, reverse=True) and min(scores) > 0 and sum(scores) <= 1 + 1e-6
+        seen = set(data.log.item[data.log.user_offsets[index] : data.log.user_offsets[index + 1]].tolist())
+        assert not {ids[row["item"]] for row in own} & seen
+
+
+def test_score_is_a_probability_in_the_order_of_the_input(tiny_run, tmp_path):
+    data = Dataset.open(RunFolder(tiny_run).data)
+    rng = np.random.default_rng()
+    users = [data.user_ids[i] for i in rng.integers(0, len(data.user_ids), 60)]
+    items = [data.items.ids[i] for i in rng.integers(0, len(data.items), 60)]
+    asked, out = tmp_path / "asked.parquet", tmp_path / "scored.parquet"
+    parquet.write_table(pa.table({"user": users, "item": items, "note": list(range(60))}), asked)
+    run_cli("score", str(tiny_run), str(asked), "--out", str(out))
+    scored = parquet.read_table(out)
+    assert scored["note"].to_pylist() == list(range(60)) and scored["user"].to_pylist() == users
+    score = scored["score"].to_numpy()
+    assert (score > 0).all() and (score < 1).all() and np.ptp(score) > 0
+    shuffled = rng.permutation(60)
+    parquet.write_table(pa.table({"user": users, "item": items}).take(pa.array(shuffled)), asked)
+    run_cli("score", str(tiny_run), str(asked), "--out", str(out))
+    assert np.allclose(parquet.read_table(out)["score"].to_numpy(), score[shuffled], atol=1e-6)
+
+
+def test_looking_from_an_earlier_day_reads_nothing_later(tiny_run, tiny_data, tmp_path):
+    """A log whose later events are all changed gives the same predictions and scores at the earlier day."""
+    engine = RunFolder(tiny_run).finished_engine(None)
+    day = engine.data.test_day
+    before = tmp_path / "before.parquet"
+    run_cli("predict", str(tiny_run), "--at", str(np.datetime64(day, "D")), "--top", "5", "--out", str(before))
+    changed = tmp_path / "changed"
+    shutil.copytree(tiny_data, changed)
+    change_the_future(changed, day)
+    after = tmp_path / "after.parquet"
+    command = ["predict", str(tiny_run), "--data", str(changed), "--at", str(np.datetime64(day, "D"))]
+    run_cli(*command, "--top", "5", "--out", str(after))
+    assert parquet.read_table(before).equals(parquet.read_table(after))
+
+
+def change_the_future(data: Path, day: int) -> None:
+    """Flips feedback and permutes items of every event from ``day`` on, and rewrites the data set around it."""
+    from dataclasses import replace
+
+    from negfast.data.dataset import EVENTS, MANIFEST, file_record
+    from negfast.data.shards import write_shard
+
+    log = Dataset.open(data).log
+    later = log.day >= day
+    item, feedback = log.item.copy(), log.feedback.copy()
+    item[later] = np.random.default_rng(1).permutation(log.n_items)[item[later]]
+    feedback[later] = 3 - feedback[later]
+    write_shard(data / EVENTS, replace(log, item=item, feedback=feedback))
+    manifest = json.loads((data / MANIFEST).read_text())
+    manifest["files"][EVENTS] = file_record(data / EVENTS)
+    (data / MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_prompts_and_prior_do_not_see_the_future(tiny_run, tiny_data, tmp_path):
+    engine = RunFolder(tiny_run).finished_engine(None)
+    day = engine.data.test_day
+    changed = tmp_path / "changed"
+    shutil.copytree(tiny_data, changed)
+    change_the_future(changed, day + 1)
+    other = RunFolder(tiny_run).finished_engine(changed)
+    users, days = np.arange(engine.log.n_users, dtype=np.int32), np.full(engine.log.n_users, day, dtype=np.int32)
+    for view in (1, 2, 3):
+        a, b = (e.prompts.build(users, days, view, 0, tail="next-dislike") for e in (engine, other))
+        assert torch.equal(a.tokens, b.tokens)
+        for left, right in zip(a.prior.seen_mass, b.prior.seen_mass, strict=True):
+            assert torch.equal(left, right)
+    for left, right in zip(engine.prompts.prior.mass, other.prompts.prior.mass, strict=True):
+        row = day - engine.prompts.prior.first_day
+        assert torch.equal(left[:, : row + 1], right[:, : row + 1]) and not torch.equal(left, right)
+    pairs = (users, np.zeros_like(users), days + 1)
+    assert (engine.features.simple(*pairs) == other.features.simple(*pairs)).all()
+
+
+def test_exported_model_opens_in_transformers_and_gives_the_policys_logits(tiny_run, tmp_path):
+    out = tmp_path / "exported"
+    run_cli("export", str(tiny_run), "--out", str(out))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    engine = RunFolder(tiny_run).finished_engine(None)
+    vocabulary = engine.policy.vocabulary
+    assert tokenizer.convert_tokens_to_ids("<|next-dislike|>") == vocabulary.marker("next-dislike")
+    assert tokenizer.convert_tokens_to_ids("<|s2_3|>") == vocabulary.code_base(2) + 3
+    evalset = evaluation_set(engine.log, engine.split, "test")
+    users, days = evalset.requests.user[:1], evalset.requests.day[:1]
+    batch = engine.prompts.build(users, days, 3, 0, tail="next-dislike")
+    hidden = engine.policy.hidden(batch.layout, batch.tokens, None)[-1:]
+    with torch.no_grad():
+        logits = model(input_ids=batch.tokens[None]).logits[0, -1]
+    assert torch.allclose(logits, engine.policy.full_logits(hidden)[0], atol=1e-4)
+    assert parquet.read_table(out / "sid_table.parquet").num_rows == len(engine.data.items)
+
+
+def test_generated_items_are_those_of_a_wider_beam(tiny_run):
+    """On a catalogue this small the default beam is exact."""
+    engine = RunFolder(tiny_run).finished_engine(None)
+    requests = evaluation_set(engine.log, engine.split, "test").requests
+    items, score = generate(engine, requests, top=10)
+    assert (np.diff(score, axis=1) <= 1e-6).all() and (items >= 0).all()
+
+
+def test_refusals(tiny_run, tiny_data, tmp_path):
+    def refused(*command: str) -> str:
+        output = run_cli(*command, code=2).strip().splitlines()
+        assert output[-1].startswith("negfast: ") and not any("Traceback" in line for line in output)
+        return output[-1]
+
+    empty = tmp_path / "model"
+    empty.mkdir()
+    nowhere = tmp_path / "nowhere"
+    assert "config.json" in refused(*train_arguments(tiny_data, nowhere), "--model", str(empty))
+    assert not nowhere.exists()
+    assert "other settings" in refused(*train_arguments(tiny_data, tiny_run, sft__steps=7))
+    assert "run.json" in refused("eval", str(tmp_path))
+    assert "sliding" not in refused("predict", str(tiny_run), "--at", "yesterday", "--out", str(tmp_path / "x.parquet"))
+    asked = tmp_path / "asked.parquet"
+    parquet.write_table(pa.table({"user": ["u1", "nobody"], "item": ["i1", "i2"]}), asked)
+    assert "row 2: unknown user 'nobody'" in refused("score", str(tiny_run), str(asked), "--out", str(tmp_path / "y"))
+    assert "cuda" in refused(*train_arguments(tiny_data, nowhere, train__device="cuda")) or torch.cuda.is_available()
+
+
+def test_data_of_another_run_is_refused(tiny_run, tmp_path):
+    from tests.tiny import write_log
+
+    events, _ = write_log(tmp_path, seed=1)
+    other = tmp_path / "other"
+    command = ["prepare", str(events), "--dislike", "rating<=2", "--horizon", "5", "--codebook", "16"]
+    run_cli(*command, "--out", str(other))
+    output = run_cli("eval", str(tiny_run), "--data", str(other), code=2)
+    assert "other semantic IDs" in output.strip().splitlines()[-1]
+
+
+def test_any_local_decoder_trains(tiny_data, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from negfast.model.load import train_tokenizer
+
+    folder = tmp_path / "llama"
+    tokenizer = train_tokenizer(["some text to learn from"] * 3, 300)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer) + 5,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    run = tmp_path / "run"
+    run_cli(*train_arguments(tiny_data, run, align__steps=1, sft__steps=1, grpo__steps=1), "--model", str(folder))
+    assert (run / "report.md").exists()
+    out = tmp_path / "exported"
+    run_cli("export", str(run), "--out", str(out))
+    tokens = AutoTokenizer.from_pretrained(out)
+    assert tokens.convert_tokens_to_ids("<|dislikes|>") == len(tokenizer) + 5
+    assert os.path.exists(out / "model.safetensors")
