@@ -91,6 +91,11 @@ def trie_grpo(
         raise ValueError(f"set_size: found {objective.set_size}, expected 1 to the group size {rewards.shape[-1]}")
     if check_rewards and not torch.isfinite(rewards).all():
         raise ValueError("rewards: found NaN or inf, expected finite numbers")
+    arguments = (logits, tables, rows, tokens, code, counted, rewards, objective)
+    optional = (reference if objective.beta > 0 else None, reference_kind, old_log_prob, answer_weight)
+    check_arguments(*arguments, *optional)
+    if not runs_triton(logits.device):
+        return eager_terms(*arguments, *optional)
     config = json.dumps(
         {
             "objective": asdict(objective),
@@ -166,11 +171,7 @@ def _op(
     tokens = RowTokens(token_start, token, token_answer, token_row)
     objective = GRPOObjective(**settings["objective"])
     arguments = (logits, tables, rows, tokens, code, counted, rewards, objective)
-    optional = (reference, settings["reference_kind"], old_log_prob, answer_weight)
-    check_arguments(*arguments, *optional)
-    if runs_triton(logits.device):
-        return launch(*arguments, *optional)
-    return eager(*arguments, *optional)
+    return launch(*arguments, reference, settings["reference_kind"], old_log_prob, answer_weight)
 
 
 OPERATOR_INPUTS = tuple(inspect.signature(_op._init_fn).parameters)
@@ -180,8 +181,8 @@ OPERATOR_INPUTS = tuple(inspect.signature(_op._init_fn).parameters)
 def _(*arguments):
     given = dict(zip(OPERATOR_INPUTS, arguments, strict=True))
     logits, code = given["logits"], given["code"]
-    terms = [code.new_empty(code.shape, dtype=_term_dtype(logits)) for _ in range(4)]
-    return (logits.new_empty((), dtype=_term_dtype(logits)), *terms, torch.empty_like(logits))
+    terms = [code.new_empty(code.shape, dtype=torch.float32) for _ in range(4)]
+    return (logits.new_empty((), dtype=torch.float32), *terms, torch.empty_like(logits))
 
 
 def _save_dlogits(ctx, inputs, output) -> None:
@@ -194,10 +195,6 @@ def _backward(ctx, grad_loss, *_):
 
 
 _op.register_autograd(_backward, setup_context=_save_dlogits)
-
-
-def _term_dtype(logits: Tensor) -> torch.dtype:
-    return torch.promote_types(logits.dtype, torch.float32)
 
 
 def check_arguments(
@@ -249,7 +246,7 @@ def check_arguments(
         raise ValueError("mass_row: found None, expected a tensor since the tables hold a prior")
 
 
-def eager(
+def eager_terms(
     logits: Tensor,
     tables: TrieTables,
     rows: TrieRows,
@@ -262,22 +259,27 @@ def eager(
     reference_kind: str = "logits",
     old_log_prob: Tensor | None = None,
     answer_weight: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    """What ``launch`` computes, by ``trie_grpo_reference`` and autograd; any device, also float64."""
-    valid, log_prior = dense_policy(tables, rows, _term_dtype(logits))
+) -> GRPOTerms:
+    """``trie_grpo`` by ``trie_grpo_reference`` over the dense form of the rows; any device, also float64."""
+    valid, log_prior = dense_policy(tables, rows, torch.promote_types(logits.dtype, torch.float32))
     if reference is not None and reference_kind == "logits":
         reference = log_policy(reference, valid, log_prior, objective.temperature)
     answer = torch.arange(code.shape[1], device=code.device).expand_as(code)
     flat = SampledTokens(tokens.row.long(), code.flatten().long(), answer.flatten(), counted.flatten())
     old = None if old_log_prob is None else old_log_prob.flatten()
-    with torch.enable_grad():
-        leaf = logits.detach().requires_grad_()
-        terms = trie_grpo_reference(
-            leaf, valid, log_prior, flat, rewards, objective, len(code), reference, old, answer_weight
-        )
-        (dlogits,) = torch.autograd.grad(terms.loss, leaf)
+    terms = trie_grpo_reference(
+        logits, valid, log_prior, flat, rewards, objective, len(code), reference, old, answer_weight
+    )
     per_token = (terms.log_prob, terms.kl, terms.entropy, terms.clipped)
-    return (terms.loss.detach(), *(term.view(code.shape) for term in per_token), dlogits)
+    return GRPOTerms(terms.loss, *(term.view(code.shape) for term in per_token))
+
+
+def eager(logits: Tensor, *arguments) -> tuple[Tensor, ...]:
+    """What ``launch`` returns, by ``eager_terms`` and autograd."""
+    leaf = logits.detach().requires_grad_()
+    terms = eager_terms(leaf, *arguments)
+    (dlogits,) = torch.autograd.grad(terms.loss, leaf)
+    return terms.loss.detach(), terms.log_prob, terms.kl, terms.entropy, terms.clipped, dlogits
 
 
 def launch(
@@ -293,7 +295,7 @@ def launch(
     reference_kind: str = "logits",
     old_log_prob: Tensor | None = None,
     answer_weight: Tensor | None = None,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, log_prob, kl, entropy, clipped, dlogits) by one launch of the kernel and one sum over rows."""
     count, codebook = logits.shape
     logits = logits.contiguous()

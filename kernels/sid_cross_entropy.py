@@ -56,6 +56,9 @@ def sid_cross_entropy(
 
     The loss has a gradient for ``logits``. Raises ValueError on unsupported shapes, dtypes and devices.
     """
+    check_arguments(logits, tables, rows, tokens, code, weight)
+    if not runs_triton(logits.device):
+        return eager_terms(logits, tables, rows, tokens, code, weight)
     loss, log_prob, _ = _op(
         logits,
         tables.first_child,
@@ -113,9 +116,7 @@ def _op(
         weight=prior_weight,
     )
     rows = TrieRows(node, seen_begin, seen_end, seen_node, seen_log, mass_row)
-    arguments = (logits, tables, rows, RowTokens(token_start, token, token_answer, token_row), code, weight)
-    check_arguments(*arguments)
-    return launch(*arguments) if runs_triton(logits.device) else eager(*arguments)
+    return launch(logits, tables, rows, RowTokens(token_start, token, token_answer, token_row), code, weight)
 
 
 OPERATOR_INPUTS = tuple(inspect.signature(_op._init_fn).parameters)
@@ -169,16 +170,19 @@ def check_arguments(
         raise ValueError("mass_row: found None, expected a tensor since the tables hold a prior")
 
 
-def eager(
+def eager_terms(
     logits: Tensor, tables: TrieTables, rows: TrieRows, tokens: RowTokens, code: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``launch`` computes, by the reference and autograd; any device, also float64."""
+) -> tuple[Tensor, Tensor]:
+    """``sid_cross_entropy`` by the reference over the dense form of the rows; any device, also float64."""
     valid, log_prior = dense_policy(tables, rows, torch.promote_types(logits.dtype, torch.float32))
-    with torch.enable_grad():
-        leaf = logits.detach().requires_grad_()
-        loss, log_prob = sid_cross_entropy_reference(leaf, valid, log_prior, tokens.row.long(), code.long(), weight)
-        (dlogits,) = torch.autograd.grad(loss, leaf)
-    return loss.detach(), log_prob, dlogits
+    return sid_cross_entropy_reference(logits, valid, log_prior, tokens.row.long(), code.long(), weight)
+
+
+def eager(logits: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``launch`` returns, by ``eager_terms`` and autograd."""
+    leaf = logits.detach().requires_grad_()
+    loss, log_prob = eager_terms(leaf, *arguments)
+    return loss.detach(), log_prob, torch.autograd.grad(loss, leaf)[0]
 
 
 def launch(

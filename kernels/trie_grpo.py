@@ -176,7 +176,7 @@ def trie_grpo_reference(
     p = finite.exp().masked_fill(~valid, 0.0)
     entropy = -(p * finite).sum(-1)[tokens.row] * counted
     kl = torch.zeros_like(log_prob)
-    if objective.beta > 0:
+    if reference_log_policy is not None and objective.beta > 0:
         reference = reference_log_policy.masked_fill(~valid, 0.0)
         if objective.kl == "exact":
             kl = (p * (finite - reference)).sum(-1)[tokens.row]

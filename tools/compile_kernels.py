@@ -1,6 +1,6 @@
 """Compile every Triton kernel for GPUs one does not have, and print registers, spills and shared memory.
 
-    python tools/compile_kernels.py [--target 80 90 100] [--kernel trie_grpo ...] [--json]
+    python tools/compile_kernels.py [--target 80 90 100] [--kernel trie_grpo ...] [--defaults] [--json]
 
 Launches are recorded from the very functions that run on a GPU, on tensors without data, so that the compiled
 signatures are those of real calls. No GPU is needed; TRITON_INTERPRET must not be set. Triton keeps what it compiled
@@ -52,6 +52,10 @@ class Launch:
     @property
     def name(self) -> str:
         return self.kernel.fn.__name__
+
+    @property
+    def is_default(self) -> bool:
+        return "fp32" not in self.case and "max@" not in self.case
 
 
 @dataclass
@@ -112,7 +116,7 @@ def record_trie_grpo() -> list[Launch]:
         answers = empty(3, 16 * 32), empty(3, 16 * 32, dtype=torch.bool), empty(16, 32, dtype=torch.float32)
         arguments = (logits, tables, rows, tokens, *answers)
         old = empty(3, 16 * 32, dtype=torch.float32)
-        cases = {"default": (GRPOObjective(), None)}
+        cases: dict[str, tuple[GRPOObjective, Tensor | None]] = {"default": (GRPOObjective(), None)}
         if codebook != 1024:
             cases["grpo k3 max@8"] = (GRPOObjective(loss="grpo", kl="k3", set_size=8), old)
         for name, (objective, old_log_prob) in cases.items():
@@ -172,6 +176,7 @@ KERNELS: dict[str, Callable[[], list[Launch]]] = {
 class Resources:
     """What a compiled kernel takes: 32-bit registers a thread, bytes of stack and spill instructions, shared bytes."""
 
+    family: str
     kernel: str
     case: str
     target: str
@@ -190,12 +195,13 @@ def launches_for(kernel: str, capability: int) -> list[Launch]:
     return KERNELS[kernel]()
 
 
-def compile_launch(launch: Launch, capability: int) -> Resources:
+def compile_launch(family: str, launch: Launch, capability: int) -> Resources:
     source, options = ast_source(launch)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     usage, sass = inspect_cubin(compiled.asm["cubin"])
     matrix = [name for name in ("UTCHMMA", "HGMMA", "HMMA") if name in sass]
     return Resources(
+        family=family,
         kernel=launch.name,
         case=launch.case,
         target=f"sm_{capability}",
@@ -251,6 +257,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compile the kernels ahead of time and print what they take.")
     parser.add_argument("--target", type=int, nargs="+", default=TARGETS, choices=TARGETS)
     parser.add_argument("--kernel", nargs="+", default=list(KERNELS), choices=list(KERNELS))
+    parser.add_argument("--defaults", action="store_true", help="bfloat16 and the default objective only")
     parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -261,7 +268,9 @@ def main() -> None:
     for name in options.kernel:
         for target in options.target:
             for launch in launches_for(name, target):
-                r = compile_launch(launch, target)
+                if options.defaults and not launch.is_default:
+                    continue
+                r = compile_launch(name, launch, target)
                 found.append(r)
                 if not options.json:
                     figures = f"{r.warps:5} {r.registers:5} {r.spills:6} {r.shared:7}  {r.tensor_core}"

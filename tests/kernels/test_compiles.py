@@ -1,0 +1,72 @@
+"""Every kernel compiles ahead of time for A100, H100 and B200, and spills no register with the blocks it chooses."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools" / "compile_kernels.py"
+KERNELS = ("trie_grpo", "sid_cross_entropy", "prompt_attention", "answer_attention")
+SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227}  # a block can have
+MATRIX_UNIT = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}  # its instructions
+
+
+@pytest.fixture(scope="module")
+def compilations() -> Iterator[dict[str, subprocess.Popen]]:
+    """The tool in a process a target, started together: compiling takes no GPU, but TRITON_INTERPRET unset."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    started = {}
+    for target in SHARED_KIB:
+        command = [sys.executable, str(TOOL), "--target", target[3:], "--defaults", "--json"]
+        started[target] = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+    yield started
+    for process in started.values():
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def resources(compilations: dict[str, subprocess.Popen]) -> dict[str, list[dict]]:
+    """By target."""
+    found = {}
+    for target, process in compilations.items():
+        out, err = process.communicate(timeout=600)
+        assert out, err
+        found[target] = json.loads(out)
+    return found
+
+
+@pytest.mark.parametrize("target", SHARED_KIB)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_compiles(kernel: str, target: str, resources: dict[str, list[dict]]):
+    found = [r for r in resources[target] if r["family"] == kernel]
+    assert found
+    for r in found:
+        assert r["target"] == target
+        assert (r["spills"], r["stack"]) == (0, 0), r
+        assert r["registers"] <= 255 and r["shared"] <= SHARED_KIB[target] * 1024, r
+    if kernel.endswith("attention"):
+        assert MATRIX_UNIT[target] in {r["tensor_core"] for r in found}
+
+
+def test_every_kernel_is_compiled():
+    """No kernel that is launched is missing from the tool."""
+    spec = importlib.util.spec_from_file_location("compile_kernels", TOOL)
+    assert spec and spec.loader
+    tool = importlib.util.module_from_spec(spec)
+    sys.modules["compile_kernels"] = tool  # dataclasses look their module up
+    spec.loader.exec_module(tool)
+    assert tuple(tool.KERNELS) == KERNELS
+    launched = {launch.name for kernel in KERNELS for launch in tool.launches_for(kernel, 90)}
+    written = set()
+    for path in (ROOT / "kernels").glob("*.py"):
+        written |= {line.split("(")[0][4:] for line in path.read_text().splitlines() if line.startswith("def ")}
+    assert launched == {name for name in written if name.endswith("_kernel")}

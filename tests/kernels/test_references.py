@@ -1,0 +1,121 @@
+"""The eager references against slower truths: enumeration, finite differences, full sequences; and bad input."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from cases import attention_case, trie_case
+from negfast.kernels.fused_trie_grpo import eager, trie_grpo
+from negfast.kernels.group_attention import full_sequences_reference, group_attention
+from negfast.kernels.sid_cross_entropy import eager as eager_cross_entropy
+from negfast.kernels.sid_cross_entropy import sid_cross_entropy
+from negfast.kernels.trie_grpo import GRPOObjective, group_advantage, set_shares
+from negfast.kernels.trie_rows import dense_policy
+
+from negfast import kernels
+
+CPU = torch.device("cpu")
+
+
+def inputs(case):
+    return case.logits, case.tables, case.rows, case.tokens, case.code, case.counted, case.rewards
+
+
+@pytest.mark.parametrize(("levels", "codebook", "items"), [(1, 40, 25), (3, 8, 90), (4, 64, 50)])
+@pytest.mark.parametrize("with_prior", [True, False], ids=["prior", "no-prior"])
+def test_dense_policy_is_what_enumeration_finds(levels: int, codebook: int, items: int, with_prior: bool, seed: int):
+    case = trie_case(
+        seed, CPU, levels=levels, codebook=codebook, items=items, with_prior=with_prior, rows=60, seen_items=20
+    )
+    valid, log_prior = dense_policy(case.tables, case.rows, torch.float64)
+    expected_valid = torch.zeros_like(valid)
+    expected_prior = torch.zeros(valid.shape, dtype=torch.float64)
+    for row, (request, prefix) in enumerate(case.row_prefix):
+        for code, unseen in case.trie.choices(prefix, case.request_seen[request]).items():
+            expected_valid[row, code] = True
+            if with_prior:
+                day = int(case.rows.mass_row[row])
+                mass = sum(case.mass[day, item] for item in unseen)
+                expected_prior[row, code] = 0.8 * np.log(mass + 0.05 * len(unseen))
+    assert torch.equal(valid, expected_valid)
+    assert not valid[len(case.row_prefix) :].any(), "padding rows have no valid code"
+    if with_prior:
+        torch.testing.assert_close(log_prior, expected_prior, rtol=2e-5, atol=2e-5)
+    else:
+        assert log_prior is None
+
+
+@pytest.mark.parametrize("kl", ["exact", "k3"])
+@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo"])
+def test_gradient_is_that_of_finite_differences(kl: str, loss: str, seed: int):
+    case = trie_case(seed, CPU, codebook=6, items=40, group=5).to(torch.float64)
+    objective = GRPOObjective(loss=loss, kl=kl, beta=0.3, temperature=0.8, clip_low=0.15)
+    rest = inputs(case)[1:]
+    sampled = eager(*inputs(case), GRPOObjective(beta=0.0, temperature=0.8))[1]
+    old = sampled + 0.3 * torch.randn_like(sampled)
+    ratio = (sampled - old).exp()
+    near_a_kink = ((ratio - 0.85).abs() < 1e-3) | ((ratio - 1.2).abs() < 1e-3)
+    old = torch.where(near_a_kink, old + 0.01, old)
+    direction = torch.randn_like(case.logits)
+
+    def at(step: float) -> torch.Tensor:
+        moved = case.logits + step * direction
+        return eager(moved, *rest, objective, case.reference, "logits", old, case.answer_weight)[0]
+
+    *_, dlogits = eager(*inputs(case), objective, case.reference, "logits", old, case.answer_weight)
+    difference = (at(1e-5) - at(-1e-5)) / 2e-5
+    torch.testing.assert_close((dlogits * direction).sum(), difference, rtol=1e-5, atol=1e-7)
+
+
+def test_cross_entropy_gradient_is_that_of_finite_differences(seed: int):
+    case = trie_case(seed, CPU).to(torch.float64)
+    weight = case.answer_weight.repeat(len(case.code)) * case.counted.flatten()
+    rest = (case.tables, case.rows, case.tokens, case.code.flatten(), weight)
+    logits = case.logits.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: sid_cross_entropy(z, *rest)[0], logits)
+    torch.testing.assert_close(sid_cross_entropy(logits, *rest)[0], eager_cross_entropy(logits, *rest)[0])
+
+
+@pytest.mark.parametrize(("size", "k"), [(1, 1), (4, 1), (5, 2), (6, 3), (6, 6), (9, 4)])
+def test_max_at_k_is_what_enumeration_finds(size: int, k: int, seed: int):
+    """k times the mean over sets of k with answer i of (best of the set - best of the set without i)."""
+    rewards = (torch.rand(3, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 4).round() / 4
+    found = group_advantage(rewards, GRPOObjective(set_size=k))
+    for b, i in itertools.product(range(3), range(size)):
+        others = [rewards[b, j].item() for j in range(size) if j != i]
+        if k == 1:  # leave-one-out baseline
+            expected = rewards[b, i].item() - (sum(others) / len(others) if others else 0.0)
+        else:
+            rests = list(itertools.combinations(others, k - 1))
+            expected = k * sum(max(rewards[b, i].item(), *rest) - max(rest) for rest in rests) / len(rests)
+        assert found[b, i].item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_shares_of_large_groups_are_finite():
+    shares = set_shares(4096, 64)
+    assert np.isfinite(shares).all() and sum(shares) == pytest.approx(64 * 4096 / 4033)
+
+
+def test_answers_over_a_shared_prompt_equal_full_sequences(seed: int):
+    case = attention_case(seed, CPU, (7, 1, 12), 4, 2, 32, group=3, new=4, seen=4, dtype=torch.float64)
+    _, found = group_attention(case.prompt, case.own, case.cu_seqlens, case.longest)
+    torch.testing.assert_close(found, full_sequences_reference(case.prompt, case.own, case.cu_seqlens))
+
+
+def test_operator_on_the_cpu_is_the_reference(seed: int):
+    case = trie_case(seed, CPU).to(torch.float64)
+    logits = case.logits.clone().requires_grad_()
+    terms = trie_grpo(logits, *inputs(case)[1:], GRPOObjective(), reference=case.reference)
+    terms.loss.backward()
+    expected = eager(*inputs(case), GRPOObjective(), case.reference)
+    found = (terms.loss, terms.log_prob, terms.kl, logits.grad)
+    for ours, right in zip(found, (*expected[:3], expected[5]), strict=True):
+        torch.testing.assert_close(ours, right)
+
+
+def test_implementations_name_every_part():
+    found = kernels.implementations("cpu")
+    assert set(found) == {"trie_grpo", "sid_cross_entropy", "prompt_attention", "answer_attention"}
+    assert set(found.values()) == {"eager reference"}
+    assert all(value.startswith("triton ") for value in kernels.implementations("cuda").values())
