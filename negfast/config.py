@@ -91,6 +91,7 @@ class Sft(Stage):
 
     steps: int = setting(600, low=0)
     warmup: int = setting(50, low=0, help="steps")
+    reset_head: bool = setting(True, help="start as the community prior alone, whatever align taught the code head")
     requests: int = setting(64, low=1, help="requests a step")
     targets: int = setting(4, low=1, help="items drawn from F, and from P, for a request")
     like_weight: float = setting(0.3, low=0.0, help="of the loss after <|next-like|>")
@@ -127,10 +128,10 @@ class Grpo(Stage):
 class Reward:
     """1 for a hit, less for collaborative neighbours of a hit, negative for a like."""
 
-    collab_weight: float = setting(0.5, low=0.0, help="lambda; 0 switches the term off")
+    collab_weight: float = setting(0.2, low=0.0, help="lambda; 0 switches the term off")
     collab_cap: float = setting(0.1, low=0.0, high=1.0, help="most that the term may earn")
     like_penalty: float = setting(0.1, low=0.0, help="mu; the break-even dislike rate is mu / (1 + mu)")
-    content_threshold: float = setting(0.7, low=-1.0, high=1.0, help="least content similarity that counts")
+    content_threshold: float = setting(0.8, low=-1.0, high=1.0, help="least content similarity that counts")
 
 
 @dataclass(frozen=True)

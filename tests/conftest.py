@@ -1,7 +1,13 @@
+import re
+from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import pytest
+import zstandard
 
+from negfast.data.items import ItemTable
+from negfast.data.log import DISLIKE, LIKE, EventLog
 from tests.tiny import prepare, run_cli, train_arguments
 
 
@@ -16,3 +22,37 @@ def tiny_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("run") / "run"
     run_cli(*train_arguments(tiny_data, run))
     return run
+
+
+def _lines(name: str) -> list[str]:
+    data = files("negfast.data").joinpath(f"samples/movietweetings/{name}.zst").read_bytes()
+    return zstandard.ZstdDecompressor().decompress(data).decode("utf-8").splitlines()
+
+
+@pytest.fixture(scope="session")
+def movietweetings() -> tuple[EventLog, ItemTable]:
+    """The sample, read without the package: rating <= 5 is a dislike, the rest are likes; items as in movies.dat."""
+    movies = [line.split("::") for line in _lines("movies.dat")]
+    year = [re.search(r"\((\d{4})\)$", title) for _, title, _ in movies]
+    items = ItemTable(
+        ids=[imdb for imdb, _, _ in movies],
+        text=[title for _, title, _ in movies],
+        attributes={
+            "genres": [tuple(genre for genre in genres.split("|") if genre) for _, _, genres in movies],
+            "year": [(match[1],) if match else () for match in year],
+        },
+    )
+    row_of = {int(imdb): row for row, imdb in enumerate(items.ids)}
+    user, imdb, rating, time = np.array([line.split("::") for line in _lines("ratings.dat")], dtype=np.int64).T
+    item = np.array([row_of[i] for i in imdb], dtype=np.int32)
+    users, user = np.unique(user, return_inverse=True)
+    order = np.lexsort((time, user))
+    log = EventLog(
+        user_offsets=np.concatenate([[0], np.cumsum(np.bincount(user, minlength=len(users)))]),
+        item=item[order],
+        feedback=np.where(rating <= 5, DISLIKE, LIKE).astype(np.uint8)[order],
+        time=time[order],
+        value=rating.astype(np.float32)[order],
+        n_items=len(items),
+    )
+    return log, items

@@ -28,7 +28,7 @@ class RewardTable:
 
     def look_up(self, rows: Tensor, items: Tensor) -> Tensor:
         """The reward's terms [..., 3] of items [...] for request rows [...]."""
-        wanted = rows * self.n_items + items
+        wanted = (rows * self.n_items + items).contiguous()
         entry = torch.searchsorted(self.key, wanted)
         return self.terms[entry] * (self.key[entry] == wanted).unsqueeze(-1)
 

@@ -90,6 +90,8 @@ class SftStage:
 
     def __init__(self, engine: Engine) -> None:
         self.config = engine.config.sft
+        if self.config.reset_head:
+            torch.nn.init.zeros_(engine.policy.block.head.weight)
         self.next_items = NextItems(engine, self.config)
         self.verdict = VerdictTask(engine, self.config.verdicts)
 
