@@ -80,11 +80,11 @@ def main() -> None:
     help='Which events are dislikes: "rating<=2", "label==0", "action==hide", or a boolean column. Repeat for or.',
 )  # fmt: skip
 @click.option(
-    "--like", multiple=True, metavar="RULE", help="Which events are likes; those of no rule are exposures then."
+    "--like-rule", multiple=True, metavar="RULE", help="Which events are likes; those of no rule are exposures then."
 )
 @click.option(
     "--rest", type=click.Choice(["like", "exposed"]), default="like", show_default=True,
-    help="What the other events are where no --like is given.",
+    help="What the other events are where no --like-rule is given.",
 )  # fmt: skip
 @click.option("--columns", metavar="A,B,...", help="Column names of an event file without header.")
 @click.option("--separator", help="Field separator of the event file, if the suffix does not tell it.")
@@ -105,6 +105,9 @@ def main() -> None:
 @click.option("--sid-method", default="rq-kmeans", show_default=True, help="rq-kmeans, or random as a control.")
 @click.option("--encoder", default="auto", show_default=True, help="Text encoder: auto, minilm, tfidf.")
 @click.option("--seed", default=0, show_default=True)
+@click.option(
+    "--like", type=EXISTING, metavar="DIR", help="Keep the codebooks and semantic IDs of DIR (not there yet)."
+)
 def prepare(events: Path, out: Path, **options: Any) -> None:
     """Make a data set of an event log: validate, index, split, semantic IDs, shards.
 
@@ -115,6 +118,8 @@ def prepare(events: Path, out: Path, **options: Any) -> None:
     negfast prepare log.tsv --user-column user_id --time-column time_ms --dislike label==0 --out data
     negfast prepare ratings.dat --columns user,item,rating,time --dislike "rating<=2" --out data
     """
+    if options["like"] is not None:
+        raise InputError("--like: keeping another data set's semantic IDs is not there yet; leave the option out")
     from negfast.data.events import EventMapping, ItemMapping
     from negfast.data.prepare import SemanticIdSettings, SplitSettings
     from negfast.data.prepare import prepare as prepare_dataset
@@ -126,7 +131,7 @@ def prepare(events: Path, out: Path, **options: Any) -> None:
         out,
         mapping=EventMapping(
             dislike=tuple(map(parse_rule, options["dislike"])),
-            like=tuple(map(parse_rule, options["like"])),
+            like=tuple(map(parse_rule, options["like_rule"])),
             rest=options["rest"],
             user=options["user_column"],
             item=options["item_column"],
@@ -164,11 +169,13 @@ def _separator(text: str | None) -> str | None:
 @main.command()
 @click.argument("path", type=EXISTING)
 def inspect(path: Path) -> None:
-    """Show what a data set directory or a shard file holds, and verify its checksums.
+    """Show what a data set, shard, SID table, run or checkpoint holds, and verify its checksums.
 
     \b
     negfast inspect data
     negfast inspect data/events.nfs
+    negfast inspect data/semantic_ids.safetensors
+    negfast inspect runs/quickstart/final
     """
     from negfast.data.inspection import inspect_path
 

@@ -217,6 +217,16 @@ def test_generated_items_are_those_of_a_wider_beam(tiny_run):
     assert (np.diff(score, axis=1) <= 1e-6).all() and (items >= 0).all()
 
 
+def test_inspect_describes_run_checkpoint_and_table(tiny_run, tiny_data, tmp_path):
+    assert "checkpoints/sft: " in run_cli("inspect", str(tiny_run))
+    checkpoint = run_cli("inspect", str(tiny_run / "final"))
+    assert "calibration" in checkpoint and "block.rows" in checkpoint
+    assert "codes" in run_cli("inspect", str(tiny_data / "semantic_ids.safetensors"))
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes((tiny_run / "final" / "policy.safetensors").read_bytes()[:-100])
+    assert "damaged" in run_cli("inspect", str(damaged), code=2)
+
+
 def test_refusals(tiny_run, tiny_data, tmp_path):
     def refused(*command: str) -> str:
         output = run_cli(*command, code=2).strip().splitlines()

@@ -1,8 +1,11 @@
-"""What `negfast inspect` says of a data set or a shard."""
+"""What `negfast inspect` says of a data set, a shard, a table of tensors, a run or a checkpoint."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from negfast.data.dataset import Dataset
 from negfast.data.shards import describe_shard
@@ -12,11 +15,17 @@ Report = Callable[[str], None]
 
 
 def inspect_path(path: Path, report: Report) -> None:
-    """Describes a data set directory or a shard file and verifies checksums. Raises InputError if damaged."""
+    """Describes what lies at ``path`` and verifies checksums where there are any. Raises InputError if damaged."""
     if not path.exists():
         raise InputError(f"{path}: no such file or directory")
-    if path.is_dir():
+    if (path / "run.json").is_file():
+        inspect_run(path, report)
+    elif (path / "policy.safetensors").is_file():
+        inspect_checkpoint(path, report)
+    elif path.is_dir():
         inspect_dataset(Dataset.open(path), report)
+    elif path.suffix == ".safetensors":
+        inspect_tensors(path, report)
     else:
         _rows(describe_shard(path), report)
 
@@ -38,6 +47,35 @@ def inspect_dataset(dataset: Dataset, report: Report) -> None:
     dataset.verify()
     for name, record in manifest["files"].items():
         report(f"{name:<28} {record['bytes']:>14,} bytes  ok")
+
+
+def inspect_run(path: Path, report: Report) -> None:
+    """What a run was made of, and its checkpoints."""
+    _rows({"run": str(path), **json.loads((path / "run.json").read_text())}, report)
+    for folder in [*sorted((path / "checkpoints").iterdir()), path / "final"]:
+        if (folder / "state.json").is_file():
+            state = json.loads((folder / "state.json").read_text())
+            report(f"{folder.relative_to(path)}: {_text(state) if state else 'before the first step'}")
+
+
+def inspect_checkpoint(path: Path, report: Report) -> None:
+    """A checkpoint's state and its tensors."""
+    _rows({"checkpoint": str(path), **json.loads((path / "state.json").read_text())}, report)
+    inspect_tensors(path / "policy.safetensors", report)
+
+
+def inspect_tensors(path: Path, report: Report) -> None:
+    """Shapes and types of a safetensors file, each tensor read to its end."""
+    total = 0
+    try:
+        with safe_open(path, framework="numpy") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                tensor = tensors.get_tensor(name)
+                total += tensor.size
+                report(f"{name:<60} {tensor.dtype!s:<8} {' x '.join(map(str, tensor.shape))}")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: damaged: {' '.join(str(error).split())}") from error
+    report(f"{total:,} numbers, {path.stat().st_size:,} bytes")
 
 
 def _rows(facts: dict[str, Any], report: Report, indent: str = "") -> None:
