@@ -273,3 +273,72 @@ def attention_case(
         cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device),
         longest=max(lengths),
     )
+
+
+@dataclass(frozen=True)
+class WideCase:
+    """Many rows made without Python loops, one token each, as a benchmark wants them; fields as ``TrieCase``."""
+
+    logits: Tensor
+    tables: TrieTables
+    rows: TrieRows
+    tokens: RowTokens
+    code: Tensor
+    counted: Tensor
+    rewards: Tensor
+    reference: Tensor
+
+
+def wide_trie_case(
+    seed: int, device: torch.device, rows: int, codebook: int, group: int, dtype: torch.dtype, density: float = 0.3
+) -> WideCase:
+    """Nodes with a share ``density`` of all codes (at least 4) as children; every second row has seen two of them,
+    one of which is pruned. ``rows`` is a multiple of ``group``."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, device=device)
+
+    inner = min(rows, 2048)
+    exists = uniform(inner, codebook) < density
+    exists[:, torch.randperm(codebook, generator=generator, device=device)[:4]] = True
+    words = -(-codebook // 32)
+    padded = torch.nn.functional.pad(exists, (0, 32 * words - codebook)).view(inner, words, 32)
+    powers = torch.tensor([1 << bit for bit in range(31)] + [-(1 << 31)], dtype=torch.int64, device=device)
+    counts = exists.sum(-1)
+    first_child = inner + torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    nodes = int(first_child[-1])
+    tables = TrieTables(
+        first_child=first_child.int(),
+        child_bits=(padded * powers).sum(-1).int(),
+        leaf_count=torch.ones(nodes, dtype=torch.int32, device=device),
+        level_base=(0, inner),
+        codebook=codebook,
+        log_mass=2 * uniform(4, nodes) - 1,
+    )
+    node = torch.randint(inner, (rows,), generator=generator, device=device)
+    seen_node = first_child[:-1, None] + torch.arange(2, device=device)
+    seen_log = torch.stack([uniform(inner), torch.full((inner,), -torch.inf, device=device)], 1)
+    has_seen = torch.arange(rows, device=device) % 2
+    trie_rows = TrieRows(
+        node=node.int(),
+        seen_begin=(2 * node).int(),
+        seen_end=(2 * node + 2 * has_seen).int(),
+        seen_node=seen_node.flatten().int(),
+        seen_log=seen_log.flatten(),
+        mass_row=torch.randint(4, (rows,), generator=generator, device=device).int(),
+    )
+    unseen = exists & (exists.cumsum(-1) > 2)
+    code = torch.where(unseen[node], uniform(rows, codebook), -1.0).argmax(-1).int()[None]
+    counted = torch.ones(1, rows, dtype=torch.bool, device=device)
+    logits, reference = (2 * torch.randn(rows, codebook, generator=generator, device=device) for _ in range(2))
+    return WideCase(
+        logits.to(dtype),
+        tables,
+        trie_rows,
+        RowTokens.from_rows(torch.arange(rows, device=device)[None], counted, rows),
+        code,
+        counted,
+        uniform(rows // group, group),
+        reference.to(dtype),
+    )

@@ -1,7 +1,7 @@
-"""Tests under device/ launch Triton kernels: on the GPU where there is one, else in Triton's interpreter.
+"""Tests under device/ launch Triton kernels: on the GPU where there is one, and anywhere in Triton's interpreter.
 
-The interpreter must be chosen before Triton is first imported, so without a GPU the folder is run by
-``test_interpreted.py`` in processes of its own.
+The interpreter must be chosen before Triton is first imported, so ``test_interpreted.py`` runs the folder in processes
+of its own.
 """
 
 import os
