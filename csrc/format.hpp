@@ -29,7 +29,7 @@ inline constexpr uint32_t kBlockUsers = 64;     // unit of checksums and of rela
 inline constexpr uint32_t kStripeUsers = 4096;  // item blocks, then time blocks, of so many rows
 inline constexpr int kFeedbacks = 3;            // exposed, like, dislike
 inline constexpr uint32_t kMaxItems = 1u << 30;
-inline constexpr int kTimeBits = 40;            // a shard spans less than 2^40 time units
+inline constexpr int kTimeBits = 32;            // a shard spans less than 2^32 time units
 
 struct Section {
   uint64_t offset;

@@ -95,7 +95,8 @@ DecodeTable decode_table(std::span<const uint8_t> lengths, unsigned head_bits, u
     if (length == 0) continue;
     const SymbolRange range = symbol_range(s / tags, head_bits);
     const unsigned total = length + range.extra_bits;
-    const DecodeEntry entry = range.first << 24 | uint64_t{s % tags} << 16 | uint64_t{length} << 8 | total;
+    const DecodeEntry entry =
+        uint64_t{total} << 56 | range.first << 24 | uint64_t{s % tags} << 16 | range.extra_bits << 8 | length;
     for (size_t slot = codes[s].bits; slot < table.entries.size(); slot += size_t{1} << length)
       table.entries[slot] = entry;
     lone = table.max_bits == 0;

@@ -24,8 +24,9 @@ std::vector<Code> canonical_codes(std::span<const uint8_t> lengths);
 // Bits that the counts cost under these lengths, without extra bits.
 uint64_t coded_bits(std::span<const uint64_t> counts, std::span<const uint8_t> lengths);
 
-// Everything that one look-up tells: bits 0-7 the symbol's whole length, code and extra bits; 8-15 the
-// code's; 16-23 a tag; 24-63 the smallest value.
+// Everything that one look-up tells: bits 0-7 where the extra bits start, which is the code's length; 8-15
+// how many there are (so that the low half is a control word of the bit-field instruction); 16-23 a tag;
+// 24-55 the symbol's smallest value; 56-63 code and extra bits together.
 using DecodeEntry = uint64_t;
 
 struct DecodeTable {

@@ -31,33 +31,42 @@ void count_stripe(const Histories& h, uint64_t first_row, uint64_t items, uint32
   auto bad = [&](uint64_t row, const std::string& what) {
     throw ShardError("user " + std::to_string(first_row + row) + ": " + what);
   };
+  // Locals, since every count stored might alias what is behind the references.
+  const int32_t* item = h.item;
+  const uint8_t* feedback = h.feedback;
+  const int64_t* time = h.time;
+  uint32_t* of_item = c.of_item.data();
+  uint64_t *of_delta = c.delta.of_symbol.data(), *of_run_delta = c.run_delta.of_symbol.data();
+  auto symbol = [](uint64_t value) { return to_symbol(value, kFinestHeadBits).index; };
+  int64_t last = c.last;
   for (uint64_t r = 0; r < h.rows(); ++r) {
-    int64_t previous = base;
-    uint64_t run = 0;
-    if (h.offsets[r] > h.offsets[r + 1]) bad(r, "found decreasing offsets, expected increasing ones");
-    for (int64_t i = h.offsets[r]; i < h.offsets[r + 1]; ++i) {
-      if (static_cast<uint64_t>(static_cast<uint32_t>(h.item[i])) >= items)
-        bad(r, "found item " + std::to_string(h.item[i]) + ", expected 0 to " + std::to_string(items - 1));
-      if (h.feedback[i] >= kFeedbacks)
-        bad(r, "found feedback " + std::to_string(h.feedback[i]) + ", expected 0, 1 or 2");
-      const int64_t now = to_units(h.time[i], unit);
+    const int64_t begin = h.offsets[r], end = h.offsets[r + 1];
+    int64_t previous = base, run_start = begin;
+    for (int64_t i = begin; i < end; ++i) {
+      if (static_cast<uint64_t>(static_cast<uint32_t>(item[i])) >= items)
+        bad(r, "found item " + std::to_string(item[i]) + ", expected 0 to " + std::to_string(items - 1));
+      if (feedback[i] >= kFeedbacks) bad(r, "found feedback " + std::to_string(feedback[i]) + ", expected 0, 1 or 2");
+      const int64_t now = to_units(time[i], unit);
       const auto delta = static_cast<uint64_t>(now) - static_cast<uint64_t>(previous);
-      if (now < previous || (i > h.offsets[r] && h.time[i] < h.time[i - 1]))
-        bad(r, "found time " + std::to_string(h.time[i]) + " after a later one, expected events in order of time");
-      if (delta >> kTimeBits) bad(r, "found times 2^40 units apart, expected less");
-      ++c.of_item[static_cast<size_t>(h.item[i]) * kFeedbacks + h.feedback[i]];
-      c.delta.add(delta);
-      if (delta > 0 || run == 0) {
-        c.run_delta.add(delta);
-        if (run > 0) c.run_length.add(run - 1);
-        run = 0;
+      if (now < previous || (i > begin && time[i] < time[i - 1]))
+        bad(r, "found time " + std::to_string(time[i]) + " after a later one, expected events in order of time");
+      if (delta >> kTimeBits) bad(r, "found times 2^32 units apart, expected less");
+      ++of_item[static_cast<size_t>(item[i]) * kFeedbacks + feedback[i]];
+      const uint32_t delta_symbol = symbol(delta);
+      ++of_delta[delta_symbol];
+      if (delta > 0 || i == begin) {
+        ++of_run_delta[delta_symbol];
+        if (i > begin) c.run_length.add(static_cast<uint64_t>(i - run_start - 1));
+        run_start = i;
       }
-      ++run;
       previous = now;
     }
-    if (run > 0) c.run_length.add(run - 1);
-    if (run > 0) c.last = std::max(c.last, previous);
+    if (begin < end) {
+      c.run_length.add(static_cast<uint64_t>(end - run_start - 1));
+      last = std::max(last, previous);
+    }
   }
+  c.last = last;
 }
 
 // The cheapest head_bits for these counts, each a (value range, tag, count).

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "bits.hpp"
 #include "huffman.hpp"
 #include "source.hpp"
 #include "symbols.hpp"
@@ -17,12 +18,21 @@ struct NumberCode {
   std::vector<uint8_t> lengths;  // of symbol * tags + tag
   std::vector<Code> codes;
   uint64_t bits = 0;  // what the counted numbers cost, extra bits included
+};
 
-  // The codeword with the extra bits above it, and their joint length (at most 56).
-  std::pair<uint64_t, unsigned> encode(uint64_t value, unsigned tag = 0) const {
+// What encoding needs of a NumberCode, small enough for registers: stores to a byte stream may alias
+// anything that is reached through a pointer.
+struct Encoder {
+  const Code* codes;
+  unsigned head_bits;
+
+  explicit Encoder(const NumberCode& code) : codes(code.codes.data()), head_bits(code.head_bits) {}
+
+  template <unsigned kTags>
+  void put(BitWriter& writer, uint64_t value, unsigned tag) const {
     const Symbol symbol = to_symbol(value, head_bits);
-    const Code code = codes[symbol.index * tags + tag];
-    return {code.bits | symbol.extra << code.length, code.length + symbol.extra_bits};
+    const Code code = codes[symbol.index * kTags + tag];
+    writer.put(code.bits | symbol.extra << code.length, code.length + symbol.extra_bits);
   }
 };
 
@@ -40,12 +50,13 @@ struct ShardModel {
 
 // Units since 1970; seconds before it round down too.
 inline int64_t to_units(int64_t seconds, uint32_t unit) {
+  if (unit == 1) return seconds;  // a division costs more than all else that is done with an event
   const int64_t quotient = seconds / static_cast<int64_t>(unit);
   return seconds % static_cast<int64_t>(unit) < 0 ? quotient - 1 : quotient;
 }
 
 // One pass over the source, which also checks it: throws ShardError for an item out of range, an
-// unknown feedback, times out of order or 2^40 units apart.
+// unknown feedback, times out of order or 2^32 units apart.
 ShardModel build_model(const EventSource& source, uint64_t items, uint32_t time_unit, unsigned threads);
 
 }  // namespace negfast

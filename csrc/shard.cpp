@@ -1,6 +1,7 @@
 #include "shard.hpp"
 
 #include <algorithm>
+#include <cstring>
 
 #include "parallel.hpp"
 
@@ -59,7 +60,7 @@ void Shard::for_each_file(std::span<const int32_t> users, const int64_t* offsets
       jobs.push_back({begin, end, s.events, at[i]});
       at[i] += s.events;
     }
-    decode(*file, std::span<const DecodeJob>(jobs));
+    decode(*file, DecodeJobs(jobs));
   }
 }
 
@@ -90,10 +91,32 @@ void Shard::read(std::span<const int32_t> users, const int64_t* offsets, int32_t
 
 void Shard::read_rows(std::span<const int32_t> users, const int64_t* offsets, const uint8_t* table, size_t row_bytes,
                       uint8_t* out, unsigned threads) const {
+  const auto events = static_cast<uint64_t>(offsets[users.size()]);
+  if (events < items_) {  // too few to be worth a table of their own
+    for_each_chunk(users.size(), threads, [&](size_t first, size_t n) {
+      const auto start = static_cast<size_t>(offsets[first]), count = static_cast<size_t>(offsets[first + n]) - start;
+      std::vector<int32_t> item(count);
+      std::vector<uint8_t> feedback(count);
+      read_chunk(users.subspan(first, n), offsets + first, item.data(), feedback.data(), nullptr);
+      for (size_t i = 0; i < count; ++i)
+        std::memcpy(out + (start + i) * row_bytes, table + static_cast<size_t>(item[i]) * row_bytes, row_bytes);
+    });
+    return;
+  }
+  // In the order of ranks the rows that are needed most share cache lines, and one look-up is saved.
+  std::vector<std::vector<uint8_t>> by_rank(files_.size());
+  for (size_t f = 0; f < files_.size(); ++f) {
+    const ShardFile& file = *files_[f];
+    by_rank[f].resize(file.expressible_ranks() * row_bytes);
+    for (uint64_t rank = 0; rank < file.header().ranked; ++rank)
+      std::memcpy(by_rank[f].data() + rank * row_bytes, table + size_t{file.item_of_rank()[rank]} * row_bytes, row_bytes);
+  }
   for_each_chunk(users.size(), threads, [&](size_t first, size_t n) {
     uint8_t* here = out + static_cast<size_t>(offsets[first]) * row_bytes;
-    for_each_file(users.subspan(first, n), offsets + first, Stream::items,
-                  [&](const ShardFile& file, auto jobs) { decode_rows(file, jobs, table, row_bytes, here); });
+    size_t f = 0;
+    for_each_file(users.subspan(first, n), offsets + first, Stream::items, [&](const ShardFile& file, auto jobs) {
+      decode_rows(file, jobs, by_rank[f++].data(), row_bytes, here);
+    });
   });
 }
 

@@ -36,7 +36,7 @@ class Shard {
   void read(std::span<const int32_t> users, const int64_t* offsets, int32_t* item, uint8_t* feedback, int64_t* time,
             unsigned threads) const;
 
-  // Every event's row of a table of `row_bytes` a row, one after another: histories as tokens, times never touched.
+  // Every event's row of an item table of `row_bytes` a row: histories as tokens, times never touched.
   void read_rows(std::span<const int32_t> users, const int64_t* offsets, const uint8_t* table, size_t row_bytes,
                  uint8_t* out, unsigned threads) const;
 

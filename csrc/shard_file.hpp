@@ -47,6 +47,7 @@ class ShardFile {
   // Indexed by rank and then padded with kNoItem up to every rank that a symbol can express.
   static constexpr uint32_t kNoItem = 0x80000000;
   const uint32_t* item_of_rank() const { return item_of_rank_.data(); }
+  size_t expressible_ranks() const { return item_of_rank_.size(); }
 
   const DecodeTable& item_table() const { return items_; }
   const DecodeTable& delta_table() const { return deltas_; }

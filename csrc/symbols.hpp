@@ -3,6 +3,7 @@
 // for, and m = bit_length(v) - h extra bits.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 
@@ -14,13 +15,11 @@ struct Symbol {
   uint64_t extra;
 };
 
+// Without branches: which values are small is what no branch predictor can know.
 inline Symbol to_symbol(uint64_t value, unsigned head_bits) {
-  if (value < (uint64_t{1} << head_bits)) return {static_cast<uint32_t>(value), 0, 0};
-  const unsigned extra_bits = std::bit_width(value) - head_bits;
-  const uint32_t half = 1u << (head_bits - 1);
-  const auto head = static_cast<uint32_t>(value >> extra_bits);  // in [half, 2 * half)
-  return {2 * half + (extra_bits - 1) * half + (head - half), extra_bits,
-          value & ((uint64_t{1} << extra_bits) - 1)};
+  const unsigned extra_bits = std::max<unsigned>(std::bit_width(value), head_bits) - head_bits;
+  const auto index = static_cast<uint32_t>((uint64_t{extra_bits} << (head_bits - 1)) + (value >> extra_bits));
+  return {index, extra_bits, value & ((uint64_t{1} << extra_bits) - 1)};
 }
 
 struct SymbolRange {

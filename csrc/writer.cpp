@@ -23,37 +23,38 @@ struct EncodedStripe {
 
 uint8_t* encode_items(const ShardModel& model, const Histories& h, uint64_t row, uint8_t* out) {
   BitWriter writer(out);
-  for (int64_t i = h.offsets[row]; i < h.offsets[row + 1]; ++i) {
-    const auto [bits, n] = model.item.encode(model.rank_of_item[h.item[i]], h.feedback[i]);
-    writer.put(bits, n);
-  }
+  const Encoder code(model.item);
+  const uint32_t* rank_of_item = model.rank_of_item.data();
+  const int32_t* item = h.item;
+  const uint8_t* feedback = h.feedback;
+  const int64_t end = h.offsets[row + 1];
+  for (int64_t i = h.offsets[row]; i < end; ++i) code.put<kFeedbacks>(writer, rank_of_item[item[i]], feedback[i]);
   return writer.flush();
 }
 
 uint8_t* encode_times(const ShardModel& model, const Histories& h, uint64_t row, uint8_t* out) {
   BitWriter writer(out);
-  auto put = [&](const NumberCode& code, uint64_t value) {
-    const auto [bits, n] = code.encode(value);
-    writer.put(bits, n);
-  };
-  int64_t previous = model.time_base;
+  const Encoder delta(model.delta), run(model.run);
+  const int64_t* time = h.time;
+  const uint32_t unit = model.time_unit;
+  const bool runs = model.time_runs;
   const int64_t end = h.offsets[row + 1];
+  int64_t previous = model.time_base;
   for (int64_t i = h.offsets[row]; i < end;) {
-    const int64_t now = to_units(h.time[i], model.time_unit);
-    put(model.delta, static_cast<uint64_t>(now - previous));
+    const int64_t now = to_units(time[i], unit), start = i++;
+    delta.put<1>(writer, static_cast<uint64_t>(now - previous), 0);
     previous = now;
-    const int64_t start = i++;
-    if (model.time_runs) {
-      while (i < end && to_units(h.time[i], model.time_unit) == now) ++i;
-      put(model.run, static_cast<uint64_t>(i - start - 1));
-    }
+    if (!runs) continue;
+    const int64_t next = (now + 1) * static_cast<int64_t>(unit);  // first second of the next unit
+    while (i < end && time[i] < next) ++i;
+    run.put<1>(writer, static_cast<uint64_t>(i - start - 1), 0);
   }
   return writer.flush();
 }
 
 void encode_stripe(const ShardModel& model, const Histories& h, EncodedStripe& out) {
-  // No event takes more than 12 bytes of either stream: 49 bits a delta, 43 a run length.
-  const size_t room = 12 * static_cast<size_t>(h.offsets.back() - h.offsets.front()) + 16;
+  // No event takes more than 11 bytes of either stream: 42 bits a delta, 42 a run length.
+  const size_t room = 11 * static_cast<size_t>(h.offsets.back() - h.offsets.front()) + 16;
   if (out.items.size() < room) out.items.resize(room), out.times.resize(room);
   out.blocks.assign((h.rows() + kBlockUsers - 1) / kBlockUsers, WideIndex{});
   uint8_t *item = out.items.data(), *time = out.times.data();

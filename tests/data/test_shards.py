@@ -23,7 +23,7 @@ def columns(log: EventLog, time_unit: int = 1) -> list[list[int]]:
     users=st.integers(0, 300),
     items=st.integers(1, 5000),
     longest=st.sampled_from([0, 1, 7, 60]),
-    times=st.sampled_from([1, 50, 10**6, 2**39]),
+    times=st.sampled_from([1, 50, 10**6, 2**31]),
     time_unit=st.sampled_from([1, 60, DAY]),
 )
 def test_reads_what_was_written(tmp_path_factory, seed, users, items, longest, times, time_unit):
@@ -160,7 +160,7 @@ def test_an_event_before_the_last_one_is_not_appended(tmp_path):
         ("item", 3, -1, "user 1: found item -1"),
         ("feedback", 0, 3, "user 0: found feedback 3, expected 0, 1 or 2"),
         ("time", 5, 1, "user 1: found time 1 after a later one"),
-        ("time", 5, 2**41, "user 1: found times 2\\^40 units apart"),
+        ("time", 5, 2**33, "user 1: found times 2\\^32 units apart"),
     ],
 )
 def test_events_that_cannot_be_stored_are_refused(tmp_path, column, row, value, message):

@@ -1,0 +1,310 @@
+"""Storage of histories: negfast beside what others use, through Python, into the caller's arrays.
+
+Every figure is the median of several runs from a warm page cache. A run opens the files anew, so checksums are
+verified in it, and what it gave is compared with the truth. On two cores negfast uses two threads and a peer two
+processes with half of the users each, which write to shared memory.
+"""
+
+import contextlib
+import io
+import json
+import logging
+import mmap
+import multiprocessing
+import os
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.sequences import Sequences, make_sequences
+from bench.shard_peers import Columns, Peer, installed_peers
+from negfast.data.log import DAY, EventLog
+from negfast.data.shards import describe_shard, open_shard, write_shard
+
+BATCH_USERS = 1024  # of a random read
+HIGHER_IS_BETTER = "write_mev_s", "sequential_mev_s", "random_users_s", "packed_mtok_s"
+PACKAGES = "negfast", "numpy", "pyarrow", "zstandard", "datasets", "mosaicml-streaming", "litdata"
+
+
+class Bench:
+    """The data, and arrays in shared memory that every system writes its output to."""
+
+    def __init__(self, data: Sequences, folder: Path, repeats: int) -> None:
+        self.log, self.codes, self.folder, self.repeats = data.log, data.codes, folder, repeats
+        n = len(data.log)
+        self.out: Columns = _shared(n, np.int32), _shared(n, np.uint8), _shared(n, np.int64)
+        self.tokens = _shared(n * data.codes.shape[1], np.uint16).reshape(n, -1)
+        self.order = np.random.default_rng(1).permutation(data.log.n_users)
+
+    def median_seconds(self, work: Callable[[], Any], before: Callable[[], None] = lambda: None) -> float:
+        seconds = []
+        for _ in range(self.repeats):
+            before()
+            start = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds)
+
+    def clear(self) -> None:
+        for array in (*self.out, self.tokens):
+            array[: len(array) : 4096] = 0  # whatever an earlier system left does not pass for this one's output
+            array[-1:] = 0
+
+    def check(self, log: EventLog, time_unit: int = 1) -> None:
+        truth = log.item, log.feedback, log.time // time_unit * time_unit
+        if not all(np.array_equal(found[: len(log)], true) for found, true in zip(self.out, truth, strict=True)):
+            raise AssertionError("sequential read gave something else than was written")
+
+    def check_tokens(self, log: EventLog) -> None:
+        if not np.array_equal(self.tokens[: len(log)], self.codes[log.item]):
+            raise AssertionError("packed tokens are not those of the items")
+
+    def check_random(self, log: EventLog, users: np.ndarray, at: int, time_unit: int = 1) -> None:
+        """The histories of ``users`` lie one after another from event ``at`` of the output on."""
+        lengths = np.diff(log.user_offsets)[users]
+        shift = np.repeat(log.user_offsets[users] - (np.cumsum(lengths) - lengths), lengths)
+        events = np.arange(lengths.sum()) + shift
+        truth = log.item[events], log.feedback[events], log.time[events] // time_unit * time_unit
+        found = (column[at : at + len(events)] for column in self.out)
+        if not all(np.array_equal(f, t) for f, t in zip(found, truth, strict=True)):
+            raise AssertionError("random reads gave something else than was written")
+
+
+def run(users: int = 200_000, repeats: int = 5, out: Path | None = None) -> dict[str, Any]:
+    """Measures all systems on seeded synthetic histories, prints a table, and writes the JSON result to ``out``."""
+    with tempfile.TemporaryDirectory(prefix="negfast-bench-", dir=Path.cwd()) as folder:
+        bench = Bench(make_sequences(users), Path(folder), repeats)
+        rows = []
+        for cores in (1, 2):
+            for resolution, time_unit in (("seconds", 1), ("days", DAY)):
+                rows.append(measure_negfast(bench, cores, resolution, time_unit))
+                print(_line(rows[-1]), flush=True)
+            for peer in installed_peers():
+                rows.append(measure_peer(bench, peer, cores))
+                print(_line(rows[-1]), flush=True)
+        result = {
+            "bench": "shards",
+            "device": _device(),
+            "versions": {"python": platform.python_version(), **_versions()},
+            "rows": rows,
+            "ratios": _ratios(rows),
+            "floor": _floors(bench),
+        }
+    print(json.dumps(result["floor"], indent=1))
+    if out is not None:
+        out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    return result
+
+
+def measure_negfast(bench: Bench, cores: int, resolution: str, time_unit: int) -> dict[str, Any]:
+    path, log = bench.folder / "events.nfs", bench.log
+    n = len(log)
+    write = bench.median_seconds(lambda: write_shard(path, log, time_unit, cores))
+    sequential = bench.median_seconds(lambda: open_shard(path).get_many(None, cores, bench.out), bench.clear)
+    bench.check(log, time_unit)
+    users = bench.order.astype(np.int32)
+
+    def read_random() -> None:
+        shard, at = open_shard(path), 0
+        for first in range(0, len(users), BATCH_USERS):
+            batch = users[first : first + BATCH_USERS]
+            offsets, *_ = shard.get_many(batch, cores, tuple(c[at:] for c in bench.out))
+            at += int(offsets[-1])
+
+    random = bench.median_seconds(read_random, bench.clear)
+    bench.check_random(log, bench.order, 0, time_unit)
+    packed = bench.median_seconds(lambda: open_shard(path).tokens(None, bench.codes, cores, bench.tokens), bench.clear)
+    bench.check_tokens(log)
+    return {
+        "system": "negfast",
+        "case": {"cores": cores, "resolution": resolution, "users": log.n_users, "events": n, "checksums": True},
+        "status": "ok",
+        "bytes_per_event": path.stat().st_size / n,
+        "write_mev_s": n / write / 1e6,
+        "sequential_mev_s": n / sequential / 1e6,
+        "random_users_s": len(users) / random,
+        "packed_mtok_s": n * bench.codes.shape[1] / packed / 1e6,
+    }
+
+
+def measure_peer(bench: Bench, peer: Peer, cores: int) -> dict[str, Any]:
+    """A slice of the users a core; each is written to a folder of its own and read by a process of its own."""
+    users = min(peer.users or bench.log.n_users, bench.log.n_users)
+    bounds = np.linspace(0, users, cores + 1).astype(int).tolist()
+    log = _slice(bench.log, 0, users)
+    folders = [bench.folder / f"{peer.name}-{cores}-{core}" for core in range(cores)]
+
+    def write(core: int) -> None:
+        peer.write(folders[core], _slice(log, bounds[core], bounds[core + 1]))
+
+    def slices(core: int) -> tuple[np.ndarray, ...]:
+        events = slice(log.user_offsets[bounds[core]], log.user_offsets[bounds[core + 1]])
+        return tuple(column[events] for column in bench.out)
+
+    def read(core: int) -> None:
+        peer.open(folders[core]).sequential(slices(core))
+
+    def order(core: int) -> np.ndarray:
+        local = bench.order[(bench.order >= bounds[core]) & (bench.order < bounds[core + 1])] - bounds[core]
+        return local[: (peer.random_users or len(local)) // (cores if peer.random_users else 1)]
+
+    def read_random(core: int) -> None:
+        peer.open(folders[core]).random(order(core), slices(core))
+
+    def pack(core: int) -> None:
+        """Items in pieces that fit the cache, and each one's four codes as a 64-bit number: the fastest in numpy."""
+        item = slices(core)[0]
+        peer.open(folders[core]).sequential((item,))
+        table, start = bench.codes.view(np.uint64).reshape(-1), log.user_offsets[bounds[core]]
+        tokens = bench.tokens[start : start + len(item)].view(np.uint64).reshape(-1)
+        for first in range(0, len(item), 1 << 16):
+            np.take(table, item[first : first + (1 << 16)], out=tokens[first : first + (1 << 16)], mode="clip")
+
+    def remove() -> None:
+        for folder in bench.folder.glob(f"{peer.name}-{cores}-*"):
+            shutil.rmtree(folder)
+
+    with _cores(cores, [write, read, read_random, pack]) as on_cores, _quiet():
+        write_s = bench.median_seconds(lambda: on_cores(0), remove)
+        size = sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
+        on_cores(1)  # a first read may unpack files; later ones find them
+        sequential_s = bench.median_seconds(lambda: on_cores(1), bench.clear)
+        bench.check(log)
+        random_s = bench.median_seconds(lambda: on_cores(2), bench.clear)
+        for core in range(cores):
+            bench.check_random(log, order(core) + bounds[core], int(log.user_offsets[bounds[core]]))
+        packed_s = bench.median_seconds(lambda: on_cores(3), bench.clear)
+        bench.check_tokens(log)
+        remove()
+    n = len(log)
+    return {
+        "system": peer.name,
+        "case": {"cores": cores, "resolution": "seconds", "users": users, "events": n, "checksums": peer.checksums},
+        "status": "ok",
+        "bytes_per_event": size / n,
+        "write_mev_s": n / write_s / 1e6,
+        "sequential_mev_s": n / sequential_s / 1e6,
+        "random_users_s": sum(len(order(core)) for core in range(cores)) / random_s,
+        "packed_mtok_s": n * bench.codes.shape[1] / packed_s / 1e6,
+    }
+
+
+_tasks: list[Callable[[int], None]] = []  # what forked workers call; closures do not travel, a fork inherits them
+
+
+def _call(task_and_core: tuple[int, int]) -> None:
+    with _quiet():
+        _tasks[task_and_core[0]](task_and_core[1])
+
+
+@contextlib.contextmanager
+def _cores(cores: int, tasks: list[Callable[[int], None]]) -> Iterator[Callable[[int], None]]:
+    """Gives a function that runs a task on every core: in this process for one, in forked ones for more."""
+    if cores == 1:
+        yield lambda task: tasks[task](0)
+        return
+    _tasks[:] = tasks
+    with multiprocessing.get_context("fork").Pool(cores) as pool:
+        yield lambda task: pool.map(_call, [(task, core) for core in range(cores)], chunksize=1) and None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the libraries' own progress bars and advice out of the table."""
+    logging.disable(logging.WARNING)
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        yield
+    logging.disable(logging.NOTSET)
+
+
+def _shared(n: int, dtype: type) -> np.ndarray:
+    """Zeros that forked processes write to as well, their pages already there."""
+    array = np.frombuffer(mmap.mmap(-1, max(1, n) * np.dtype(dtype).itemsize), dtype)[:n]
+    array[:] = 0
+    return array
+
+
+def _slice(log: EventLog, first: int, last: int) -> EventLog:
+    offsets = log.user_offsets[first : last + 1]
+    events = slice(offsets[0], offsets[-1])
+    return EventLog(offsets - offsets[0], log.item[events], log.feedback[events], log.time[events], None, log.n_items)
+
+
+def _floors(bench: Bench) -> dict[str, float]:
+    """What no system of the kind can beat: order-0 entropy for the size, a plain copy of the columns for reading."""
+    floors = {}
+    for resolution, time_unit in (("seconds", 1), ("days", DAY)):
+        path = bench.folder / "floor.nfs"
+        write_shard(path, bench.log, time_unit)
+        floors[f"order0_bytes_per_event_{resolution}"] = describe_shard(path)["order0_floor"]["total"] / 8
+    truth = bench.log.item, bench.log.feedback, bench.log.time
+
+    def copy() -> None:
+        for column, true in zip(bench.out, truth, strict=True):
+            np.copyto(column, true)
+
+    floors["copy_mev_s"] = len(bench.log) / bench.median_seconds(copy) / 1e6
+    return floors
+
+
+def _ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Ours over the peer's where higher is better, at the same cores; the peer's size over ours."""
+    ratios = []
+    for ours in rows:
+        if ours["system"] != "negfast" or ours["case"]["resolution"] != "seconds":
+            continue
+        cores = ours["case"]["cores"]
+        for theirs in rows:
+            if theirs["system"] == "negfast" or theirs["case"]["cores"] != cores:
+                continue
+            entry = {"case": {"cores": cores}, "peer": theirs["system"]}
+            size = theirs["bytes_per_event"] / ours["bytes_per_event"]
+            ratios.append(entry | {"figure": "bytes_per_event", "ratio": size})
+            for figure in HIGHER_IS_BETTER:
+                ratios.append(entry | {"figure": figure, "ratio": ours[figure] / theirs[figure]})
+    return ratios
+
+
+def _line(row: dict[str, Any]) -> str:
+    case = row["case"]
+    return (
+        f"{row['system']:<18} {case['cores']} core{'s' if case['cores'] > 1 else ' '} {case['resolution']:<7}"
+        f" {row['bytes_per_event']:7.3f} B/event  write {row['write_mev_s']:6.1f} Mev/s"
+        f"  sequential {row['sequential_mev_s']:6.1f} Mev/s  random {row['random_users_s']:9.0f} users/s"
+        f"  packed {row['packed_mtok_s']:6.0f} Mtok/s"
+    )
+
+
+def _device() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()}, {os.cpu_count()} cores"
+    return platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+if __name__ == "__main__":
+    run(*(int(argument) for argument in sys.argv[1:]))
