@@ -110,6 +110,51 @@ class TrieRows:
     seen_log: Tensor
     mass_row: Tensor | None = None
 
+    @classmethod
+    def from_levels(
+        cls,
+        tables: TrieTables,
+        nodes: list[Tensor],
+        requests: list[Tensor],
+        seen_key: list[Tensor],
+        seen_count: list[Tensor],
+        seen_mass: list[Tensor] | None = None,
+        mass_row: Tensor | None = None,
+    ) -> "TrieRows":
+        """Rows of all levels, level by level, from ids that count from 0 within each level; no synchronisation.
+
+        nodes, requests  [l] int64 [R_l], l = 0..L-1: the visited nodes of level l (-1: padding) and their requests
+        seen_key    [l - 1] int64 [M_l], l = 1..L: request * n_l + node, ascending, of nodes above seen leaves; a
+                    closing entry of the largest int64 is allowed
+        seen_count  [l - 1] int32 [M_l] seen leaves under it;  seen_mass  [l - 1] float32 [M_l] their mass
+        mass_row    int64 [B] row of ``tables.mass`` of each request; it and seen_mass None without a prior
+        """
+        base = (*tables.level_base, len(tables.leaf_count))
+        rows: list[tuple[Tensor, ...]] = []
+        seen: list[tuple[Tensor, Tensor]] = []
+        offset = 0
+        for level, (node, request, key) in enumerate(zip(nodes, requests, seen_key, strict=True)):
+            size = base[level + 2] - base[level + 1]
+            here = torch.where(node >= 0, node + base[level], -1)
+            children = tables.first_child[here.clamp(min=0)[:, None] + torch.arange(2, device=node.device)].long()
+            wanted = request[:, None] * size + children - base[level + 1]
+            begin, end = (torch.searchsorted(key, wanted) + offset).unbind(1)
+            rows.append((here, begin, end, request))
+            entry_node = key % size + base[level + 1]  # of a closing entry, which lies in no row's range, anything
+            entry_row = None if mass_row is None else mass_row[(key // size).clamp(max=len(mass_row) - 1)]
+            mass = None if seen_mass is None else seen_mass[level]
+            seen.append((entry_node, tables.seen_log_mass(entry_node, seen_count[level], mass, entry_row)))
+            offset += len(key)
+        here, begin, end, request = (torch.cat(column) for column in zip(*rows, strict=True))
+        return cls(
+            node=here.int(),
+            seen_begin=begin.int(),
+            seen_end=end.int(),
+            seen_node=torch.cat([node for node, _ in seen]).int(),
+            seen_log=torch.cat([log for _, log in seen]),
+            mass_row=None if mass_row is None else mass_row[request].int(),
+        )
+
 
 @dataclass(frozen=True)
 class RowTokens:
