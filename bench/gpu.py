@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -23,8 +24,9 @@ import torch
 from bench import kernels
 
 BUDGET_S = 520.0  # of the nine minutes; the rest is for starting and writing
-CORRECTNESS_S = 240.0
-KERNELS_S = 150.0
+CORRECTNESS_S = 200.0
+SANITIZER_S = 45.0
+KERNELS_S = 120.0
 WHOLE_STEPS = "grpo", "rollout", "sft"
 ROOT = Path(__file__).parents[1]
 
@@ -40,6 +42,8 @@ def run(out: Path) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + BUDGET_S
     correctness = check_kernels(CORRECTNESS_S)
+    if correctness["status"] == "ok":
+        correctness["sanitizer"] = sanitize(SANITIZER_S)
     _write(out / "gpu-correctness.json", correctness)
     if correctness["status"] != "ok":
         raise RuntimeError(f"bench gpu: kernels failed their tests, see {out / 'gpu-correctness.json'}")
@@ -87,6 +91,20 @@ def check_kernels(seconds: float) -> dict[str, Any]:
         "seconds": time.monotonic() - began,
     }
     return row if status == "ok" else row | {"output": text[-4000:]}
+
+
+def sanitize(seconds: float) -> str:
+    """compute-sanitizer's memory check of one small test a kernel: "clean", "errors: ...", or why it was not run."""
+    if not shutil.which("compute-sanitizer"):
+        return "not installed"
+    small = "test_the_gradient_arrives or (test_answers and 3-3-3) or test_prompts and 32"
+    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "pytest"]
+    command += ["tests/kernels/device", "-q", "-x", "-k", small]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"not finished within {seconds:.0f} s"
+    return "clean" if done.returncode == 0 else f"errors: {(done.stdout + done.stderr)[-2000:]}"
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:

@@ -16,8 +16,10 @@ weights from ``counted``. Losses of rows are summed outside in a fixed order and
 are bit-equal.
 
 Bytes: logits, reference and dlogits are touched once, 3 R K elements (6 R K bytes in bf16), plus K / 8 bytes of child
-bits a row, 4 bytes a row and child, 29 bytes a token. FLOPs: about 25 a code, so memory bounds it, and below about
-1,000 rows of 256 the launch. The loss "dapo" reads all T counted flags in every row, max@k makes G^2 comparisons a row.
+bits a row, 4 bytes a row and child, 29 bytes a token; a row of forced tokens only writes its zeros. FLOPs: about 25 a
+code. The sm_90 code issues about 90 instructions a code, so wide bf16 rows wait for instructions somewhat longer than
+for memory (float32 rows do not), and below about 1,000 rows of 256 the launch is all. The loss "dapo" reads all T
+counted flags in every row, max@k makes G^2 comparisons a row.
 """
 
 import inspect
@@ -421,6 +423,21 @@ def trie_grpo_kernel(
     row = tl.program_id(0)
     codes = tl.arange(0, BLOCK_K)
     first_code = row.to(tl.int64) * codebook
+    begin = tl.load(token_start + row)
+    end = tl.load(token_start + row + 1)
+    first_token = tl.load(tokens + begin, mask=begin < end, other=0)
+    if tl.load(counted + first_token, mask=begin < end, other=0) == 0:  # forced or padding: nothing counts here
+        tl.store(dlogits + first_code + codes, tl.zeros([BLOCK_K], dlogits.dtype.element_ty), mask=codes < codebook)
+        tl.store(loss + row, 0.0)
+        for first in range(begin, end, BLOCK_T):
+            live = tl.arange(0, BLOCK_T) < end - first
+            token = tl.load(tokens + first + tl.arange(0, BLOCK_T), mask=live, other=0)
+            nothing = tl.zeros([BLOCK_T], tl.float32)
+            tl.store(log_prob + token, nothing, mask=live)
+            tl.store(kl + token, nothing, mask=live)
+            tl.store(entropy + token, nothing, mask=live)
+            tl.store(clipped + token, nothing, mask=live)
+        return
     z = tl.load(logits + first_code + codes, mask=codes < codebook, other=0.0).to(tl.float32)
     valid, prior = load_log_mass(
         row, codes, first_child, child_bits, log_mass, node, mass_row, seen_begin, seen_end, seen_node, seen_log,
@@ -440,10 +457,8 @@ def trie_grpo_kernel(
             log_ref = tl.where(valid, log_ref / LN2, -1e30)
         row_kl = LN2 * tl.sum(p * (log_p - log_ref), 0)
 
-    begin = tl.load(token_start + row)
-    end = tl.load(token_start + row + 1)
     members = tl.arange(0, BLOCK_G)
-    first_answer = tl.load(token_answer + begin, mask=begin < end, other=0)
+    first_answer = tl.load(token_answer + begin)
     group_rewards = rewards + first_answer // GROUP * GROUP
     peers = tl.load(group_rewards + members, mask=members < GROUP, other=0.0)
     mean = tl.sum(peers, 0) / GROUP

@@ -8,6 +8,7 @@ from cases import TrieCase, relative_error, trie_case
 from negfast.kernels import fused_trie_grpo
 from negfast.kernels.fused_trie_grpo import eager, launch, trie_grpo
 from negfast.kernels.trie_grpo import GRPOObjective
+from negfast.kernels.trie_rows import RowTokens
 
 NAMES = ("loss", "log_prob", "kl", "entropy", "clipped", "dlogits")
 ROUNDING = 3e-6
@@ -125,6 +126,13 @@ def test_single_children_count_nowhere(device: torch.device, seed: int):
     _, log_prob, kl, entropy, *_ = launch(*inputs(case), BASE, case.reference)
     for term in (log_prob, kl, entropy):
         assert (term[~case.counted] == 0).all()
+
+
+def test_uncounted_tokens_may_lie_at_any_row(device: torch.device, seed: int):
+    """As those of answers that a rollout carries no further: here at row 0, beside counted ones of another group."""
+    case = trie_case(seed, device, levels=4, codebook=64, items=40, prompts=2)
+    row = torch.where(case.counted, case.tokens.row.view_as(case.code), 0)
+    check(replace(case, tokens=RowTokens.from_rows(row, case.counted, len(case.logits))), BASE, off_policy=True)
 
 
 def test_pruned_and_padding_rows_get_no_gradient(device: torch.device, seed: int):
