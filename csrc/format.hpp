@@ -30,6 +30,7 @@ inline constexpr uint32_t kStripeUsers = 4096;  // item blocks, then time blocks
 inline constexpr int kFeedbacks = 3;            // exposed, like, dislike
 inline constexpr uint32_t kMaxItems = 1u << 30;
 inline constexpr int kTimeBits = 32;            // a shard spans less than 2^32 time units
+inline constexpr int64_t kFarthest = int64_t{1} << 53;  // seconds from 1970, so that no arithmetic overflows
 
 struct Section {
   uint64_t offset;

@@ -46,6 +46,8 @@ void count_stripe(const Histories& h, uint64_t first_row, uint64_t items, uint32
       if (static_cast<uint64_t>(static_cast<uint32_t>(item[i])) >= items)
         bad(r, "found item " + std::to_string(item[i]) + ", expected 0 to " + std::to_string(items - 1));
       if (feedback[i] >= kFeedbacks) bad(r, "found feedback " + std::to_string(feedback[i]) + ", expected 0, 1 or 2");
+      if (time[i] < -kFarthest || time[i] > kFarthest)
+        bad(r, "found time " + std::to_string(time[i]) + ", expected at most 2^53 seconds from 1970");
       const int64_t now = to_units(time[i], unit);
       const auto delta = static_cast<uint64_t>(now) - static_cast<uint64_t>(previous);
       if (now < previous || (i > begin && time[i] < time[i - 1]))

@@ -56,7 +56,7 @@ inline int64_t to_units(int64_t seconds, uint32_t unit) {
 }
 
 // One pass over the source, which also checks it: throws ShardError for an item out of range, an
-// unknown feedback, times out of order or 2^32 units apart.
+// unknown feedback, times out of order, too far from 1970 or 2^32 units apart.
 ShardModel build_model(const EventSource& source, uint64_t items, uint32_t time_unit, unsigned threads);
 
 }  // namespace negfast

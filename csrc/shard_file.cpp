@@ -47,6 +47,9 @@ void ShardFile::check_header() {
   if (header_.items >= kMaxItems || header_.ranked > header_.items || header_.rows > header_.users ||
       header_.users >> 31 || header_.time_unit == 0 || (header_.events > 0 && header_.ranked == 0))
     damaged("the header's numbers contradict each other");
+  const int64_t farthest = kFarthest / header_.time_unit + 1;
+  if (header_.time_base < -farthest || header_.time_base > header_.time_last || header_.time_last > farthest)
+    damaged("the header's times contradict each other");
   for (unsigned bits : {header_.item_head_bits, header_.time_head_bits, header_.run_head_bits})
     if (bits < 1 || bits > 16) damaged(found_expected("head bits", bits, 1) + " to 16");
 }

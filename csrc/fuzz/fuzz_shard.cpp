@@ -88,7 +88,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     return std::string(folder ? folder : "/tmp") + "/negfast-fuzz-" + std::to_string(::getpid()) + ".nfs";
   }();
   std::FILE* out = std::fopen(path.c_str(), "wb");
-  if (out == nullptr || std::fwrite(file.data(), 1, file.size(), out) != file.size()) std::abort();
+  if (out == nullptr || (!file.empty() && std::fwrite(file.data(), file.size(), 1, out) != 1)) std::abort();
   std::fclose(out);
   try {
     read_everything(path);

@@ -8,10 +8,11 @@ ranks or workers and sees the rest of the same stream.
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import torch
 
 from negfast.errors import InputError
 
@@ -107,6 +108,22 @@ class Loader(Generic[Batch]):
             self.state = LoaderState(seed, epoch + 1, 0)
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def to_tensors(batch: Any) -> Any:
+    """The same dataclass, list or tuple with a tensor for every array, in pinned memory where there is a CUDA device.
+
+    For the end of a loader's ``read``: the copy is made by its thread, and the trainer's ``.to(device,
+    non_blocking=True)`` returns at once.
+    """
+    if isinstance(batch, np.ndarray):
+        tensor = torch.from_numpy(batch)
+        return tensor.pin_memory() if torch.cuda.is_available() else tensor
+    if isinstance(batch, list | tuple):
+        return type(batch)(to_tensors(part) for part in batch)
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return replace(batch, **{f.name: to_tensors(getattr(batch, f.name)) for f in fields(batch)})
+    return batch
 
 
 def _mix(x: Any) -> Any:

@@ -161,6 +161,7 @@ def test_an_event_before_the_last_one_is_not_appended(tmp_path):
         ("feedback", 0, 3, "user 0: found feedback 3, expected 0, 1 or 2"),
         ("time", 5, 1, "user 1: found time 1 after a later one"),
         ("time", 5, 2**33, "user 1: found times 2\\^32 units apart"),
+        ("time", 5, 2**60, "user 1: found time 1152921504606846976, expected at most 2\\^53 seconds from 1970"),
     ],
 )
 def test_events_that_cannot_be_stored_are_refused(tmp_path, column, row, value, message):

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = sorted((ROOT / "tests" / "data" / "golden").glob("*.nfs*"))
-SOURCES = "crc32c decode decode_bmi2 decode_portable file huffman packer shard shard_file".split()
+SOURCES = ["crc32c", "decode", "decode_bmi2", "decode_portable", "file", "huffman", "packer", "shard", "shard_file"]
 
 
 @pytest.mark.slow
@@ -17,7 +17,7 @@ def test_mutated_shards_are_survived(tmp_path):
     assert compiler is not None, "building negfast needs a C++ compiler, and so does this test"
     binary = tmp_path / "fuzz_shard"
     sources = [ROOT / "csrc" / f"{name}.cpp" for name in (*SOURCES, "fuzz/fuzz_shard", "fuzz/mutate")]
-    flags = "-std=c++20 -O1 -g -pthread -fsanitize=address,undefined -fno-sanitize-recover=all".split()
+    flags = ["-std=c++20", "-O1", "-g", "-pthread", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     subprocess.run([compiler, *flags, *map(str, sources), "-o", str(binary)], check=True)
     files = [str(path) for path in GOLDEN if path.suffix != ".parts"]
     run = subprocess.run([binary, "5", *files], capture_output=True, text=True, env={"TMPDIR": str(tmp_path)})
