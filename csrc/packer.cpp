@@ -39,7 +39,7 @@ struct Scratch {
   std::vector<uint8_t> feedback;
   MetItems seen, told;
   std::vector<int32_t> likes, dislikes;  // most recent first
-  std::vector<std::pair<int32_t, int32_t>> by_leaf;
+  std::vector<uint64_t> by_leaf;  // leaf * 2^32 + place among the request's items
 };
 
 void check_requests(const PackRequests& r, const PackLayout& layout) {
@@ -107,16 +107,18 @@ void append_prompt(const PackRequests& r, size_t i, const PackLayout& layout, co
 void append_seen_nodes(std::span<const int32_t> items, int32_t request, const PackLayout& layout, Scratch& s,
                        std::vector<SeenLevel>& seen) {
   s.by_leaf.clear();
-  for (size_t k = 0; k < items.size(); ++k)
-    s.by_leaf.emplace_back(layout.item_nodes[static_cast<size_t>(items[k] + 1) * layout.levels - 1],
-                           static_cast<int32_t>(k));
+  for (size_t k = 0; k < items.size(); ++k) {
+    const int32_t leaf = layout.item_nodes[static_cast<size_t>(items[k] + 1) * layout.levels - 1];
+    s.by_leaf.push_back(uint64_t{static_cast<uint32_t>(leaf)} << 32 | k);
+  }
   std::sort(s.by_leaf.begin(), s.by_leaf.end());
   for (int level = 0; level < layout.levels; ++level) {
     SeenLevel& out = seen[level];
     const size_t first_slot = out.slot.size();
     out.slot.resize(first_slot + items.size());
     int32_t last = -1;
-    for (const auto& [leaf, k] : s.by_leaf) {
+    for (const uint64_t key : s.by_leaf) {
+      const auto k = static_cast<uint32_t>(key);
       const int32_t node = layout.item_nodes[static_cast<size_t>(items[k]) * layout.levels + level];
       if (node < last || node < 0)
         throw ShardError("item nodes: level " + std::to_string(level + 1) +
