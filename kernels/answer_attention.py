@@ -195,16 +195,27 @@ def forward_blocks(queries: int, dim: int, dtype: torch.dtype, target: int) -> d
 
 
 def backward_blocks(queries: int, dim: int, dtype: torch.dtype, target: int) -> dict[str, int]:
+    """Wide blocks of keys where registers allow, since every block writes a share of dq."""
     if dtype == torch.float32:
         return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1, "maxnreg": 255}
-    block = min(max(triton.next_power_of_2(queries), 16), 64 if target in (90, 100) else 32)
-    return {"BLOCK_M": block, "BLOCK_N": 64, "num_warps": 8 if dim == 128 else 4, "num_stages": 2}
+    rows = max(triton.next_power_of_2(queries), 16)
+    if target in (90, 100):
+        return {"BLOCK_M": min(rows, 64 if dim < 128 else 32), "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_M": min(rows, 32), "BLOCK_N": 64, "num_warps": 8 if dim == 128 else 4, "num_stages": 2}
 
 
 def split_count(programs: int, key_blocks: int, device: torch.device) -> int:
-    """Splits of a prompt's keys: about two programs a multiprocessor, each with at least two blocks of keys."""
+    """The fewest splits of a prompt's keys that keep nine in ten multiprocessors at work, of two key blocks or more.
+
+    Few, since partial results are written and read again; a multiprocessor's loads in flight fill its share of memory.
+    """
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-    return max(1, min(triton.cdiv(2 * processors, programs), key_blocks // 2, 32))
+
+    def at_work(splits: int) -> float:
+        return programs * splits / (triton.cdiv(programs * splits, processors) * processors)
+
+    choices = range(1, max(1, min(key_blocks // 2, 16)) + 1)
+    return next((splits for splits in choices if at_work(splits) >= 0.9), max(choices, key=at_work))
 
 
 @triton.jit

@@ -150,12 +150,13 @@ def record_prompt_attention() -> list[Launch]:
 
 
 def record_answer_attention() -> list[Launch]:
-    """P = 2048, G = 64 level by level (one token an answer), and three tokens at once."""
+    """Decode steps of large and small groups, P = 2048, and three tokens at once."""
     launches, offsets = [], empty(5)
-    for dim, new, dtype in ((64, 1, torch.bfloat16), (128, 1, torch.bfloat16), (128, 3, torch.float32)):
-        query, key = empty(4, 64, new, 16, dim, dtype=dtype), empty(8192, 8, dim, dtype=dtype)
-        own, lse = empty(4, 64, 3, 8, dim, dtype=dtype), empty(4, 64, new, 16, dtype=torch.float32)
-        case = f"head {dim} {TYPES[dtype]}, {new} new"
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for dim, group, new, dtype in ((64, 64, 1, bf16), (128, 64, 1, bf16), (128, 4, 1, bf16), (128, 64, 3, fp32)):
+        query, key = empty(4, group, new, 16, dim, dtype=dtype), empty(8192, 8, dim, dtype=dtype)
+        own, lse = empty(4, group, 3, 8, dim, dtype=dtype), empty(4, group, new, 16, dtype=fp32)
+        case = f"head {dim} {TYPES[dtype]}, {group} x {new} new"
         with recorded(case, answer_attention) as noted, recorded(case, prompt_attention):
             answer_attention._forward._init_fn(query, key, key, own, own, offsets, 2048, dim**-0.5)
             tensors = (query, query, key, key, own, own, query, lse)
