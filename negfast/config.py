@@ -33,6 +33,13 @@ def setting(
 
 
 @dataclass(frozen=True)
+class Sample:
+    """The embedded MovieTweetings, prepared where no --data is given."""
+
+    encoder: str = setting("auto", choices=("auto", "minilm", "tfidf"), help="of the item texts")
+
+
+@dataclass(frozen=True)
 class Model:
     """The built-in Qwen3, where no --model is given."""
 
@@ -111,6 +118,7 @@ class Grpo(Stage):
     validate_every: int = setting(50, low=1, help="steps; the best weights on valid are kept")
     requests: int = setting(32, low=1, help="requests (groups) a step")
     group: int = setting(16, low=2, help="answers a request")
+    objective: str = setting("trie", choices=("trie", "full"), help="what log-probabilities are taken over")
     loss: str = setting("dr_grpo", choices=("grpo", "dr_grpo", "dapo"))
     scale_rewards: bool = setting(False, help="divide the advantage by the group's standard deviation")
     set_size: int = setting(0, low=0, help="k of the max@k advantage; 0: each answer for itself")
@@ -153,6 +161,7 @@ class Eval:
 
 @dataclass(frozen=True)
 class Config:
+    sample: Sample = Sample()
     model: Model = Model()
     prompt: Prompt = Prompt()
     prior: Prior = Prior()
@@ -167,6 +176,7 @@ class Config:
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "quickstart": {},
     "smoke": {
+        "sample": {"encoder": "tfidf"},
         "model": {"hidden": 64, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate": 192},
         "align": {"steps": 10},
         "sft": {"steps": 20, "warmup": 5, "requests": 32, "verdicts": 32},

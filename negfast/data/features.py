@@ -49,6 +49,11 @@ class HistoryFeatures:
         self.by_item = RunningSums(item, day, changes)
         self.attributes = [_Attribute(values, user, item, day, changes[:, :2]) for values in items.attributes.values()]
 
+    @property
+    def width(self) -> int:
+        """Columns of ``full``."""
+        return 4 + 3 * self.has_values + sum(2 + attribute.static.shape[1] for attribute in self.attributes)
+
     def rate(self, sums: np.ndarray) -> np.ndarray:
         """The smoothed dislike rate of sums whose first columns are events and dislikes."""
         return (sums[..., 1] + PSEUDO_EVENTS * self.prior_rate) / (sums[..., 0] + PSEUDO_EVENTS)

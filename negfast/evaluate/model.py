@@ -114,6 +114,14 @@ def predict_set(engine: Engine, evalset: EvalSet, calibration: Calibration) -> P
     )
 
 
+def hit_rate(requests: Requests, generated: np.ndarray) -> float:
+    """The share of requests of which a future dislike is among the generated items int32 [R, K]."""
+    owner = np.repeat(np.arange(len(requests)), np.diff(requests.dislike_offsets))
+    hit = np.zeros(len(requests), dtype=bool)
+    np.logical_or.at(hit, owner, (generated[owner] == requests.dislikes[:, None]).any(1))
+    return float(hit.mean())
+
+
 class Validation:
     """The quick look at valid during training: FHR@20 and filter AUC on a fixed sample; their sum chooses weights."""
 
@@ -133,10 +141,7 @@ class Validation:
 
     def __call__(self) -> dict[str, float]:
         generated = generate(self.engine, self.requests, top=20)[0]
-        owner = np.repeat(np.arange(len(self.requests)), np.diff(self.requests.dislike_offsets))
-        hit = np.zeros(len(self.requests), dtype=bool)
-        np.logical_or.at(hit, owner, (generated[owner] == self.requests.dislikes[:, None]).any(1))
-        metrics = {"FHR@20": float(hit.mean())}
+        metrics = {"FHR@20": hit_rate(self.requests, generated)}
         score = metrics["FHR@20"]
         if 0 < self.labels.sum() < len(self.labels):
             metrics["filter_auc"] = float(self._auc(self.labels, candidate_logits(self.engine, self.candidates)))

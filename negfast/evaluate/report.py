@@ -1,6 +1,7 @@
 """From predictions to rows, from rows to JSON and to a table that a stranger can read."""
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -107,7 +108,7 @@ def summary(evalset: EvalSet) -> dict[str, Any]:
 
 def print_table(evalset: EvalSet, rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
     """The headline metrics, baselines above models, the best of each column in bold; fits 100 columns."""
-    console = console or Console()
+    console = console or Console(width=None if sys.stdout.isatty() else 100)
     headings = ("FHR@20", "filter AUC", "reduction %", "pool HR@10", "pool AUC", "hit share")
     table = Table(
         box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=_title(evalset), title_justify="left"

@@ -24,7 +24,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def build_policy(
-    config: Model, model_dir: Path | None, texts: list[str], levels: int, codebook: int
+    config: Model, model_dir: Path | None, texts: list[str], levels: int, codebook: int, verdict_features: int
 ) -> tuple[Policy, PreTrainedTokenizerBase]:
     """A policy ready for its first step: from ``model_dir`` where given, else the built-in Qwen3 of ``config``.
 
@@ -44,7 +44,7 @@ def build_policy(
         except (OSError, ValueError) as error:
             raise InputError(f"{model_dir}: cannot be read as a decoder: {first_line(error)}") from error
     vocabulary = CodeVocabulary(len(embedding_rows(model)), levels, codebook)
-    return Policy(model, vocabulary), tokenizer
+    return Policy(model, vocabulary, verdict_features), tokenizer
 
 
 def check_model_folder(folder: Path) -> None:
@@ -59,13 +59,15 @@ def save_model_files(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder:
     tokenizer.save_pretrained(folder)
 
 
-def rebuild_policy(folder: Path, levels: int, codebook: int) -> tuple[Policy, PreTrainedTokenizerBase]:
+def rebuild_policy(
+    folder: Path, levels: int, codebook: int, verdict_features: int
+) -> tuple[Policy, PreTrainedTokenizerBase]:
     """The policy of a run from the folder that ``save_model_files`` wrote; its weights come from a checkpoint."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.random.fork_rng(devices=[]):  # weights are replaced: leave the caller's stream of numbers alone
         model = AutoModelForCausalLM.from_config(config)
         vocabulary = CodeVocabulary(len(embedding_rows(model)), levels, codebook)
-        policy = Policy(model, vocabulary)
+        policy = Policy(model, vocabulary, verdict_features)
     return policy, AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 

@@ -11,24 +11,50 @@ from transformers import PreTrainedModel
 
 from negfast.errors import InputError
 from negfast.model import attention
-from negfast.model.layout import GroupLayout
-from negfast.sid.tokens import CodeVocabulary
-
-VERDICT_FEATURES = 4  # see negfast.data.features.HistoryFeatures.simple
+from negfast.model.layout import GroupLayout, PromptRows
+from negfast.sid.tokens import MARKERS, CodeVocabulary
 
 
 class CodeBlock(nn.Module):
     """Rows of markers and codes, tied between input and output through ``head``.
 
-    A logit is head(hidden) . row. ``head`` starts at zero, so that every code logit does too: with the community
-    prior the untrained policy is exactly the decay ranking (DESIGN: the prior sets the floor).
+    A logit is head(hidden) . row, a code's times ``scale`` (see negfast.train.shrink). ``head`` starts at zero, so that
+    every code logit does too: with the community prior the untrained policy is exactly the decay ranking.
     """
+
+    scale: Tensor
 
     def __init__(self, size: int, hidden: int, std: float) -> None:
         super().__init__()
         self.rows = nn.Parameter(torch.randn(size, hidden) * std)
         self.head = nn.Linear(hidden, hidden, bias=False)
         nn.init.zeros_(self.head.weight)
+        self.register_buffer("scale", torch.ones(()))
+
+
+class VerdictPrior(nn.Module):
+    """What history alone says of a verdict: a logistic model over standardised features, NaN marked as missing."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(width))
+        self.linear = nn.Linear(2 * width, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def standardise(self, features: Tensor) -> Tensor:
+        """[R, width], NaN where unknown, to [R, 2 * width]: standardised and 0 where unknown, then 1 where unknown."""
+        unknown = features.isnan()
+        known = ((features - self.mean) / self.scale).masked_fill(unknown, 0.0)
+        return torch.cat([known, unknown.to(known.dtype)], dim=-1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logit [R] of P(dislike)."""
+        return self.linear(self.standardise(features)).squeeze(-1)
 
 
 class Policy(nn.Module):
@@ -37,21 +63,22 @@ class Policy(nn.Module):
     Token ids below ``vocabulary.base`` are the decoder's, the others are rows of the code block.
     """
 
-    def __init__(self, model: PreTrainedModel, vocabulary: CodeVocabulary) -> None:
+    def __init__(self, model: PreTrainedModel, vocabulary: CodeVocabulary, verdict_features: int = 4) -> None:
+        """``verdict_features``: columns of `negfast.data.features.HistoryFeatures.full`."""
         super().__init__()
         reject_unsupported(model)
         model.set_attn_implementation(attention.NAME)
         self.decoder = model.get_decoder()
+        last = self.decoder.layers[-1]
+        self.drops_prompt_rows = hasattr(last, "input_layernorm") and hasattr(last, "self_attn")  # Qwen, Llama and kin
+        if self.drops_prompt_rows:
+            last.register_forward_pre_hook(attention.drop_prompt_rows, with_kwargs=True)
         self.text_head = model.get_output_embeddings()
         self.vocabulary = vocabulary
         rows = embedding_rows(model)
         std = float(rows.detach().float().std())  # block rows as long as the decoder's own
         self.block = CodeBlock(vocabulary.size, rows.shape[1], std)
-        self.verdict_prior = nn.Linear(VERDICT_FEATURES, 1)
-        with torch.no_grad():  # start as the item's dislike rate alone
-            self.verdict_prior.weight.zero_()
-            self.verdict_prior.weight[0, 0] = 1.0
-            self.verdict_prior.bias.zero_()
+        self.verdict_prior = VerdictPrior(verdict_features)
 
     def embed(self, tokens: Tensor, has_text: bool) -> Tensor:
         """Embeddings [N, d] of token ids [N]; ``has_text`` says whether any is the decoder's own (no device sync)."""
@@ -68,13 +95,18 @@ class Policy(nn.Module):
         prompt_tokens: Tensor | None,
         answer_tokens: Tensor | None,
         has_text: bool = False,
+        prompt_rows: PromptRows = "all",
     ) -> Tensor:
-        """Final hidden states [T + A * n, d] of a call that adds prompts [T], answer tokens [A, n], or both.
+        """Final hidden states [rows + A * n, d] of a call that adds prompts [T], answer tokens [A, n], or both.
 
-        Keys and values of the call stay in the layout, with gradients where these are on.
+        ``prompt_rows`` says which of the prompts' come first: all T, the B of their last tokens, or none; the last
+        layer computes no others. Keys and values of the call stay in the layout, with gradients where these are on.
         """
         layout.past_tokens += layout.new_tokens
         layout.holds_prompts = prompt_tokens is not None
+        layout.prompt_rows = prompt_rows
+        if prompt_tokens is not None:
+            layout.keys.clear()
         layout.new_tokens = 0 if answer_tokens is None else answer_tokens.shape[1]
         tokens, positions = [], []
         if prompt_tokens is not None:
@@ -90,7 +122,11 @@ class Policy(nn.Module):
             use_cache=False,
             layout=layout,
         )
-        return out.last_hidden_state[0]
+        hidden = out.last_hidden_state[0]
+        if prompt_tokens is None or prompt_rows == "all" or self.drops_prompt_rows:
+            return hidden
+        answers = hidden[layout.prompt_tokens :]
+        return answers if prompt_rows == "none" else torch.cat([hidden[layout.last_prompt_row], answers])
 
     def level_rows(self, level: int) -> Tensor:
         """The block's rows [K, d] of the codes of a level in 1..L."""
@@ -99,17 +135,23 @@ class Policy(nn.Module):
 
     def code_logits(self, hidden: Tensor, level: int) -> Tensor:
         """Logits [R, K] over the codes of a level in 1..L after hidden states [R, d]."""
-        return self.block.head(hidden) @ self.level_rows(level).T
+        return (self.block.head(hidden) * self.block.scale) @ self.level_rows(level).T
 
     def full_logits(self, hidden: Tensor) -> Tensor:
         """Logits [R, base + block] over the whole vocabulary, in the order of token ids."""
-        return torch.cat([self.text_head(hidden), self.block.head(hidden) @ self.block.rows.T], dim=-1)
+        block = self.block.head(hidden) @ self.output_rows().T
+        return torch.cat([self.text_head(hidden), block], dim=-1)
+
+    def output_rows(self) -> Tensor:
+        """The block's rows [size, d] as the head's output meets them: those of codes times the scale."""
+        markers = len(MARKERS)
+        return torch.cat([self.block.rows[:markers], self.block.rows[markers:] * self.block.scale])
 
     def verdict_logit(self, hidden: Tensor, features: Tensor) -> Tensor:
-        """Logit [R] of P(dislike) after the verdict marker; ``features`` [R, VERDICT_FEATURES] are its prior."""
+        """Logit [R] of P(dislike) after the verdict marker; ``features`` [R, verdict_features] its prior's."""
         yes, no = (self.vocabulary.marker(name) - self.vocabulary.base for name in ("yes", "no"))
         answer = self.block.head(hidden) @ (self.block.rows[yes] - self.block.rows[no])
-        return answer + self.verdict_prior(features).squeeze(-1)
+        return answer + self.verdict_prior(features)
 
 
 def embedding_rows(model: PreTrainedModel) -> Tensor:

@@ -56,7 +56,7 @@ def merged_model(policy: Policy) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     weights = {f"{model.base_model_prefix}.{name}": value for name, value in policy.decoder.state_dict().items()}
     text_rows = policy.decoder.get_input_embeddings().weight
-    output_rows = policy.block.rows @ policy.block.head.weight  # head(h) . row = h . (row W)
+    output_rows = policy.output_rows() @ policy.block.head.weight  # head(h) . row = h . (row W)
     weights[f"{model.base_model_prefix}.embed_tokens.weight"] = torch.cat([text_rows, policy.block.rows])
     weights["lm_head.weight"] = torch.cat([policy.text_head.weight, output_rows])
     model.load_state_dict(weights)

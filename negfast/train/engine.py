@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerBase
 from negfast.config import Config
 from negfast.data.dataset import Dataset
 from negfast.data.features import HistoryFeatures
-from negfast.data.items import ItemTable
 from negfast.data.log import DISLIKE, EXPOSED, LIKE, EventLog
 from negfast.data.split import Split
 from negfast.errors import InputError
@@ -80,10 +79,13 @@ def build_engine(
 
 
 def history_features(data: Dataset) -> HistoryFeatures:
-    """Features of the verdict's prior, smoothed towards the dislike rate of the events before T_valid."""
+    """Features of the verdict's prior, smoothed towards the rates and values of the events before T_valid."""
     log = data.log
-    early = log.feedback[(log.day < data.valid_day) & (log.feedback != EXPOSED)] == DISLIKE
-    return HistoryFeatures(log, ItemTable([], []), float(early.mean()) if len(early) else 0.5, 0.0)
+    early = (log.day < data.valid_day) & (log.feedback != EXPOSED)
+    rate = float((log.feedback[early] == DISLIKE).mean()) if early.any() else 0.5
+    value = np.zeros(0) if log.value is None else log.value[early]
+    known = value[np.isfinite(value)]
+    return HistoryFeatures(log, data.items, rate, float(known.mean()) if len(known) else 0.0)
 
 
 def choose_device(name: str) -> torch.device:

@@ -68,11 +68,13 @@ def run_stage(
     journal: Journal,
     resume_from: Path | None,
     validate: Callable[[], dict[str, float]] | None,
+    at_end: Callable[[], dict[str, float]] | None = None,
 ) -> None:
     """Runs ``stage`` to its end and leaves its weights in RUN/checkpoints/<stage>.
 
     ``validate`` gives metrics of which "score" chooses the weights that are kept (higher is better); None keeps the
-    last. Raises TrainingError on a loss or gradient that is not finite, StopRequested after SIGINT or SIGTERM.
+    last. ``at_end`` may change the chosen weights before they are left, and says what it did. Raises TrainingError on
+    a loss or gradient that is not finite, StopRequested after SIGINT or SIGTERM.
     """
     checkpoints = run_dir / "checkpoints"
     optimizer = make_optimizer(policy, stage.config)
@@ -113,6 +115,9 @@ def run_stage(
     if validate is not None:
         load_weights(best_dir, policy)
         journal.event("chosen", stage=stage.name, step=best.step, score=best.score)
+    if at_end is not None:
+        policy.eval()
+        journal.event("end", stage=stage.name, **at_end())
     step = stage.config.steps if validate is None else best.step
     save_checkpoint(checkpoints / stage.name, policy, state={"stage": stage.name, "step": step})
 

@@ -10,6 +10,7 @@ import torch
 
 from negfast.config import Config, load_config, to_toml
 from negfast.data.dataset import Dataset
+from negfast.data.prepare import SemanticIdSettings
 from negfast.data.samples import prepare_movietweetings
 from negfast.errors import InputError
 from negfast.evaluate.model import Validation, calibrate
@@ -20,11 +21,13 @@ from negfast.model.load import build_policy, check_model_folder, save_model_file
 from negfast.run_folder import RunFolder
 from negfast.train.align import AlignStage
 from negfast.train.checkpoint import latest_checkpoint, load_weights, read_state, save_checkpoint
-from negfast.train.engine import Engine, build_engine, choose_device, use_threads
+from negfast.train.engine import Engine, build_engine, choose_device, history_features, use_threads
 from negfast.train.grpo import GrpoStage
 from negfast.train.journal import Journal
 from negfast.train.loop import Stage, StopRequested, run_stage
 from negfast.train.sft import SftStage
+from negfast.train.shrink import shrink
+from negfast.train.verdict import fit_prior
 
 STAGES: dict[str, Callable[[Engine], Stage]] = {"align": AlignStage, "sft": SftStage, "grpo": GrpoStage}
 
@@ -59,7 +62,8 @@ def train(
         data_dir = data if data is not None else run.path / "data"
         if data is None and not data_dir.exists():
             _say("preparing the embedded MovieTweetings-100K")
-            prepare_movietweetings(data_dir)
+            semantic_ids = SemanticIdSettings(encoder=settings.sample.encoder)
+            prepare_movietweetings(data_dir, semantic_ids=semantic_ids, report=_say)
         _start_run(run, settings, Dataset.open(data_dir), data_dir, model, init)
     dataset = Dataset.open(data_dir)
     policy, tokenizer = run.load_policy(dataset)
@@ -78,9 +82,10 @@ def _start_run(
     """Writes what a run is made of; run.json comes last and makes it a run."""
     torch.manual_seed(settings.train.seed)
     shape = dataset.codes.shape[1], int(dataset.manifest["semantic_ids"]["codebook"])
+    verdict_features = history_features(dataset).width
     if init is None:
         texts = [text for text in dataset.items.text if text.strip()]
-        policy, tokenizer = build_policy(settings.model, model, texts, *shape)
+        policy, tokenizer = build_policy(settings.model, model, texts, *shape, verdict_features)
     else:
         source = RunFolder(init)
         source.require_finished()
@@ -95,7 +100,7 @@ def _start_run(
         "semantic_ids": run.fingerprint(dataset),
         "model": None if model is None else str(model),
         "init": None if init is None else str(init),
-        "seed": settings.train.seed,
+        "verdict_features": verdict_features,
     }
     with atomic_file(run.description) as temporary:
         temporary.write_text(json.dumps(description, indent=1) + "\n")
@@ -134,6 +139,8 @@ def _run_stages(run: RunFolder, engine: Engine) -> None:
         _say(f"going on from {resumed_from['stage']} step {resumed_from['step']}")
     if done:
         load_weights(run.checkpoints / done[-1], engine.policy)
+    elif run.read()["init"] is None:
+        fit_prior(engine)
     valid = evaluation_set(engine.log, engine.split, "valid")
     validate = Validation(engine, valid)
     for number, name in enumerate(names):
@@ -151,6 +158,7 @@ def _run_stages(run: RunFolder, engine: Engine) -> None:
                 journal,
                 resume,
                 None if name == "align" else validate,
+                (lambda: shrink(engine, valid.requests)) if name == "sft" else None,
             )
         except StopRequested as stopped:
             _say(f"{stopped}; `negfast train --out {run.path}` with the same settings goes on")
