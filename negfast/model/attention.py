@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from negfast.model.layout import GroupLayout, LayerKeys
+from negfast.model.layout import Bucket, GroupLayout, LayerKeys
 
 NAME = "negfast_group"
 
@@ -41,8 +41,15 @@ def group_attention(
 
     outputs = []
     layer = int(module.layer_idx)  # type: ignore[arg-type]  # every decoder's attention has it
+    if layout.keys_only:
+        _keep_prompt_keys(layer, layout, key, value)
+        return torch.zeros((), dtype=query.dtype, device=query.device).expand(1, *query.shape), None
     rows = layout.prompt_tokens if layout.holds_prompts else 0
-    if layout.holds_prompts:
+    if layout.holds_prompts and layer in layout.keys:  # only the last rows of the prompts are here
+        rows = 0 if layout.prompt_rows == "none" else layout.prompts
+        if rows:
+            outputs.append(_last_token_attention(layout.keys[layer], layout, query[:rows], scale))
+    elif layout.holds_prompts:
         outputs.append(_prompt_attention(layer, layout, query[:rows], key[:rows], value[:rows], scale))
     if layout.new_tokens:
         kept = layout.keys[layer]
@@ -53,27 +60,56 @@ def group_attention(
 def _prompt_attention(
     layer: int, layout: GroupLayout, query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> Tensor:
-    """Causal attention of the packed prompts [T, H, D]; leaves their padded keys and values in the layout.
+    """Causal attention of the packed prompts [T, H, D]; leaves their keys and values in the layout.
 
     Padding lies to the right of every query that counts, so the causal mask alone hides it.
     """
+    kept = _keep_prompt_keys(layer, layout, key, value)
     if layout.token_order is not None:
-        query, key, value = (x.index_select(0, layout.token_order) for x in (query, key, value))
-    kept = layout.keys[layer] = LayerKeys([], [])
+        query = query.index_select(0, layout.token_order)
     sizes = [bucket.tokens for bucket in layout.buckets]
     outputs = []
-    for bucket, *parts in zip(layout.buckets, *(x.split(sizes) for x in (query, key, value)), strict=True):
-        padded = [x if bucket.mask is None else x.index_select(0, bucket.pad_index) for x in parts]
-        q, k, v = (x.unflatten(0, (bucket.prompts, bucket.longest)).transpose(1, 2) for x in padded)
-        kept.prompt_key.append(k)
-        kept.prompt_value.append(v)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    for bucket, q, k, v in zip(layout.buckets, query.split(sizes), kept.prompt_key, kept.prompt_value, strict=True):
+        out = F.scaled_dot_product_attention(_padded(q, bucket), k, v, is_causal=True, scale=scale, enable_gqa=True)
         out = out.transpose(1, 2).flatten(0, 1)
         outputs.append(out if bucket.unpad_index is None else out.index_select(0, bucket.unpad_index))
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     if layout.token_order is None:
         return out
     return torch.zeros_like(out).index_copy(0, layout.token_order, out)
+
+
+def _keep_prompt_keys(layer: int, layout: GroupLayout, key: Tensor, value: Tensor) -> LayerKeys:
+    """Leaves the keys and values [T, Hk, D] of the packed prompts in the layout, padded bucket by bucket."""
+    if layout.token_order is not None:
+        key, value = (x.index_select(0, layout.token_order) for x in (key, value))
+    sizes = [bucket.tokens for bucket in layout.buckets]
+    keys, values = (
+        [_padded(rows, bucket) for rows, bucket in zip(x.split(sizes), layout.buckets, strict=True)]
+        for x in (key, value)
+    )
+    kept = layout.keys[layer] = LayerKeys(keys, values)
+    return kept
+
+
+def _padded(rows: Tensor, bucket: Bucket) -> Tensor:
+    """[t, H, D] -> [b, H, P, D]."""
+    padded = rows if bucket.mask is None else rows.index_select(0, bucket.pad_index)
+    return padded.unflatten(0, (bucket.prompts, bucket.longest)).transpose(1, 2)
+
+
+def _last_token_attention(kept: LayerKeys, layout: GroupLayout, query: Tensor, scale: float) -> Tensor:
+    """Attention of each prompt's last token, [B, H, D], over the whole prompt."""
+    if layout.token_order is not None:
+        query = torch.zeros_like(query).index_copy(0, layout.place, query)
+    outputs = []
+    sizes = [bucket.prompts for bucket in layout.buckets]
+    for bucket, q, k, v in zip(layout.buckets, query.split(sizes), kept.prompt_key, kept.prompt_value, strict=True):
+        mask = None if bucket.mask is None else bucket.mask[:, None, None]
+        out = F.scaled_dot_product_attention(q.unsqueeze(2), k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+        outputs.append(out.squeeze(2))
+    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return out if layout.token_order is None else out.index_select(0, layout.place)
 
 
 def _answer_attention(
@@ -147,6 +183,37 @@ def _answer_by_answer(grid: Tensor, cells: int) -> Tensor:
 
 def _softmax_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def drop_prompt_rows(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """Forward pre-hook of a decoder's last layer: of the prompts only the rows that the caller wants go through it.
+
+    Nobody attends to what this layer makes of the others; they give it their keys and values and are dropped. Holds for
+    layers whose attention reads ``input_layernorm`` of their input, see `Policy`.
+    """
+    layout: GroupLayout | None = kwargs.get("layout")
+    if layout is None or not layout.holds_prompts or layout.prompt_rows == "all":
+        return None
+    hidden, tokens = args[0], layout.prompt_tokens
+    prompts = slice(0, tokens)
+    cos, sin = kwargs["position_embeddings"]
+    layout.keys_only = True
+    layer.self_attn(  # type: ignore[operator]
+        hidden_states=layer.input_layernorm(hidden[:, prompts]),  # type: ignore[operator]
+        position_embeddings=(cos[:, prompts], sin[:, prompts]),
+        attention_mask=None,
+        layout=layout,
+    )
+    layout.keys_only = False
+    rows = torch.arange(tokens, hidden.shape[1], device=hidden.device)
+    if layout.prompt_rows == "last":
+        rows = torch.cat([layout.last_prompt_row, rows])
+    position_ids = kwargs["position_ids"]
+    selected = {
+        "position_embeddings": (cos[:, rows], sin[:, rows]),
+        "position_ids": None if position_ids is None else position_ids[:, rows],
+    }
+    return (hidden[:, rows], *args[1:]), kwargs | selected
 
 
 AttentionInterface.register(NAME, group_attention)

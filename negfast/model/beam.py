@@ -30,7 +30,7 @@ def beam_search(
     device = prompt_tokens.device
     hidden = None
     if policy is not None:
-        hidden = policy.hidden(layout, prompt_tokens, None)[layout.last_prompt_row]
+        hidden = policy.hidden(layout, prompt_tokens, None, prompt_rows="last")
     score = torch.zeros(prompts, 1, device=device)
     nodes = torch.zeros(prompts, 1, dtype=torch.int64, device=device)
     requests = torch.arange(prompts, device=device)

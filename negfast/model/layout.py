@@ -8,6 +8,7 @@ and similar number of answers, each padded to its largest.
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 
 FILL = 0.75  # a bucket's shortest prompt is at least this share of its longest
 CROWD = 4.0  # a bucket's numbers of answers differ by less than this factor
+
+PromptRows = Literal["all", "last", "none"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class GroupLayout:
     cells: list[int]
     grid_base: Tensor
     holds_prompts: bool = True  # whether the rows of the current call begin with the prompts
+    prompt_rows: PromptRows = "all"  # of the current call's prompts, the rows whose hidden states it gives
+    keys_only: bool = False  # while a layer gives nothing but the prompts' keys and values
     new_tokens: int = 0  # tokens that each answer adds in the current call
     past_tokens: int = 0  # tokens that each answer added in earlier calls
     keys: dict[int, LayerKeys] = field(default_factory=dict)

@@ -26,8 +26,8 @@ def answer_log_probs(
     trie, policy = engine.chooser.trie, engine.policy
     codes = engine.prompts.item_token_ids[items]
     fed = torch.cat([markers.unsqueeze(1), codes[:, :-1]], dim=1)
-    hidden = policy.hidden(layout, prompt_tokens, fed, has_text)
-    states = hidden[len(prompt_tokens) :].view(*fed.shape, -1)
+    hidden = policy.hidden(layout, prompt_tokens, fed, has_text, prompt_rows="none")
+    states = hidden.view(*fed.shape, -1)
     requests = layout.answer_prompt
     nodes = torch.zeros_like(items)
     total = torch.zeros(len(items), dtype=states.dtype, device=items.device)

@@ -5,18 +5,31 @@ stays in the loss.
 """
 
 import copy
+from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from negfast.collab import co_dislike_neighbours, content_neighbours
-from negfast.kernels.trie_grpo import GRPOObjective, log_policy, trie_grpo_reference
+from negfast.config import Grpo
+from negfast.errors import InputError
+from negfast.kernels.trie_grpo import (
+    GRPOObjective,
+    GRPOTerms,
+    SampledTokens,
+    log_policy,
+    trie_grpo_reference,
+)
+from negfast.model.choice import TrieChooser
 from negfast.model.policy import Policy
+from negfast.model.prompts import PromptBatch
 from negfast.sid.prior import NEXT_DISLIKE
+from negfast.sid.tokens import CodeVocabulary
 from negfast.train.engine import Engine, epoch_rows, task_rng
 from negfast.train.loop import StepResult
 from negfast.train.reward import COLLABORATIVE, HIT, LIKED, build_reward_table
-from negfast.train.rollout import replay_logits, rollout
+from negfast.train.rollout import Rollout, replay_hidden, replay_logits, rollout
 from negfast.train.schedule import mixed_share, schedule_views
 from negfast.train.sft import NextItems
 from negfast.train.verdict import VerdictTask
@@ -30,6 +43,7 @@ class GrpoStage:
     def __init__(self, engine: Engine) -> None:
         settings = self.config = engine.config.grpo
         self.engine = engine
+        check_combinations(settings, engine.config.prior.weight)
         train = engine.split.train
         self.rows = np.flatnonzero(train.has_dislikes)  # a request's number in ``train`` keys its noise
         self.requests = train.take(self.rows)
@@ -56,39 +70,24 @@ class GrpoStage:
         requests = self.requests.take(picked)
         views = schedule_views(step, len(picked), settings, task_rng(seed, "views", step))
         batch = engine.prompts.build(requests.user, requests.day, views, settings.group, tail="next-dislike")
-        ids = torch.from_numpy(self.rows[picked]).to(engine.device)
-        sampled = rollout(
-            engine.policy,
-            engine.chooser,
-            batch,
-            ids,
-            NEXT_DISLIKE,
-            settings.group,
-            seed,
-            step,
-            settings.temperature,
-        )
         table = build_reward_table(
             requests, engine.log.n_items, engine.config.reward, self.neighbours, self.content, engine.device
         )
-        terms = table.look_up(torch.arange(len(picked), device=engine.device)[:, None], sampled.items)
-        rewards = terms.sum(-1)
-        choice = sampled.choice
-        reference = None
-        if self.reference is not None:
-            with torch.no_grad():
-                logits = replay_logits(self.reference, batch, sampled)
-            reference = log_policy(logits, choice.valid, choice.log_prior, settings.temperature)
-        result = trie_grpo_reference(
-            choice.logits,
-            choice.valid,
-            choice.log_prior,
-            sampled.tokens,
-            rewards,
+        rows = torch.arange(len(picked), device=engine.device)[:, None]
+        sampled, terms, result = group_loss(
+            engine.policy,
+            self.reference,
+            engine.chooser,
+            batch,
+            torch.from_numpy(self.rows[picked]).to(engine.device),
+            lambda items: table.look_up(rows, items),
             self.objective,
-            engine.trie.levels,
-            reference_log_policy=reference,
+            settings.group,
+            seed,
+            step,
+            full=settings.objective == "full",
         )
+        rewards = terms.sum(-1)
         loss, tokens = result.loss, len(batch.tokens) + sum(len(rows) for rows in sampled.rows[1:])
         counted = sampled.tokens.counted.sum().clamp_min(1)
         metrics = {
@@ -111,6 +110,77 @@ class GrpoStage:
             tokens += item_tokens + verdict_tokens
             metrics |= {"sft_loss": items.detach(), "verdict_bce": verdict.detach()}
         return StepResult(loss, metrics, tokens)
+
+
+def check_combinations(settings: Grpo, prior_weight: float) -> None:
+    """InputError where settings of the stage contradict each other."""
+    if settings.objective == "full":
+        if settings.beta and settings.kl != "k3":
+            raise InputError(f"grpo.objective=full: found grpo.kl={settings.kl}, expected k3")
+        if prior_weight:
+            raise InputError(f"grpo.objective=full: found prior.weight={prior_weight:g}, expected 0")
+    if settings.set_size and settings.scale_rewards:
+        raise InputError(
+            "grpo.scale_rewards: found true with grpo.set_size, expected false: max@k has its own baseline"
+        )
+    if settings.set_size > settings.group:
+        raise InputError(f"grpo.set_size: found {settings.set_size}, expected at most grpo.group={settings.group}")
+
+
+def group_loss(
+    policy: Policy,
+    reference: Policy | None,
+    chooser: TrieChooser,
+    batch: PromptBatch,
+    request_ids: Tensor,
+    reward: Callable[[Tensor], Tensor],
+    objective: GRPOObjective,
+    group: int,
+    seed: int,
+    step: int,
+    full: bool = False,
+) -> tuple[Rollout, Tensor, GRPOTerms]:
+    """One on-policy GRPO step up to its loss: rollout, reward, reference.
+
+    ``reward`` gives the terms [B, G, n] of items [B, G]; their sum is what an answer earns. ``reference`` is needed
+    where the objective has beta > 0. ``full`` trains log-probabilities over the whole vocabulary, as general libraries
+    do, of answers that are sampled on the trie all the same; every token counts then, and the KL must be k3. Returns
+    the rollout, the terms, and the loss with a gradient. Raises ValueError on what cannot be combined.
+    """
+    if full and (objective.kl != "k3" and objective.beta or chooser.prior_weight):
+        raise ValueError("the full objective needs kl k3 and prior weight 0: it knows neither nodes nor prior")
+    sampled = rollout(
+        policy, chooser, batch, request_ids, NEXT_DISLIKE, group, seed, step, objective.temperature, keep_forced=full
+    )
+    terms = reward(sampled.items)
+    tokens, valid, log_prior = sampled.tokens, sampled.choice.valid, sampled.choice.log_prior
+    logits = sampled.choice.logits
+    if full:
+        tokens, log_prior = vocabulary_tokens(policy.vocabulary, sampled), None
+        logits = policy.full_logits(sampled.hidden)
+        valid = torch.ones_like(logits, dtype=torch.bool)
+    reference_log_policy = None
+    if reference is not None:
+        with torch.inference_mode():
+            if full:
+                reference_logits = reference.full_logits(replay_hidden(reference, batch, sampled))
+            else:
+                reference_logits = replay_logits(reference, batch, sampled)
+            reference_log_policy = log_policy(reference_logits, valid, log_prior, objective.temperature)
+        reference_log_policy = reference_log_policy.clone()  # a plain tensor, which autograd may keep
+    result = trie_grpo_reference(
+        logits, valid, log_prior, tokens, terms.sum(-1), objective, chooser.trie.levels, reference_log_policy
+    )
+    return sampled, terms, result
+
+
+def vocabulary_tokens(vocabulary: CodeVocabulary, sampled: Rollout) -> SampledTokens:
+    """The tokens of a rollout as choices among the whole vocabulary: ids instead of codes, all of them counted."""
+    tokens, (answers, levels) = sampled.tokens, sampled.codes.shape
+    first = torch.tensor([vocabulary.code_base(level + 1) for level in range(levels)], device=tokens.code.device)
+    return SampledTokens(
+        tokens.row, tokens.code + first.repeat_interleave(answers), tokens.answer, torch.ones_like(tokens.counted)
+    )
 
 
 def gradient_shares(terms: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -28,6 +28,7 @@ class Rollout:
     codes: Tensor
     choice: Choice
     tokens: SampledTokens
+    hidden: Tensor  # [R, d], what each choice was made after, with a gradient
     rows: list[Tensor]  # per level, int64 [R_l]: the prompt of each row of level 1, below it the answer, ascending
 
 
@@ -41,20 +42,22 @@ def rollout(
     seed: int,
     step: int,
     temperature: float = 1.0,
+    keep_forced: bool = False,
 ) -> Rollout:
     """Samples ``group`` items of every prompt of ``batch`` (prompts end with the branch's marker), with replacement.
 
-    ``request_ids`` int64 [B] key the noise, so the same request draws the same numbers in any batch.
+    ``request_ids`` int64 [B] key the noise, so the same request draws the same numbers in any batch. ``keep_forced``
+    carries every answer to its end, for objectives in which forced tokens count.
     """
     layout, trie = batch.layout, chooser.trie
     prompts, device = layout.prompts, batch.tokens.device
     answer = torch.arange(prompts * group, device=device)
     owner, number = answer // group, answer % group
 
-    hidden = policy.hidden(layout, batch.tokens, None)[layout.last_prompt_row]
+    hidden = policy.hidden(layout, batch.tokens, None, prompt_rows="last")
     roots = torch.zeros(prompts, dtype=torch.int64, device=device)
     choices = [chooser.choose(policy, hidden, 0, roots, owner[::group], batch.prior, branch)]
-    rows = [owner[::group]]
+    rows, states = [owner[::group]], [hidden]
     layout.set_answers(answer, group)
     carried, row_of_carried = answer, owner  # level 1 is one row a prompt, whatever the number of answers
     node, codes, token_rows, counted, offset = torch.zeros_like(answer), [], [], [], 0
@@ -72,7 +75,7 @@ def rollout(
         node, offset = next_node, offset + len(choice.logits)
         if level == trie.levels - 1:
             break
-        if device.type == "cpu":  # elsewhere static shapes are worth more than the rows saved
+        if device.type == "cpu" and not keep_forced:  # elsewhere static shapes are worth more than the rows saved
             still_open = chooser.unseen_leaves(level + 1, node[carried], owner[carried], batch.prior) > 1
             layout.keep(still_open.nonzero()[:, 0])
             carried = carried[still_open]
@@ -81,6 +84,7 @@ def rollout(
         hidden = policy.hidden(layout, None, tokens.unsqueeze(-1)) if len(carried) else hidden[:0]
         choices.append(chooser.choose(policy, hidden, level + 1, node[carried], owner[carried], batch.prior, branch))
         rows.append(carried)
+        states.append(hidden)
 
     merged = Choice(
         torch.cat([c.logits for c in choices]),
@@ -92,7 +96,7 @@ def rollout(
         torch.cat(token_rows), torch.cat(codes), answer.repeat(trie.levels), torch.cat(counted)
     )
     items = trie.leaf_item[node].long().view(prompts, group)
-    return Rollout(items, torch.stack(codes, 1), merged, sampled_tokens, rows)
+    return Rollout(items, torch.stack(codes, 1), merged, sampled_tokens, torch.cat(states), rows)
 
 
 def _forced(
@@ -114,8 +118,8 @@ def _forced(
     return code, child
 
 
-def replay_logits(policy: Policy, batch: PromptBatch, sampled: Rollout) -> Tensor:
-    """Logits [R, K] of ``policy`` at the nodes of a rollout, row for row those of ``sampled.choice``.
+def replay_hidden(policy: Policy, batch: PromptBatch, sampled: Rollout) -> Tensor:
+    """Hidden states [R, d] of ``policy`` at the nodes of a rollout, row for row those of ``sampled.hidden``.
 
     One forward of prompts and answers together: the reference policy, or the policy itself in two-pass mode.
     """
@@ -126,10 +130,15 @@ def replay_logits(policy: Policy, batch: PromptBatch, sampled: Rollout) -> Tenso
     fed = sampled.rows[1] if levels > 1 else sampled.rows[0][:0]
     layout = batch.layout.fresh(fed, sampled.items.shape[1])
     answers = sampled.codes[fed, : levels - 1] + first_codes if len(fed) else None
-    hidden = policy.hidden(layout, batch.tokens, answers)
-    logits = [policy.code_logits(hidden[layout.last_prompt_row], 1)]
-    states = hidden[len(batch.tokens) :].view(len(fed), levels - 1, hidden.shape[-1])
+    hidden = policy.hidden(layout, batch.tokens, answers, prompt_rows="last")
+    states = hidden[layout.prompts :].view(len(fed), levels - 1, hidden.shape[-1])
+    rows = [hidden[: layout.prompts]]
     for level in range(1, len(sampled.rows)):
-        place = torch.searchsorted(fed, sampled.rows[level])
-        logits.append(policy.code_logits(states[place, level - 1], level + 1))
-    return torch.cat(logits)
+        rows.append(states[torch.searchsorted(fed, sampled.rows[level]), level - 1])
+    return torch.cat(rows)
+
+
+def replay_logits(policy: Policy, batch: PromptBatch, sampled: Rollout) -> Tensor:
+    """Logits [R, K] of ``policy`` at the nodes of a rollout, row for row those of ``sampled.choice``."""
+    hidden = replay_hidden(policy, batch, sampled).split([len(rows) for rows in sampled.rows])
+    return torch.cat([policy.code_logits(rows, level) for level, rows in enumerate(hidden, 1)])

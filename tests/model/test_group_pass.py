@@ -62,31 +62,32 @@ def separate_forwards(policy: Policy, prompts: list[torch.Tensor], answers: torc
     return torch.stack(rows)
 
 
-def group_forward(policy: Policy, prompts: list[torch.Tensor], answers: torch.Tensor, group: np.ndarray, single: bool):
-    """The same through one prompt pass and one pass a level (``single``), or all in one call (two-pass mode)."""
+def group_forward(policy: Policy, prompts: list[torch.Tensor], answers: torch.Tensor, group: np.ndarray, mode: str):
+    """The same through one prompt pass and one pass a level (single-pass), or all in one call (two-pass)."""
     cu = np.cumsum([0] + [len(p) for p in prompts])
     layout = GroupLayout.build(cu, group, torch.device("cpu"))
     length = answers.shape[1]
-    if single:
-        last = policy.hidden(layout, torch.cat(prompts), None, True)[layout.last_prompt_row][layout.answer_prompt]
-        states = [last]
+    rows, tokens = ("all", int(cu[-1])) if mode.endswith("whole") else ("last", len(prompts))
+    last = layout.last_prompt_row if rows == "all" else torch.arange(len(prompts))
+    if mode.startswith("single"):
+        states = [policy.hidden(layout, torch.cat(prompts), None, True, rows)[last][layout.answer_prompt]]
         for level in range(length - 1):
             states.append(policy.hidden(layout, None, answers[:, level : level + 1], True))
         states = torch.stack(states, 1)
     else:
         fed = answers[:, :-1] if length > 1 else None
-        hidden = policy.hidden(layout, torch.cat(prompts), fed, True)
-        first = hidden[layout.last_prompt_row][layout.answer_prompt].unsqueeze(1)
-        rest = hidden[int(cu[-1]) :].view(len(answers), length - 1, hidden.shape[-1])
+        hidden = policy.hidden(layout, torch.cat(prompts), fed, True, rows)
+        first = hidden[last][layout.answer_prompt].unsqueeze(1)
+        rest = hidden[tokens:].view(len(answers), length - 1, hidden.shape[-1])
         states = torch.cat([first, rest], 1)
     return policy.full_logits(states).log_softmax(-1).gather(-1, answers[..., None])[..., 0]
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
-@pytest.mark.parametrize("single", [True, False], ids=["single-pass", "two-pass"])
+@pytest.mark.parametrize("mode", ["single-pass", "two-pass", "single-pass-whole", "two-pass-whole"])
 @pytest.mark.parametrize("length", [1, 3, 4])
 @pytest.mark.parametrize("group", [1, 3, 16, "ragged"])
-def test_equals_separate_forwards_in_fp64(exact_norms, kind, single, length, group):
+def test_equals_separate_forwards_in_fp64(exact_norms, kind, mode, length, group):
     policy = make_policy(kind, torch.float64)
     lengths = torch.randint(1, 23, (4,)).numpy() if group != 3 else np.full(4, 9)
     counts = np.array([2, 0, 5, 1]) if group == "ragged" else np.full(4, group)
@@ -96,7 +97,7 @@ def test_equals_separate_forwards_in_fp64(exact_norms, kind, single, length, gro
 
     expected = separate_forwards(policy, prompts, answers, counts)
     wanted = torch.autograd.grad((weight * expected).sum(), list(policy.parameters()), allow_unused=True)
-    found = group_forward(policy, prompts, answers, counts, single)
+    found = group_forward(policy, prompts, answers, counts, mode)
     gradients = torch.autograd.grad((weight * found).sum(), list(policy.parameters()), allow_unused=True)
 
     assert relative_error(found, expected) < 1e-9
@@ -107,13 +108,30 @@ def test_equals_separate_forwards_in_fp64(exact_norms, kind, single, length, gro
             assert relative_error(got, want) < 1e-9, name
 
 
+@pytest.mark.parametrize("trimmed", [True, False])
+def test_prompt_rows_are_a_choice_of_the_whole(trimmed):
+    policy = make_policy("qwen3", torch.float64)
+    if not trimmed:  # as for a decoder whose layers have other parts
+        policy.decoder.layers[-1]._forward_pre_hooks.clear()
+        policy.drops_prompt_rows = False
+    cu = np.array([0, 3, 11, 12, 30])
+    tokens, answers = random_tokens(policy, 30), random_tokens(policy, 8, 2)
+
+    def hidden(rows):
+        return policy.hidden(GroupLayout.build(cu, 2, torch.device("cpu")), tokens, answers, True, rows)
+
+    whole = hidden("all")
+    assert relative_error(hidden("none"), whole[30:]) < 1e-9
+    assert relative_error(hidden("last"), torch.cat([whole[cu[1:] - 1], whole[30:]])) < 1e-9
+
+
 def test_equals_separate_forwards_in_the_stock_model():
     policy = make_policy("qwen3", torch.float32)
     counts = np.full(3, 4)
     prompts = [random_tokens(policy, n) for n in (5, 17, 30)]
     answers = random_tokens(policy, 12, 3)
     expected = separate_forwards(policy, prompts, answers, counts)
-    found = group_forward(policy, prompts, answers, counts, True)
+    found = group_forward(policy, prompts, answers, counts, "single-pass")
     assert relative_error(found, expected) < 1e-6
 
 
