@@ -3,6 +3,8 @@
 Every figure is the median of several runs from a warm page cache. A run opens the files anew, so checksums are
 verified in it, and what it gave is compared with the truth. On two cores negfast uses two threads and a peer two
 processes with half of the users each, which write to shared memory.
+
+Our write includes making the file durable (fsync); no peer does that.
 """
 
 import contextlib
@@ -19,7 +21,10 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -36,31 +41,35 @@ HIGHER_IS_BETTER = "write_mev_s", "sequential_mev_s", "random_users_s", "packed_
 PACKAGES = "negfast", "numpy", "pyarrow", "zstandard", "datasets", "mosaicml-streaming", "litdata"
 
 
+@dataclass(frozen=True)
+class Contender:
+    """A system at work on the benchmark's data: what is timed, and how its output is verified."""
+
+    system: str
+    case: dict[str, Any]
+    steps: dict[str, Callable[[], Any]]  # write, sequential, random, packed
+    checks: dict[str, Callable[[], None]]
+    before_write: Callable[[], None]
+    bytes_written: Callable[[], int]
+    random_users: int
+
+
 class Bench:
     """The data, and arrays in shared memory that every system writes its output to."""
 
-    def __init__(self, data: Sequences, folder: Path, repeats: int) -> None:
-        self.log, self.codes, self.folder, self.repeats = data.log, data.codes, folder, repeats
+    def __init__(self, data: Sequences, folder: Path) -> None:
+        self.log, self.codes, self.folder = data.log, data.codes, folder
         n = len(data.log)
         self.out: Columns = _shared(n, np.int32), _shared(n, np.uint8), _shared(n, np.int64)
         self.tokens = _shared(n * data.codes.shape[1], np.uint16).reshape(n, -1)
         self.order = np.random.default_rng(1).permutation(data.log.n_users)
 
-    def median_seconds(self, work: Callable[[], Any], before: Callable[[], None] = lambda: None) -> float:
-        seconds = []
-        for _ in range(self.repeats):
-            before()
-            start = time.perf_counter()
-            work()
-            seconds.append(time.perf_counter() - start)
-        return statistics.median(seconds)
-
     def clear(self) -> None:
+        """What an earlier system left must not pass for the next one's output."""
         for array in (*self.out, self.tokens):
-            array[: len(array) : 4096] = 0  # whatever an earlier system left does not pass for this one's output
-            array[-1:] = 0
+            array[:: max(1, len(array) // 4096)] = 0
 
-    def check(self, log: EventLog, time_unit: int = 1) -> None:
+    def check_sequential(self, log: EventLog, time_unit: int = 1) -> None:
         truth = log.item, log.feedback, log.time // time_unit * time_unit
         if not all(np.array_equal(found[: len(log)], true) for found, true in zip(self.out, truth, strict=True)):
             raise AssertionError("sequential read gave something else than was written")
@@ -83,22 +92,20 @@ class Bench:
 def run(users: int = 200_000, repeats: int = 5, out: Path | None = None) -> dict[str, Any]:
     """Measures all systems on seeded synthetic histories, prints a table, and writes the JSON result to ``out``."""
     with tempfile.TemporaryDirectory(prefix="negfast-bench-", dir=Path.cwd()) as folder:
-        bench = Bench(make_sequences(users), Path(folder), repeats)
+        bench = Bench(make_sequences(users), Path(folder))
         rows = []
         for cores in (1, 2):
-            for resolution, time_unit in (("seconds", 1), ("days", DAY)):
-                rows.append(measure_negfast(bench, cores, resolution, time_unit))
-                print(_line(rows[-1]), flush=True)
-            for peer in installed_peers():
-                rows.append(measure_peer(bench, peer, cores))
-                print(_line(rows[-1]), flush=True)
+            with contextlib.ExitStack() as stack:
+                contenders = [negfast_contender(bench, cores, *r) for r in (("seconds", 1), ("days", DAY))]
+                contenders += [stack.enter_context(peer_contender(bench, peer, cores)) for peer in installed_peers()]
+                rows += measure(bench, contenders, repeats)
         result = {
             "bench": "shards",
             "device": _device(),
             "versions": {"python": platform.python_version(), **_versions()},
             "rows": rows,
             "ratios": _ratios(rows),
-            "floor": _floors(bench),
+            "floor": _floors(bench, repeats),
         }
     print(json.dumps(result["floor"], indent=1))
     if out is not None:
@@ -106,12 +113,43 @@ def run(users: int = 200_000, repeats: int = 5, out: Path | None = None) -> dict
     return result
 
 
-def measure_negfast(bench: Bench, cores: int, resolution: str, time_unit: int) -> dict[str, Any]:
-    path, log = bench.folder / "events.nfs", bench.log
-    n = len(log)
-    write = bench.median_seconds(lambda: write_shard(path, log, time_unit, cores))
-    sequential = bench.median_seconds(lambda: open_shard(path).get_many(None, cores, bench.out), bench.clear)
-    bench.check(log, time_unit)
+def measure(bench: Bench, contenders: list[Contender], repeats: int) -> list[dict[str, Any]]:
+    """Takes turns, so that a machine that slows down for a while does so to all of them; medians of the turns."""
+    seconds: dict[tuple[int, str], list[float]] = defaultdict(list)
+    sizes = [0] * len(contenders)
+    for repeat in range(repeats):
+        for k, contender in enumerate(contenders):
+            contender.before_write()
+            for step, work in contender.steps.items():
+                bench.clear()
+                start = time.perf_counter()
+                work()
+                seconds[k, step].append(time.perf_counter() - start)
+                if step == "write":
+                    sizes[k] = contender.bytes_written()
+                elif repeat == 0:
+                    contender.checks[step]()
+    rows = []
+    for k, contender in enumerate(contenders):
+        n = contender.case["events"]
+        median = {step: statistics.median(seconds[k, step]) for step in contender.steps}
+        row = {
+            "system": contender.system,
+            "case": contender.case,
+            "status": "ok",
+            "bytes_per_event": sizes[k] / n,
+            "write_mev_s": n / median["write"] / 1e6,
+            "sequential_mev_s": n / median["sequential"] / 1e6,
+            "random_users_s": contender.random_users / median["random"],
+            "packed_mtok_s": n * bench.codes.shape[1] / median["packed"] / 1e6,
+        }
+        print(_line(row), flush=True)
+        rows.append(row)
+    return rows
+
+
+def negfast_contender(bench: Bench, cores: int, resolution: str, time_unit: int) -> Contender:
+    path, log = bench.folder / f"events-{resolution}.nfs", bench.log
     users = bench.order.astype(np.int32)
 
     def read_random() -> None:
@@ -121,45 +159,52 @@ def measure_negfast(bench: Bench, cores: int, resolution: str, time_unit: int) -
             offsets, *_ = shard.get_many(batch, cores, tuple(c[at:] for c in bench.out))
             at += int(offsets[-1])
 
-    random = bench.median_seconds(read_random, bench.clear)
-    bench.check_random(log, bench.order, 0, time_unit)
-    packed = bench.median_seconds(lambda: open_shard(path).tokens(None, bench.codes, cores, bench.tokens), bench.clear)
-    bench.check_tokens(log)
-    return {
-        "system": "negfast",
-        "case": {"cores": cores, "resolution": resolution, "users": log.n_users, "events": n, "checksums": True},
-        "status": "ok",
-        "bytes_per_event": path.stat().st_size / n,
-        "write_mev_s": n / write / 1e6,
-        "sequential_mev_s": n / sequential / 1e6,
-        "random_users_s": len(users) / random,
-        "packed_mtok_s": n * bench.codes.shape[1] / packed / 1e6,
-    }
+    return Contender(
+        "negfast",
+        {"cores": cores, "resolution": resolution, "users": log.n_users, "events": len(log), "checksums": True},
+        {
+            "write": lambda: write_shard(path, log, time_unit, cores),
+            "sequential": lambda: open_shard(path).get_many(None, cores, bench.out),
+            "random": read_random,
+            "packed": lambda: open_shard(path).tokens(None, bench.codes, cores, bench.tokens),
+        },
+        {
+            "sequential": lambda: bench.check_sequential(log, time_unit),
+            "random": lambda: bench.check_random(log, bench.order, 0, time_unit),
+            "packed": lambda: bench.check_tokens(log),
+        },
+        lambda: path.unlink(missing_ok=True),
+        lambda: path.stat().st_size,
+        len(users),
+    )
 
 
-def measure_peer(bench: Bench, peer: Peer, cores: int) -> dict[str, Any]:
+@contextlib.contextmanager
+def peer_contender(bench: Bench, peer: Peer, cores: int) -> Iterator[Contender]:
     """A slice of the users a core; each is written to a folder of its own and read by a process of its own."""
     users = min(peer.users or bench.log.n_users, bench.log.n_users)
     bounds = np.linspace(0, users, cores + 1).astype(int).tolist()
     log = _slice(bench.log, 0, users)
     folders = [bench.folder / f"{peer.name}-{cores}-{core}" for core in range(cores)]
 
-    def write(core: int) -> None:
-        peer.write(folders[core], _slice(log, bounds[core], bounds[core + 1]))
-
     def slices(core: int) -> tuple[np.ndarray, ...]:
         events = slice(log.user_offsets[bounds[core]], log.user_offsets[bounds[core + 1]])
         return tuple(column[events] for column in bench.out)
 
+    def order(core: int) -> np.ndarray:
+        local = bench.order[(bench.order >= bounds[core]) & (bench.order < bounds[core + 1])] - bounds[core]
+        return local[: (peer.random_users or len(local) * cores) // cores]
+
+    def write(core: int) -> None:
+        peer.write(folders[core], _slice(log, bounds[core], bounds[core + 1]))
+
     def read(core: int) -> None:
         peer.open(folders[core]).sequential(slices(core))
 
-    def order(core: int) -> np.ndarray:
-        local = bench.order[(bench.order >= bounds[core]) & (bench.order < bounds[core + 1])] - bounds[core]
-        return local[: (peer.random_users or len(local)) // (cores if peer.random_users else 1)]
+    orders = [order(core) for core in range(cores)]
 
     def read_random(core: int) -> None:
-        peer.open(folders[core]).random(order(core), slices(core))
+        peer.open(folders[core]).random(orders[core], slices(core))
 
     def pack(core: int) -> None:
         """Items in pieces that fit the cache, and each one's four codes as a 64-bit number: the fastest in numpy."""
@@ -170,33 +215,34 @@ def measure_peer(bench: Bench, peer: Peer, cores: int) -> dict[str, Any]:
         for first in range(0, len(item), 1 << 16):
             np.take(table, item[first : first + (1 << 16)], out=tokens[first : first + (1 << 16)], mode="clip")
 
+    def check_random() -> None:
+        for core in range(cores):
+            bench.check_random(log, orders[core] + bounds[core], int(log.user_offsets[bounds[core]]))
+
     def remove() -> None:
         for folder in bench.folder.glob(f"{peer.name}-{cores}-*"):
             shutil.rmtree(folder)
 
-    with _cores(cores, [write, read, read_random, pack]) as on_cores, _quiet():
-        write_s = bench.median_seconds(lambda: on_cores(0), remove)
+    def bytes_written() -> int:
         size = sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
-        on_cores(1)  # a first read may unpack files; later ones find them
-        sequential_s = bench.median_seconds(lambda: on_cores(1), bench.clear)
-        bench.check(log)
-        random_s = bench.median_seconds(lambda: on_cores(2), bench.clear)
-        for core in range(cores):
-            bench.check_random(log, order(core) + bounds[core], int(log.user_offsets[bounds[core]]))
-        packed_s = bench.median_seconds(lambda: on_cores(3), bench.clear)
-        bench.check_tokens(log)
+        on_cores(1)  # a first read may unpack files; the timed one finds them
+        return size
+
+    with _cores(cores, [write, read, read_random, pack]) as on_cores:
+        yield Contender(
+            peer.name,
+            {"cores": cores, "resolution": "seconds", "users": users, "events": len(log), "checksums": peer.checksums},
+            {name: partial(on_cores, k) for k, name in enumerate(("write", "sequential", "random", "packed"))},
+            {
+                "sequential": lambda: bench.check_sequential(log),
+                "random": check_random,
+                "packed": lambda: bench.check_tokens(log),
+            },
+            remove,
+            bytes_written,
+            sum(map(len, orders)),
+        )
         remove()
-    n = len(log)
-    return {
-        "system": peer.name,
-        "case": {"cores": cores, "resolution": "seconds", "users": users, "events": n, "checksums": peer.checksums},
-        "status": "ok",
-        "bytes_per_event": size / n,
-        "write_mev_s": n / write_s / 1e6,
-        "sequential_mev_s": n / sequential_s / 1e6,
-        "random_users_s": sum(len(order(core)) for core in range(cores)) / random_s,
-        "packed_mtok_s": n * bench.codes.shape[1] / packed_s / 1e6,
-    }
 
 
 _tasks: list[Callable[[int], None]] = []  # what forked workers call; closures do not travel, a fork inherits them
@@ -211,7 +257,12 @@ def _call(task_and_core: tuple[int, int]) -> None:
 def _cores(cores: int, tasks: list[Callable[[int], None]]) -> Iterator[Callable[[int], None]]:
     """Gives a function that runs a task on every core: in this process for one, in forked ones for more."""
     if cores == 1:
-        yield lambda task: tasks[task](0)
+
+        def here(task: int) -> None:
+            with _quiet():
+                tasks[task](0)
+
+        yield here
         return
     _tasks[:] = tasks
     with multiprocessing.get_context("fork").Pool(cores) as pool:
@@ -245,7 +296,7 @@ def _slice(log: EventLog, first: int, last: int) -> EventLog:
     return EventLog(offsets - offsets[0], log.item[events], log.feedback[events], log.time[events], None, log.n_items)
 
 
-def _floors(bench: Bench) -> dict[str, float]:
+def _floors(bench: Bench, repeats: int) -> dict[str, float]:
     """What no system of the kind can beat: order-0 entropy for the size, a plain copy of the columns for reading."""
     floors = {}
     for resolution, time_unit in (("seconds", 1), ("days", DAY)):
@@ -258,7 +309,12 @@ def _floors(bench: Bench) -> dict[str, float]:
         for column, true in zip(bench.out, truth, strict=True):
             np.copyto(column, true)
 
-    floors["copy_mev_s"] = len(bench.log) / bench.median_seconds(copy) / 1e6
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        copy()
+        seconds.append(time.perf_counter() - start)
+    floors["copy_mev_s"] = len(bench.log) / statistics.median(seconds) / 1e6
     return floors
 
 

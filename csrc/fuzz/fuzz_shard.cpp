@@ -66,7 +66,7 @@ void read_everything(const std::string& path) {
       if (what == 0) shard.read_rows(users, offsets.data(), table.data(), 6, rows.data(), 1);
       if (what == 1) shard.read(users, offsets.data(), item.data(), feedback.data(), time.data(), 1);
       if (what == 2) {
-        std::vector<int64_t> cut(users.size(), shard.end_time() - 1);
+        std::vector<int64_t> cut(users.size(), shard.events() > 0 ? shard.end_time() - 1 : 0);
         std::vector<uint8_t> views(users.size(), 3);
         std::vector<int32_t> none(users.size(), -1), tokens(3 * shard.items());
         std::iota(tokens.begin(), tokens.end(), 0);

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bench.sequences import make_sequences
-from bench.shards import Bench, measure_negfast, run
+from bench.shards import Bench, measure, negfast_contender, run
 from negfast.data.log import DAY
 from negfast.data.shards import write_shard
 
@@ -32,10 +32,10 @@ def test_measures_every_installed_system(tmp_path, monkeypatch, capsys):
 
 
 def test_a_wrong_answer_is_not_measured(tmp_path, monkeypatch):
-    bench = Bench(make_sequences(30), tmp_path, repeats=1)
+    bench = Bench(make_sequences(30), tmp_path)
     monkeypatch.setattr("bench.shards.write_shard", _write_with_a_wrong_item)
     with pytest.raises(AssertionError, match="something else than was written"):
-        measure_negfast(bench, 1, "seconds", 1)
+        measure(bench, [negfast_contender(bench, 1, "seconds", 1)], repeats=1)
 
 
 def _write_with_a_wrong_item(path, log, time_unit, threads):
