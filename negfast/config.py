@@ -86,6 +86,7 @@ class Stage:
 class Align(Stage):
     """Item-level SFT: title to SID, co-disliked items, verdicts."""
 
+    steps: int = setting(200, low=0)
     titles: int = setting(32, low=0, help="title -> SID examples a step")
     pairs: int = setting(64, low=0, help="co-disliked pairs a step")
     verdicts: int = setting(32, low=1, help="user-days with verdicts a step")
@@ -96,7 +97,8 @@ class Align(Stage):
 class Sft(Stage):
     """Next dislikes and likes of every active user-day, and verdicts."""
 
-    steps: int = setting(600, low=0)
+    steps: int = setting(400, low=0)
+    lr: float = setting(5e-4, above=0.0, help="peak of a linear warm-up and a cosine")
     warmup: int = setting(50, low=0, help="steps")
     reset_head: bool = setting(True, help="start as the community prior alone, whatever align taught the code head")
     requests: int = setting(64, low=1, help="requests a step")
@@ -112,7 +114,7 @@ class Sft(Stage):
 class Grpo(Stage):
     """Progressive group policy optimisation on the trie."""
 
-    steps: int = setting(150, low=0)
+    steps: int = setting(120, low=0)
     lr: float = setting(2e-4, above=0.0, help="peak of a linear warm-up and a cosine")
     warmup: int = setting(10, low=0, help="steps")
     validate_every: int = setting(50, low=1, help="steps; the best weights on valid are kept")

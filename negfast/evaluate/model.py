@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
 
 from negfast.data.split import Requests
 from negfast.evaluate.predictions import TOP, Predictions, threshold_for_share
@@ -94,8 +96,6 @@ def pool_logits(engine: Engine, evalset: EvalSet) -> np.ndarray:
 
 def calibrate(engine: Engine, valid: EvalSet) -> Calibration:
     """Fits the scaling and the threshold on the valid filter events."""
-    from sklearn.linear_model import LogisticRegression
-
     logit = filter_logits(engine, valid)
     fit = LogisticRegression(C=1e6).fit(logit[:, None], valid.filter_dislike)
     scaling = Calibration(float(fit.coef_[0, 0]), float(fit.intercept_[0]), 0.5)
@@ -123,13 +123,15 @@ def hit_rate(requests: Requests, generated: np.ndarray) -> float:
 
 
 class Validation:
-    """The quick look at valid during training: FHR@20 and filter AUC on a fixed sample; their sum chooses weights."""
+    """The quick look at valid during training: FHR@20 and filter AUC on a fixed sample; their sum chooses weights.
 
-    def __init__(self, engine: Engine, valid: EvalSet) -> None:
-        from sklearn.metrics import roc_auc_score
+    With ``scales`` it also chooses how far to trust what was learned of items, as the policy's scale of code logits
+    against the community prior: what people dislike drifts, and what a model learned of items over the train days
+    ages with it, while the prior, counted up to t, does not (negfast's choice).
+    """
 
-        self._auc = roc_auc_score
-        self.engine = engine
+    def __init__(self, engine: Engine, valid: EvalSet, scales: tuple[float, ...] = ()) -> None:
+        self.engine, self.scales = engine, scales
         size = engine.config.eval.valid_requests
         rng = np.random.default_rng(engine.config.train.seed)
         rows = np.sort(rng.permutation(len(valid.requests))[:size])
@@ -140,10 +142,17 @@ class Validation:
         self.labels = valid.filter_dislike[order]
 
     def __call__(self) -> dict[str, float]:
-        generated = generate(self.engine, self.requests, top=20)[0]
-        metrics = {"FHR@20": hit_rate(self.requests, generated)}
-        score = metrics["FHR@20"]
+        """FHR@20, filter_auc (where both classes are there), scale and score; leaves the chosen scale set."""
+        scale = self.engine.policy.block.scale
+        rates = {}
+        for value in self.scales or (float(scale),):
+            scale.fill_(value)
+            rates[value] = hit_rate(self.requests, generate(self.engine, self.requests, top=20)[0])
+        best = max(rates, key=lambda value: (rates[value], value))
+        scale.fill_(best)
+        metrics = {"FHR@20": rates[best], "scale": best}
+        score = rates[best]
         if 0 < self.labels.sum() < len(self.labels):
-            metrics["filter_auc"] = float(self._auc(self.labels, candidate_logits(self.engine, self.candidates)))
+            metrics["filter_auc"] = float(roc_auc_score(self.labels, candidate_logits(self.engine, self.candidates)))
             score += metrics["filter_auc"]
         return {**metrics, "score": score}

@@ -18,8 +18,9 @@ from negfast.sid.tokens import MARKERS, CodeVocabulary
 class CodeBlock(nn.Module):
     """Rows of markers and codes, tied between input and output through ``head``.
 
-    A logit is head(hidden) . row, a code's times ``scale`` (see negfast.train.shrink). ``head`` starts at zero, so that
-    every code logit does too: with the community prior the untrained policy is exactly the decay ranking.
+    A logit is head(hidden) . row, a code's times ``scale`` (chosen by `negfast.evaluate.model.Validation`). ``head``
+    starts at zero, so that every code logit does too: with the community prior the untrained policy is exactly the
+    decay ranking.
     """
 
     scale: Tensor

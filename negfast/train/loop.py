@@ -68,13 +68,11 @@ def run_stage(
     journal: Journal,
     resume_from: Path | None,
     validate: Callable[[], dict[str, float]] | None,
-    at_end: Callable[[], dict[str, float]] | None = None,
 ) -> None:
     """Runs ``stage`` to its end and leaves its weights in RUN/checkpoints/<stage>.
 
     ``validate`` gives metrics of which "score" chooses the weights that are kept (higher is better); None keeps the
-    last. ``at_end`` may change the chosen weights before they are left, and says what it did. Raises TrainingError on
-    a loss or gradient that is not finite, StopRequested after SIGINT or SIGTERM.
+    last. Raises TrainingError on a loss or gradient that is not finite, StopRequested after SIGINT or SIGTERM.
     """
     checkpoints = run_dir / "checkpoints"
     optimizer = make_optimizer(policy, stage.config)
@@ -115,9 +113,6 @@ def run_stage(
     if validate is not None:
         load_weights(best_dir, policy)
         journal.event("chosen", stage=stage.name, step=best.step, score=best.score)
-    if at_end is not None:
-        policy.eval()
-        journal.event("end", stage=stage.name, **at_end())
     step = stage.config.steps if validate is None else best.step
     save_checkpoint(checkpoints / stage.name, policy, state={"stage": stage.name, "step": step})
 
@@ -143,7 +138,7 @@ def update(
 
 
 def make_optimizer(policy: Policy, config: StageSettings) -> torch.optim.AdamW:
-    """AdamW; weight decay for the decoder's matrices only, a faster rate for the verdict's few prior weights."""
+    """AdamW; weight decay for the decoder's matrices only, a slower rate for the verdict's prior, which was fitted."""
     decayed = [p for n, p in policy.named_parameters() if p.ndim == 2 and n.startswith("decoder.layers")]
     prior = list(policy.verdict_prior.parameters())
     taken = {id(p) for p in decayed + prior}
@@ -151,7 +146,7 @@ def make_optimizer(policy: Policy, config: StageSettings) -> torch.optim.AdamW:
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay, "rate_factor": 1.0},
         {"params": rest, "weight_decay": 0.0, "rate_factor": 1.0},
-        {"params": prior, "weight_decay": 0.0, "rate_factor": 5.0},
+        {"params": prior, "weight_decay": 0.0, "rate_factor": 0.1},
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 

@@ -25,8 +25,7 @@ from negfast.train.engine import Engine, build_engine, choose_device, history_fe
 from negfast.train.grpo import GrpoStage
 from negfast.train.journal import Journal
 from negfast.train.loop import Stage, StopRequested, run_stage
-from negfast.train.sft import SftStage
-from negfast.train.shrink import shrink
+from negfast.train.sft import SCALES, SftStage
 from negfast.train.verdict import fit_prior
 
 STAGES: dict[str, Callable[[Engine], Stage]] = {"align": AlignStage, "sft": SftStage, "grpo": GrpoStage}
@@ -142,7 +141,7 @@ def _run_stages(run: RunFolder, engine: Engine) -> None:
     elif run.read()["init"] is None:
         fit_prior(engine)
     valid = evaluation_set(engine.log, engine.split, "valid")
-    validate = Validation(engine, valid)
+    validations = {"align": None, "sft": Validation(engine, valid, SCALES), "grpo": Validation(engine, valid)}
     for number, name in enumerate(names):
         if name in done:
             continue
@@ -157,8 +156,7 @@ def _run_stages(run: RunFolder, engine: Engine) -> None:
                 engine.config.train,
                 journal,
                 resume,
-                None if name == "align" else validate,
-                (lambda: shrink(engine, valid.requests)) if name == "sft" else None,
+                validations[name],
             )
         except StopRequested as stopped:
             _say(f"{stopped}; `negfast train --out {run.path}` with the same settings goes on")

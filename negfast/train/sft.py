@@ -13,6 +13,8 @@ from negfast.train.engine import Engine, epoch_rows, task_rng
 from negfast.train.loop import StepResult
 from negfast.train.verdict import VerdictTask
 
+SCALES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of code logits, tried on valid; the smallest still leaves GRPO a gradient
+
 
 class NextItems:
     """The next-item task: both branches of a request share its prompt in one group."""
@@ -89,6 +91,7 @@ class SftStage:
     name = "sft"
 
     def __init__(self, engine: Engine) -> None:
+        self.engine = engine
         self.config = engine.config.sft
         if self.config.reset_head:
             torch.nn.init.zeros_(engine.policy.block.head.weight)
@@ -96,6 +99,7 @@ class SftStage:
         self.verdict = VerdictTask(engine, self.config.verdicts)
 
     def step(self, step: int) -> StepResult:
+        self.engine.policy.block.scale.fill_(1.0)  # validation may have left another
         items, metrics, item_tokens = self.next_items.loss(step)
         verdict, verdict_tokens = self.verdict.loss(step)
         loss = items + self.config.verdict_weight * verdict
