@@ -232,7 +232,7 @@ def run(
     cases = [
         (Case(group=16, prompts=prompts), repeats),
         (Case(group=64, prompts=prompts), repeats),
-        (Case(prompt=40, group=16, prompts=16 * prompts, ragged=True), repeats),
+        (Case(prompt=40, group=16, prompts=4 * prompts, ragged=True), repeats),
     ]
     rows: list[dict[str, Any]] = []
     ratios: list[dict[str, Any]] = []
@@ -240,8 +240,9 @@ def run(
     if peer == "trl":
         agreement = check_against_peer()
         print(f"full objective against TRL on the same tensors: {agreement}", flush=True)
+    swept = sweep(cases[0][0], MICRO_BATCHES) if peer == "trl" else {}
     for case, steps in cases:
-        measure_case(case, steps, peer, rows, ratios)
+        measure_case(case, steps, peer, swept, rows, ratios)
         if out is not None:
             result = {
                 "bench": "grpo",
@@ -257,12 +258,13 @@ def run(
     return result if out is not None else {"bench": "grpo", "rows": rows, "ratios": ratios}
 
 
-def measure_case(case: Case, steps: int, peer: str, rows: list[dict[str, Any]], ratios: list[dict[str, Any]]) -> None:
+def measure_case(
+    case: Case, steps: int, peer: str, swept: dict[int, float], rows: list[dict[str, Any]], ratios: list[dict[str, Any]]
+) -> None:
     """Adds the rows of one case: ours in both objectives and, if it is there, the peer's, in turns."""
     full = Ours(replace(case, objective="full"))
     full.step()
     if peer == "trl":
-        swept = sweep(case, MICRO_BATCHES)
         best = min(swept, key=lambda size: swept[size])
         ours, mine, whole, theirs, theirs_cpu = measure_pair(case, full, best, steps)
     else:
@@ -412,15 +414,17 @@ def peer_prompts(ours: Ours) -> list[list[int]]:
     return [np.random.default_rng(b).integers(2, CODEBOOK * 4, n).tolist() for b, n in enumerate(lengths)]
 
 
-def sweep(case: Case, micro_batches: tuple[int, ...]) -> dict[int, float]:
-    """The peer's second step at each micro-batch, seconds."""
+def sweep(case: Case, micro_batches: tuple[int, ...], steps: int = 2) -> dict[int, float]:
+    """The peer's last of ``steps`` steps at each micro-batch, seconds."""
     from bench.trl_peer import StepTimer, make_trainer
 
     found = {}
     prompts = peer_prompts(Ours(case))
     for size in micro_batches:
         timer = StepTimer()
-        make_trainer(case.decoder(CODEBOOK * 4), prompts, case.group, case.levels, size, 2, dummy_reward, timer).train()
+        make_trainer(
+            case.decoder(CODEBOOK * 4), prompts, case.group, case.levels, size, steps, dummy_reward, timer
+        ).train()
         found[size] = timer.wall[-1]
         print(f"  peer at micro-batch {size}: {found[size]:.2f} s", flush=True)
     return found
@@ -433,7 +437,7 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 
 def measure_peak(system: str, case: Case, micro_batch: int) -> float:
-    """Peak resident MiB of a fresh process that makes two steps."""
+    """Peak resident MiB of a fresh process that makes a step or two."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak, (system, case, micro_batch, torch.get_num_threads()))
 
@@ -445,5 +449,5 @@ def _peak(system: str, case: Case, micro_batch: int, threads: int) -> float:
         ours.step()
         ours.step()
         return resident_mib(peak=True)
-    sweep(case, (micro_batch,))
+    sweep(case, (micro_batch,), 1)
     return resident_mib(peak=True)
