@@ -225,24 +225,39 @@ def breakdown(ours: Ours, steps: int) -> dict[str, float]:
 
 
 def run(
-    out: Path | None = None, prompts: int = 4, repeats: int = 5, peer: str = "trl", threads: int = 2
+    out: Path | None = None,
+    prompts: int = 4,
+    repeats: int = 5,
+    peer: str = "trl",
+    threads: int = 2,
+    only: str = "",
+    micro_batch: int = 0,
 ) -> dict[str, Any]:
-    """Measures all cases, prints a table and writes the JSON result to ``out``. ``peer`` is "trl" or "none"."""
+    """Measures the cases, prints a table and writes the JSON result to ``out`` after each.
+
+    ``peer`` is "trl" or "none"; ``only`` one of the cases G16, G64, ragged; ``micro_batch`` the peer's, 0 to sweep.
+    """
     torch.set_num_threads(threads)
-    cases = [
-        (Case(group=16, prompts=prompts), repeats),
-        (Case(group=64, prompts=prompts), repeats),
-        (Case(prompt=40, group=16, prompts=4 * prompts, ragged=True), repeats),
-    ]
+    cases = {
+        "G16": Case(group=16, prompts=prompts),
+        "G64": Case(group=64, prompts=prompts),
+        "ragged": Case(prompt=40, group=16, prompts=4 * prompts, ragged=True),
+    }
+    if only and only not in cases:
+        raise SystemExit(f"bench grpo: --only: found {only!r}, expected one of {', '.join(cases)}")
     rows: list[dict[str, Any]] = []
     ratios: list[dict[str, Any]] = []
     agreement = None
     if peer == "trl":
         agreement = check_against_peer()
         print(f"full objective against TRL on the same tensors: {agreement}", flush=True)
-    swept = sweep(cases[0][0], MICRO_BATCHES) if peer == "trl" else {}
-    for case, steps in cases:
-        measure_case(case, steps, peer, swept, rows, ratios)
+    swept: dict[int, float] = {micro_batch: 0.0}
+    if peer == "trl" and not micro_batch:
+        swept = sweep(cases["G16"], MICRO_BATCHES)
+    for name, case in cases.items():
+        if only and only != name:
+            continue
+        measure_case(case, repeats, peer, swept, rows, ratios)
         if out is not None:
             result = {
                 "bench": "grpo",
@@ -267,6 +282,7 @@ def measure_case(
     if peer == "trl":
         best = min(swept, key=lambda size: swept[size])
         ours, mine, whole, theirs, theirs_cpu = measure_pair(case, full, best, steps)
+        print(f"P={case.prompt} G={case.group}: ours {mine}, full {whole}, peer {theirs} s", flush=True)
     else:
         ours = Ours(case)
         ours.step()

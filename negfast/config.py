@@ -123,6 +123,10 @@ class Grpo(Stage):
     objective: str = setting("trie", choices=("trie", "full"), help="what log-probabilities are taken over")
     loss: str = setting("dr_grpo", choices=("grpo", "dr_grpo", "dapo"))
     scale_rewards: bool = setting(False, help="divide the advantage by the group's standard deviation")
+    sampling: str = setting("with_replacement", choices=("with_replacement", "without_replacement"))
+    normalised_weights: bool = setting(
+        True, help="without replacement: divide the weights by their sum; biased, steadier"
+    )
     set_size: int = setting(0, low=0, help="k of the max@k advantage; 0: each answer for itself")
     clip_low: float = setting(0.2, low=0.0, high=0.99)
     clip_high: float = setting(0.2, low=0.0)

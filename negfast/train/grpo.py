@@ -30,6 +30,7 @@ from negfast.train.engine import Engine, epoch_rows, task_rng
 from negfast.train.loop import StepResult
 from negfast.train.reward import COLLABORATIVE, HIT, LIKED, build_reward_table
 from negfast.train.rollout import Rollout, replay_hidden, replay_logits, rollout
+from negfast.train.sampling import distinct_loss, rollout_without_replacement
 from negfast.train.schedule import mixed_share, schedule_views
 from negfast.train.sft import NextItems
 from negfast.train.verdict import VerdictTask
@@ -86,18 +87,20 @@ class GrpoStage:
             seed,
             step,
             full=settings.objective == "full",
+            sampling=settings.sampling,
+            normalised=settings.normalised_weights,
         )
         rewards = terms.sum(-1)
         loss, tokens = result.loss, len(batch.tokens) + sum(len(rows) for rows in sampled.rows[1:])
         counted = sampled.tokens.counted.sum().clamp_min(1)
         metrics = {
-            "reward": rewards.mean(),
+            "reward": sampled.mean(rewards),
             "kl": result.kl.sum() / counted,
             "entropy": result.entropy.sum() / counted,
             "clipped": result.clipped.sum() / counted,
-            "hit_rate": terms[..., HIT].mean(),
-            "collab_reward": terms[..., COLLABORATIVE].mean(),
-            "like_penalty": terms[..., LIKED].mean(),
+            "hit_rate": sampled.mean(terms[..., HIT]),
+            "collab_reward": sampled.mean(terms[..., COLLABORATIVE]),
+            "like_penalty": sampled.mean(terms[..., LIKED]),
             "hitless_groups": (terms[..., HIT].sum(-1) == 0).float().mean(),
             **gradient_shares(terms),
             "mixed_share": mixed_share(step, settings),
@@ -119,6 +122,12 @@ def check_combinations(settings: Grpo, prior_weight: float) -> None:
             raise InputError(f"grpo.objective=full: found grpo.kl={settings.kl}, expected k3")
         if prior_weight:
             raise InputError(f"grpo.objective=full: found prior.weight={prior_weight:g}, expected 0")
+        if settings.sampling != "with_replacement":
+            raise InputError(f"grpo.objective=full: found grpo.sampling={settings.sampling}, expected with_replacement")
+    if settings.sampling == "without_replacement":
+        for key, expected in (("loss", "dr_grpo"), ("set_size", 0), ("scale_rewards", False)):
+            if (found := getattr(settings, key)) != expected:
+                raise InputError(f"grpo.sampling=without_replacement: found grpo.{key}={found}, expected {expected}")
     if settings.set_size and settings.scale_rewards:
         raise InputError(
             "grpo.scale_rewards: found true with grpo.set_size, expected false: max@k has its own baseline"
@@ -139,19 +148,24 @@ def group_loss(
     seed: int,
     step: int,
     full: bool = False,
+    sampling: str = "with_replacement",
+    normalised: bool = True,
 ) -> tuple[Rollout, Tensor, GRPOTerms]:
     """One on-policy GRPO step up to its loss: rollout, reward, reference.
 
     ``reward`` gives the terms [B, G, n] of items [B, G]; their sum is what an answer earns. ``reference`` is needed
     where the objective has beta > 0. ``full`` trains log-probabilities over the whole vocabulary, as general libraries
-    do, of answers that are sampled on the trie all the same; every token counts then, and the KL must be k3. Returns
-    the rollout, the terms, and the loss with a gradient. Raises ValueError on what cannot be combined.
+    do, of answers that are sampled on the trie all the same; every token counts then, and the KL must be k3.
+    ``sampling`` "without_replacement" draws distinct answers, see `negfast.train.sampling`, with ``normalised`` weights
+    or not. Returns the rollout, the terms, and the loss with a gradient. Raises ValueError on what cannot be combined.
     """
-    if full and (objective.kl != "k3" and objective.beta or chooser.prior_weight):
+    if full and ((objective.kl != "k3" and objective.beta) or chooser.prior_weight):
         raise ValueError("the full objective needs kl k3 and prior weight 0: it knows neither nodes nor prior")
-    sampled = rollout(
-        policy, chooser, batch, request_ids, NEXT_DISLIKE, group, seed, step, objective.temperature, keep_forced=full
-    )
+    if full and sampling != "with_replacement":
+        raise ValueError("the full objective needs sampling with replacement: weights are those of the trie's policy")
+    arguments = (policy, chooser, batch, request_ids, NEXT_DISLIKE, group, seed, step, objective.temperature)
+    distinct = rollout_without_replacement(*arguments) if sampling == "without_replacement" else None
+    sampled = rollout(*arguments, keep_forced=full) if distinct is None else distinct.rollout
     terms = reward(sampled.items)
     tokens, valid, log_prior = sampled.tokens, sampled.choice.valid, sampled.choice.log_prior
     logits = sampled.choice.logits
@@ -168,6 +182,9 @@ def group_loss(
                 reference_logits = replay_logits(reference, batch, sampled)
             reference_log_policy = log_policy(reference_logits, valid, log_prior, objective.temperature)
         reference_log_policy = reference_log_policy.clone()  # a plain tensor, which autograd may keep
+    if distinct is not None:
+        loss = distinct_loss(distinct, terms.sum(-1), objective, chooser.trie.levels, reference_log_policy, normalised)
+        return sampled, terms, loss
     result = trie_grpo_reference(
         logits, valid, log_prior, tokens, terms.sum(-1), objective, chooser.trie.levels, reference_log_policy
     )

@@ -73,11 +73,11 @@ def test_loss_and_gradient_are_those_of_the_published_formula(loss, scale):
 
 def test_what_the_full_objective_cannot_be_combined_with():
     config = load_config(overrides=("grpo.objective=full", "grpo.kl=k3"))
-    with pytest.raises(InputError, match="prior[.]weight"):
+    with pytest.raises(InputError, match=r"prior[.]weight"):
         check_combinations(config.grpo, 1.0)
     check_combinations(config.grpo, 0.0)
     exact = load_config(overrides=("grpo.objective=full",))
-    with pytest.raises(InputError, match="grpo[.]kl"):
+    with pytest.raises(InputError, match=r"grpo[.]kl"):
         check_combinations(exact.grpo, 0.0)
     small = make_small(1)
     with pytest.raises(ValueError, match="k3"):
