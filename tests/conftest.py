@@ -5,10 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
+from hypothesis import settings
 
 from negfast.data.items import ItemTable
 from negfast.data.log import DISLIKE, LIKE, EventLog
 from tests.tiny import prepare, run_cli, train_arguments
+
+settings.register_profile("suite", deadline=None)  # machines are slow at times; results, not times, are tested
+settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")

@@ -46,6 +46,7 @@ def test_a_run_holds_what_it_should(tiny_run):
 def test_finished_run_prints_its_table_again(tiny_run, tiny_data):
     before = (tiny_run / "metrics.jsonl").read_bytes()
     assert "grpo" in run_cli(*train_arguments(tiny_data, tiny_run))
+    assert "grpo" in run_cli("train", "--out", str(tiny_run))
     assert (tiny_run / "metrics.jsonl").read_bytes() == before
 
 
@@ -62,7 +63,7 @@ def test_killed_run_goes_on_to_the_same_bits(tiny_run, tiny_data, tmp_path, mome
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    run_cli(*train_arguments(tiny_data, run))
+    run_cli("train", "--out", str(run))
     assert (run / "metrics.jsonl").read_bytes() == (tiny_run / "metrics.jsonl").read_bytes()
     restart = [line for line in lines(run / "events.jsonl") if line["event"] == "start"][-1]
     assert restart["resumed_from"]["step"] >= 2

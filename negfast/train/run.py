@@ -45,10 +45,13 @@ def train(
     Without ``data`` the embedded MovieTweetings is prepared into RUN/data. Raises InputError on bad settings or on
     a RUN that was started with others, TrainingError where training cannot go on.
     """
-    if config is None and preset is None:
-        preset = "quickstart"
-    settings = load_config(config, preset, overrides)
-    run = RunFolder(out or Path("runs") / (preset or "train"))
+    if config is None and preset is None and not overrides and out is not None and RunFolder(out).exists:
+        run = RunFolder(out)
+        settings = run.config  # nothing is asked for but to go on
+    else:
+        preset = preset or ("quickstart" if config is None else None)
+        settings = load_config(config, preset, overrides)
+        run = RunFolder(out or Path("runs") / (config.stem if config is not None else str(preset)))
     check_output(run.path / "x")
     device = choose_device(settings.train.device)
     use_threads(settings.train.threads)
@@ -159,7 +162,7 @@ def _run_stages(run: RunFolder, engine: Engine) -> None:
                 validations[name],
             )
         except StopRequested as stopped:
-            _say(f"{stopped}; `negfast train --out {run.path}` with the same settings goes on")
+            _say(f"{stopped}; `negfast train --out {run.path}` goes on")
             sys.exit(130)
         resume = None
     save_checkpoint(run.final, engine.policy, state={"calibration": vars(calibrate(engine, valid))})
