@@ -4,6 +4,7 @@ Every peer stores item ids, signs and times and gives them back in the caller's 
 format has them. A peer whose package is not installed is left out of the benchmark.
 """
 
+import fcntl
 import importlib.util
 import shutil
 from itertools import pairwise
@@ -293,11 +294,14 @@ class MosaicMds:
 
     def open(self, folder: Path) -> SampleReader:
         from streaming import LocalDataset, StreamingDataset
+        from streaming.base.util import clean_stale_shared_memory
 
         unpacked = folder.with_name(folder.name + "-raw")
         if not unpacked.exists():
             shutil.copytree(folder, unpacked)
-            with np.errstate(all="ignore"):
+            with (folder.parent / "mds.lock").open("w") as lock:  # two at once collide in their shared memory
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                clean_stale_shared_memory()
                 for sample in StreamingDataset(local=str(unpacked), batch_size=1, validate_hash="xxh64"):
                     del sample
         return SampleReader(LocalDataset(local=str(unpacked)))
