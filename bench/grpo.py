@@ -113,7 +113,7 @@ class Ours:
 
     def step(self) -> float:
         batch = self.batch()
-        sampled, _, result = group_loss(
+        sampled, _, result, _ = group_loss(
             self.policy,
             self.reference,
             self.chooser,
@@ -323,7 +323,7 @@ def check_against_peer() -> dict[str, float]:
     trainer = make_trainer(
         case.decoder(max(size, VOCABULARY)), dummy, case.group, case.levels, case.answers, 1, dummy_reward, StepTimer()
     )
-    sampled, terms, result = group_loss(
+    sampled, terms, result, _ = group_loss(
         ours.policy,
         ours.reference,
         ours.chooser,
@@ -337,7 +337,7 @@ def check_against_peer() -> dict[str, float]:
         full=True,
     )
     result.loss.backward()
-    model, reference = (_merged(policy, case, size) for policy in (ours.policy, ours.reference))
+    model, reference = (merged_model(policy, case, size) for policy in (ours.policy, ours.reference))
     first = torch.tensor([ours.policy.vocabulary.code_base(level) for level in range(1, case.levels + 1)])
     inputs = _padded_inputs(ours, sampled.codes + first)
     rewards = terms.sum(-1)
@@ -370,7 +370,7 @@ def check_against_peer() -> dict[str, float]:
     }
 
 
-def _merged(policy: Policy, case: Case, size: int) -> Qwen3ForCausalLM:
+def merged_model(policy: Policy, case: Case, size: int) -> Qwen3ForCausalLM:
     """The policy as a stock model with one vocabulary."""
     config = case.decoder(size)
     config.tie_word_embeddings = False

@@ -120,6 +120,7 @@ class Grpo(Stage):
     validate_every: int = setting(50, low=1, help="steps; the best weights on valid are kept")
     requests: int = setting(32, low=1, help="requests (groups) a step")
     group: int = setting(16, low=2, help="answers a request")
+    epochs: int = setting(1, low=1, help="updates from one rollout; more than 1 need a second pass each")
     objective: str = setting("trie", choices=("trie", "full"), help="what log-probabilities are taken over")
     loss: str = setting("dr_grpo", choices=("grpo", "dr_grpo", "dapo"))
     scale_rewards: bool = setting(False, help="divide the advantage by the group's standard deviation")

@@ -6,6 +6,7 @@ stays in the loss.
 
 import copy
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,8 +37,21 @@ from negfast.train.sft import NextItems
 from negfast.train.verdict import VerdictTask
 
 
+class GroupStep(NamedTuple):
+    """A step's rollout, reward terms [B, G, n], loss, and the reference's log-probabilities at the rollout's rows."""
+
+    rollout: Rollout
+    terms: Tensor
+    result: GRPOTerms
+    reference_log_policy: Tensor | None
+
+
 class GrpoStage:
-    """GRPO over the train requests with a non-empty future F."""
+    """GRPO over the train requests with a non-empty future F.
+
+    With ``epochs`` above 1 a rollout serves that many steps. Checkpoints then fall between rollouts, so that resuming
+    stays exact; after an interrupt within a round the rest of the round is sampled anew.
+    """
 
     name = "grpo"
 
@@ -45,6 +59,12 @@ class GrpoStage:
         settings = self.config = engine.config.grpo
         self.engine = engine
         check_combinations(settings, engine.config.prior.weight)
+        if engine.config.train.checkpoint_every % settings.epochs:
+            found = engine.config.train.checkpoint_every
+            raise InputError(
+                f"train.checkpoint_every: found {found}, expected a multiple of grpo.epochs={settings.epochs}"
+            )
+        self.kept: tuple[int, PromptBatch, GroupStep] | None = None
         train = engine.split.train
         self.rows = np.flatnonzero(train.has_dislikes)  # a request's number in ``train`` keys its noise
         self.requests = train.take(self.rows)
@@ -66,30 +86,15 @@ class GrpoStage:
 
     def step(self, step: int) -> StepResult:
         engine, settings = self.engine, self.config
-        seed = engine.config.train.seed
-        picked = epoch_rows(seed, "grpo", step, len(self.requests), settings.requests)
-        requests = self.requests.take(picked)
-        views = schedule_views(step, len(picked), settings, task_rng(seed, "views", step))
-        batch = engine.prompts.build(requests.user, requests.day, views, settings.group, tail="next-dislike")
-        table = build_reward_table(
-            requests, engine.log.n_items, engine.config.reward, self.neighbours, self.content, engine.device
-        )
-        rows = torch.arange(len(picked), device=engine.device)[:, None]
-        sampled, terms, result = group_loss(
-            engine.policy,
-            self.reference,
-            engine.chooser,
-            batch,
-            torch.from_numpy(self.rows[picked]).to(engine.device),
-            lambda items: table.look_up(rows, items),
-            self.objective,
-            settings.group,
-            seed,
-            step,
-            full=settings.objective == "full",
-            sampling=settings.sampling,
-            normalised=settings.normalised_weights,
-        )
+        round_, again = divmod(step, settings.epochs)
+        if again and self.kept is not None and self.kept[0] == round_:
+            _, batch, taken = self.kept
+            updated = reuse_loss(engine.policy, batch, taken, self.objective, engine.trie.levels)
+            taken = taken._replace(result=updated)
+        else:
+            batch, taken = self.sample(round_)
+            self.kept = (round_, batch, taken) if settings.epochs > 1 else None
+        sampled, terms, result, _ = taken
         rewards = terms.sum(-1)
         loss, tokens = result.loss, len(batch.tokens) + sum(len(rows) for rows in sampled.rows[1:])
         counted = sampled.tokens.counted.sum().clamp_min(1)
@@ -114,6 +119,35 @@ class GrpoStage:
             metrics |= {"sft_loss": items.detach(), "verdict_bce": verdict.detach()}
         return StepResult(loss, metrics, tokens)
 
+    def sample(self, round_: int) -> tuple[PromptBatch, GroupStep]:
+        """The rollout number ``round_`` of the stage, with its on-policy loss."""
+        engine, settings = self.engine, self.config
+        seed, step = engine.config.train.seed, round_ * settings.epochs
+        picked = epoch_rows(seed, "grpo", round_, len(self.requests), settings.requests)
+        requests = self.requests.take(picked)
+        views = schedule_views(step, len(picked), settings, task_rng(seed, "views", step))
+        batch = engine.prompts.build(requests.user, requests.day, views, settings.group, tail="next-dislike")
+        table = build_reward_table(
+            requests, engine.log.n_items, engine.config.reward, self.neighbours, self.content, engine.device
+        )
+        rows = torch.arange(len(picked), device=engine.device)[:, None]
+        taken = group_loss(
+            engine.policy,
+            self.reference,
+            engine.chooser,
+            batch,
+            torch.from_numpy(self.rows[picked]).to(engine.device),
+            lambda items: table.look_up(rows, items),
+            self.objective,
+            settings.group,
+            seed,
+            step,
+            full=settings.objective == "full",
+            sampling=settings.sampling,
+            normalised=settings.normalised_weights,
+        )
+        return batch, taken
+
 
 def check_combinations(settings: Grpo, prior_weight: float) -> None:
     """InputError where settings of the stage contradict each other."""
@@ -124,6 +158,10 @@ def check_combinations(settings: Grpo, prior_weight: float) -> None:
             raise InputError(f"grpo.objective=full: found prior.weight={prior_weight:g}, expected 0")
         if settings.sampling != "with_replacement":
             raise InputError(f"grpo.objective=full: found grpo.sampling={settings.sampling}, expected with_replacement")
+    if settings.epochs > 1:
+        for key, expected in (("objective", "trie"), ("sampling", "with_replacement")):
+            if (found := getattr(settings, key)) != expected:
+                raise InputError(f"grpo.epochs={settings.epochs}: found grpo.{key}={found}, expected {expected}")
     if settings.sampling == "without_replacement":
         for key, expected in (("loss", "dr_grpo"), ("set_size", 0), ("scale_rewards", False)):
             if (found := getattr(settings, key)) != expected:
@@ -150,14 +188,14 @@ def group_loss(
     full: bool = False,
     sampling: str = "with_replacement",
     normalised: bool = True,
-) -> tuple[Rollout, Tensor, GRPOTerms]:
+) -> GroupStep:
     """One on-policy GRPO step up to its loss: rollout, reward, reference.
 
     ``reward`` gives the terms [B, G, n] of items [B, G]; their sum is what an answer earns. ``reference`` is needed
     where the objective has beta > 0. ``full`` trains log-probabilities over the whole vocabulary, as general libraries
     do, of answers that are sampled on the trie all the same; every token counts then, and the KL must be k3.
     ``sampling`` "without_replacement" draws distinct answers, see `negfast.train.sampling`, with ``normalised`` weights
-    or not. Returns the rollout, the terms, and the loss with a gradient. Raises ValueError on what cannot be combined.
+    or not. Raises ValueError on what cannot be combined.
     """
     if full and ((objective.kl != "k3" and objective.beta) or chooser.prior_weight):
         raise ValueError("the full objective needs kl k3 and prior weight 0: it knows neither nodes nor prior")
@@ -184,11 +222,29 @@ def group_loss(
         reference_log_policy = reference_log_policy.clone()  # a plain tensor, which autograd may keep
     if distinct is not None:
         loss = distinct_loss(distinct, terms.sum(-1), objective, chooser.trie.levels, reference_log_policy, normalised)
-        return sampled, terms, loss
+        return GroupStep(sampled, terms, loss, reference_log_policy)
     result = trie_grpo_reference(
         logits, valid, log_prior, tokens, terms.sum(-1), objective, chooser.trie.levels, reference_log_policy
     )
-    return sampled, terms, result
+    return GroupStep(sampled, terms, result, reference_log_policy)
+
+
+def reuse_loss(
+    policy: Policy, batch: PromptBatch, taken: GroupStep, objective: GRPOObjective, levels: int
+) -> GRPOTerms:
+    """The loss of an earlier rollout under the policy as it is now, by a second pass, with ratios against then."""
+    choice = taken.rollout.choice
+    return trie_grpo_reference(
+        replay_logits(policy, batch, taken.rollout),
+        choice.valid,
+        choice.log_prior,
+        taken.rollout.tokens,
+        taken.terms.sum(-1),
+        objective,
+        levels,
+        taken.reference_log_policy,
+        taken.result.log_prob,
+    )
 
 
 def vocabulary_tokens(vocabulary: CodeVocabulary, sampled: Rollout) -> SampledTokens:

@@ -57,7 +57,7 @@ def test_loss_and_gradient_are_those_of_the_published_formula(loss, scale):
     objective = GRPOObjective(loss=loss, scale_rewards=scale, beta=BETA, kl="k3")
     ids = torch.arange(3)
     arguments = (small.policy, reference, chooser, small.batch(GROUP), ids, lambda _: rewards[..., None])
-    sampled, _, result = group_loss(*arguments, objective, GROUP, 0, 0, full=True)
+    sampled, _, result, _ = group_loss(*arguments, objective, GROUP, 0, 0, full=True)
 
     logps = separate_log_probs(small.policy, small, sampled.codes)
     with torch.no_grad():

@@ -189,7 +189,7 @@ def test_what_it_cannot_be_combined_with(change):
 def test_the_stage_draws_without_replacement(normalised):
     small = make_small(15, levels=3)
     rewards = torch.randn(40, dtype=torch.float64)
-    sampled, terms, result = group_loss(
+    sampled, terms, result, _ = group_loss(
         small.policy,
         freeze(small.policy),
         small.chooser,
