@@ -71,6 +71,20 @@ def test_killed_run_goes_on_to_the_same_bits(tiny_run, tiny_data, tmp_path, mome
     assert (run / weights).read_bytes() == (tiny_run / weights).read_bytes()
 
 
+@pytest.mark.slow
+def test_a_run_killed_at_twenty_random_moments_gives_the_same_bits(tiny_run, tiny_data, tmp_path):
+    run = tmp_path / "run"
+    rng = np.random.default_rng()
+    command = [sys.executable, "-m", "negfast", *train_arguments(tiny_data, run)]
+    for _ in range(20):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(2, 12))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    run_cli(*train_arguments(tiny_data, run))
+    assert (run / "metrics.jsonl").read_bytes() == (tiny_run / "metrics.jsonl").read_bytes()
+
+
 def test_interrupt_saves_and_says_how_to_go_on(tiny_data, tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "negfast", *train_arguments(tiny_data, run, sft__steps=2000)]
