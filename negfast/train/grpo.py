@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from negfast.collab import co_dislike_neighbours, content_neighbours
-from negfast.config import Grpo
+from negfast.config import Config
 from negfast.errors import InputError
 from negfast.kernels.trie_grpo import (
     GRPOObjective,
@@ -58,12 +58,6 @@ class GrpoStage:
     def __init__(self, engine: Engine) -> None:
         settings = self.config = engine.config.grpo
         self.engine = engine
-        check_combinations(settings, engine.config.prior.weight)
-        if engine.config.train.checkpoint_every % settings.epochs:
-            found = engine.config.train.checkpoint_every
-            raise InputError(
-                f"train.checkpoint_every: found {found}, expected a multiple of grpo.epochs={settings.epochs}"
-            )
         self.kept: tuple[int, PromptBatch, GroupStep] | None = None
         train = engine.split.train
         self.rows = np.flatnonzero(train.has_dislikes)  # a request's number in ``train`` keys its noise
@@ -149,8 +143,12 @@ class GrpoStage:
         return batch, taken
 
 
-def check_combinations(settings: Grpo, prior_weight: float) -> None:
-    """InputError where settings of the stage contradict each other."""
+def check_combinations(config: Config) -> None:
+    """InputError where settings of the stage contradict each other or those of others."""
+    settings, prior_weight = config.grpo, config.prior.weight
+    if config.train.checkpoint_every % settings.epochs:
+        found = config.train.checkpoint_every
+        raise InputError(f"train.checkpoint_every: found {found}, expected a multiple of grpo.epochs={settings.epochs}")
     if settings.objective == "full":
         if settings.beta and settings.kl != "k3":
             raise InputError(f"grpo.objective=full: found grpo.kl={settings.kl}, expected k3")
@@ -159,13 +157,15 @@ def check_combinations(settings: Grpo, prior_weight: float) -> None:
         if settings.sampling != "with_replacement":
             raise InputError(f"grpo.objective=full: found grpo.sampling={settings.sampling}, expected with_replacement")
     if settings.epochs > 1:
-        for key, expected in (("objective", "trie"), ("sampling", "with_replacement")):
-            if (found := getattr(settings, key)) != expected:
-                raise InputError(f"grpo.epochs={settings.epochs}: found grpo.{key}={found}, expected {expected}")
+        for key, wanted in (("objective", "trie"), ("sampling", "with_replacement")):
+            if (given := getattr(settings, key)) != wanted:
+                raise InputError(f"grpo.epochs={settings.epochs}: found grpo.{key}={given}, expected {wanted}")
     if settings.sampling == "without_replacement":
-        for key, expected in (("loss", "dr_grpo"), ("set_size", 0), ("scale_rewards", False)):
-            if (found := getattr(settings, key)) != expected:
-                raise InputError(f"grpo.sampling=without_replacement: found grpo.{key}={found}, expected {expected}")
+        for key, value in (("loss", "dr_grpo"), ("set_size", 0), ("scale_rewards", False)):
+            if getattr(settings, key) != value:
+                raise InputError(
+                    f"grpo.sampling=without_replacement: found grpo.{key}={getattr(settings, key)}, expected {value}"
+                )
     if settings.set_size and settings.scale_rewards:
         raise InputError(
             "grpo.scale_rewards: found true with grpo.set_size, expected false: max@k has its own baseline"

@@ -22,7 +22,7 @@ from negfast.run_folder import RunFolder
 from negfast.train.align import AlignStage
 from negfast.train.checkpoint import latest_checkpoint, load_weights, read_state, save_checkpoint
 from negfast.train.engine import Engine, build_engine, choose_device, history_features, use_threads
-from negfast.train.grpo import GrpoStage
+from negfast.train.grpo import GrpoStage, check_combinations
 from negfast.train.journal import Journal
 from negfast.train.loop import Stage, StopRequested, run_stage
 from negfast.train.sft import SCALES, SftStage
@@ -52,6 +52,7 @@ def train(
         preset = preset or ("quickstart" if config is None else None)
         settings = load_config(config, preset, overrides)
         run = RunFolder(out or Path("runs") / (config.stem if config is not None else str(preset)))
+    check_combinations(settings)
     check_output(run.path / "x")
     device = choose_device(settings.train.device)
     use_threads(settings.train.threads)

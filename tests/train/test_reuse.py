@@ -87,6 +87,6 @@ def test_the_job_runs_with_reuse_and_refuses_what_does_not_fit(tiny_data, tmp_pa
     odd = train_arguments(tiny_data, tmp_path / "odd", grpo__epochs=3, align__steps=0, sft__steps=0)
     assert "train.checkpoint_every" in run_cli(*odd, code=2)
     for other in ("grpo.objective=full", "grpo.sampling=without_replacement"):
-        config = load_config(overrides=("grpo.epochs=2", "grpo.kl=k3", other))
+        config = load_config(overrides=("grpo.epochs=2", "grpo.kl=k3", "prior.weight=0", other))
         with pytest.raises(InputError, match=r"grpo[.]epochs"):
-            check_combinations(config.grpo, 0.0)
+            check_combinations(config)
