@@ -2,6 +2,7 @@
 
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -113,6 +114,7 @@ def run_stage(
     if validate is not None:
         load_weights(best_dir, policy)
         journal.event("chosen", stage=stage.name, step=best.step, score=best.score)
+        print(f"{stage.name}: kept the weights of step {best.step}, the best on valid", file=sys.stderr, flush=True)
     step = stage.config.steps if validate is None else best.step
     save_checkpoint(checkpoints / stage.name, policy, state={"stage": stage.name, "step": step})
 
