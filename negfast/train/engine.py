@@ -35,7 +35,6 @@ class Engine:
     prompts: PromptBuilder
     features: HistoryFeatures
     device: torch.device
-    threads: int
 
     @cached_property
     def split(self) -> Split:
@@ -74,7 +73,6 @@ def build_engine(
         prompts,
         history_features(data),
         device,
-        threads,
     )
 
 
