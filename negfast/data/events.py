@@ -66,10 +66,22 @@ def read_events(
     ids, which for integer ids is their numeric order. Events of one user and second keep the order of the
     source's finer times, then of its lines. Raises InputError.
     """
+    source = read_table(path, event_columns(mapping), names=mapping.columns, separator=mapping.separator)
+    return index_events(source, mapping, item_ids, report, now)
+
+
+def event_columns(mapping: EventMapping) -> list[str]:
+    """The columns of the event file that the mapping names."""
     rules = (*mapping.dislike, *mapping.like)
     columns = [mapping.user, mapping.item, mapping.time, *(rule.column for rule in rules)]
-    columns += [mapping.value] if mapping.value else []
-    source = read_table(path, columns, names=mapping.columns, separator=mapping.separator)
+    return columns + ([mapping.value] if mapping.value else [])
+
+
+def index_events(
+    source: Source, mapping: EventMapping, item_ids: Sequence[str] | None, report: Report, now: float | None = None
+) -> Events:
+    """`read_events` of a table that is read already."""
+    path, rules = source.path, (*mapping.dislike, *mapping.like)
     if source.table.num_rows == 0:
         raise InputError(f"{path}: no events, expected at least one row")
 
