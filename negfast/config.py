@@ -81,6 +81,11 @@ class Stage:
     clip_norm: float = setting(1.0, above=0.0, help="largest gradient norm")
     validate_every: int = setting(100, low=1, help="steps; the best weights on valid are kept")
 
+    @property
+    def round_steps(self) -> int:
+        """Steps that belong together: a checkpoint lies between rounds, where nothing but weights is carried on."""
+        return 1
+
 
 @dataclass(frozen=True)
 class Align(Stage):
@@ -137,6 +142,10 @@ class Grpo(Stage):
     negative_phase: float = setting(0.4, low=0.0, high=1.0, help="share of the steps on negative-only prompts")
     mixed_share: float = setting(0.7, low=0.0, high=1.0, help="share of mixed prompts at the end of the second phase")
     sft_weight: float = setting(0.3, low=0.0, help="of the SFT loss on both branches and the verdict")
+
+    @property
+    def round_steps(self) -> int:
+        return self.epochs
 
 
 @dataclass(frozen=True)

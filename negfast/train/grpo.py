@@ -50,7 +50,7 @@ class GrpoStage:
     """GRPO over the train requests with a non-empty future F.
 
     With ``epochs`` above 1 a rollout serves that many steps. Checkpoints then fall between rollouts, so that resuming
-    stays exact; after an interrupt within a round the rest of the round is sampled anew.
+    stays exact.
     """
 
     name = "grpo"
@@ -58,7 +58,7 @@ class GrpoStage:
     def __init__(self, engine: Engine) -> None:
         settings = self.config = engine.config.grpo
         self.engine = engine
-        self.kept: tuple[int, PromptBatch, GroupStep] | None = None
+        self.kept: tuple[PromptBatch, GroupStep] | None = None  # the rollout that later steps of its round reuse
         train = engine.split.train
         self.rows = np.flatnonzero(train.has_dislikes)  # a request's number in ``train`` keys its noise
         self.requests = train.take(self.rows)
@@ -81,13 +81,14 @@ class GrpoStage:
     def step(self, step: int) -> StepResult:
         engine, settings = self.engine, self.config
         round_, again = divmod(step, settings.epochs)
-        if again and self.kept is not None and self.kept[0] == round_:
-            _, batch, taken = self.kept
+        if again:
+            assert self.kept is not None, "a stage starts and resumes between rounds"
+            batch, taken = self.kept
             updated = reuse_loss(engine.policy, batch, taken, self.objective, engine.trie.levels)
             taken = taken._replace(result=updated)
         else:
             batch, taken = self.sample(round_)
-            self.kept = (round_, batch, taken) if settings.epochs > 1 else None
+            self.kept = (batch, taken) if settings.epochs > 1 else None
         sampled, terms, result, _ = taken
         rewards = terms.sum(-1)
         loss, tokens = result.loss, len(batch.tokens) + sum(len(rows) for rows in sampled.rows[1:])

@@ -107,9 +107,12 @@ def run_stage(
                 _consider(policy, done, validate, best, best_dir, journal, stage.name, progress)
             if last:
                 break
-            if done % config.checkpoint_every == 0 or stop.requested:
+            if done % stage.config.round_steps:
+                continue  # within a round: what it reuses is in no checkpoint
+            stopping = stop.requested
+            if done % config.checkpoint_every == 0 or stopping:
                 checkpoint(done)
-            if stop.requested:
+            if stopping:
                 raise StopRequested(f"stopped at {stage.name} step {done}; the checkpoint is written")
     if validate is not None:
         load_weights(best_dir, policy)

@@ -1,12 +1,16 @@
 """Several updates from one rollout: ratios against the policy that sampled, clipped."""
 
+import json
+import os
+import signal
+
 import pytest
 import torch
 from negfast.kernels.trie_grpo import GRPOObjective
 
 from negfast.config import load_config
 from negfast.errors import InputError
-from negfast.train.grpo import check_combinations, freeze, group_loss, reuse_loss
+from negfast.train.grpo import GrpoStage, check_combinations, freeze, group_loss, reuse_loss
 from tests.tiny import run_cli, train_arguments
 from tests.train.small import make_small
 
@@ -79,13 +83,47 @@ def conditional(codes, log_prob, item, level):
     return float(weights[below].sum().log() - weights[above].sum().log())
 
 
-def test_the_job_runs_with_reuse_and_refuses_what_does_not_fit(tiny_data, tmp_path):
-    command = train_arguments(tiny_data, tmp_path / "run", grpo__epochs=2, align__steps=1, sft__steps=1, sft__warmup=0)
-    run_cli(*command)
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert sum('"grpo"' in line for line in lines) == 4
-    odd = train_arguments(tiny_data, tmp_path / "odd", grpo__epochs=3, align__steps=0, sft__steps=0)
-    assert "train.checkpoint_every" in run_cli(*odd, code=2)
+@pytest.fixture(scope="module")
+def reusing_run(tiny_data, tmp_path_factory):
+    """(arguments but for the folder, folder) of a finished run of rounds of three steps, two and a third of them."""
+    settings = dict(grpo__epochs=3, grpo__steps=7, train__checkpoint_every=99)
+    settings |= dict(align__steps=1, sft__steps=1, sft__warmup=0)
+    folder = tmp_path_factory.mktemp("reuse") / "run"
+    run_cli(*train_arguments(tiny_data, folder, **settings))
+    return settings, folder
+
+
+def test_the_job_runs_with_reuse(reusing_run):
+    lines = [json.loads(line) for line in (reusing_run[1] / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["stage"] == "grpo"]
+    assert len(lines) == 7
+    rounds = [lines[0:3], lines[3:6], lines[6:]]
+    for same in rounds:
+        assert len({line["reward"] for line in same}) == 1
+    assert len({same[0]["reward"] for same in rounds}) == 3
+
+
+def test_an_interrupt_within_a_round_waits_for_its_end(reusing_run, tiny_data, tmp_path, monkeypatch):
+    settings, whole = reusing_run
+    run, take_step = tmp_path / "run", GrpoStage.step
+
+    def interrupted(stage, number):
+        if number == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return take_step(stage, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GrpoStage, "step", interrupted)
+        run_cli(*train_arguments(tiny_data, run, **settings), code=130)
+    assert [path.name for path in (run / "checkpoints").glob("2-*")] == ["2-grpo-000006"]
+    run_cli("train", "--out", str(run))
+    for name in ("metrics.jsonl", "final/policy.safetensors"):
+        assert (run / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(InputError, match=r"train[.]checkpoint_every: found 100, expected a multiple of grpo.epochs=3"):
+        check_combinations(load_config(overrides=("grpo.epochs=3",)))
     for other in ("grpo.objective=full", "grpo.sampling=without_replacement"):
         config = load_config(overrides=("grpo.epochs=2", "grpo.kl=k3", "prior.weight=0", other))
         with pytest.raises(InputError, match=r"grpo[.]epochs"):
