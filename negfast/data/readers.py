@@ -6,6 +6,7 @@ that does not convert is named with its line.
 
 import csv
 import io
+import itertools
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".dat": "::"}
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PARQUET = (".parquet", ".pq")
+JSON_HEAD, JSON_BLOCK = 200, 1 << 24  # lines whose types are looked at; bytes parsed at once, no line may be longer
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,20 @@ class Source:
         if self.header_lines is None:
             return f"{self.path}, row {row + 1}"
         return f"{self.path}, line {_line_of_row(_content(self.path), row + self.header_lines)}"
+
+
+@dataclass(frozen=True)
+class Joined(Source):
+    """Files of the same columns, one after the other."""
+
+    parts: tuple[Source, ...] = ()
+
+    def where(self, row: int) -> str:
+        for part in self.parts[:-1]:
+            if row < part.table.num_rows:
+                return part.where(row)
+            row -= part.table.num_rows
+        return self.parts[-1].where(row)
 
 
 @dataclass(frozen=True)
@@ -64,11 +80,12 @@ def read_table(
     names: Sequence[str] | None = None,
     separator: str | None = None,
     multiline: bool = False,
+    encoding: str = "utf-8",
 ) -> Source:
     """Reads ``columns`` of a file whose format its suffix tells.
 
     ``names`` are the columns of a text file without header; ``separator`` makes any suffix a separated text;
-    ``multiline`` allows line breaks in quoted values. Raises InputError: file missing, unreadable or empty,
+    ``multiline`` allows line breaks in quoted values; ``encoding`` is that of separated text. Raises InputError: file missing, unreadable or empty,
     column missing, wrong encoding, a line with too few or too many fields.
     """
     if not path.is_file():
@@ -85,8 +102,36 @@ def read_table(
     if separator is None:
         known = ", ".join([*PARQUET, *SEPARATORS, *JSON_LINES])
         raise InputError(f"{path}: unknown format {suffix!r}, expected one of {known} (or give --separator)")
-    table = _read_separated(path, wanted, names, separator, multiline)
+    table = _read_separated(path, wanted, names, separator, multiline, encoding)
     return Source(path, table, 0 if names else 1)
+
+
+def join(sources: Sequence[Source]) -> Source:
+    """One source of several, all text or all Parquet; a column's types are widened to one. Raises InputError."""
+    if len(sources) == 1:
+        return sources[0]
+    if len({source.header_lines is None for source in sources}) > 1:
+        raise InputError(f"{sources[0].path} and others: found text and Parquet, expected one kind")
+    try:
+        table = pa.concat_tables([source.table for source in sources], promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        names = ", ".join(str(source.path) for source in sources)
+        raise InputError(f"{names}: columns of different types: {_one_line(error)}") from error
+    return Joined(sources[0].path, table, sources[0].header_lines, tuple(sources))
+
+
+def file_columns(path: Path) -> list[str]:
+    """The column names of a Parquet file, or of a text file's first line or object. Raises InputError."""
+    suffix = _format_suffix(path)
+    if suffix in PARQUET:
+        try:
+            return parquet.read_schema(path).names
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{path}: cannot be read as Parquet: {_one_line(error)}") from error
+    content = _content(path)
+    if suffix in JSON_LINES:
+        return list(_first_object(path, content))
+    return _header(path, content, SEPARATORS.get(suffix, ","), '"')
 
 
 def encode(source: Source, name: str) -> Encoded:
@@ -222,9 +267,11 @@ def _check_utf8(path: Path, content: pa.Buffer) -> None:
 
 
 def _read_separated(
-    path: Path, wanted: list[str], names: Sequence[str] | None, separator: str, multiline: bool
+    path: Path, wanted: list[str], names: Sequence[str] | None, separator: str, multiline: bool, encoding: str
 ) -> pa.Table:
     content = _content(path)
+    if encoding != "utf-8":
+        content = pa.py_buffer(content.to_pybytes().decode(encoding).encode("utf-8"))
     quote: str | bool = '"'
     if len(separator) > 1:  # Arrow splits at one byte: a control character that the file lacks stands in
         data = content.to_pybytes()
@@ -284,14 +331,20 @@ def _parse_failure(
 
 
 def _read_json(path: Path, wanted: list[str]) -> pa.Table:
+    """Columns that nobody asked for may be of any and changing types: they are skipped where the head of the file
+    tells the types of those asked for."""
     content = _content(path)
     first = _first_object(path, content)
+    schema = _json_schema(content, wanted)
     # Arrow would turn strings that look like dates into timestamps
-    schema = pa.schema([(key, pa.string()) for key, value in first.items() if isinstance(value, str)])
+    strings = pa.schema([(key, pa.string()) for key, value in first.items() if isinstance(value, str)])
     try:
-        table = arrow_json.read_json(
-            pa.BufferReader(content), parse_options=arrow_json.ParseOptions(explicit_schema=schema)
-        )
+        try:
+            table = _parse_json(content, pa.schema(schema) if schema else strings, "ignore" if schema else "infer")
+        except pa.ArrowInvalid:
+            if schema is None:
+                raise
+            table = _parse_json(content, strings, "infer")  # the head was not typical
     except pa.ArrowInvalid as error:
         _check_utf8(path, content)
         raise InputError(_json_failure(path, content, error)) from error
@@ -303,6 +356,25 @@ def _read_json(path: Path, wanted: list[str]) -> pa.Table:
         _check_utf8(path, content)
         raise
     return table
+
+
+def _parse_json(content: pa.Buffer, schema: pa.Schema, others: str) -> pa.Table:
+    parse = arrow_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior=others)
+    return arrow_json.read_json(pa.BufferReader(content), arrow_json.ReadOptions(block_size=JSON_BLOCK), parse)
+
+
+def _json_schema(content: pa.Buffer, wanted: list[str]) -> list[tuple[str, pa.DataType]] | None:
+    """The types of the wanted columns as the first lines tell them; None where they do not."""
+    rows = []
+    try:
+        for line in itertools.islice((x for x in io.BytesIO(content) if x.strip()), JSON_HEAD):
+            rows.append(json.loads(line))
+        types = [pa.array([row.get(name) for row in rows]).type for name in wanted]
+    except (ValueError, TypeError, AttributeError, pa.ArrowException):
+        return None
+    empty_list = pa.list_(pa.null())
+    types = [pa.list_(pa.string()) if kind == empty_list else kind for kind in types]
+    return None if pa.null() in types else list(zip(wanted, types, strict=True))
 
 
 def _first_object(path: Path, content: pa.Buffer) -> dict:
