@@ -108,10 +108,12 @@ def index_events(
     return Events(log, list(user_ids), list(item_ids))
 
 
-def read_items(path: Path, mapping: ItemMapping, embedding: Path | None = None) -> ItemTable:
+def read_items(path: Path, mapping: ItemMapping, embedding: Path | None = None, encoding: str = "utf-8") -> ItemTable:
     """Reads and validates the item table; the row order of the file is kept. Raises InputError."""
     columns = [mapping.id, *([mapping.text] if mapping.text else []), *(name for name, _ in mapping.attributes)]
-    source = read_table(path, columns, names=mapping.columns, separator=mapping.separator, multiline=True)
+    source = read_table(
+        path, columns, names=mapping.columns, separator=mapping.separator, multiline=True, encoding=encoding
+    )
     if source.table.num_rows == 0:
         raise InputError(f"{path}: no items, expected at least one row")
     ids = _unique_ids(encode(source, mapping.id))

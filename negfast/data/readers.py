@@ -85,8 +85,8 @@ def read_table(
     """Reads ``columns`` of a file whose format its suffix tells.
 
     ``names`` are the columns of a text file without header; ``separator`` makes any suffix a separated text;
-    ``multiline`` allows line breaks in quoted values; ``encoding`` is that of separated text. Raises InputError: file missing, unreadable or empty,
-    column missing, wrong encoding, a line with too few or too many fields.
+    ``multiline`` allows line breaks in quoted values; ``encoding`` is that of separated text. Raises InputError: file
+    missing, unreadable or empty, column missing, wrong encoding, a line with too few or too many fields.
     """
     if not path.is_file():
         raise InputError(f"{path}: {'is a directory, expected a file' if path.is_dir() else 'no such file'}")
