@@ -41,7 +41,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Model:
-    """The built-in Qwen3, where no --model is given."""
+    """The built-in Qwen3, where no --model is given, and what of a decoder is trained."""
 
     hidden: int = setting(128, low=8, help="width of the residual stream")
     layers: int = setting(4, low=1)
@@ -50,6 +50,8 @@ class Model:
     head_dim: int = setting(32, low=2)
     intermediate: int = setting(384, low=8, help="width of the MLP")
     text_vocab: int = setting(2048, low=257, help="byte-level BPE tokens trained on the item texts")
+    lora_rank: int = setting(0, low=0, help="of LoRA adapters; 0 trains all of the decoder's weights")
+    lora_alpha: int = setting(16, low=1, help="what the adapters add is scaled by lora_alpha / lora_rank")
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,7 @@ class Train:
     seed: int = setting(0, low=0)
     device: str = setting("auto", help="auto, cpu, cuda, cuda:1, ...")
     threads: int = setting(0, low=0, help="CPU threads; 0: all that the process may use")
+    accumulate: int = setting(1, low=1, help="parts of a rank's batch, one after the other; the result is the same")
     checkpoint_every: int = setting(100, low=1, help="steps")
     keep: int = setting(2, low=1, help="checkpoints kept")
 

@@ -85,8 +85,8 @@ class RunFolder:
 
     def load_policy(self, dataset: Dataset) -> tuple[Policy, PreTrainedTokenizerBase]:
         """The run's policy, its weights still to be loaded, and its tokenizer."""
-        codebook = int(dataset.manifest["semantic_ids"]["codebook"])
-        return rebuild_policy(self.model, dataset.codes.shape[1], codebook, self.read()["verdict_features"])
+        shape = dataset.codes.shape[1], int(dataset.manifest["semantic_ids"]["codebook"])
+        return rebuild_policy(self.model, self.config.model, *shape, self.read()["verdict_features"])
 
     def finished_engine(self, data: Path | None) -> Engine:
         """An engine with the run's final weights over ``data`` (default: the data it was trained on), for inference.

@@ -17,6 +17,7 @@ from transformers import (
 
 from negfast.config import Model
 from negfast.errors import InputError
+from negfast.model.lora import add_adapters
 from negfast.model.policy import Policy, embedding_rows
 from negfast.sid.tokens import CodeVocabulary
 
@@ -26,7 +27,7 @@ END_OF_TEXT = "<|endoftext|>"
 def build_policy(
     config: Model, model_dir: Path | None, texts: list[str], levels: int, codebook: int, verdict_features: int
 ) -> tuple[Policy, PreTrainedTokenizerBase]:
-    """A policy ready for its first step: from ``model_dir`` where given, else the built-in Qwen3 of ``config``.
+    """A policy without adapters: from ``model_dir`` where given, else the built-in Qwen3 of ``config``.
 
     The built-in model's byte-level BPE is trained on ``texts``. Raises InputError where ``model_dir`` is not a local
     decoder. Remote code is never run, and weights are read from safetensors only.
@@ -60,14 +61,16 @@ def save_model_files(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder:
 
 
 def rebuild_policy(
-    folder: Path, levels: int, codebook: int, verdict_features: int
+    folder: Path, adapters: Model, levels: int, codebook: int, verdict_features: int
 ) -> tuple[Policy, PreTrainedTokenizerBase]:
-    """The policy of a run from the folder that ``save_model_files`` wrote; its weights come from a checkpoint."""
+    """The policy of a run, with the ``adapters`` of its settings, from the folder that ``save_model_files`` wrote; its
+    weights come from a checkpoint."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.random.fork_rng(devices=[]):  # weights are replaced: leave the caller's stream of numbers alone
         model = AutoModelForCausalLM.from_config(config)
         vocabulary = CodeVocabulary(len(embedding_rows(model)), levels, codebook)
         policy = Policy(model, vocabulary, verdict_features)
+        add_adapters(policy, adapters)
     return policy, AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from negfast.files import atomic_directory
+from negfast.model.lora import merge_adapters
 from negfast.model.policy import Policy
 from negfast.run_folder import RunFolder
 from negfast.sid.trie import Trie
@@ -24,6 +25,7 @@ def export_run(run: Path, out: Path) -> None:
     """
     folder = RunFolder(run)
     engine = folder.finished_engine(None)
+    merge_adapters(engine.policy)
     model = merged_model(engine.policy)
     tokenizer = merged_tokenizer(engine.policy, engine.tokenizer)
     with atomic_directory(out) as temporary:

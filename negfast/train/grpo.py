@@ -28,12 +28,12 @@ from negfast.model.prompts import PromptBatch
 from negfast.sid.prior import NEXT_DISLIKE
 from negfast.sid.tokens import CodeVocabulary
 from negfast.train.engine import Engine, epoch_rows, task_rng
-from negfast.train.loop import StepResult
 from negfast.train.reward import COLLABORATIVE, HIT, LIKED, build_reward_table
 from negfast.train.rollout import Rollout, replay_hidden, replay_logits, rollout
 from negfast.train.sampling import distinct_loss, rollout_without_replacement
 from negfast.train.schedule import mixed_share, schedule_views
 from negfast.train.sft import NextItems
+from negfast.train.step import WHOLE, Mean, Share, StepResult
 from negfast.train.verdict import VerdictTask
 
 
@@ -58,7 +58,7 @@ class GrpoStage:
     def __init__(self, engine: Engine) -> None:
         settings = self.config = engine.config.grpo
         self.engine = engine
-        self.kept: tuple[PromptBatch, GroupStep] | None = None  # the rollout that later steps of its round reuse
+        self.kept: dict[Share, tuple[PromptBatch, GroupStep]] = {}  # rollouts that later steps of their round reuse
         train = engine.split.train
         self.rows = np.flatnonzero(train.has_dislikes)  # a request's number in ``train`` keys its noise
         self.requests = train.take(self.rows)
@@ -78,50 +78,56 @@ class GrpoStage:
         self.next_items = NextItems(engine, engine.config.sft)
         self.verdict = VerdictTask(engine, engine.config.sft.verdicts)
 
-    def step(self, step: int) -> StepResult:
+    def step(self, step: int, share: Share = WHOLE) -> StepResult:
         engine, settings = self.engine, self.config
         round_, again = divmod(step, settings.epochs)
         if again:
-            assert self.kept is not None, "a stage starts and resumes between rounds"
-            batch, taken = self.kept
+            batch, taken = self.kept[share]  # a stage starts and resumes between rounds
             updated = reuse_loss(engine.policy, batch, taken, self.objective, engine.trie.levels)
             taken = taken._replace(result=updated)
         else:
-            batch, taken = self.sample(round_)
-            self.kept = (batch, taken) if settings.epochs > 1 else None
+            batch, taken = self.sample(round_, share)
+            if settings.epochs > 1:
+                self.kept[share] = (batch, taken)
         sampled, terms, result, _ = taken
-        rewards = terms.sum(-1)
-        loss, tokens = result.loss, len(batch.tokens) + sum(len(rows) for rows in sampled.rows[1:])
-        counted = sampled.tokens.counted.sum().clamp_min(1)
+        part = len(terms) / min(settings.requests, len(self.requests))  # of the batch's groups
+        loss, tokens = part * result.loss, len(batch.tokens) + sum(len(rows) for rows in sampled.rows[1:])
+        counted = sampled.tokens.counted
+
+        def mean(values: Tensor) -> Mean:
+            return Mean(part * sampled.mean(values), part)
+
         metrics = {
-            "reward": sampled.mean(rewards),
-            "kl": result.kl.sum() / counted,
-            "entropy": result.entropy.sum() / counted,
-            "clipped": result.clipped.sum() / counted,
-            "hit_rate": sampled.mean(terms[..., HIT]),
-            "collab_reward": sampled.mean(terms[..., COLLABORATIVE]),
-            "like_penalty": sampled.mean(terms[..., LIKED]),
-            "hitless_groups": (terms[..., HIT].sum(-1) == 0).float().mean(),
+            "reward": mean(terms.sum(-1)),
+            "kl": Mean(result.kl.sum(), counted.sum()),
+            "entropy": Mean(result.entropy.sum(), counted.sum()),
+            "clipped": Mean(result.clipped.sum(), counted.sum()),
+            "hit_rate": mean(terms[..., HIT]),
+            "collab_reward": mean(terms[..., COLLABORATIVE]),
+            "like_penalty": mean(terms[..., LIKED]),
+            "hitless_groups": Mean((terms[..., HIT].sum(-1) == 0).sum(), len(terms)),
             **gradient_shares(terms),
             "mixed_share": mixed_share(step, settings),
-            "forced_tokens": 1 - sampled.tokens.counted.float().mean(),
+            "forced_tokens": Mean((~counted).sum(), counted.numel()),
         }
         if settings.sft_weight:
-            items, _, item_tokens = self.next_items.loss(step)
-            verdict, verdict_tokens = self.verdict.loss(step)
+            items, _, item_tokens = self.next_items.loss(step, share)
+            verdict, verdict_tokens = self.verdict.loss(step, share)
             loss = loss + settings.sft_weight * (items + verdict)
             tokens += item_tokens + verdict_tokens
-            metrics |= {"sft_loss": items.detach(), "verdict_bce": verdict.detach()}
+            metrics |= {"sft_loss": share.part(items), "verdict_bce": share.part(verdict)}
         return StepResult(loss, metrics, tokens)
 
-    def sample(self, round_: int) -> tuple[PromptBatch, GroupStep]:
-        """The rollout number ``round_`` of the stage, with its on-policy loss."""
+    def sample(self, round_: int, share: Share) -> tuple[PromptBatch, GroupStep]:
+        """The share's rollouts of the stage's round ``round_``, with their on-policy loss."""
         engine, settings = self.engine, self.config
         seed, step = engine.config.train.seed, round_ * settings.epochs
-        picked = epoch_rows(seed, "grpo", round_, len(self.requests), settings.requests)
+        whole = epoch_rows(seed, "grpo", round_, len(self.requests), settings.requests)
+        views = schedule_views(step, len(whole), settings, task_rng(seed, "views", step))
+        mine = share.of(len(whole))
+        picked = whole[mine]
         requests = self.requests.take(picked)
-        views = schedule_views(step, len(picked), settings, task_rng(seed, "views", step))
-        batch = engine.prompts.build(requests.user, requests.day, views, settings.group, tail="next-dislike")
+        batch = engine.prompts.build(requests.user, requests.day, views[mine], settings.group, tail="next-dislike")
         table = build_reward_table(
             requests, engine.log.n_items, engine.config.reward, self.neighbours, self.content, engine.device
         )
@@ -257,14 +263,15 @@ def vocabulary_tokens(vocabulary: CodeVocabulary, sampled: Rollout) -> SampledTo
     )
 
 
-def gradient_shares(terms: torch.Tensor) -> dict[str, torch.Tensor]:
+def gradient_shares(terms: Tensor) -> dict[str, Mean]:
     """How much of the advantages' absolute sum each reward term makes, from terms [B, G, 3]."""
     spread = (terms - terms.mean(1, keepdim=True)).abs().sum((0, 1))
-    share = spread / spread.sum().clamp_min(1e-12)
-    return {"share_hit": share[HIT], "share_collab": share[COLLABORATIVE], "share_liked": share[LIKED]}
+    names = {"share_hit": HIT, "share_collab": COLLABORATIVE, "share_liked": LIKED}
+    return {name: Mean(spread[term], spread.sum()) for name, term in names.items()}
 
 
 def freeze(policy: Policy) -> Policy:
-    """A copy that takes no gradient."""
-    reference = copy.deepcopy(policy).eval()
+    """A copy that takes no gradient. It shares the weights that do not train: beside adapters, all the base model's."""
+    shared = {id(parameter): parameter for parameter in policy.parameters() if not parameter.requires_grad}
+    reference = copy.deepcopy(policy, shared).eval()
     return reference.requires_grad_(False)

@@ -18,6 +18,7 @@ from negfast.evaluate.run import evaluate_folder, write_report
 from negfast.evaluate.sets import evaluation_set
 from negfast.files import atomic_file, check_output
 from negfast.model.load import build_policy, check_model_folder, save_model_files
+from negfast.model.lora import add_adapters, merge_adapters
 from negfast.run_folder import RunFolder
 from negfast.train.align import AlignStage
 from negfast.train.checkpoint import latest_checkpoint, load_weights, read_state, save_checkpoint
@@ -94,6 +95,8 @@ def _start_run(
         source.require_finished()
         policy, tokenizer = source.load_policy(dataset)
         load_weights(source.final, policy)
+        merge_adapters(policy)
+    add_adapters(policy, settings.model)
     run.path.mkdir(parents=True, exist_ok=True)
     save_model_files(policy, tokenizer, run.model)
     save_checkpoint(run.initial, policy)

@@ -1,0 +1,27 @@
+"""LoRA through peft: low-rank adapters on the decoder's linear layers; all else of the decoder is frozen.
+
+The code block and the verdict's prior are no part of the decoder and stay fully trained.
+"""
+
+from negfast.config import Model
+from negfast.model.policy import Policy
+
+
+def add_adapters(policy: Policy, config: Model) -> None:
+    """Adapters of rank ``config.lora_rank``, which change nothing until they are trained; none where it is 0."""
+    if not config.lora_rank:
+        return
+    from peft import LoraConfig, inject_adapter_in_model  # a second of imports that few runs need
+
+    policy.text_head.requires_grad_(False)
+    settings = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules="all-linear")
+    inject_adapter_in_model(settings, policy.decoder)  # freezes what it finds there
+
+
+def merge_adapters(policy: Policy) -> None:
+    """Adds the adapters, if there are any, to the weights beside them and removes them; everything trains again."""
+    for name, layer in list(policy.decoder.named_modules()):
+        if hasattr(layer, "lora_A"):
+            layer.merge()  # a layer of peft
+            policy.decoder.set_submodule(name, layer.get_base_layer())
+    policy.requires_grad_(True)
