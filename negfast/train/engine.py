@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from negfast.config import Config
 from negfast.data.dataset import Dataset
 from negfast.data.features import HistoryFeatures
+from negfast.data.loader import Permutation
 from negfast.data.log import DISLIKE, EXPOSED, LIKE, EventLog
 from negfast.data.split import Split
 from negfast.errors import InputError
@@ -107,16 +108,16 @@ def use_threads(count: int) -> None:
 
 
 def epoch_rows(seed: int, task: str, step: int, size: int, count: int) -> np.ndarray:
-    """The rows, of ``size``, that step ``step`` of a task visits when each step takes ``count``: seeded permutations
-    one after the other, so that every row comes once an epoch and a step can be reached without walking there."""
+    """The rows, of ``size``, that step ``step`` of a task visits when each step takes ``count``: the loader's
+    permutations one after the other, so that every row comes once an epoch and any step is reached at once."""
     count = min(count, size)
     places = np.arange(step * count, (step + 1) * count)
-    rows = np.empty(count, dtype=np.int64)
-    for epoch in np.unique(places // size):
-        order = task_rng(seed, task, int(epoch)).permutation(size)
-        here = places // size == epoch
-        rows[here] = order[places[here] % size]
-    return rows
+    task_seed = int(task_rng(seed, task, 0).integers(2**63))
+    rows = [
+        Permutation(size, task_seed, int(epoch))[places[places // size == epoch] % size]
+        for epoch in np.unique(places // size)
+    ]
+    return np.concatenate(rows)
 
 
 def task_rng(seed: int, task: str, step: int) -> np.random.Generator:
