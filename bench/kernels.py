@@ -137,13 +137,13 @@ def prompt_case(prompts: int, length: int, heads: int, kv_heads: int, dim: int, 
             return out.transpose(1, 2).flatten(0, 1)
 
         calls: dict[str, Callable[..., Tensor]] = {
-            "negfast": lambda q, k, v: prompt_attention(q, k, v, data.cu_seqlens, length),
+            "negfast": lambda q, k, v: prompt_attention(q, k, v, *data.offsets, *data.sizes),
             "sdpa": sdpa,
         }
         if device.type == "cuda" and _installed("flash-attn"):
             from flash_attn import flash_attn_varlen_func
 
-            offsets = data.cu_seqlens
+            (offsets,) = data.offsets
             calls["flash-attn"] = lambda q, k, v: flash_attn_varlen_func(
                 q, k, v, offsets, offsets, length, length, causal=True
             )
@@ -164,20 +164,18 @@ def answer_case(
 
     def build(device: torch.device) -> dict[str, Callable[[], Any]]:
         dtype, lengths = torch.bfloat16, (length,) * prompts
-        group_data = cases.attention_case(
-            4, device, lengths, heads, kv_heads, dim, group=group, new=new, seen=new, dtype=dtype
-        )
-        data = group_data.answers()
+        sizes = {"group": group, "new": new, "seen": new}
+        data = cases.attention_case(4, device, lengths, heads, kv_heads, dim, **sizes, dtype=dtype).answers()
 
         def copied(q: Tensor, *keys: Tensor) -> Tensor:
             """As libraries without groups hold it: the prompt's keys and values once an answer."""
             prompt = (x.unflatten(0, (prompts, 1, length)).expand(-1, group, -1, -1, -1) for x in keys[:2])
             k, v = (
-                torch.cat([p, own], 2).flatten(0, 1).transpose(1, 2) for p, own in zip(prompt, keys[2:], strict=True)
+                torch.cat([p.flatten(0, 1), own], 1).transpose(1, 2) for p, own in zip(prompt, keys[2:], strict=True)
             )
             step = torch.arange(new, device=device)[:, None]
             seen = torch.arange(length + new, device=device) <= length + step
-            q = q.flatten(0, 1).transpose(1, 2)
+            q = q.transpose(1, 2)
             return F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True).transpose(1, 2).view(data.grad.shape)
 
         def visible(_b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -190,13 +188,16 @@ def answer_case(
         def shared(q: Tensor, *keys: Tensor) -> Tensor:
             prompt = (x.unflatten(0, (prompts, length)) for x in keys[:2])
             k, v = (
-                torch.cat([p, own.flatten(1, 2)], 1).transpose(1, 2) for p, own in zip(prompt, keys[2:], strict=True)
+                torch.cat([p, own.reshape(prompts, group * new, kv_heads, dim)], 1).transpose(1, 2)
+                for p, own in zip(prompt, keys[2:], strict=True)
             )
-            out = flex(q.flatten(1, 2).transpose(1, 2), k, v, block_mask=mask, enable_gqa=True)
+            out = flex(
+                q.reshape(prompts, group * new, heads, dim).transpose(1, 2), k, v, block_mask=mask, enable_gqa=True
+            )
             return out.transpose(1, 2).reshape(data.grad.shape)
 
         calls = {
-            "negfast": lambda *tensors: answer_attention(*tensors, data.cu_seqlens, length),
+            "negfast": lambda *tensors: answer_attention(*tensors, *data.offsets, *data.sizes),
             "sdpa, prompt copied per answer": copied,
         }
         if device.type == "cuda" or not backward:  # FlexAttention has no backward on the CPU

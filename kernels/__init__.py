@@ -2,8 +2,8 @@
 
 trie_grpo          fused_trie_grpo.py    GRPO's loss over trie nodes and its gradient, one launch
 sid_cross_entropy  sid_cross_entropy.py  SFT's loss over trie nodes and its gradient, one launch
-group_attention    group_attention.py    prompts causal (prompt_attention.py), answers over shared prompts
-                                         (answer_attention.py), forward and backward
+prompt_attention   prompt_attention.py   group attention of packed prompts, causal, forward and backward
+answer_attention   answer_attention.py   and of the answers over their shared prompts and their own tokens
 """
 
 import torch

@@ -21,12 +21,18 @@ P = 300 (bf16, H100) the matrix units bound it.
 import torch
 import triton
 import triton.language as tl
+from negfast.kernels.attention_tiles import (
+    LOG2E,
+    attend,
+    check_heads,
+    dot,
+    key_gradients,
+    load_rows,
+    row_dots,
+    store_rows,
+)
 from negfast.kernels.dispatch import capability, check_tensors, runs_triton
 from torch import Tensor
-
-HEAD_DIMS = (32, 64, 128)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LOG2E = 1.4426950408889634
 
 
 def prompt_attention_reference(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
@@ -70,16 +76,6 @@ def prompt_attention(
     )
     out, _ = _forward(query.contiguous(), key.contiguous(), value.contiguous(), cu_seqlens, longest, scale)
     return out
-
-
-def check_heads(query: Tensor, key: Tensor) -> None:
-    """Raise ValueError on a head dimension, dtype or ratio of heads that the kernels do not take."""
-    if query.dtype not in DTYPES:
-        raise ValueError(f"query: found {query.dtype}, expected bfloat16, float16 or float32")
-    if query.shape[-1] not in HEAD_DIMS:
-        raise ValueError(f"head dimension: found {query.shape[-1]}, expected one of {HEAD_DIMS}")
-    if query.shape[-2] % key.shape[-2]:
-        raise ValueError(f"query heads: found {query.shape[-2]}, expected a multiple of the {key.shape[-2]} kv heads")
 
 
 @torch.library.custom_op("negfast::prompt_attention", mutates_args=())
@@ -149,14 +145,6 @@ def _differentiate(ctx, grad, _):
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def row_dots(out: Tensor, grad: Tensor) -> Tensor:
-    """float32 [..., H]: the dot product of each row of out and grad [..., H, D]."""
-    rows, dim = out.numel() // out.shape[-1], out.shape[-1]
-    dots = out.new_empty(out.shape[:-1], dtype=torch.float32)
-    row_dots_kernel[(triton.cdiv(rows, 32),)](out, grad, dots, rows, DIM=dim, BLOCK=32, num_warps=4)
-    return dots
-
-
 def forward_blocks(dim: int, dtype: torch.dtype, target: int) -> dict[str, int]:
     """Blocks that leave no register spilled (tools/compile_kernels.py); ``target`` as 90 for sm_90."""
     if dtype == torch.float32:
@@ -175,26 +163,6 @@ def backward_blocks(dim: int, dtype: torch.dtype, target: int) -> dict[str, int]
 
 def _softmax_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
-
-
-@triton.jit
-def row_dots_kernel(out, grad, dots, rows, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    at = row[:, None] * DIM + tl.arange(0, DIM)[None, :]
-    here = (row < rows)[:, None]
-    product = tl.load(out + at, mask=here, other=0.0).to(tl.float32) * tl.load(grad + at, mask=here, other=0.0)
-    tl.store(dots + row, tl.sum(product, 1), mask=row < rows)
-
-
-@triton.jit
-def attend(acc, top, total, scores, v):
-    """One step of online softmax: scores [M, N] in units of log2 (-inf where hidden), v [N, D]."""
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-    p = tl.exp2(scores - shift[:, None])
-    keep = tl.exp2(top - shift)
-    acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision="ieee")
-    return acc, new_top, total * keep + tl.sum(p, 1)
 
 
 @triton.jit
@@ -220,29 +188,26 @@ def prompt_forward_kernel(
         return
     begin = begin.to(tl.int64)
     rows = first_row + tl.arange(0, BLOCK_M)
-    dims = tl.arange(0, DIM)
     own = (begin + rows) * heads + head
-    q = tl.load(query + own[:, None] * DIM + dims[None, :], mask=(rows < length)[:, None], other=0.0)
-    kv_head = head // (heads // kv_heads)
-    keys = key + (begin * kv_heads + kv_head) * DIM
-    values = value + (begin * kv_heads + kv_head) * DIM
+    q = load_rows(query, own, rows < length, DIM)
+    first_key = begin * kv_heads + head // (heads // kv_heads)
+    keys, values = key + first_key * DIM, value + first_key * DIM
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, DIM), tl.float32)
     full = first_row // BLOCK_N * BLOCK_N
     for first in range(0, full, BLOCK_N):  # keys before the block: seen by all of its rows
-        column = first + tl.arange(0, BLOCK_N)
-        at = column[:, None] * (kv_heads * DIM) + dims[None, :]
-        scores = tl.dot(q, tl.trans(tl.load(keys + at)), input_precision="ieee") * scale
-        acc, top, total = attend(acc, top, total, scores, tl.load(values + at))
+        at = (first + tl.arange(0, BLOCK_N)) * kv_heads
+        everywhere = tl.full((BLOCK_N,), True, tl.int1)
+        scores = dot(q, load_rows(keys, at, everywhere, DIM)) * scale
+        acc, top, total = attend(acc, top, total, scores, load_rows(values, at, everywhere, DIM))
     for first in range(full, tl.minimum(first_row + BLOCK_M, length), BLOCK_N):  # the diagonal
         column = first + tl.arange(0, BLOCK_N)
-        at = column[:, None] * (kv_heads * DIM) + dims[None, :]
-        here = (column < length)[:, None]
-        scores = tl.dot(q, tl.trans(tl.load(keys + at, mask=here, other=0.0)), input_precision="ieee") * scale
+        at = column * kv_heads
+        scores = dot(q, load_rows(keys, at, column < length, DIM)) * scale
         scores = tl.where(column[None, :] <= rows[:, None], scores, -float("inf"))
-        acc, top, total = attend(acc, top, total, scores, tl.load(values + at, mask=here, other=0.0))
-    tl.store(out + own[:, None] * DIM + dims[None, :], acc / total[:, None], mask=(rows < length)[:, None])
+        acc, top, total = attend(acc, top, total, scores, load_rows(values, at, column < length, DIM))
+    store_rows(out, own, acc / total[:, None], rows < length, DIM)
     tl.store(lse + own, top + tl.log2(total), mask=rows < length)
 
 
@@ -272,28 +237,25 @@ def prompt_dq_kernel(
         return
     begin = begin.to(tl.int64)
     rows = first_row + tl.arange(0, BLOCK_M)
-    dims = tl.arange(0, DIM)
     own = (begin + rows) * heads + head
     inside = rows < length
-    q = tl.load(query + own[:, None] * DIM + dims[None, :], mask=inside[:, None], other=0.0)
-    g = tl.load(grad + own[:, None] * DIM + dims[None, :], mask=inside[:, None], other=0.0)
+    q = load_rows(query, own, inside, DIM)
+    g = load_rows(grad, own, inside, DIM)
     row_lse = tl.load(lse + own, mask=inside, other=0.0)
     row_delta = tl.load(delta + own, mask=inside, other=0.0)
-    kv_head = head // (heads // kv_heads)
-    keys = key + (begin * kv_heads + kv_head) * DIM
-    values = value + (begin * kv_heads + kv_head) * DIM
+    first_key = begin * kv_heads + head // (heads // kv_heads)
+    keys, values = key + first_key * DIM, value + first_key * DIM
     acc = tl.zeros((BLOCK_M, DIM), tl.float32)
     for first in range(0, tl.minimum(first_row + BLOCK_M, length), BLOCK_N):
         column = first + tl.arange(0, BLOCK_N)
-        at = column[:, None] * (kv_heads * DIM) + dims[None, :]
-        here = (column < length)[:, None]
-        k = tl.load(keys + at, mask=here, other=0.0)
-        v = tl.load(values + at, mask=here, other=0.0)
-        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - row_lse[:, None])
+        at = column * kv_heads
+        k = load_rows(keys, at, column < length, DIM)
+        v = load_rows(values, at, column < length, DIM)
+        p = tl.exp2(dot(q, k) * scale_log2 - row_lse[:, None])
         p = tl.where(column[None, :] <= rows[:, None], p, 0.0)
-        ds = p * (tl.dot(g, tl.trans(v), input_precision="ieee") - row_delta[:, None])
+        ds = p * (dot(g, v) - row_delta[:, None])
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
-    tl.store(dq + own[:, None] * DIM + dims[None, :], acc * scale, mask=inside[:, None])
+    store_rows(dq, own, acc * scale, inside, DIM)
 
 
 @triton.jit
@@ -323,11 +285,10 @@ def prompt_dkdv_kernel(
         return
     begin = begin.to(tl.int64)
     column = first_key + tl.arange(0, BLOCK_N)
-    dims = tl.arange(0, DIM)
-    own = ((begin + column) * kv_heads + kv_head)[:, None] * DIM + dims[None, :]
-    here = (column < length)[:, None]
-    k = tl.load(key + own, mask=here, other=0.0)
-    v = tl.load(value + own, mask=here, other=0.0)
+    own = (begin + column) * kv_heads + kv_head
+    here = column < length
+    k = load_rows(key, own, here, DIM)
+    v = load_rows(value, own, here, DIM)
     dk_acc = tl.zeros((BLOCK_N, DIM), tl.float32)
     dv_acc = tl.zeros((BLOCK_N, DIM), tl.float32)
     repeat = heads // kv_heads
@@ -336,14 +297,11 @@ def prompt_dkdv_kernel(
             rows = first + tl.arange(0, BLOCK_M)
             inside = rows < length
             at = (begin + rows) * heads + head
-            q = tl.load(query + at[:, None] * DIM + dims[None, :], mask=inside[:, None], other=0.0)
-            g = tl.load(grad + at[:, None] * DIM + dims[None, :], mask=inside[:, None], other=0.0)
+            q = load_rows(query, at, inside, DIM)
+            g = load_rows(grad, at, inside, DIM)
             row_lse = tl.load(lse + at, mask=inside, other=float("inf"))
             row_delta = tl.load(delta + at, mask=inside, other=0.0)
-            p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - row_lse[None, :])  # [N, M]
-            p = tl.where(column[:, None] <= rows[None, :], p, 0.0)
-            dv_acc = tl.dot(p.to(g.dtype), g, dv_acc, input_precision="ieee")
-            ds = p * (tl.dot(v, tl.trans(g), input_precision="ieee") - row_delta[None, :])
-            dk_acc = tl.dot(ds.to(q.dtype), q, dk_acc, input_precision="ieee")
-    tl.store(dk + own, dk_acc * scale, mask=here)
-    tl.store(dv + own, dv_acc, mask=here)
+            visible = column[:, None] <= rows[None, :]
+            dk_acc, dv_acc, _ = key_gradients(dk_acc, dv_acc, k, v, q, g, row_lse, row_delta, visible, scale_log2)
+    store_rows(dk, own, dk_acc * scale, here, DIM)
+    store_rows(dv, own, dv_acc, here, DIM)

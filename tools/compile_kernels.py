@@ -22,7 +22,14 @@ from types import ModuleType
 
 import torch
 import triton
-from negfast.kernels import answer_attention, dispatch, fused_trie_grpo, prompt_attention, sid_cross_entropy
+from negfast.kernels import (
+    answer_attention,
+    attention_tiles,
+    dispatch,
+    fused_trie_grpo,
+    prompt_attention,
+    sid_cross_entropy,
+)
 from negfast.kernels.trie_grpo import GRPOObjective
 from negfast.kernels.trie_rows import RowTokens, TrieRows, TrieTables
 from torch import Tensor
@@ -142,25 +149,26 @@ def record_prompt_attention() -> list[Launch]:
     for dim, dtype in ((64, torch.bfloat16), (128, torch.bfloat16), (128, torch.float32)):
         query, key = empty(4096, 16, dim, dtype=dtype), empty(4096, 8, dim, dtype=dtype)
         lse = empty(4096, 16, dtype=torch.float32)
-        with recorded(f"head {dim} {TYPES[dtype]}", prompt_attention) as noted:
+        case = f"head {dim} {TYPES[dtype]}"
+        with recorded(case, prompt_attention) as noted, recorded(case, attention_tiles) as shared:
             prompt_attention._forward._init_fn(query, key, key, offsets, 1024, dim**-0.5)
             prompt_attention._backward._init_fn(query, query, key, key, query, lse, offsets, 1024, dim**-0.5)
-        launches += noted
+        launches += noted + shared
     return launches
 
 
 def record_answer_attention() -> list[Launch]:
     """Decode steps of large and small groups, P = 2048, and three tokens at once."""
-    launches, offsets = [], empty(5)
+    launches = []
     bf16, fp32 = torch.bfloat16, torch.float32
     for dim, group, new, dtype in ((64, 64, 1, bf16), (128, 64, 1, bf16), (128, 4, 1, bf16), (128, 64, 3, fp32)):
-        query, key = empty(4, group, new, 16, dim, dtype=dtype), empty(8192, 8, dim, dtype=dtype)
-        own, lse = empty(4, group, 3, 8, dim, dtype=dtype), empty(4, group, new, 16, dtype=fp32)
+        query, key = empty(4 * group, new, 16, dim, dtype=dtype), empty(8192, 8, dim, dtype=dtype)
+        own, lse = empty(4 * group, 3, 8, dim, dtype=dtype), empty(4 * group, new, 16, dtype=fp32)
+        rest = empty(5), empty(5), 2048, group, dim**-0.5
         case = f"head {dim} {TYPES[dtype]}, {group} x {new} new"
-        with recorded(case, answer_attention) as noted, recorded(case, prompt_attention):
-            answer_attention._forward._init_fn(query, key, key, own, own, offsets, 2048, dim**-0.5)
-            tensors = (query, query, key, key, own, own, query, lse)
-            answer_attention._backward._init_fn(*tensors, offsets, 2048, dim**-0.5)
+        with recorded(case, answer_attention) as noted, recorded(case, attention_tiles):
+            answer_attention._forward._init_fn(query, key, key, own, own, *rest)
+            answer_attention._backward._init_fn(query, query, key, key, own, own, query, lse, *rest)
         launches += noted
     return launches
 

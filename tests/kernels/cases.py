@@ -217,12 +217,12 @@ def trie_case(
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """Tensors of one half of group attention in the order of its signature, and a gradient of its output."""
+    """Tensors of one half of group attention, a gradient of its output, and what else it takes: offsets and sizes."""
 
     tensors: tuple[Tensor, ...]
     grad: Tensor
-    cu_seqlens: Tensor
-    longest: int
+    offsets: tuple[Tensor, ...]
+    sizes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -232,15 +232,29 @@ class GroupCase:
     prompt: tuple[Tensor, Tensor, Tensor]
     own: tuple[Tensor, Tensor, Tensor]
     grads: tuple[Tensor, Tensor]
-    cu_seqlens: Tensor
-    longest: int
+    lengths: tuple[int, ...]
+    groups: tuple[int, ...]
+
+    @property
+    def device(self) -> torch.device:
+        return self.grads[0].device
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        return offsets_of(self.lengths, self.device)
 
     def prompts(self) -> AttentionCase:
-        return AttentionCase(self.prompt, self.grads[0], self.cu_seqlens, self.longest)
+        return AttentionCase(self.prompt, self.grads[0], (self.cu_seqlens,), (max(self.lengths),))
 
     def answers(self) -> AttentionCase:
         query, key, value = self.own
-        return AttentionCase((query, *self.prompt[1:], key, value), self.grads[1], self.cu_seqlens, self.longest)
+        offsets = self.cu_seqlens, offsets_of(self.groups, self.device)
+        sizes = max(self.lengths), max(self.groups)
+        return AttentionCase((query, *self.prompt[1:], key, value), self.grads[1], offsets, sizes)
+
+
+def offsets_of(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32, device=device)
 
 
 def attention_case(
@@ -251,27 +265,29 @@ def attention_case(
     kv_heads: int,
     dim: int,
     *,
-    group: int = 1,
+    group: int | tuple[int, ...] = 1,
     new: int = 1,
     seen: int = 1,
     dtype: torch.dtype = torch.float32,
 ) -> GroupCase:
+    """``group``: answers of every prompt, or of each."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device=device, dtype=dtype)
 
-    total, answers = sum(lengths), (len(lengths), group)
+    groups = group if isinstance(group, tuple) else (group,) * len(lengths)
+    total, answers = sum(lengths), sum(groups)
     return GroupCase(
         prompt=(normal(total, heads, dim), normal(total, kv_heads, dim), normal(total, kv_heads, dim)),
         own=(
-            normal(*answers, new, heads, dim),
-            normal(*answers, seen, kv_heads, dim),
-            normal(*answers, seen, kv_heads, dim),
+            normal(answers, new, heads, dim),
+            normal(answers, seen, kv_heads, dim),
+            normal(answers, seen, kv_heads, dim),
         ),
-        grads=(normal(total, heads, dim), normal(*answers, new, heads, dim)),
-        cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device),
-        longest=max(lengths),
+        grads=(normal(total, heads, dim), normal(answers, new, heads, dim)),
+        lengths=lengths,
+        groups=groups,
     )
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from cases import attention_case, trie_case
+from negfast.kernels.answer_attention import answer_attention
 from negfast.kernels.fused_trie_grpo import eager, trie_grpo
-from negfast.kernels.group_attention import full_sequences_reference, group_attention
+from negfast.kernels.prompt_attention import prompt_attention_reference
 from negfast.kernels.sid_cross_entropy import eager as eager_cross_entropy
 from negfast.kernels.sid_cross_entropy import sid_cross_entropy
 from negfast.kernels.trie_grpo import GRPOObjective, group_advantage, set_shares
@@ -98,9 +99,17 @@ def test_shares_of_large_groups_are_finite():
 
 
 def test_answers_over_a_shared_prompt_equal_full_sequences(seed: int):
-    case = attention_case(seed, CPU, (7, 1, 12), 4, 2, 32, group=3, new=4, seen=4, dtype=torch.float64)
-    _, found = group_attention(case.prompt, case.own, case.cu_seqlens, case.longest)
-    torch.testing.assert_close(found, full_sequences_reference(case.prompt, case.own, case.cu_seqlens))
+    """As a library without groups computes them: every prompt + answer a sequence of its own."""
+    case = attention_case(seed, CPU, (7, 1, 12), 4, 2, 32, group=(3, 0, 2), new=4, seen=4, dtype=torch.float64)
+    part = case.answers()
+    found = answer_attention(*part.tensors, *part.offsets, *part.sizes)
+    owners = [prompt for prompt, count in enumerate(case.groups) for _ in range(count)]
+    prompts = [tensor.split(case.lengths) for tensor in case.prompt]
+    for answer, owner in enumerate(owners):
+        whole = [torch.cat([p[owner], own[answer]]) for p, own in zip(prompts, case.own, strict=True)]
+        offsets = torch.tensor([0, len(whole[0])], dtype=torch.int32)
+        expected = prompt_attention_reference(*whole, offsets, 32**-0.5)[case.lengths[owner] :]
+        torch.testing.assert_close(found[answer], expected)
 
 
 def test_operator_on_the_cpu_is_the_reference(seed: int):

@@ -1,0 +1,251 @@
+"""The four kernels of answer_attention.py, which has their derivation, bytes and FLOPs.
+
+``offsets`` are answer_offsets, int32 [B + 1]; ``queries`` is A * n * H, the rows of one split or key block. Within a
+prompt, row r of a kv head is token r // rep of its answers' n * G_b, and query head r % rep of the kv head's rep.
+"""
+
+import triton
+import triton.language as tl
+from negfast.kernels.attention_tiles import attend, dot, key_gradients, load_rows, merge, store_rows
+
+
+@triton.jit
+def query_rows(rows, answer_begin, new, kv_head, heads, kv_heads):
+    """Where rows of a prompt and kv head lie in query [A * n * H, D], int64."""
+    repeat = heads // kv_heads
+    return (answer_begin.to(tl.int64) * new + rows // repeat) * heads + kv_head * repeat + rows % repeat
+
+
+@triton.jit
+def answer_prompt_kernel(
+    query,
+    key,
+    value,
+    partial,
+    partial_lse,
+    cu_seqlens,
+    offsets,
+    scale,
+    heads,
+    kv_heads,
+    new,
+    splits,
+    queries,
+    DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Softmax attention of one tile of queries over one split of the prompt."""
+    split = tl.program_id(0) % splits
+    first_row = tl.program_id(0) // splits * BLOCK_M
+    kv_head = tl.program_id(1)
+    prompt = tl.program_id(2)
+    answer_begin = tl.load(offsets + prompt)
+    count = (tl.load(offsets + prompt + 1) - answer_begin) * new * (heads // kv_heads)
+    if first_row >= count:
+        return
+    begin = tl.load(cu_seqlens + prompt)
+    length = tl.load(cu_seqlens + prompt + 1) - begin
+    rows = first_row + tl.arange(0, BLOCK_M)
+    inside = rows < count
+    at = query_rows(rows, answer_begin, new, kv_head, heads, kv_heads)
+    q = load_rows(query, at, inside, DIM)
+    first_key = begin.to(tl.int64) * kv_heads + kv_head
+    keys, values = key + first_key * DIM, value + first_key * DIM
+    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, DIM), tl.float32)
+    share = tl.cdiv(tl.cdiv(length, BLOCK_N), splits) * BLOCK_N
+    for first in range(split * share, tl.minimum((split + 1) * share, length), BLOCK_N):
+        column = first + tl.arange(0, BLOCK_N)
+        here = column < length
+        scores = dot(q, load_rows(keys, column * kv_heads, here, DIM)) * scale
+        scores = tl.where(here[None, :], scores, -float("inf"))
+        acc, top, total = attend(acc, top, total, scores, load_rows(values, column * kv_heads, here, DIM))
+    empty = total == 0  # a split beyond the end of a short prompt
+    total = tl.where(empty, 1.0, total)
+    at += split * queries
+    store_rows(partial, at, acc / total[:, None], inside, DIM)
+    tl.store(partial_lse + at, tl.where(empty, -float("inf"), top + tl.log2(total)), mask=inside)
+
+
+@triton.jit
+def answer_merge_kernel(
+    query,
+    own_key,
+    own_value,
+    partial,
+    partial_lse,
+    out,
+    lse,
+    offsets,
+    scale,
+    heads,
+    kv_heads,
+    new,
+    seen,
+    splits,
+    queries,
+    DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Own tokens first, then the splits in their order."""
+    kv_head = tl.program_id(1)
+    answer_begin = tl.load(offsets + tl.program_id(2))
+    repeat = heads // kv_heads
+    count = (tl.load(offsets + tl.program_id(2) + 1) - answer_begin) * new * repeat
+    first_row = tl.program_id(0) * BLOCK_M
+    if first_row >= count:
+        return
+    rows = first_row + tl.arange(0, BLOCK_M)
+    inside = rows < count
+    at = query_rows(rows, answer_begin, new, kv_head, heads, kv_heads)
+    q = load_rows(query, at, inside, DIM).to(tl.float32)
+    first_key = (answer_begin.to(tl.int64) + rows // (repeat * new)) * seen
+    visible = seen - new + rows // repeat % new  # own tokens up to and with this one
+    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, DIM), tl.float32)
+    for j in range(0, seen):
+        own = (first_key + j) * kv_heads + kv_head
+        k = load_rows(own_key, own, inside, DIM).to(tl.float32)
+        v = load_rows(own_value, own, inside, DIM).to(tl.float32)
+        score = tl.where(j <= visible, tl.sum(q * k, 1) * scale, -float("inf"))
+        acc, top, total = merge(acc, top, total, score, v)
+    for split in range(0, splits):
+        part = split * queries + at
+        score = tl.load(partial_lse + part, mask=inside, other=-float("inf"))
+        acc, top, total = merge(acc, top, total, score, load_rows(partial, part, inside, DIM))
+    store_rows(out, at, acc / total[:, None], inside, DIM)
+    tl.store(lse + at, top + tl.log2(total), mask=inside)
+
+
+@triton.jit
+def answer_backward_prompt_kernel(
+    query,
+    key,
+    value,
+    grad,
+    lse,
+    delta,
+    dq_shares,
+    dk,
+    dv,
+    cu_seqlens,
+    offsets,
+    scale,
+    scale_log2,
+    heads,
+    kv_heads,
+    new,
+    queries,
+    DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dk and dv of one block of prompt keys over all queries of its kv head, and the block's share of their dq."""
+    first_key = tl.program_id(0) * BLOCK_N
+    kv_head = tl.program_id(1)
+    prompt = tl.program_id(2)
+    begin = tl.load(cu_seqlens + prompt)
+    length = tl.load(cu_seqlens + prompt + 1) - begin
+    if first_key >= length:
+        return
+    answer_begin = tl.load(offsets + prompt)
+    count = (tl.load(offsets + prompt + 1) - answer_begin) * new * (heads // kv_heads)
+    column = first_key + tl.arange(0, BLOCK_N)
+    own = (begin.to(tl.int64) + column) * kv_heads + kv_head
+    here = column < length
+    k = load_rows(key, own, here, DIM)
+    v = load_rows(value, own, here, DIM)
+    dk_acc = tl.zeros((BLOCK_N, DIM), tl.float32)
+    dv_acc = tl.zeros((BLOCK_N, DIM), tl.float32)
+    skip = tl.program_id(0) * queries
+    for first in range(0, count, BLOCK_M):
+        rows = first + tl.arange(0, BLOCK_M)
+        inside = rows < count
+        at = query_rows(rows, answer_begin, new, kv_head, heads, kv_heads)
+        q = load_rows(query, at, inside, DIM)
+        g = load_rows(grad, at, inside, DIM)
+        row_lse = tl.load(lse + at, mask=inside, other=float("inf"))
+        row_delta = tl.load(delta + at, mask=inside, other=0.0)
+        dk_acc, dv_acc, ds = key_gradients(dk_acc, dv_acc, k, v, q, g, row_lse, row_delta, here[:, None], scale_log2)
+        dq_share = tl.dot(tl.trans(ds), k, input_precision="ieee") * scale
+        store_rows(dq_shares, skip + at, dq_share, inside, DIM)
+    store_rows(dk, own, dk_acc * scale, here, DIM)
+    store_rows(dv, own, dv_acc, here, DIM)
+
+
+@triton.jit
+def answer_backward_own_kernel(
+    query,
+    own_key,
+    own_value,
+    grad,
+    lse,
+    delta,
+    dq_shares,
+    dq,
+    own_dk,
+    own_dv,
+    cu_seqlens,
+    offsets,
+    scale,
+    scale_log2,
+    heads,
+    kv_heads,
+    new,
+    seen,
+    queries,
+    DIM: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """For a block of answers: dq of their queries (shares of the prompt's blocks, then own tokens); own dk and dv.
+
+    Query r = step * rep + head of an answer; there are few, so each loop runs over all answers of the block at once.
+    """
+    kv_head = tl.program_id(1)
+    prompt = tl.program_id(2)
+    length = tl.load(cu_seqlens + prompt + 1) - tl.load(cu_seqlens + prompt)
+    answer_begin = tl.load(offsets + prompt)
+    group = tl.load(offsets + prompt + 1) - answer_begin
+    if tl.program_id(0) * BLOCK_A >= group:
+        return
+    repeat = heads // kv_heads
+    member = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
+    inside = member < group
+    answer = answer_begin.to(tl.int64) + member
+    for row in range(0, new * repeat):
+        at = (answer * new + row // repeat) * heads + kv_head * repeat + row % repeat
+        q = load_rows(query, at, inside, DIM).to(tl.float32)
+        g = load_rows(grad, at, inside, DIM).to(tl.float32)
+        row_lse = tl.load(lse + at, mask=inside, other=0.0)
+        row_delta = tl.load(delta + at, mask=inside, other=0.0)
+        acc = tl.zeros((BLOCK_A, DIM), tl.float32)
+        for block in range(0, tl.cdiv(length, BLOCK_N)):
+            acc += load_rows(dq_shares, block * queries + at, inside, DIM)
+        for j in range(0, seen - new + row // repeat + 1):
+            own = (answer * seen + j) * kv_heads + kv_head
+            k = load_rows(own_key, own, inside, DIM).to(tl.float32)
+            v = load_rows(own_value, own, inside, DIM).to(tl.float32)
+            p = tl.exp2(tl.sum(q * k, 1) * scale_log2 - row_lse)
+            acc += (scale * p * (tl.sum(g * v, 1) - row_delta))[:, None] * k
+        store_rows(dq, at, acc, inside, DIM)
+    for j in range(0, seen):
+        own = (answer * seen + j) * kv_heads + kv_head
+        k = load_rows(own_key, own, inside, DIM).to(tl.float32)
+        v = load_rows(own_value, own, inside, DIM).to(tl.float32)
+        dk_acc = tl.zeros((BLOCK_A, DIM), tl.float32)
+        dv_acc = tl.zeros((BLOCK_A, DIM), tl.float32)
+        for row in range(tl.maximum(j - (seen - new), 0) * repeat, new * repeat):
+            at = (answer * new + row // repeat) * heads + kv_head * repeat + row % repeat
+            q = load_rows(query, at, inside, DIM).to(tl.float32)
+            g = load_rows(grad, at, inside, DIM).to(tl.float32)
+            row_lse = tl.load(lse + at, mask=inside, other=0.0)
+            row_delta = tl.load(delta + at, mask=inside, other=0.0)
+            p = tl.exp2(tl.sum(q * k, 1) * scale_log2 - row_lse)
+            dv_acc += p[:, None] * g
+            dk_acc += (scale * p * (tl.sum(g * v, 1) - row_delta))[:, None] * q
+        store_rows(own_dk, own, dk_acc, inside, DIM)
+        store_rows(own_dv, own, dv_acc, inside, DIM)
