@@ -141,6 +141,11 @@ class Grpo(Stage):
     beta: float = setting(0.04, low=0.0, help="weight of the KL to the SFT policy")
     kl: str = setting("exact", choices=("exact", "k3"))
     temperature: float = setting(1.0, above=0.0)
+    schedule: str = setting(
+        "progressive",
+        choices=("progressive", "mixed", "static"),
+        help="of mixed prompts: rising to mixed_share, all of them from the first step, or mixed_share throughout",
+    )
     negative_phase: float = setting(0.4, low=0.0, high=1.0, help="share of the steps on negative-only prompts")
     mixed_share: float = setting(0.7, low=0.0, high=1.0, help="share of mixed prompts at the end of the second phase")
     sft_weight: float = setting(0.3, low=0.0, help="of the SFT loss on both branches and the verdict")

@@ -7,7 +7,15 @@ from negfast.model.prompts import MIXED, NEGATIVE_ONLY
 
 
 def mixed_share(step: int, settings: Grpo) -> float:
-    """Share of mixed prompts at a step: 0 in the first phase, then linear to ``mixed_share`` at the last step."""
+    """Share of mixed prompts at a step.
+
+    Progressive: 0 in the first phase, then linear to ``mixed_share`` at the last step. For comparison: 1 from the
+    first step on ("mixed"), or ``mixed_share`` throughout ("static").
+    """
+    if settings.schedule == "mixed":
+        return 1.0
+    if settings.schedule == "static":
+        return settings.mixed_share
     first = round(settings.negative_phase * settings.steps)
     if step < first:
         return 0.0
