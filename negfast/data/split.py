@@ -6,7 +6,7 @@ section 2: the future dislikes F hold the distinct items that the user had no ev
 dislikes within the horizon; the future likes P the same for likes; an item in both counts as F only.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -141,6 +141,29 @@ def first_feedback(log: EventLog) -> np.ndarray:
     rows = np.flatnonzero(log.feedback != EXPOSED)
     _, first = np.unique(log.user[rows].astype(np.int64) * log.n_items + log.item[rows], return_index=True)
     return rows[np.sort(first)]
+
+
+def first_dislike_events(log: EventLog, user: np.ndarray, item: np.ndarray) -> np.ndarray:
+    """The event row of the first dislike of each (user, item), which must exist; of an item of F it is the one
+    within the horizon, as nothing came before."""
+    rows = np.flatnonzero(log.feedback == DISLIKE)
+    keys, first = np.unique(log.user[rows].astype(np.int64) * log.n_items + log.item[rows], return_index=True)
+    return rows[first[np.searchsorted(keys, user.astype(np.int64) * log.n_items + item)]]
+
+
+def next_dislikes(log: EventLog, requests: Requests) -> np.ndarray:
+    """The item of F disliked first (of equal times the first in the log), int32 [R]; every F must be non-empty."""
+    row = np.repeat(np.arange(len(requests)), np.diff(requests.dislike_offsets))
+    event = first_dislike_events(log, requests.user[row], requests.dislikes)
+    order = np.lexsort((event, row))
+    return requests.dislikes[order[requests.dislike_offsets[:-1]]]
+
+
+def only_next(log: EventLog, requests: Requests) -> Requests:
+    """The same requests, F cut down to the item disliked first: the target of next-negative prediction."""
+    some = requests.has_dislikes
+    offsets = np.concatenate([[0], np.cumsum(some, dtype=np.int64)])
+    return replace(requests, dislike_offsets=offsets, dislikes=next_dislikes(log, requests.take(some)))
 
 
 def _pairs(log: EventLog) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

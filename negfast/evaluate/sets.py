@@ -6,7 +6,7 @@ import numba
 import numpy as np
 
 from negfast.data.log import DISLIKE, EventLog
-from negfast.data.split import Requests, Split, first_feedback, first_of_week
+from negfast.data.split import Requests, Split, first_dislike_events, first_feedback, first_of_week, next_dislikes
 from negfast.errors import InputError
 
 POOL = 100  # the disliked item and 99 others
@@ -74,7 +74,7 @@ def evaluation_set(log: EventLog, split: Split, name: str, seed: int = 0) -> Eva
         name=name,
         requests=requests,
         primary=first_of_week(requests, start),
-        next_dislike=_next_dislikes(log, requests),
+        next_dislike=next_dislikes(log, requests),
         past_dislike=_has_past_dislike(log, requests.user, requests.day),
         cold_item=cold,
         filter_user=log.user[events],
@@ -103,22 +103,6 @@ def _has_past_dislike(log: EventLog, user: np.ndarray, day: np.ndarray) -> np.nd
     return dislikes[history_ends(log, user, day)] > dislikes[log.user_offsets[user]]
 
 
-def _next_dislikes(log: EventLog, requests: Requests) -> np.ndarray:
-    """The item of F with the earliest dislike, int32 [R]."""
-    row = np.repeat(np.arange(len(requests)), np.diff(requests.dislike_offsets))
-    event = _first_dislike_events(log, requests.user[row], requests.dislikes)
-    order = np.lexsort((event, row))
-    return requests.dislikes[order[requests.dislike_offsets[:-1]]]
-
-
-def _first_dislike_events(log: EventLog, user: np.ndarray, item: np.ndarray) -> np.ndarray:
-    """The event row of the first dislike of each (user, item), which must exist; of an item of F it is the one
-    within the horizon, as nothing came before."""
-    rows = np.flatnonzero(log.feedback == DISLIKE)
-    keys, first = np.unique(log.user[rows].astype(np.int64) * log.n_items + log.item[rows], return_index=True)
-    return rows[first[np.searchsorted(keys, user.astype(np.int64) * log.n_items + item)]]
-
-
 def _pools(log: EventLog, requests: Requests, seed: int) -> tuple[np.ndarray, np.ndarray, int, int]:
     """Pools of the distinct (user, item of F) pairs, sorted by (request, item): requests, items, redrawn, dropped.
 
@@ -135,7 +119,7 @@ def _pools(log: EventLog, requests: Requests, seed: int) -> tuple[np.ndarray, np
 
     user = requests.user[row]
     days = log.day
-    day = days[_first_dislike_events(log, user, target)]
+    day = days[first_dislike_events(log, user, target)]
     by_day = np.argsort(days, kind="stable")
     by_user = np.lexsort((log.item, log.user))
     order = np.argsort(day, kind="stable")  # counts per item are made once a day

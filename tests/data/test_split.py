@@ -6,7 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from negfast.data.log import DAY, DISLIKE, EXPOSED, LIKE, EventLog
-from negfast.data.split import Requests, all_requests, split_requests
+from negfast.data.split import Requests, all_requests, only_next, split_requests
 from negfast.errors import InputError
 
 Event = tuple[int, int, int, int]  # user, item, feedback, time
@@ -63,6 +63,19 @@ def logs(draw: st.DrawFn) -> tuple[list[Event], int, int]:
 def test_requests_are_the_definition(case: tuple[list[Event], int, int], horizon: int) -> None:
     events, n_users, n_items = case
     assert as_tuples(all_requests(log_of(events, n_users, n_items), horizon)) == slow_requests(events, horizon)
+
+
+@settings(max_examples=200, deadline=None)
+@given(logs(), st.integers(1, 9))
+def test_only_the_next_dislike_is_left(case: tuple[list[Event], int, int], horizon: int) -> None:
+    events, n_users, n_items = case
+    log = log_of(events, n_users, n_items)
+    own = list(zip(log.user.tolist(), log.day.tolist(), log.item.tolist(), log.feedback.tolist(), strict=True))
+    expected = []
+    for day, user, dislikes, likes in slow_requests(events, horizon):
+        later = [item for who, when, item, f in own if who == user and when > day and f == DISLIKE and item in dislikes]
+        expected.append((day, user, later[:1], likes))
+    assert as_tuples(only_next(log, all_requests(log, horizon))) == expected
 
 
 @settings(max_examples=200, deadline=None)
