@@ -17,9 +17,10 @@ from safetensors.numpy import load_file, save_file
 
 from negfast.data.items import ItemTable
 from negfast.data.log import EventLog
-from negfast.data.shards import Shard, open_shard, write_shard
+from negfast.data.shards import Shard, write_shard
 from negfast.data.split import Split, split_requests
 from negfast.errors import InputError
+from negfast.files import atomic_file
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -92,17 +93,36 @@ class Dataset:
     def test_day(self) -> int:
         return day_of(self.manifest["split"]["test"])
 
+    @property
+    def parts(self) -> list[dict[str, Any]]:
+        """What was appended to the data set, oldest first (`negfast.data.append`)."""
+        return self.manifest.get("parts", [])
+
+    def _files_of(self, name: str) -> list[Path]:
+        """The file ``name`` and those of its kind that were appended."""
+        numbered = [f"{name}.{number:06d}" for number in range(1, len(self.parts) + 1)]
+        return [self.path / name, *(self.path / n for n in numbered if n in self.manifest["files"])]
+
     @cached_property
     def shard(self) -> Shard:
-        return open_shard(self.path / EVENTS)
+        return Shard([str(path) for path in self._files_of(EVENTS)])
 
     @cached_property
     def log(self) -> EventLog:
         offsets, item, feedback, time = self.shard.get_many(None)
-        value = None
-        if VALUES in self.manifest["files"]:
-            value = _load_tensors(self.path / VALUES)["value"]
+        value = self._values() if VALUES in self.manifest["files"] else None
         return EventLog(offsets, item, feedback, time, value, self.manifest["counts"]["items"])
+
+    def _values(self) -> np.ndarray:
+        """Those of the base and of every part, each sorted by user, in the order of the log."""
+        values = [_load_tensors(path)["value"] for path in self._files_of(VALUES)]
+        if len(values) == 1:
+            return values[0]
+        users = []
+        for path in self._files_of(EVENTS):
+            offsets = Shard([str(path)]).get_many()[0]
+            users.append(np.repeat(np.arange(len(offsets) - 1, dtype=np.int32), np.diff(offsets)))
+        return np.concatenate(values)[np.argsort(np.concatenate(users), kind="stable")]
 
     @cached_property
     def items(self) -> ItemTable:
@@ -119,7 +139,7 @@ class Dataset:
 
     @cached_property
     def user_ids(self) -> list[str]:
-        return _read_parquet(self.path / USERS)["id"].to_pylist()
+        return [user_id for path in self._files_of(USERS) for user_id in _read_parquet(path)["id"].to_pylist()]
 
     @cached_property
     def _semantic_ids(self) -> dict[str, np.ndarray]:
@@ -138,6 +158,11 @@ class Dataset:
     def embedding(self) -> np.ndarray:
         """What the semantic IDs were made of, float32 [I, D]."""
         return self._semantic_ids["embedding"]
+
+    def replace_manifest(self, manifest: dict[str, Any]) -> None:
+        """Makes the directory the data set that ``manifest`` describes, at once or not at all."""
+        with atomic_file(self.path / MANIFEST) as temporary:
+            temporary.write_text(_manifest_text(manifest), "utf-8")
 
     def split(self) -> Split:
         """Requests of the log, split at the manifest's dates."""
@@ -165,14 +190,17 @@ def write_dataset(
     if items.embedding is not None:
         save_file({"embedding": np.ascontiguousarray(items.embedding)}, directory / ITEM_EMBEDDING)
     files = {path.name: file_record(path) for path in sorted(directory.iterdir())}
-    text = json.dumps({"format": FORMAT, **manifest, "files": files}, indent=1, ensure_ascii=False)
-    (directory / MANIFEST).write_text(text + "\n", "utf-8")
+    (directory / MANIFEST).write_text(_manifest_text({"format": FORMAT, **manifest, "files": files}), "utf-8")
 
 
 def file_record(path: Path) -> dict[str, Any]:
     """Size and SHA-256 of a file, as manifests keep them."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _manifest_text(manifest: dict[str, Any]) -> str:
+    return json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
 
 
 def _item_table(items: ItemTable, codes: np.ndarray) -> pa.Table:

@@ -78,9 +78,14 @@ def event_columns(mapping: EventMapping) -> list[str]:
 
 
 def index_events(
-    source: Source, mapping: EventMapping, item_ids: Sequence[str] | None, report: Report, now: float | None = None
+    source: Source,
+    mapping: EventMapping,
+    item_ids: Sequence[str] | None,
+    report: Report,
+    now: float | None = None,
+    need_dislikes: bool = True,
 ) -> Events:
-    """`read_events` of a table that is read already."""
+    """`read_events` of a table that is read already; a day of a log may do without dislikes."""
     path, rules = source.path, (*mapping.dislike, *mapping.like)
     if source.table.num_rows == 0:
         raise InputError(f"{path}: no events, expected at least one row")
@@ -90,7 +95,7 @@ def index_events(
     ticks, per_second = read_times(source, mapping.time, mapping.time_unit, report, now)
     of_rule = {rule.column: encode(source, rule.column) for rule in rules}
     kinds = feedback(of_rule, mapping.dislike, mapping.like, EXPOSED if mapping.like else REST[mapping.rest])
-    if not (kinds == DISLIKE).any():
+    if need_dislikes and not (kinds == DISLIKE).any():
         raise InputError(f"{path}: no dislikes: {_no_dislikes(mapping.dislike, of_rule)}")
     value = None if mapping.value is None else _values(encode(source, mapping.value))
 

@@ -44,6 +44,12 @@ def inspect_dataset(dataset: Dataset, report: Report) -> None:
     report(f"split         horizon {split['horizon']} days, valid from {split['valid']}, test from {split['test']}")
     report(f"semantic IDs  {sids['levels']} levels of {sids['codebook']} codes, {sids['method']}")
     _rows(sids["report"], report, indent="  ")
+    for number, part in enumerate(dataset.parts, start=1):
+        days = part["days"]
+        report(
+            f"part {number:<8} {part['events']:,} events of {days['first']} to {days['last']},"
+            f" {part['new_users']:,} new users"
+        )
     dataset.verify()
     for name, record in manifest["files"].items():
         report(f"{name:<28} {record['bytes']:>14,} bytes  ok")

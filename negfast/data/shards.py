@@ -52,6 +52,10 @@ class Shard:
     def n_events(self) -> int:
         return self._core.n_events
 
+    def files(self) -> list[dict[str, Any]]:
+        """What the header of every file says, oldest file first, and its sizes by stream in bytes."""
+        return self._core.files()
+
     def get_many(
         self,
         users: np.ndarray | None = None,
@@ -200,25 +204,49 @@ def append_shard(
     n_items: int,
     threads: int = 1,
 ) -> Path:
-    """Adds later events to a shard without rewriting it: a file beside it, and its name in the list of parts.
+    """Adds later events to a shard without rewriting it: a part beside it, and its name in the list of parts.
 
-    Columns as for `ShardBuilder.add`, in any order; n_users and n_items are the sizes from now on. Returns the new
-    file. Raises InputError where an event comes before one of its user that the shard has, as readers put the
-    parts of a history one after another.
+    Arguments and errors as for `write_part`. Returns the new file.
     """
     shard = open_shard(path)
+    part = Path(f"{os.fspath(path)}.{len(shard.files()):06d}")
+    write_part(part, shard, user, item, feedback, time, n_users, n_items, threads)
+    base, *listed = [*shard.files(), *Shard([str(part)]).files()]
+    parts = [{"file": Path(f["path"]).name, "checksum": f["checksum"]} for f in listed]
+    with atomic_file(_parts_path(path)) as temporary:
+        temporary.write_text(json.dumps({"base_checksum": base["checksum"], "parts": parts}, indent=1) + "\n")
+    return part
+
+
+def write_part(
+    part: str | os.PathLike[str],
+    shard: Shard,
+    user: np.ndarray,
+    item: np.ndarray,
+    feedback: np.ndarray,
+    time: np.ndarray,
+    n_users: int,
+    n_items: int,
+    threads: int = 1,
+) -> None:
+    """Writes events that come after those of ``shard`` to a file of their own, to be opened as `Shard([..., part])`.
+
+    Columns as for `ShardBuilder.add`, in any order; n_users and n_items are the sizes from now on. The file appears
+    whole or not at all. Raises InputError where an event comes before one of its user that the shard has, as readers
+    put the parts of a history one after another.
+    """
     if n_users < shard.n_users or n_items < shard.n_items:
         raise InputError(
-            f"{path}: found {n_users} users and {n_items} items, expected {shard.n_users} and {shard.n_items} or more"
+            f"{part}: found {n_users} users and {n_items} items, expected {shard.n_users} and {shard.n_items} or more"
         )
     if len(user) == 0:
-        raise InputError(f"{path}: found no events to append, expected some")
+        raise InputError(f"{part}: found no events to append, expected some")
     order = np.lexsort((time, user))
     user, item, feedback, time = user[order], item[order], feedback[order], time[order]
     active, first = np.unique(user, return_index=True)
     if not 0 <= active[0] <= active[-1] < n_users:
-        raise InputError(f"{path}: found users {active[0]} to {active[-1]}, expected 0 to {n_users - 1}")
-    time_unit = shard._core.files()[0]["time_unit"]
+        raise InputError(f"{part}: found users {active[0]} to {active[-1]}, expected 0 to {n_users - 1}")
+    time_unit = shard.files()[0]["time_unit"]
     known = active[active < shard.n_users].astype(np.int32)
     offsets, _, _, old_time = shard.get_many(known, threads)
     has_events = np.flatnonzero(np.diff(offsets))
@@ -226,19 +254,11 @@ def append_shard(
     if late.any():
         who = has_events[late.argmax()]
         raise InputError(
-            f"{path}: found an event of user {known[who]} at {time[first[who]]}, expected none before its last one, "
+            f"{part}: found an event of user {known[who]} at {time[first[who]]}, expected none before its last one, "
             f"{old_time[offsets[who + 1] - 1]}: write the shard anew"
         )
     log = EventLog(np.append(first, len(user)).astype(np.int64), item, feedback, time, None, n_items)
-    files = shard._core.files()
-    part = Path(f"{os.fspath(path)}.{len(files):06d}")
-    _write_histories(part, log, active.astype(np.uint32), n_users, time_unit, threads)
-    names = [*(Path(f["path"]).name for f in files[1:]), part.name]
-    checksums = [*(f["checksum"] for f in files[1:]), _core.Shard([str(part)]).files()[0]["checksum"]]
-    parts = [{"file": name, "checksum": crc} for name, crc in zip(names, checksums, strict=True)]
-    with atomic_file(_parts_path(path)) as temporary:
-        temporary.write_text(json.dumps({"base_checksum": files[0]["checksum"], "parts": parts}, indent=1) + "\n")
-    return part
+    _write_histories(Path(part), log, active.astype(np.uint32), n_users, time_unit, threads)
 
 
 def open_shard(path: str | os.PathLike[str]) -> Shard:
@@ -251,11 +271,11 @@ def open_shard(path: str | os.PathLike[str]) -> Shard:
     if parts:
         base = Shard([str(path)])
         # A list for another base is what a rebuild left that was killed before it could remove the list.
-        if base._core.files()[0]["checksum"] != parts["base_checksum"]:
+        if base.files()[0]["checksum"] != parts["base_checksum"]:
             return base
     listed = parts["parts"] if parts else []
     shard = Shard([str(path), *(str(path.with_name(part["file"])) for part in listed)])
-    for part, file in zip(listed, shard._core.files()[1:], strict=True):
+    for part, file in zip(listed, shard.files()[1:], strict=True):
         if part["checksum"] != file["checksum"]:
             raise InputError(f"{file['path']}: found checksum {file['checksum']}, expected {part['checksum']}")
     return shard
@@ -294,7 +314,7 @@ def describe_shard(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     shard = open_shard(path)
     facts: dict[str, Any] = {"events": shard.n_events, "users": shard.n_users, "items": shard.n_items}
-    facts["files"] = shard._core.files()
+    facts["files"] = shard.files()
     bytes_of = {part: sum(file["bytes"][part] for file in facts["files"]) for part in facts["files"][0]["bytes"]}
     file_bytes = sum(file["file_bytes"] for file in facts["files"])
     facts["bytes"] = bytes_of | {"file": file_bytes}
