@@ -6,9 +6,9 @@ Rows are [.., heads, DIM]; scores are in units of log2 (log2(e) is folded into t
 import torch
 import triton
 import triton.language as tl
+from negfast.kernels.dispatch import HEAD_DIMS
 from torch import Tensor
 
-HEAD_DIMS = (32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LOG2E = 1.4426950408889634
 

@@ -1,17 +1,39 @@
 """Where Triton kernels run: on CUDA, and on the CPU under Triton's interpreter, which only tests ask for."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
+HEAD_DIMS = (32, 64, 128)  # of attention
 # Triton reads the variable when a kernel is decorated, hence once, at import.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+_eager = ContextVar("negfast_eager", default=False)
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Within it the eager references compute on any device: what a whole step by the kernels is compared with."""
+    token = _eager.set(True)
+    try:
+        yield
+    finally:
+        _eager.reset(token)
+
+
 def runs_triton(device: torch.device) -> bool:
     """Whether tensors of this device go to the Triton kernels; otherwise the eager reference computes."""
-    return device.type == "cuda" or INTERPRETED
+    return (device.type == "cuda" or INTERPRETED) and not _eager.get()
+
+
+def attention_runs_triton(query: Tensor) -> bool:
+    """The same for attention; heads of another dimension than the kernels take go to the reference."""
+    return runs_triton(query.device) and query.shape[-1] in HEAD_DIMS
 
 
 def capability(device: torch.device) -> int:

@@ -34,12 +34,23 @@ class Bucket:
 
 @dataclass
 class LayerKeys:
-    """What one layer keeps: per bucket the prompts' keys and values [b, Hk, P, D]; the answers' own [A, n, Hk, D]."""
+    """What one layer keeps: the prompts' keys and values, per bucket [b, Hk, P, D], or where kernels compute all of
+    them packed, [T, Hk, D]; the answers' own [A, n, Hk, D]."""
 
     prompt_key: list[Tensor]
     prompt_value: list[Tensor]
     own_key: Tensor | None = None
     own_value: Tensor | None = None
+
+    def append_own(self, key: Tensor, value: Tensor) -> None:
+        """Keys and values [A, n, Hk, D] of the answers' new tokens."""
+        if self.own_key is not None and self.own_value is not None:
+            key, value = torch.cat([self.own_key, key], dim=1), torch.cat([self.own_value, value], dim=1)
+        self.own_key, self.own_value = key, value
+
+    def own(self) -> tuple[Tensor, Tensor]:
+        assert self.own_key is not None and self.own_value is not None
+        return self.own_key, self.own_value
 
 
 @dataclass
@@ -47,6 +58,7 @@ class GroupLayout:
     """B prompts of ragged length, A answers, each belonging to one prompt.
 
     lengths       int64 [B]     tokens of each prompt
+    cu_seqlens    int32 [B + 1] their offsets
     positions     int64 [T]     position of each packed prompt token
     buckets                     of prompts
     token_order   int64 [T]     packed rows in the order of buckets; None where that is their order anyway
@@ -58,6 +70,7 @@ class GroupLayout:
     """
 
     lengths: Tensor
+    cu_seqlens: Tensor
     positions: Tensor
     buckets: list[Bucket]
     token_order: Tensor | None
@@ -72,6 +85,7 @@ class GroupLayout:
     new_tokens: int = 0  # tokens that each answer adds in the current call
     past_tokens: int = 0  # tokens that each answer added in earlier calls
     keys: dict[int, LayerKeys] = field(default_factory=dict)
+    _answer_offsets: Tensor | None = None  # once asked for
 
     @classmethod
     def build(cls, cu_seqlens: np.ndarray, answers_per_prompt: np.ndarray | int, device: torch.device) -> "GroupLayout":
@@ -96,6 +110,7 @@ class GroupLayout:
         group = max(cells)
         return cls(
             lengths=put(lengths),
+            cu_seqlens=put(np.asarray(cu_seqlens, dtype=np.int32)),
             positions=put(np.arange(cu_seqlens[-1]) - starts),
             buckets=[_bucket(lengths[part], put) for part in parts],
             token_order=None if in_order else put(token_order),
@@ -114,7 +129,7 @@ class GroupLayout:
 
     def set_answers(self, slots: Tensor, group: int) -> None:
         """New answers at ``slots`` int64 [A], up to ``group`` of each prompt."""
-        self.slots, self.group = slots, group
+        self.slots, self.group, self._answer_offsets = slots, group, None
         self.cells = [group] * len(self.buckets)
         self.grid_base = self.place * group
 
@@ -134,6 +149,19 @@ class GroupLayout:
     def answer_prompt(self) -> Tensor:
         """The prompt of each answer, int64 [A]."""
         return self.slots // self.group
+
+    @property
+    def answer_offsets(self) -> Tensor:
+        """Where each prompt's answers begin, int32 [B + 1] from 0 to A."""
+        if self._answer_offsets is None:
+            first_slots = torch.arange(self.prompts + 1, device=self.slots.device) * self.group
+            self._answer_offsets = torch.searchsorted(self.slots, first_slots, out_int32=True)
+        return self._answer_offsets
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(bucket.longest for bucket in self.buckets)
 
     @property
     def last_prompt_row(self) -> Tensor:
@@ -157,7 +185,7 @@ class GroupLayout:
 
     def keep(self, rows: Tensor) -> None:
         """Go on with the answers ``rows`` int64 [A'] only, ascending indices into the present ones."""
-        self.slots = self.slots[rows]
+        self.slots, self._answer_offsets = self.slots[rows], None
         for layer in self.keys.values():
             if layer.own_key is not None and layer.own_value is not None:
                 layer.own_key, layer.own_value = layer.own_key[rows], layer.own_value[rows]

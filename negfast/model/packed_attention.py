@@ -1,0 +1,38 @@
+"""Attention of one layer by the kernels of negfast.kernels, over packed rows as they come: no padding, no copies.
+
+The parts are those of `padded_attention`, their eager reference.
+"""
+
+import torch
+from torch import Tensor
+
+from negfast.kernels.answer_attention import answer_attention as over_prompt_and_own
+from negfast.kernels.prompt_attention import prompt_attention as causal
+from negfast.model.layout import GroupLayout, LayerKeys
+
+
+def prompt_keys(layout: GroupLayout, key: Tensor, value: Tensor) -> LayerKeys:
+    """The keys and values [T, Hk, D] of the packed prompts."""
+    return LayerKeys([key], [value])
+
+
+def prompt_attention(kept: LayerKeys, layout: GroupLayout, query: Tensor, scale: float) -> Tensor:
+    """Causal attention of the packed prompts' queries [T, H, D]."""
+    return causal(query, kept.prompt_key[0], kept.prompt_value[0], layout.cu_seqlens, layout.longest, scale)
+
+
+def last_token_attention(kept: LayerKeys, layout: GroupLayout, query: Tensor, scale: float) -> Tensor:
+    """Attention of each prompt's last token, [B, H, D], over the whole prompt."""
+    key, value = kept.prompt_key[0], kept.prompt_value[0]
+    one_each = torch.arange(layout.prompts + 1, dtype=torch.int32, device=query.device)
+    none = key.new_empty(layout.prompts, 0, *key.shape[1:])
+    offsets, sizes = (layout.cu_seqlens, one_each), (layout.longest, 1)
+    return over_prompt_and_own(query.unsqueeze(1), key, value, none, none, *offsets, *sizes, scale).squeeze(1)
+
+
+def answer_attention(kept: LayerKeys, layout: GroupLayout, query: Tensor, scale: float) -> Tensor:
+    """Attention of the answers' new tokens, query [A * n, H, D], over their prompt and their own tokens so far."""
+    queries = query.unflatten(0, (layout.answers, layout.new_tokens))
+    tensors = queries, kept.prompt_key[0], kept.prompt_value[0], *kept.own()
+    offsets, sizes = (layout.cu_seqlens, layout.answer_offsets), (layout.longest, layout.group)
+    return over_prompt_and_own(*tensors, *offsets, *sizes, scale).flatten(0, 1)
