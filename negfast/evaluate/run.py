@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from negfast.collab import co_dislike_neighbours, content_neighbours, soft_similarity
+from negfast.data.log import EventLog
 from negfast.data.split import Requests
 from negfast.evaluate.baselines import baseline_predictions
 from negfast.evaluate.metrics import Similarity
@@ -22,36 +23,53 @@ from negfast.train.checkpoint import load_weights
 from negfast.train.engine import Engine
 
 
-def evaluate_run(run: Path, split: str, data: Path | None, as_json: bool) -> None:
-    """Prints the table of ``split`` ("valid" or "test"), or one JSON object. InputError for an unfinished run."""
-    evalset, rows = evaluate_folder(RunFolder(run), split, data)
+def evaluate_run(run: Path, split: str, data: Path | None, as_json: bool, all_baselines: bool = False) -> None:
+    """Prints the table of ``split`` ("valid" or "test"), or one JSON object. InputError for an unfinished run.
+
+    ``all_baselines`` adds those that have to be trained, SASRec, which takes minutes.
+    """
+    evalset, rows = evaluate_folder(RunFolder(run), split, data, all_baselines)
     if as_json:
         print(to_json(evalset, rows))
     else:
         print_table(evalset, rows)
 
 
-def evaluate_folder(run: RunFolder, split: str, data: Path | None) -> tuple[EvalSet, list[dict[str, Any]]]:
+def evaluate_folder(
+    run: RunFolder, split: str, data: Path | None, all_baselines: bool = False
+) -> tuple[EvalSet, list[dict[str, Any]]]:
     """The rows of every baseline, of `prior`, and of the run's `sft` and `grpo` weights."""
     engine = run.finished_engine(data)
     sets = {name: evaluation_set(engine.log, engine.split, name) for name in ("valid", "test")}
     evalset = sets[split]
     _say("baselines")
-    baselines = baseline_predictions(engine.log, engine.data.items, list(sets.values()), engine.data.valid_day)
+    log, items, fit_until = engine.log, engine.data.items, engine.data.valid_day
+    baselines = baseline_predictions(log, items, list(sets.values()), fit_until, trained=all_baselines)
     predictions: dict[str, Predictions] = dict(baselines[list(sets).index(split)])
-    _say("prior")
-    predictions["prior"] = Predictions(generated=generate(engine, evalset.requests, with_policy=False)[0])
-    for name, folder in (("sft", run.checkpoints / "sft"), ("grpo", run.final)):
-        _say(name)
-        load_weights(folder, engine.policy)
-        predictions[name] = predict_set(engine, evalset, calibrate(engine, sets["valid"]))
-    for answer in predictions.values():
-        if answer.generated is not None:
-            check_generated(engine.log, evalset.requests, answer.generated)
+    predictions |= model_predictions(run, engine, evalset, sets["valid"])
+    check_predictions(log, evalset, predictions)
     rows = evaluate_rows(
         evalset, predictions, similarity_of(engine), engine.config.eval.resamples, engine.config.train.seed
     )
     return evalset, rows
+
+
+def model_predictions(run: RunFolder, engine: Engine, evalset: EvalSet, valid: EvalSet) -> dict[str, Predictions]:
+    """What `prior` and the run's `sft` and `grpo` weights answer; ``engine`` is left with the last weights."""
+    _say("prior")
+    predictions = {"prior": Predictions(generated=generate(engine, evalset.requests, with_policy=False)[0])}
+    for name, folder in (("sft", run.checkpoints / "sft"), ("grpo", run.final)):
+        _say(name)
+        load_weights(folder, engine.policy)
+        predictions[name] = predict_set(engine, evalset, calibrate(engine, valid))
+    return predictions
+
+
+def check_predictions(log: EventLog, evalset: EvalSet, predictions: dict[str, Predictions]) -> None:
+    """ValueError where something was generated that may not be."""
+    for answer in predictions.values():
+        if answer.generated is not None:
+            check_generated(log, evalset.requests, answer.generated)
 
 
 def write_report(run: RunFolder, evalset: EvalSet, rows: list[dict[str, Any]]) -> None:

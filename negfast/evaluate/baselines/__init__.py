@@ -8,14 +8,17 @@ from negfast.data.log import EventLog
 from negfast.evaluate.baselines.knn import knn_predictions
 from negfast.evaluate.baselines.ranking import ranking_predictions
 from negfast.evaluate.baselines.rates import rate_predictions
+from negfast.evaluate.baselines.sasrec import sasrec_predictions
 from negfast.evaluate.predictions import Predictions, threshold_for_share
 from negfast.evaluate.sets import EvalSet
 
 
 def baseline_predictions(
-    log: EventLog, items: ItemTable, evalsets: Sequence[EvalSet], fit_until: int
+    log: EventLog, items: ItemTable, evalsets: Sequence[EvalSet], fit_until: int, *, trained: bool = False
 ) -> list[dict[str, Predictions]]:
     """Every baseline's answers to every evaluation set, in the order of the table.
+
+    ``trained`` adds the two SASRec rows, which take as long to train as everything else together.
 
     ``fit_until`` (days since 1970) bounds what is learned: co-occurrence counts, smoothing rates, the logistic and
     boosted models see only events of days before it. Pass the valid day, or the test day for a final refit. The
@@ -26,6 +29,7 @@ def baseline_predictions(
     for more in (
         ranking_predictions(log, evalsets),
         knn_predictions(log, evalsets, fit_until),
+        *([sasrec_predictions(log, evalsets, fit_until)] if trained else []),
         rate_predictions(log, items, evalsets, fit_until),
     ):
         for answer, new in zip(answers, more, strict=True):
