@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from negfast.config import Config, load_config
-from negfast.data.dataset import SEMANTIC_IDS, Dataset
+from negfast.data.dataset import Dataset
 from negfast.errors import InputError
 from negfast.evaluate.model import Calibration
 from negfast.model.load import rebuild_policy
@@ -81,7 +81,7 @@ class RunFolder:
 
     @staticmethod
     def fingerprint(dataset: Dataset) -> str:
-        return dataset.manifest["files"][SEMANTIC_IDS]["sha256"]
+        return dataset.lineage
 
     def load_policy(self, dataset: Dataset) -> tuple[Policy, PreTrainedTokenizerBase]:
         """The run's policy, its weights still to be loaded, and its tokenizer."""

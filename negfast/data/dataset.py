@@ -135,7 +135,8 @@ class Dataset:
         embedding = None
         if ITEM_EMBEDDING in self.manifest["files"]:
             embedding = _load_tensors(self.path / ITEM_EMBEDDING)["embedding"]
-        return ItemTable(table["id"].to_pylist(), table["text"].to_pylist(), attributes, embedding)
+        original = self.manifest.get("original_items")
+        return ItemTable(table["id"].to_pylist(), table["text"].to_pylist(), attributes, embedding, original)
 
     @cached_property
     def user_ids(self) -> list[str]:
@@ -158,6 +159,12 @@ class Dataset:
     def embedding(self) -> np.ndarray:
         """What the semantic IDs were made of, float32 [I, D]."""
         return self._semantic_ids["embedding"]
+
+    @property
+    def lineage(self) -> str:
+        """The same for data sets whose codebooks, and semantic IDs of the items that both have, are the same."""
+        made = self.manifest["files"][SEMANTIC_IDS]["sha256"]
+        return self.manifest.get("lineage", made)
 
     def replace_manifest(self, manifest: dict[str, Any]) -> None:
         """Makes the directory the data set that ``manifest`` describes, at once or not at all."""

@@ -47,7 +47,9 @@ class HistoryFeatures:
         user, item, day = log.user[rows], log.item[rows], log.day[rows]
         self.by_user = RunningSums(user, day, changes)
         self.by_item = RunningSums(item, day, changes)
-        self.attributes = [_Attribute(values, user, item, day, changes[:, :2]) for values in items.attributes.values()]
+        self.attributes = [
+            _Attribute(values, user, item, day, changes[:, :2], items.original) for values in items.attributes.values()
+        ]
 
     @property
     def width(self) -> int:
@@ -86,15 +88,24 @@ class HistoryFeatures:
 
 
 class _Attribute:
-    """One attribute of the items, e.g. genres: rates by value and by (user, value), and static columns."""
+    """One attribute of the items, e.g. genres: rates by value and by (user, value), and static columns.
+
+    Which static columns there are the ``original`` first items decide, so that later items change no column's meaning.
+    """
 
     def __init__(
-        self, values: list[tuple[str, ...]], user: np.ndarray, item: np.ndarray, day: np.ndarray, counts: np.ndarray
+        self,
+        values: list[tuple[str, ...]],
+        user: np.ndarray,
+        item: np.ndarray,
+        day: np.ndarray,
+        counts: np.ndarray,
+        original: int | None,
     ) -> None:
         names, value = np.unique([name for of_item in values for name in of_item], return_inverse=True)
         self.n_values, self.value = max(len(names), 1), value.astype(np.int64)
         self.offsets = np.concatenate([[0], np.cumsum([len(of_item) for of_item in values])])
-        self.static = self._static_columns(names)
+        self.static = self._static_columns(names, len(values) if original is None else original)
         row, value = self._expand(item)
         everyone = RunningSums(value, day[row], counts[row]) if len(row) else None
         self.by_value = everyone
@@ -121,16 +132,17 @@ class _Attribute:
         row = np.repeat(np.arange(len(item)), count)
         return row, self.value[np.arange(count.sum()) + np.repeat(self.offsets[item] - np.cumsum(count) + count, count)]
 
-    def _static_columns(self, names: np.ndarray) -> np.ndarray:
+    def _static_columns(self, names: np.ndarray, original: int) -> np.ndarray:
         """The number itself of an attribute with one number an item; else indicators, float32 [I, C]."""
-        n_items = len(self.offsets) - 1
+        n_items, first_values = len(self.offsets) - 1, self.value[: self.offsets[original]]
         item = np.repeat(np.arange(n_items), np.diff(self.offsets))
-        numbers = _numbers(names)
-        if numbers is not None and np.diff(self.offsets).max(initial=0) == 1:
+        counts = np.bincount(first_values, minlength=len(names))
+        if _numbers(names[counts > 0]) is not None and np.diff(self.offsets[: original + 1]).max(initial=0) == 1:
+            numbers = np.array([_number(name) for name in names], np.float32)
             column = np.full((n_items, 1), np.nan, np.float32)
             column[item, 0] = numbers[self.value]
             return column
-        frequent = np.argsort(-np.bincount(self.value, minlength=len(names)), kind="stable")[:_INDICATORS]
+        frequent = np.argsort(-counts, kind="stable")[: min(_INDICATORS, int((counts > 0).sum()))]
         column_of = np.full(len(names), -1)
         column_of[frequent] = np.arange(len(frequent))
         indicators = np.zeros((n_items, len(frequent)), np.float32)
@@ -171,7 +183,13 @@ def _logit(rate: np.ndarray) -> np.ndarray:
 
 
 def _numbers(names: np.ndarray) -> np.ndarray | None:
+    numbers = np.array([_number(name) for name in names])
+    return None if np.isnan(numbers).any() else numbers
+
+
+def _number(name: str) -> float:
+    """NaN for what is no number."""
     try:
-        return names.astype(np.float64)
+        return float(name)
     except ValueError:
-        return None
+        return np.nan

@@ -1,6 +1,7 @@
 """The item table: what is known of an item besides its events."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -13,6 +14,18 @@ class ItemTable:
     text: list[str]  # title or description; "" where the source has none
     attributes: dict[str, list[tuple[str, ...]]] = field(default_factory=dict)  # name -> values of each item
     embedding: np.ndarray | None = None  # float32 [I, D], the user's own (e.g. of images)
+    original: int | None = None  # so many items, the first, were there when the codebooks were made; None: all
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def take(self, rows: Sequence[int]) -> "ItemTable":
+        """The items at ``rows``, in that order."""
+        return replace(
+            self,
+            ids=[self.ids[row] for row in rows],
+            text=[self.text[row] for row in rows],
+            attributes={name: [values[row] for row in rows] for name, values in self.attributes.items()},
+            embedding=None if self.embedding is None else self.embedding[list(rows)],
+            original=None,
+        )

@@ -80,9 +80,9 @@ def build(
 ) -> Dataset:
     """Splits, makes semantic IDs and writes the directory under a temporary name, then renames it to ``out``."""
     log = events.log
-    _report_log(log, items, report)
+    report_log(log, items, report)
     horizon, valid_day, test_day = choose_split(log, split, report)
-    _report_split(split_requests(log, horizon, valid_day, test_day), report)
+    report_split(split_requests(log, horizon, valid_day, test_day), report)
     from negfast.sid.build import build_semantic_ids  # imports torch and faiss, which bad input need not wait for
 
     with atomic_directory(out) as directory:
@@ -90,7 +90,7 @@ def build(
         manifest = {
             "negfast": negfast.__version__,
             **described,
-            "counts": _counts(log),
+            "counts": counts(log),
             "days": {"first": date_of(log.day.min()), "last": date_of(log.day.max())},
             "split": {"horizon": horizon, "valid": date_of(valid_day), "test": date_of(test_day)},
             "semantic_ids": {**asdict(semantic_ids), "report": sids.report},
@@ -163,7 +163,7 @@ def _described(mapping: EventMapping) -> dict[str, Any]:
     return {**asdict(mapping), **rules}
 
 
-def _counts(log: EventLog) -> dict[str, int]:
+def counts(log: EventLog) -> dict[str, int]:
     by_feedback = np.bincount(log.feedback, minlength=3).tolist()
     return {
         "users": log.n_users,
@@ -175,16 +175,16 @@ def _counts(log: EventLog) -> dict[str, int]:
     }
 
 
-def _report_log(log: EventLog, items: ItemTable, report: Report) -> None:
-    counts = _counts(log)
-    report(f"events: {counts['events']:,} by {counts['users']:,} users on {counts['items']:,} items")
-    shares = [f"{counts[k]:,} {k} ({counts[k] / len(log):.1%})" for k in ("dislikes", "likes", "exposed")]
+def report_log(log: EventLog, items: ItemTable, report: Report) -> None:
+    totals = counts(log)
+    report(f"events: {totals['events']:,} by {totals['users']:,} users on {totals['items']:,} items")
+    shares = [f"{totals[k]:,} {k} ({totals[k] / len(log):.1%})" for k in ("dislikes", "likes", "exposed")]
     report(f"feedback: {', '.join(shares)}")
     if not any(items.text):
         report("items: no text")
 
 
-def _report_split(split: Split, report: Report) -> None:
+def report_split(split: Split, report: Report) -> None:
     for name, requests in (("train", split.train), ("valid", split.valid), ("test", split.test)):
         with_dislikes = int(requests.has_dislikes.sum())
         report(f"{name}: {len(requests):,} active user-days, {with_dislikes:,} with a dislike ahead")

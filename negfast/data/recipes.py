@@ -25,7 +25,7 @@ from negfast.data.events import (
     read_items,
 )
 from negfast.data.items import ItemTable
-from negfast.data.log import DISLIKE, EXPOSED, LIKE
+from negfast.data.log import DISLIKE, EXPOSED, LIKE, EventLog
 from negfast.data.prepare import SemanticIdSettings, SplitSettings, build, check_replaceable
 from negfast.data.readers import Source, encode, file_columns, join, read_table, to_strings
 from negfast.data.rules import Rule, matches, parse_rule
@@ -57,7 +57,7 @@ def _has(*names: str) -> Callable[[Path, Sequence[str]], bool]:
 
 
 def _named(*stems: str) -> Callable[[Path, Sequence[str]], bool]:
-    return lambda path, columns: path.name.split(".")[0] in stems
+    return lambda path, columns: path.name.startswith(stems)
 
 
 def _years(items: ItemTable) -> ItemTable:
@@ -172,7 +172,9 @@ def prepare_recipe(
 ) -> Dataset:
     """Makes a data set of a public log's files; ``described`` joins the manifest. Raises InputError."""
     check_replaceable(out, force)
-    events, items = read_recipe(name, files, report, dislike)
+    events, items, undo = read_recipe(name, files, report, dislike)
+    if undo is not None:
+        events = replace(events, log=take_back(events.log, undo, report))
     manifest = {
         "recipe": {"name": name, "dislike": [str(rule) for rule in dislike]},
         "sources": described_files(files),
@@ -181,18 +183,24 @@ def prepare_recipe(
     return build(events, items or items_of_log(events), manifest, out, split, semantic_ids, report)
 
 
-def described_files(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """Names, sizes and checksums of source files, as manifests keep them."""
-    return {f"file {i}": {"name": path.name, **file_record(path)} for i, path in enumerate(files, 1)}
+def described_files(files: Sequence[Path], first: int = 1) -> dict[str, dict[str, Any]]:
+    """Names, sizes and checksums of source files, as manifests keep them, numbered from ``first``."""
+    return {f"file {i}": {"name": path.name, **file_record(path)} for i, path in enumerate(files, first)}
 
 
 def read_recipe(
-    name: str, files: Sequence[Path], report: Report, dislike: Sequence[Rule] = (), now: float | None = None
-) -> tuple[Events, ItemTable | None]:
+    name: str,
+    files: Sequence[Path],
+    report: Report,
+    dislike: Sequence[Rule] = (),
+    now: float | None = None,
+    need_dislikes: bool = True,
+) -> tuple[Events, ItemTable | None, np.ndarray | None]:
     """Events and item table of a source's files, in any order; items that only the log knows come last, without text.
 
-    ``dislike`` replaces the recipe's rules. Raises InputError: unknown recipe, a file that is neither events nor items
-    of this source, no events, and whatever reading them raises.
+    Where the source has events that take back others, the third is the feedback that each event takes back, uint8 [N],
+    0 for most, for `take_back`. ``dislike`` replaces the recipe's rules. Raises InputError: unknown recipe, a file that
+    is neither events nor items of this source, no events, and whatever reading them raises.
     """
     if name not in RECIPES:
         raise InputError(f"--recipe {name!r}: expected one of {', '.join(RECIPES)}")
@@ -205,10 +213,9 @@ def read_recipe(
     if item_files and recipe.items is not None:
         table = read_items(item_files[0], recipe.items, encoding=recipe.encoding)
         items = with_items_of(recipe.finish_items(table), source, mapping, report)
-    events = index_events(source, mapping, None if items is None else items.ids, report, now)
-    if recipe.event_type:
-        events = take_back(events, source, mapping, events.item_ids, report)
-    return events, items
+    item_ids = None if items is None else items.ids
+    events = index_events(source, mapping, item_ids, report, now, need_dislikes)
+    return events, items, _takes_back(source, mapping, item_ids) if recipe.event_type else None
 
 
 def with_items_of(items: ItemTable, source: Source, mapping: EventMapping, report: Report) -> ItemTable:
@@ -222,37 +229,39 @@ def with_items_of(items: ItemTable, source: Source, mapping: EventMapping, repor
     return replace(items, ids=[*items.ids, *new], text=[*items.text, *[""] * len(new)], attributes=attributes)
 
 
-def take_back(
-    events: Events, source: Source, mapping: EventMapping, item_ids: Sequence[str] | None, report: Report
-) -> Events:
+def take_back(log: EventLog, takes_back: np.ndarray, report: Report) -> EventLog:
     """Makes every dislike with a later undislike of the same user and item, and every like with a later unlike, a mere
-    exposure, as the undo itself is.
+    exposure, as the undo itself is. ``takes_back`` uint8 [N]: the feedback that each event of the log takes back.
 
     The last feedback counts, and here it says that there is none. The log has no word for a judgement withdrawn, so
     what was withdrawn is taken out from its start (negfast's choice): dislikes that users thought better of teach
     nothing, and no model, feature or baseline is shown them.
     """
-    types = encode(source, "event_type")
-    undone = np.zeros(source.table.num_rows, np.float32)  # the feedback that each event takes back, 0 for most
-    for word, kind in UNDO.items():
-        undone[matches(Rule("event_type", "==", word), types)] = kind
-    if not undone.any():
-        return events
-    # As the value of the events, what they take back goes through the same sorting as they do.
-    marked = replace(source, table=source.table.append_column("takes_back", pa.array(undone)))
-    log = index_events(marked, replace(mapping, value="takes_back"), item_ids, lambda _: None).log
-    assert log.value is not None
     pair = np.unique(log.user.astype(np.int64) * log.n_items + log.item, return_inverse=True)[1]
     place, feedback, withdrawn = np.arange(len(log)), log.feedback.copy(), 0
     for kind in UNDO.values():
         last = np.full(pair.max() + 1, -1)
-        undo = log.value == kind
+        undo = takes_back == kind
         np.maximum.at(last, pair[undo], place[undo])
         taken = (log.feedback == kind) & (place < last[pair])
         feedback[taken] = EXPOSED
         withdrawn += int(taken.sum())
     report(f"feedback: {withdrawn:,} likes and dislikes were taken back, and count as exposures")
-    return replace(events, log=replace(events.log, feedback=feedback))
+    return replace(log, feedback=feedback)
+
+
+def _takes_back(source: Source, mapping: EventMapping, item_ids: Sequence[str] | None) -> np.ndarray:
+    """What each event takes back, in the order of the log."""
+    types = encode(source, "event_type")
+    kinds = np.zeros(source.table.num_rows, np.float32)
+    for word, kind in UNDO.items():
+        kinds[matches(Rule("event_type", "==", word), types)] = kind
+    # As the value of the events, it goes through the same sorting as they do.
+    marked = replace(source, table=source.table.append_column("takes_back", pa.array(kinds)))
+    as_value = replace(mapping, value="takes_back")
+    value = index_events(marked, as_value, item_ids, lambda _: None, need_dislikes=False).log.value
+    assert value is not None
+    return value.astype(np.uint8)
 
 
 def _sort_files(name: str, recipe: Recipe, files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
@@ -290,5 +299,5 @@ def _event_source(recipe: Recipe, mapping: EventMapping, path: Path) -> Source:
 
 
 def _event_word(path: Path) -> str:
-    """undislikes.parquet holds events of type undislike."""
-    return path.name.split(".")[0].removesuffix("s")
+    """undislikes.parquet and undislikes-2025-03-01.parquet hold events of type undislike."""
+    return re.split("[^a-z]", path.name, maxsplit=1)[0].removesuffix("s")

@@ -9,7 +9,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from negfast.data.log import DISLIKE, EXPOSED, LIKE
-from negfast.data.recipes import RECIPES, read_recipe
+from negfast.data.recipes import RECIPES, read_recipe, take_back
 from negfast.data.rules import parse_rule
 from negfast.errors import InputError
 
@@ -20,8 +20,8 @@ def silent(_):
 
 def read(name, *files, **options):
     """Every event as (user id, item id, feedback, time, value), in the log's order, and the item table."""
-    events, items = read_recipe(name, files, silent, **options)
-    log = events.log
+    events, items, undo = read_recipe(name, files, silent, **options)
+    log = events.log if undo is None else take_back(events.log, undo, silent)
     values = [None] * len(log) if log.value is None else log.value.tolist()
     rows = zip(log.user.tolist(), log.item.tolist(), log.feedback.tolist(), log.time.tolist(), values, strict=True)
     assert items is None or items.ids == events.item_ids
@@ -196,7 +196,7 @@ def test_movielens_1m_is_latin_1(tmp_path):
 def test_movietweetings_is_the_sample(tmp_path, movietweetings):
     from negfast.data.samples import MOVIETWEETINGS
 
-    events, items = read_recipe(
+    events, items, _ = read_recipe(
         "movietweetings", [MOVIETWEETINGS / "ratings.dat.zst", MOVIETWEETINGS / "movies.dat.zst"], silent
     )
     log, table = movietweetings
