@@ -109,6 +109,7 @@ class Sft(Stage):
     warmup: int = setting(50, low=0, help="steps")
     reset_head: bool = setting(True, help="start as the community prior alone, whatever align taught the code head")
     requests: int = setting(64, low=1, help="requests a step")
+    target: str = setting("window", choices=("window", "next"), help="F, or only the item of F disliked first")
     targets: int = setting(4, low=1, help="items drawn from F, and from P, for a request")
     like_weight: float = setting(0.3, low=0.0, help="of the loss after <|next-like|>")
     verdicts: int = setting(64, low=1, help="user-days with verdicts a step")
@@ -162,6 +163,7 @@ class Reward:
     collab_weight: float = setting(0.2, low=0.0, help="lambda; 0 switches the term off")
     collab_cap: float = setting(0.1, low=0.0, high=1.0, help="most that the term may earn")
     like_penalty: float = setting(0.1, low=0.0, help="mu; the break-even dislike rate is mu / (1 + mu)")
+    target: str = setting("window", choices=("window", "next"), help="F, or only the item of F disliked first")
     content_threshold: float = setting(0.8, low=-1.0, high=1.0, help="least content similarity that counts")
 
 

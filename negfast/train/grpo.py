@@ -14,6 +14,7 @@ from torch import Tensor
 
 from negfast.collab import co_dislike_neighbours, content_neighbours
 from negfast.config import Config
+from negfast.data.split import only_next
 from negfast.errors import InputError
 from negfast.kernels.trie_grpo import (
     GRPOObjective,
@@ -60,6 +61,8 @@ class GrpoStage:
         self.engine = engine
         self.kept: dict[Share, tuple[PromptBatch, GroupStep]] = {}  # rollouts that later steps of their round reuse
         train = engine.split.train
+        if engine.config.reward.target == "next":
+            train = only_next(engine.log, train)
         self.rows = np.flatnonzero(train.has_dislikes)  # a request's number in ``train`` keys its noise
         self.requests = train.take(self.rows)
         self.reference = freeze(engine.policy) if settings.beta else None

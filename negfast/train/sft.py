@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from negfast.config import Sft
-from negfast.data.split import Requests
+from negfast.data.split import Requests, only_next
 from negfast.model.prompts import MIXED, NEGATIVE_ONLY, POSITIVE_ONLY
 from negfast.sid.prior import NEXT_DISLIKE, NEXT_LIKE
 from negfast.train.answers import answer_log_probs
@@ -21,6 +21,8 @@ class NextItems:
 
     def __init__(self, engine: Engine, settings: Sft) -> None:
         requests = engine.split.train
+        if settings.target == "next":
+            requests = only_next(engine.log, requests)
         has_future = (np.diff(requests.dislike_offsets) > 0) | (np.diff(requests.like_offsets) > 0)
         self.engine, self.settings = engine, settings
         self.requests = requests.take(has_future)
