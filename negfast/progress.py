@@ -22,14 +22,17 @@ class Progress:
         done: int = 0,
         stream: TextIO | None = None,
         interval: float = PLAIN_INTERVAL,
+        quiet: bool = False,
     ) -> None:
+        """``quiet`` says nothing at all: one rank of several speaks."""
         self.title, self.total, self.unit, self.done = title, total, unit, done
         self.note = ""
         self._first = done  # work done before this run started says nothing of its speed
         self._stream = stream or sys.stderr
         self._interval = interval
         self._started = self._printed = time.monotonic()
-        self._bar = _rich_bar(self._stream) if self._stream.isatty() else None
+        self._quiet = quiet
+        self._bar = _rich_bar(self._stream) if self._stream.isatty() and not quiet else None
         self._task = None if self._bar is None else self._bar.add_task(title, total=total, completed=done, note="")
 
     def update(self, done: int, note: str = "") -> None:
@@ -44,7 +47,7 @@ class Progress:
         """Prints a line without disturbing the bar."""
         if self._bar is not None:
             self._bar.console.print(line, markup=False, highlight=False)
-        else:
+        elif not self._quiet:
             print(line, file=self._stream, flush=True)
 
     def __enter__(self) -> Self:
@@ -61,6 +64,8 @@ class Progress:
             self._print_line()
 
     def _print_line(self) -> None:
+        if self._quiet:
+            return
         self._printed = time.monotonic()
         elapsed = self._printed - self._started
         line = f"{self.title}: {self.done}/{self.total} {self.unit}, {elapsed:.0f} s"

@@ -12,7 +12,7 @@ from negfast.data.log import DISLIKE, EventLog
 from negfast.model.layout import GroupLayout
 from negfast.train.answers import answer_log_probs
 from negfast.train.engine import Engine, epoch_rows, task_rng
-from negfast.train.loop import StepResult
+from negfast.train.step import WHOLE, Mean, Share, StepResult
 from negfast.train.verdict import VerdictTask
 
 TITLE_TOKENS = 48  # of a title are read
@@ -29,12 +29,13 @@ class TitleToSid:
         marker = engine.policy.vocabulary.marker("text")
         self.prompts = [np.array([marker, *ids[:TITLE_TOKENS]], dtype=np.int64) for ids in encoded]
 
-    def loss(self, step: int) -> tuple[Tensor, int]:
-        """(mean negative log-likelihood of an item, tokens)."""
+    def loss(self, step: int, share: Share = WHOLE) -> tuple[Tensor, int]:
+        """(the share's part of the mean negative log-likelihood of an item, tokens)."""
         engine = self.engine
-        rows = epoch_rows(engine.config.train.seed, "titles", step, len(self.items), self.batch)
+        whole = epoch_rows(engine.config.train.seed, "titles", step, len(self.items), self.batch)
+        rows = whole[share.of(len(whole))]
         prompts = [self.prompts[row] for row in rows]
-        return _item_loss(engine, prompts, "item", self.items[rows], has_text=True)
+        return _item_loss(engine, prompts, "item", self.items[rows], len(whole), has_text=True)
 
 
 class CoDisliked:
@@ -49,19 +50,20 @@ class CoDisliked:
         self.share = np.sqrt(counts[self.users] * (counts[self.users] - 1.0))
         self.share /= max(self.share.sum(), 1.0)
 
-    def loss(self, step: int) -> tuple[Tensor, int]:
-        """(mean negative log-likelihood of the second item of a pair, tokens)."""
+    def loss(self, step: int, share: Share = WHOLE) -> tuple[Tensor, int]:
+        """(the share's part of the mean negative log-likelihood of the second item of a pair, tokens)."""
         engine = self.engine
         rng = task_rng(engine.config.train.seed, "pairs", step)
         users = rng.choice(self.users, self.batch, p=self.share)
         counts = np.diff(self.log_offsets)[users]
         first = rng.integers(0, counts)
         second = (first + rng.integers(1, counts)) % counts
-        start = self.log_offsets[users]
+        start, mine = self.log_offsets[users], share.of(self.batch)
         marker = engine.policy.vocabulary.marker("item")
-        sids = engine.prompts.item_tokens[self.items[start + first]].astype(np.int64)
+        sids = engine.prompts.item_tokens[self.items[start + first][mine]].astype(np.int64)
         prompts = [np.concatenate([[marker], sid]) for sid in sids]
-        return _item_loss(engine, prompts, "next-dislike", self.items[start + second], has_text=False)
+        targets = self.items[start + second][mine]
+        return _item_loss(engine, prompts, "next-dislike", targets, self.batch, has_text=False)
 
 
 def disliked_items(log: EventLog, before_day: int) -> tuple[np.ndarray, np.ndarray]:
@@ -73,15 +75,16 @@ def disliked_items(log: EventLog, before_day: int) -> tuple[np.ndarray, np.ndarr
 
 
 def _item_loss(
-    engine: Engine, prompts: list[np.ndarray], marker: str, items: np.ndarray, has_text: bool
+    engine: Engine, prompts: list[np.ndarray], marker: str, items: np.ndarray, whole: int, has_text: bool
 ) -> tuple[Tensor, int]:
+    """(summed negative log-likelihood over the ``whole`` batch's number of items, tokens)."""
     cu_seqlens = np.concatenate([[0], np.cumsum([len(p) for p in prompts])])
     layout = GroupLayout.build(cu_seqlens, 1, engine.device)
     tokens = torch.from_numpy(np.concatenate(prompts)).to(engine.device)
     targets = torch.from_numpy(items).to(engine.device)
     markers = torch.full_like(targets, engine.policy.vocabulary.marker(marker))
     log_p = answer_log_probs(engine, layout, tokens, markers, targets, None, 0, has_text)
-    return -log_p.mean(), len(tokens) + len(items) * engine.trie.levels
+    return -log_p.sum() / whole, len(tokens) + len(items) * engine.trie.levels
 
 
 class AlignStage:
@@ -101,8 +104,8 @@ class AlignStage:
             self.tasks["pair_nll"] = pairs
         self.tasks["verdict_bce"] = VerdictTask(engine, settings.verdicts)
 
-    def step(self, step: int) -> StepResult:
-        losses = {name: task.loss(step) for name, task in self.tasks.items()}
+    def step(self, step: int, share: Share = WHOLE) -> StepResult:
+        losses = {name: task.loss(step, share) for name, task in self.tasks.items()}
         total = torch.stack([loss for loss, _ in losses.values()]).sum()
-        metrics: dict[str, Tensor | float | None] = {name: loss.detach() for name, (loss, _) in losses.items()}
+        metrics: dict[str, Mean | float | None] = {name: share.part(loss) for name, (loss, _) in losses.items()}
         return StepResult(total, metrics, sum(tokens for _, tokens in losses.values()))

@@ -1,29 +1,66 @@
 """Checkpoints: weights and optimiser state as safetensors, the rest as JSON; written beside, fsynced, renamed."""
 
 import json
+import math
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from negfast.errors import InputError
+from negfast.data.dataset import file_record
+from negfast.errors import InputError, TrainingError
 from negfast.files import atomic_directory
+from negfast.spans import span
+from negfast.train import distributed
+
+if TYPE_CHECKING:
+    from negfast.train.journal import Journal
 
 WEIGHTS, OPTIMIZER, STATE = "policy.safetensors", "optimizer.safetensors", "state.json"
+BATCH = "batch.safetensors"  # of a failed step
 
 
 def save_checkpoint(
-    folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer | None = None, state: dict | None = None
+    folder: Path,
+    policy: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    state: dict | None = None,
+    batch: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Writes ``folder`` whole or not at all."""
-    with atomic_directory(folder) as temporary:
-        save_file(unique_tensors(policy), temporary / WEIGHTS)
-        if optimizer is not None:
-            save_file(optimizer_tensors(policy, optimizer), temporary / OPTIMIZER)
-        (temporary / STATE).write_text(json.dumps(state or {}, indent=1) + "\n")
+    """Writes ``folder`` whole or not at all, with the checksums of its files in state.json; ``batch`` goes beside.
+
+    TrainingError where the disk is full; ``folder`` is what it was then.
+    """
+    parts = {WEIGHTS: unique_tensors(policy)}
+    if optimizer is not None:
+        parts[OPTIMIZER] = optimizer_tensors(policy, optimizer)
+    if batch is not None:
+        parts[BATCH] = batch
+    with span("checkpoint"), atomic_directory(folder) as temporary:
+        try:
+            for name, tensors in parts.items():
+                save_file(tensors, temporary / name)
+            files = {name: file_record(temporary / name) for name in parts}
+            (temporary / STATE).write_text(json.dumps({**(state or {}), "files": files}, indent=1) + "\n")
+        except (SafetensorError, OSError) as error:  # the library's error for a full disk is none of OSError's
+            raise TrainingError(f"{folder}: cannot be written: {error}; what was there before is good") from error
+
+
+def check_checkpoint(folder: Path) -> None:
+    """InputError where a file of a checkpoint is missing or not what was written."""
+    try:
+        files = read_state(folder)["files"]
+        for name, record in files.items():
+            if file_record(folder / name) != record:
+                raise InputError(f"{folder / name}: damaged: its checksum is not the one in {STATE}")
+    except (OSError, json.JSONDecodeError, KeyError) as error:
+        raise InputError(f"{folder}: damaged: {error}") from error
 
 
 def load_weights(folder: Path, policy: nn.Module) -> None:
@@ -50,20 +87,91 @@ def read_state(folder: Path) -> dict:
     return json.loads((folder / STATE).read_text())
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of ``folder`` that is furthest along, by (stage number, step) in its name; None without any."""
-    if not folder.is_dir():
-        return None
-    found = [p for p in folder.iterdir() if p.is_dir() and p.name[0].isdigit()]
-    return max(found, key=lambda p: tuple(int(part) for part in p.name.split("-")[::2]), default=None)
+def latest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """The undamaged checkpoint of ``folder`` that is furthest along, by (stage number, step) in its name; None without
+    any. ``warn`` is told of damaged ones."""
+    for path in reversed(step_checkpoints(folder)):
+        try:
+            check_checkpoint(path)
+            return path
+        except InputError as error:
+            warn(f"{error}; going back to the checkpoint before")
+    return None
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
     """Removes all but the ``keep`` checkpoints that are furthest along."""
-    found = [p for p in folder.iterdir() if p.is_dir() and p.name[0].isdigit()]
-    found.sort(key=lambda p: tuple(int(part) for part in p.name.split("-")[::2]))
-    for path in found[: max(len(found) - keep, 0)]:
+    for path in step_checkpoints(folder)[:-keep]:
         shutil.rmtree(path)
+
+
+def step_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints within stages, named NUMBER-STAGE-STEP, in the order of training."""
+    found = [p for p in folder.iterdir() if p.is_dir() and p.name[0].isdigit()] if folder.is_dir() else []
+    return sorted(found, key=lambda p: tuple(int(part) for part in p.name.split("-")[::2]))
+
+
+class StageCheckpoints:
+    """What a stage keeps: its last ``keep`` checkpoints, its best weights on valid, and at its end those to go on with.
+
+    Rank 0 writes; on the others nothing is written and every question has the same answer.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        number: int,
+        stage: str,
+        policy: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        keep: int,
+        journal: "Journal",
+    ) -> None:
+        self.folder, self.number, self.stage, self.keep = folder, number, stage, keep
+        self.policy, self.optimizer, self.journal = policy, optimizer, journal
+        self.best = folder / f"best-{stage}"
+        self.best_score, self.best_step = -math.inf, 0
+
+    def resume(self, path: Path) -> int:
+        """Loads weights and optimiser; the step to go on from."""
+        load_weights(path, self.policy)
+        load_optimizer(path, self.policy, self.optimizer)
+        state = read_state(path)
+        self.best_score, self.best_step = state["best_score"], state["best_step"]
+        return state["step"]
+
+    def save(self, step: int) -> None:
+        """A checkpoint after ``step`` steps."""
+        state = {"stage": self.stage, "step": step, "best_score": self.best_score, "best_step": self.best_step}
+        path = self.folder / f"{self.number}-{self.stage}-{step:06d}"
+        distributed.first_does(lambda: save_checkpoint(path, self.policy, self.optimizer, state))
+        if distributed.rank() == 0:
+            prune_checkpoints(self.folder, self.keep)
+        self.journal.event("checkpoint", stage=self.stage, step=step)
+
+    def consider(self, step: int, validate: Callable[[], dict[str, float]]) -> str:
+        """Validates on rank 0 and keeps the weights if they are the best so far; says what was found."""
+        self.policy.eval()
+        metrics = distributed.from_first(validate)
+        self.journal.event("valid", stage=self.stage, step=step, **metrics)
+        if metrics["score"] > self.best_score:
+            self.best_score, self.best_step = metrics["score"], step
+            state = {"stage": self.stage, "step": step, **metrics}
+            distributed.first_does(lambda: save_checkpoint(self.best, self.policy, state=state))
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        return f"{self.stage}: valid at step {step}: {shown}"
+
+    def finish(self, steps: int, chosen: bool) -> None:
+        """Leaves the stage's weights in checkpoints/STAGE: the ``chosen`` best on valid, or the last."""
+        step = steps
+        if chosen:
+            load_weights(self.best, self.policy)
+            step = self.best_step
+            self.journal.event("chosen", stage=self.stage, step=step, score=self.best_score)
+            if distributed.rank() == 0:
+                print(f"{self.stage}: kept the weights of step {step}, the best on valid", file=sys.stderr, flush=True)
+        state = {"stage": self.stage, "step": step}
+        distributed.first_does(lambda: save_checkpoint(self.folder / self.stage, self.policy, state=state))
 
 
 def unique_tensors(policy: nn.Module) -> dict[str, torch.Tensor]:

@@ -20,6 +20,7 @@ from negfast.model.policy import Policy
 from negfast.model.prompts import PromptBuilder, trending_items
 from negfast.sid.prior import DevicePrior, decayed_mass
 from negfast.sid.trie import Trie, build_trie
+from negfast.train import distributed
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,8 @@ def choose_device(name: str) -> torch.device:
 
 
 def use_threads(count: int) -> None:
-    """Sets the CPU threads of `train.threads`; 0 takes all that the process may use."""
-    torch.set_num_threads(count or len(os.sched_getaffinity(0)))
+    """Sets the CPU threads of `train.threads`; 0 takes all that the process may use, shared with the other ranks."""
+    torch.set_num_threads(count or max(1, len(os.sched_getaffinity(0)) // distributed.local_size()))
 
 
 def epoch_rows(seed: int, task: str, step: int, size: int, count: int) -> np.ndarray:

@@ -100,7 +100,7 @@ class GrpoStage:
         def mean(values: Tensor) -> Mean:
             return Mean(part * sampled.mean(values), part)
 
-        metrics = {
+        metrics: dict[str, Mean | float | None] = {
             "reward": mean(terms.sum(-1)),
             "kl": Mean(result.kl.sum(), counted.sum()),
             "entropy": Mean(result.entropy.sum(), counted.sum()),

@@ -15,11 +15,12 @@ from negfast.data.samples import prepare_movietweetings
 from negfast.errors import InputError
 from negfast.evaluate.model import Validation, calibrate
 from negfast.evaluate.run import evaluate_folder, write_report
-from negfast.evaluate.sets import evaluation_set
+from negfast.evaluate.sets import EvalSet, evaluation_set
 from negfast.files import atomic_file, check_output
 from negfast.model.load import build_policy, check_model_folder, save_model_files
 from negfast.model.lora import add_adapters, merge_adapters
 from negfast.run_folder import RunFolder
+from negfast.train import distributed, faults
 from negfast.train.align import AlignStage
 from negfast.train.checkpoint import latest_checkpoint, load_weights, read_state, save_checkpoint
 from negfast.train.engine import Engine, build_engine, choose_device, history_features, use_threads
@@ -55,35 +56,62 @@ def train(
         run = RunFolder(out or Path("runs") / (config.stem if config is not None else str(preset)))
     check_combinations(settings)
     check_output(run.path / "x")
-    device = choose_device(settings.train.device)
+    device = distributed.local_device(choose_device(settings.train.device))
     use_threads(settings.train.threads)
-
-    if run.exists:
-        data_dir = _check_same_run(run, settings, data, model, init)
-    else:
-        if model is not None:
-            check_model_folder(model)
-        data_dir = data if data is not None else run.path / "data"
-        if data is None and not data_dir.exists():
-            _say("preparing the embedded MovieTweetings-100K")
-            semantic_ids = SemanticIdSettings(encoder=settings.sample.encoder)
-            prepare_movietweetings(data_dir, semantic_ids=semantic_ids, report=_say)
-        _start_run(run, settings, Dataset.open(data_dir), data_dir, model, init)
-    dataset = Dataset.open(data_dir)
-    policy, tokenizer = run.load_policy(dataset)
-    engine = build_engine(settings, dataset, policy, tokenizer, device)
-    load_weights(run.initial, engine.policy)
-    _run_stages(run, engine)
+    with distributed.group(device):
+        if distributed.from_first(lambda: {"new": not run.exists})["new"]:
+            distributed.first_does(lambda: _start_run(run, settings, data, model, init))
+        engine = _open_engine(run, settings, _check_same_run(run, settings, data, model, init), device)
+        _run_stages(run, engine)
+        first = distributed.rank() == 0
+    if not first:
+        return
     if not run.report.exists():
         evalset, rows = evaluate_folder(run, "test", None)
         write_report(run, evalset, rows)
     print(run.report.read_text())
 
 
-def _start_run(
-    run: RunFolder, settings: Config, dataset: Dataset, data_dir: Path, model: Path | None, init: Path | None
-) -> None:
+def replay(folder: Path) -> None:
+    """Runs a step again that was not finite, from what it left in RUN/failed/, and prints where numbers go wrong."""
+    path, name = faults.read_failed(folder)
+    run = RunFolder(path)
+    settings = run.config
+    use_threads(settings.train.threads)
+    engine = _open_engine(run, settings, run.data, choose_device(settings.train.device))
+    _load_start(run, engine, list(STAGES)[: list(STAGES).index(name)])
+    stage = STAGES[name](engine)
+    load_weights(folder, engine.policy)
+    print("\n".join(faults.replay(folder, stage, engine.policy)))
+
+
+def _open_engine(run: RunFolder, settings: Config, data_dir: Path, device: torch.device) -> Engine:
+    """The run's engine with the weights before the first step."""
+    dataset = Dataset.open(data_dir)
+    policy, tokenizer = run.load_policy(dataset)
+    engine = build_engine(settings, dataset, policy, tokenizer, device)
+    load_weights(run.initial, engine.policy)
+    return engine
+
+
+def _load_start(run: RunFolder, engine: Engine, done: list[str]) -> None:
+    """The weights that the stage after those ``done`` starts from."""
+    if done:
+        load_weights(run.checkpoints / done[-1], engine.policy)
+    elif run.read()["init"] is None:
+        fit_prior(engine)
+
+
+def _start_run(run: RunFolder, settings: Config, data: Path | None, model: Path | None, init: Path | None) -> None:
     """Writes what a run is made of; run.json comes last and makes it a run."""
+    if model is not None:
+        check_model_folder(model)
+    data_dir = data if data is not None else run.path / "data"
+    if data is None and not data_dir.exists():
+        _say("preparing the embedded MovieTweetings-100K")
+        semantic_ids = SemanticIdSettings(encoder=settings.sample.encoder)
+        prepare_movietweetings(data_dir, semantic_ids=semantic_ids, report=_say)
+    dataset = Dataset.open(data_dir)
     torch.manual_seed(settings.train.seed)
     shape = dataset.codes.shape[1], int(dataset.manifest["semantic_ids"]["codebook"])
     verdict_features = history_features(dataset).width
@@ -130,7 +158,7 @@ def _check_same_run(run: RunFolder, settings: Config, data: Path | None, model: 
 def _run_stages(run: RunFolder, engine: Engine) -> None:
     names = list(STAGES)
     done = [name for name in names if (run.checkpoints / name).is_dir()]
-    resume = latest_checkpoint(run.checkpoints)
+    resume = latest_checkpoint(run.checkpoints, warn=_say)
     if resume is not None and read_state(resume)["stage"] in done:
         resume = None
     if len(done) == len(names) and run.final.is_dir():
@@ -143,10 +171,7 @@ def _run_stages(run: RunFolder, engine: Engine) -> None:
     journal = Journal(run.path, names, resumed_from)
     if resumed_from is not None:
         _say(f"going on from {resumed_from['stage']} step {resumed_from['step']}")
-    if done:
-        load_weights(run.checkpoints / done[-1], engine.policy)
-    elif run.read()["init"] is None:
-        fit_prior(engine)
+    _load_start(run, engine, done)
     valid = evaluation_set(engine.log, engine.split, "valid")
     validations = {"align": None, "sft": Validation(engine, valid, SCALES), "grpo": Validation(engine, valid)}
     for number, name in enumerate(names):
@@ -169,9 +194,14 @@ def _run_stages(run: RunFolder, engine: Engine) -> None:
             _say(f"{stopped}; `negfast train --out {run.path}` goes on")
             sys.exit(130)
         resume = None
-    save_checkpoint(run.final, engine.policy, state={"calibration": vars(calibrate(engine, valid))})
+    distributed.first_does(lambda: _finish(run, engine, valid))
     journal.event("finished")
 
 
+def _finish(run: RunFolder, engine: Engine, valid: EvalSet) -> None:
+    save_checkpoint(run.final, engine.policy, state={"calibration": vars(calibrate(engine, valid))})
+
+
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    if distributed.rank() == 0:
+        print(line, file=sys.stderr, flush=True)

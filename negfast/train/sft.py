@@ -10,7 +10,7 @@ from negfast.model.prompts import MIXED, NEGATIVE_ONLY, POSITIVE_ONLY
 from negfast.sid.prior import NEXT_DISLIKE, NEXT_LIKE
 from negfast.train.answers import answer_log_probs
 from negfast.train.engine import Engine, epoch_rows, task_rng
-from negfast.train.loop import StepResult
+from negfast.train.step import WHOLE, Mean, Share, StepResult
 from negfast.train.verdict import VerdictTask
 
 SCALES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of code logits, tried on valid; the smallest still leaves GRPO a gradient
@@ -27,8 +27,9 @@ class NextItems:
         self.engine, self.settings = engine, settings
         self.requests = requests.take(has_future)
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor], int]:
-        """(loss, metrics, tokens). An item of F weighs 1/|F drawn|, of P like_weight/|P drawn|; mean over requests."""
+    def loss(self, step: int, share: Share = WHOLE) -> tuple[Tensor, dict[str, Mean], int]:
+        """(the share's part of the loss, metrics, tokens). An item of F weighs 1/|F drawn|, of P like_weight/|P drawn|;
+        mean over requests."""
         engine, settings = self.engine, self.settings
         seed, size = engine.config.train.seed, len(self.requests)
         rows = epoch_rows(seed, "next-items", step, size, settings.requests)
@@ -37,8 +38,11 @@ class NextItems:
         request, item, branch, weight = draw_targets(requests, settings.targets, settings.like_weight, rng)
         views = draw_views(len(rows), settings.negative_view, settings.positive_view, rng)
 
-        counts = np.bincount(request, minlength=len(rows))
-        batch = engine.prompts.build(requests.user, requests.day, views, counts)
+        mine = share.of(len(rows))
+        drawn = (request >= mine.start) & (request < mine.stop)
+        request, item, branch, weight = (column[drawn] for column in (request - mine.start, item, branch, weight))
+        counts = np.bincount(request, minlength=mine.stop - mine.start)
+        batch = engine.prompts.build(requests.user[mine], requests.day[mine], views[mine], counts)
         names = {NEXT_DISLIKE: "next-dislike", NEXT_LIKE: "next-like"}
         marker_ids = np.array([engine.policy.vocabulary.marker(names[b]) for b in (NEXT_DISLIKE, NEXT_LIKE)])
 
@@ -52,9 +56,7 @@ class NextItems:
         weights = put(weight)
         loss = -(weights * log_p).sum() / len(rows)
         disliked = branches == NEXT_DISLIKE
-        metrics = {
-            "nll_dislike": -(log_p.detach() * weights * disliked).sum() / (weights * disliked).sum().clamp_min(1e-9)
-        }
+        metrics = {"nll_dislike": Mean(-(log_p.detach() * weights * disliked).sum(), (weights * disliked).sum())}
         return loss, metrics, len(batch.tokens) + len(item) * engine.trie.levels
 
 
@@ -100,9 +102,9 @@ class SftStage:
         self.next_items = NextItems(engine, self.config)
         self.verdict = VerdictTask(engine, self.config.verdicts)
 
-    def step(self, step: int) -> StepResult:
+    def step(self, step: int, share: Share = WHOLE) -> StepResult:
         self.engine.policy.block.scale.fill_(1.0)  # validation may have left another
-        items, metrics, item_tokens = self.next_items.loss(step)
-        verdict, verdict_tokens = self.verdict.loss(step)
+        items, metrics, item_tokens = self.next_items.loss(step, share)
+        verdict, verdict_tokens = self.verdict.loss(step, share)
         loss = items + self.config.verdict_weight * verdict
-        return StepResult(loss, {**metrics, "verdict_bce": verdict.detach()}, item_tokens + verdict_tokens)
+        return StepResult(loss, {**metrics, "verdict_bce": share.part(verdict)}, item_tokens + verdict_tokens)

@@ -12,6 +12,7 @@ from negfast.data.log import DISLIKE, EventLog
 from negfast.data.split import first_feedback
 from negfast.model.prompts import MIXED
 from negfast.train.engine import Engine, epoch_rows
+from negfast.train.step import WHOLE, Share
 
 WARM_UP_DAYS = 30  # of the log are left out: rates mean little before (negfast's choice)
 
@@ -103,11 +104,12 @@ class VerdictTask:
         self.engine, self.batch = engine, batch
         self.candidates, self.labels = told_candidates(engine.log, start, engine.data.valid_day)
 
-    def loss(self, step: int) -> tuple[Tensor, int]:
-        """(binary cross entropy, tokens) of a step's user-days."""
-        groups = epoch_rows(self.engine.config.train.seed, "verdict", step, len(self.candidates), self.batch)
-        candidates, places = self.candidates.take(groups)
+    def loss(self, step: int, share: Share = WHOLE) -> tuple[Tensor, int]:
+        """(the share's part of the mean binary cross entropy over candidates, tokens) of a step's user-days."""
+        whole = epoch_rows(self.engine.config.train.seed, "verdict", step, len(self.candidates), self.batch)
+        count = int(np.diff(self.candidates.offsets)[whole].sum())
+        candidates, places = self.candidates.take(whole[share.of(len(whole))])
         labels = torch.from_numpy(self.labels[places]).to(self.engine.device)
         logits = verdict_logits(self.engine, candidates)
         tokens = len(candidates.items) * (self.engine.trie.levels + 1)
-        return F.binary_cross_entropy_with_logits(logits, labels), tokens
+        return F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / count, tokens

@@ -1,0 +1,185 @@
+"""When a step goes wrong: what is saved, what is said, and how to look at it again."""
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from negfast.errors import InputError, TrainingError
+from negfast.model.policy import Policy
+from negfast.train import distributed
+from negfast.train.checkpoint import BATCH, read_state, save_checkpoint
+from negfast.train.step import Figures, Share
+
+if TYPE_CHECKING:
+    from negfast.train.loop import Stage
+
+FOLDER = "failed"  # of a run, where failed steps are kept
+CPU_OUT_OF_MEMORY = re.compile(r"(?:not enough memory|can't allocate memory): you tried to allocate (\d+) bytes")
+SIZES = {  # what a stage's batch is made of, the setting to lower where its shares cannot be made smaller
+    "align": ("titles", "pairs", "verdicts"),
+    "sft": ("requests", "verdicts"),
+    "grpo": ("requests", "group"),
+}
+
+
+class NotFinite(Exception):
+    """A loss or gradient norm is NaN or infinite."""
+
+    def __init__(self, figures: Figures) -> None:
+        super().__init__(f"found loss {figures.loss:.4g} and gradient norm {figures.grad_norm:.4g}")
+
+
+def require_finite(figures: Figures) -> None:
+    """Raises NotFinite unless loss and gradient norm are finite numbers."""
+    if not (math.isfinite(figures.loss) and math.isfinite(figures.grad_norm)):
+        raise NotFinite(figures)
+
+
+@contextmanager
+def explained(stage: "Stage", step: int, policy: Policy, shares: list[Share], run_dir: Path) -> Iterator[None]:
+    """Turns what may go wrong in a step into a TrainingError of one line; a step that is not finite is saved first."""
+    try:
+        yield
+    except NotFinite as error:
+        where = run_dir / FOLDER / f"{stage.name}-{step + 1:06d}"
+        distributed.first_does(lambda: save_failed(where, stage, step, policy, shares))
+        raise TrainingError(
+            f"{stage.name} step {step + 1}: {error}, expected finite numbers; nothing was updated. "
+            f"The batch is in {where}: `negfast train --replay {where}` looks for the cause"
+        ) from None
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        advice = memory_advice(error, stage, shares)
+        if advice is None:
+            raise
+        raise TrainingError(f"{stage.name} step {step + 1}: {advice}") from error
+
+
+def memory_advice(error: BaseException, stage: "Stage", shares: list[Share]) -> str | None:
+    """Which setting to change, and to what, so that the step fits; None if ``error`` is not about memory.
+
+    Memory above that of weights and optimiser grows with a share's rows. Where it is known what was asked for and what
+    was there, the number of shares grows until the whole would have fitted, else it doubles.
+    """
+    asked = CPU_OUT_OF_MEMORY.search(str(error))
+    if isinstance(error, torch.OutOfMemoryError):
+        found, factor = _cuda_shortage(str(error))
+    elif isinstance(error, MemoryError) or asked:
+        found, factor = (f"{int(asked[1]) / 2**30:.1f} GiB more" if asked else "more") + " than this machine has", 2
+    else:
+        return None
+    accumulate = len(shares)
+    sizes = {name: getattr(stage.config, name) for name in SIZES[stage.name]}
+    most = min(size for name, size in sizes.items() if size and name != "group") // distributed.size()
+    if accumulate * factor <= most:
+        return (
+            f"out of memory: asked for {found}; set train.accumulate={accumulate * factor} (now {accumulate}): "
+            "the same result from smaller parts"
+        )
+    smaller = " or ".join(f"{stage.name}.{name}={max(size // 2, 1)} (now {size})" for name, size in sizes.items())
+    return f"out of memory: asked for {found}; set {smaller}"
+
+
+def _cuda_shortage(message: str) -> tuple[str, int]:
+    """What PyTorch asked for, in words, and by what factor a share has to shrink."""
+    units = {"MiB": 2**20, "GiB": 2**30, "KiB": 2**10, "bytes": 1}
+
+    def size(pattern: str) -> float | None:
+        match = re.search(pattern + r" ([\d.]+) (MiB|GiB|KiB|bytes)", message)
+        return float(match[1]) * units[match[2]] if match else None
+
+    asked, total, used = size("Tried to allocate"), size("total capacity of"), size("this process has")
+    if asked is None:
+        return "more than the GPU has", 2
+    if total is None or used is None:
+        return f"{asked / 2**30:.1f} GiB more than the GPU has", 2
+    factor = 2 ** max(1, math.ceil(math.log2((used + asked) / total)))
+    return f"{asked / 2**30:.1f} GiB more, with {used / 2**30:.1f} of {total / 2**30:.1f} GiB in use", factor
+
+
+def save_failed(folder: Path, stage: "Stage", step: int, policy: Policy, shares: list[Share]) -> None:
+    """Writes a step that was not finite: the weights it began with, its number and shares, and the batch it read.
+
+    ``batch.safetensors`` holds what went through the policy, call by call, in the order of this rank's shares.
+    """
+    state = {
+        "stage": stage.name,
+        "step": step,
+        "shares": shares[0].count,
+        "not_finite": [n for n, p in policy.named_parameters() if p.grad is not None and not p.grad.isfinite().all()],
+    }
+    with Recorder(policy) as recorder, torch.no_grad():
+        for share in shares:
+            stage.step(step, share)
+    save_checkpoint(folder, policy, state=state, batch=recorder.tensors)
+
+
+class Recorder:
+    """Keeps what goes through the policy's decoder, and where a number first is not finite."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy, self.first = policy, ""
+        self.tensors: dict[str, Tensor] = {}
+        self.calls = 0
+
+    def __enter__(self) -> "Recorder":
+        self.hooks = [self.policy.decoder.register_forward_pre_hook(self._note, with_kwargs=True)]
+        for name, module in self.policy.named_modules():
+            if name:
+                self.hooks.append(module.register_forward_hook(self._check(name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _note(self, _: nn.Module, __: tuple, inputs: dict) -> None:
+        """Inputs of one call: embeddings [N, d], positions [N], and the prompts' lengths [B]."""
+        prefix = f"call{self.calls}."
+        self.tensors[prefix + "embeddings"] = inputs["inputs_embeds"].detach()[0].clone()
+        self.tensors[prefix + "positions"] = inputs["position_ids"][0].clone()
+        self.tensors[prefix + "prompt_lengths"] = inputs["layout"].lengths.clone()
+        self.calls += 1
+
+    def _check(self, name: str):
+        def check(_: nn.Module, __: tuple, output: object) -> None:
+            if not self.first and isinstance(output, Tensor) and not output.isfinite().all():
+                self.first = f"{name} in call {self.calls - 1}"
+
+        return check
+
+
+def replay(folder: Path, stage: "Stage", policy: Policy) -> list[str]:
+    """Runs a saved step again with its weights already in ``policy``; lines that say where numbers go wrong.
+
+    Rollouts that a step reused (grpo.epochs above 1) are sampled anew from the weights of the step.
+    """
+    state = read_state(folder)
+    step, shares = state["step"], [Share(number, state["shares"]) for number in range(state["shares"])]
+    lines = [f"{stage.name} step {step + 1}, {len(shares)} share{'s' * (len(shares) > 1)}"]
+    wrong = [name for name, p in policy.named_parameters() if not p.isfinite().all()]
+    lines += [f"weights that are not finite: {', '.join(wrong)}"] if wrong else []
+    policy.train()
+    for share in shares:
+        policy.zero_grad()
+        with Recorder(policy) as recorder:
+            result = stage.step(step - step % stage.config.round_steps, share)
+        result.loss.backward()
+        bad = [name for name, p in policy.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in policy.parameters() if p.grad is not None])
+        lines.append(f"share {share.index}: loss {result.loss.item():.6g}, gradient norm {norm.item():.6g}")
+        lines += [f"  first output that is not finite: {recorder.first}"] if recorder.first else []
+        lines += [f"  gradients that are not finite: {', '.join(bad)}"] if bad else []
+    return lines
+
+
+def read_failed(folder: Path) -> tuple[Path, str]:
+    """(the run, the stage's name) of a folder that ``save_failed`` wrote; InputError where it is none."""
+    if not (folder / BATCH).is_file() or folder.absolute().parent.name != FOLDER:
+        raise InputError(f"--replay {folder}: found no {BATCH}, expected a folder in RUN/{FOLDER}/")
+    return folder.absolute().parent.parent, read_state(folder)["stage"]

@@ -1,0 +1,121 @@
+"""How fast a step was and how much of the machine it used: tokens/s, MFU, share of time spent on data, memory."""
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from negfast import spans
+from negfast.model.layout import GroupLayout
+from negfast.model.policy import Policy
+
+# Dense matrix FLOP/s by the makers' data sheets, (bf16, tf32); the longest name that fits counts.
+PEAKS = {
+    "A100": (312e12, 156e12),
+    "A10": (125e12, 62.5e12),
+    "L4": (121e12, 60e12),
+    "L40S": (362e12, 183e12),
+    "H100": (989e12, 495e12),
+    "H100 PCIe": (756e12, 378e12),
+    "H200": (989e12, 495e12),
+    "B200": (2250e12, 1125e12),
+}
+
+
+class Meter:
+    """Counts the floating-point operations of a policy's decoder and takes the time of steps.
+
+    A token costs 2 operations a weight of the layers it goes through, and attention 4 * head width * heads a pair of
+    query and key; twice that again for the backward, where there is one. Heads, norms and the loss are left out. MFU is
+    this over the time and the peak of the device: a GPU's data sheet (bf16 where autocast is on, else tf32), or what a
+    large float32 product reaches on this CPU, measured once.
+    """
+
+    def __init__(self, policy: Policy, dtype: torch.dtype = torch.float32) -> None:
+        self.policy, self.dtype, self.operations = policy, dtype, 0.0
+        layers = policy.decoder.layers
+        self.weights = sum(p.numel() for p in layers.parameters() if p.ndim == 2)
+        config = policy.decoder.config.get_text_config()
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        self.pair = 4 * width * heads * len(layers)
+        self.device = next(policy.parameters()).device
+        self.peak = peak_flops(self.device, dtype)
+
+    def __enter__(self) -> "Meter":
+        self._hook = self.policy.decoder.register_forward_pre_hook(self._count, with_kwargs=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+
+    def _count(self, _: nn.Module, __: tuple, inputs: dict) -> None:
+        tokens = inputs["inputs_embeds"].shape[1]
+        once = 2.0 * self.weights * tokens + self.pair * attention_pairs(inputs["layout"])
+        self.operations += once * (3 if torch.is_grad_enabled() else 1)
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """The step whose figures come next."""
+        self.operations = 0.0
+        waited, began = spans.data_seconds(), time.perf_counter()
+        yield
+        self.seconds = time.perf_counter() - began  # the step ends with a copy to the host, so CUDA is done too
+        self.waited = spans.data_seconds() - waited
+
+    def figures(self, tokens: int) -> dict[str, float]:
+        """Of the last step; ``tokens`` of all ranks. Operations and memory are those of this rank."""
+        return {
+            "seconds": self.seconds,
+            "tokens": tokens,
+            "tokens_per_s": tokens / self.seconds,
+            "mfu": self.operations / self.seconds / self.peak,
+            "data_wait": self.waited / self.seconds,
+            "peak_mib": peak_memory(self.device),
+        }
+
+
+def attention_pairs(layout: GroupLayout) -> float:
+    """Pairs of query and key of one layer in the layout's current call, prompts of a bucket taken as equally long."""
+    lengths = [(bucket.prompts, bucket.tokens / bucket.prompts) for bucket in layout.buckets]
+    prompts = sum(count * length * (length + 1) / 2 for count, length in lengths) if layout.holds_prompts else 0.0
+    tokens = sum(bucket.tokens for bucket in layout.buckets)
+    mean = tokens / layout.prompts + layout.past_tokens + (layout.new_tokens + 1) / 2
+    return prompts + layout.answers * layout.new_tokens * mean
+
+
+def peak_memory(device: torch.device) -> float:
+    """MiB: what CUDA had allocated at most since the process began, or the process's largest resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Peak matrix FLOP/s of a device: by data sheet for GPUs in ``PEAKS``, else measured."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = max((key for key in PEAKS if key in name), key=len, default=None)
+        if known is not None:
+            return PEAKS[known][0 if dtype == torch.bfloat16 else 1]
+    return measured_flops(device, dtype)
+
+
+def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
+    """FLOP/s of a square product of ``size``, the best of five."""
+    a = torch.ones(size, size, device=device, dtype=dtype)
+
+    def seconds() -> float:
+        began = time.perf_counter()
+        _finish(a @ a)
+        return time.perf_counter() - began
+
+    return 2.0 * size**3 / min(seconds() for _ in range(5))
+
+
+def _finish(result: Tensor) -> None:
+    if result.device.type == "cuda":
+        torch.cuda.synchronize(result.device)
