@@ -30,6 +30,9 @@ GRID: list[tuple[str, dict[str, Any]]] = [
     ("sasrec-dislikes", {"epochs": 40, "dropout": 0.5, "width": 32}),
     ("sasrec-dislikes", {"epochs": 8, "dropout": 0.5, "recency": 1.0, "lr": 3e-4}),
     ("sasrec-all", {"epochs": 12, "dropout": 0.2, "width": 128}),
+    ("sasrec-dislikes", {"epochs": 30, "dropout": 0.5, "recency": 0.5, "width": 32}),
+    ("sasrec-dislikes", {"epochs": 20, "dropout": 0.5, "recency": 0.7}),
+    ("sasrec-all", {"epochs": 12, "dropout": 0.5, "recency": 1.0, "width": 32}),
 ]
 
 

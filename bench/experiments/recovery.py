@@ -1,0 +1,131 @@
+"""Does a model trained on the window find true dislikes better than one trained on the next negative alone?"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from negfast.data.events import EventMapping, ItemMapping
+from negfast.data.prepare import SemanticIdSettings, SplitSettings, prepare
+from negfast.data.rules import parse_rule
+from negfast.data.simulate import FIRST_DAY, Simulation, write_simulation
+from negfast.data.split import Requests
+from negfast.evaluate.bootstrap import interval, ratio, resample_users, weighted_sums
+from negfast.evaluate.model import candidate_logits, generate
+from negfast.run_folder import RunFolder
+from negfast.train.run import train
+from negfast.train.verdict import group_candidates
+
+TARGETS = ("window", "next")
+REQUESTS, TOP, CANDIDATES = 800, 20, 50
+TOP_SHARE = 0.05  # of the unseen items: the user's top true dislikes
+
+
+def recovery(simulation: Simulation, runs: Path, preset: str, seeds: list[int]) -> dict[str, Any]:
+    """Trains ``runs``/TARGET-SEED where it is not finished, and measures each against the truth.
+
+    On random test requests: the mean true dislike probability of the 20 items generated, the share of them among the
+    user's top 5 % true dislikes, and the rank correlation of verdict and true probability over random unseen items.
+    The random, the prior's and the best possible list stand beside. Seeds are averaged user by user.
+    """
+    data = prepared(simulation, runs)
+    values: dict[str, list[np.ndarray]] = {}
+    requests: Requests | None = None
+    for target in TARGETS:
+        for seed in seeds:
+            out = runs / f"{target}-{seed}"
+            overrides = (f"train.seed={seed}", f"sft.target={target}", f"reward.target={target}")
+            train(config=None, preset=preset, data=data, model=None, init=None, out=out, overrides=overrides)
+            engine = RunFolder(out).finished_engine(None)
+            test = engine.split.test
+            chosen = np.sort(np.random.default_rng(0).permutation(len(test))[:REQUESTS])
+            requests = test.take(chosen)
+            truth = Truths(simulation, requests)
+            found = {target: generate(engine, requests, TOP)[0]}
+            if not values:
+                found["prior"] = generate(engine, requests, TOP, with_policy=False)[0]
+                found["random"], found["best"] = truth.random, truth.best
+            for name, items in found.items():
+                values.setdefault(f"{name}/true_probability", []).append(truth.mean_probability(items))
+                values.setdefault(f"{name}/top_dislikes", []).append(truth.top_share(items))
+            correlation = truth.rank_correlation(
+                candidate_logits(
+                    engine,
+                    group_candidates(
+                        np.repeat(requests.user, CANDIDATES),
+                        np.repeat(requests.day + 1, CANDIDATES),
+                        truth.candidates.ravel(),
+                    ),
+                )
+            )
+            values.setdefault(f"{target}/verdict_rank_correlation", []).append(correlation)
+    assert requests is not None
+    return {"preset": preset, "seeds": seeds, "requests": len(requests), **intervals(requests, values)}
+
+
+class Truths:
+    """True probabilities of the unseen, released items of every request."""
+
+    def __init__(self, simulation: Simulation, requests: Requests) -> None:
+        log, truth, rng = simulation.log, simulation.truth, np.random.default_rng(1)
+        self.p = truth.dislike_probability(requests.user[:, None], np.arange(log.n_items)[None])
+        for row, (user, day) in enumerate(zip(requests.user, requests.day, strict=True)):
+            own = slice(log.user_offsets[user], log.user_offsets[user + 1])
+            self.p[row, log.item[own][log.day[own] <= day]] = np.nan
+            self.p[row, truth.release > day - FIRST_DAY] = np.nan
+        shuffled = np.argsort(np.where(np.isnan(self.p), 2.0, rng.random(self.p.shape)), axis=1)
+        self.candidates = np.sort(shuffled[:, :CANDIDATES], axis=1).astype(np.int32)
+        self.random = shuffled[:, :TOP].astype(np.int32)
+        self.best = np.argsort(np.where(np.isnan(self.p), 1.0, -self.p), axis=1)[:, :TOP].astype(np.int32)
+
+    def mean_probability(self, items: np.ndarray) -> np.ndarray:
+        """float64 [R]; items that nobody can have been shown yet do not count."""
+        return np.nanmean(np.take_along_axis(self.p, items.astype(np.int64), axis=1), axis=1)
+
+    def top_share(self, items: np.ndarray) -> np.ndarray:
+        least = np.nanquantile(self.p, 1 - TOP_SHARE, axis=1)
+        return (np.take_along_axis(self.p, items.astype(np.int64), axis=1) >= least[:, None]).mean(1)
+
+    def rank_correlation(self, score: np.ndarray) -> np.ndarray:
+        """Spearman's over each request's candidates, float64 [R]; ``score`` is [R * CANDIDATES]."""
+        ranks = [
+            np.argsort(np.argsort(x, axis=1), axis=1).astype(float)
+            for x in (
+                score.reshape(-1, CANDIDATES),
+                np.take_along_axis(self.p, self.candidates.astype(np.int64), axis=1),
+            )
+        ]
+        a, b = (r - r.mean(1, keepdims=True) for r in ranks)
+        return (a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1))
+
+
+def prepared(simulation: Simulation, runs: Path) -> Path:
+    """The simulation as a data set in ``runs``/data."""
+    data, log = runs / "data", runs / "log"
+    if not log.exists():
+        write_simulation(simulation, log)
+    if not data.exists():
+        prepare(
+            log / "events.parquet",
+            log / "items.csv",
+            data,
+            mapping=EventMapping(dislike=(parse_rule("feedback==dislike"),), like=(parse_rule("feedback==like"),)),
+            item_mapping=ItemMapping(text="title", attributes=(("topic", ""),)),
+            split=SplitSettings(),
+            semantic_ids=SemanticIdSettings(encoder="tfidf", codebook=64),
+        )
+    return data
+
+
+def intervals(requests: Requests, values: dict[str, list[np.ndarray]]) -> dict[str, Any]:
+    """Means over seeds and requests, and window minus next."""
+    users, owner = np.unique(requests.user, return_inverse=True)
+    weights = resample_users(len(users), 1000, 0)
+    samples = {}
+    for name, columns in values.items():
+        value = np.mean(columns, axis=0)
+        sums = weighted_sums(weights, owner, np.stack([value, np.ones(len(value))], axis=1))
+        samples[name] = ratio(sums[:, 0], sums[:, 1])
+    metrics = [name.partition("/")[2] for name in samples if name.startswith("window/")]
+    differences = {f"window-next/{m}": interval(samples[f"window/{m}"] - samples[f"next/{m}"]) for m in metrics}
+    return {name: interval(sample) for name, sample in samples.items()} | differences
