@@ -13,6 +13,7 @@ from negfast.errors import InputError
 from negfast.model import attention
 from negfast.model.layout import GroupLayout, PromptRows
 from negfast.sid.tokens import MARKERS, CodeVocabulary
+from negfast.spans import span
 
 
 class CodeBlock(nn.Module):
@@ -117,12 +118,13 @@ class Policy(nn.Module):
             tokens.append(answer_tokens.reshape(-1))
             positions.append(layout.answer_positions())
         embedded = self.embed(torch.cat(tokens), has_text)
-        out = self.decoder(
-            inputs_embeds=embedded.unsqueeze(0),
-            position_ids=torch.cat(positions).unsqueeze(0),
-            use_cache=False,
-            layout=layout,
-        )
+        with span("prompt" if prompt_tokens is not None else f"level {layout.past_tokens + 2}"):
+            out = self.decoder(
+                inputs_embeds=embedded.unsqueeze(0),
+                position_ids=torch.cat(positions).unsqueeze(0),
+                use_cache=False,
+                layout=layout,
+            )
         hidden = out.last_hidden_state[0]
         if prompt_tokens is None or prompt_rows == "all" or self.drops_prompt_rows:
             return hidden

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from negfast import spans
 from negfast.config import Prompt
 from negfast.data.log import DAY
 from negfast.model.layout import GroupLayout
@@ -56,6 +57,7 @@ class PromptBuilder:
         self.item_tokens = vocabulary.item_tokens(trie.codes)  # int32 [I, L], for the packer
         self.item_token_ids = torch.from_numpy(self.item_tokens).to(device).long()
 
+    @spans.data()
     def build(
         self,
         users: np.ndarray,

@@ -128,6 +128,13 @@ class Recorder:
         self.calls = 0
 
     def __enter__(self) -> "Recorder":
+        embed = self.policy.embed
+
+        def noted(tokens: Tensor, has_text: bool) -> Tensor:
+            self.tensors[f"call{self.calls}.tokens"] = tokens.clone()
+            return embed(tokens, has_text)
+
+        self.policy.embed = noted  # type: ignore[method-assign]
         self.hooks = [self.policy.decoder.register_forward_pre_hook(self._note, with_kwargs=True)]
         for name, module in self.policy.named_modules():
             if name:
@@ -135,13 +142,13 @@ class Recorder:
         return self
 
     def __exit__(self, *_: object) -> None:
+        del self.policy.embed  # the class's own is back
         for hook in self.hooks:
             hook.remove()
 
     def _note(self, _: nn.Module, __: tuple, inputs: dict) -> None:
-        """Inputs of one call: embeddings [N, d], positions [N], and the prompts' lengths [B]."""
+        """Beside a call's token ids [N]: their positions [N] and the prompts' lengths [B]."""
         prefix = f"call{self.calls}."
-        self.tensors[prefix + "embeddings"] = inputs["inputs_embeds"].detach()[0].clone()
         self.tensors[prefix + "positions"] = inputs["position_ids"][0].clone()
         self.tensors[prefix + "prompt_lengths"] = inputs["layout"].lengths.clone()
         self.calls += 1

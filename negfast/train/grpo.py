@@ -35,16 +35,17 @@ from negfast.train.sampling import distinct_loss, rollout_without_replacement
 from negfast.train.schedule import mixed_share, schedule_views
 from negfast.train.sft import NextItems
 from negfast.train.step import WHOLE, Mean, Share, StepResult
+from negfast.train.trie_loss import TrieLoss, compact_rollout
 from negfast.train.verdict import VerdictTask
 
 
 class GroupStep(NamedTuple):
-    """A step's rollout, reward terms [B, G, n], loss, and the reference's log-probabilities at the rollout's rows."""
+    """A step's rollout, reward terms [B, G, n], loss, and the objective to ask again under a policy that moved on."""
 
     rollout: Rollout
     terms: Tensor
     result: GRPOTerms
-    reference_log_policy: Tensor | None
+    objective: TrieLoss | None
 
 
 class GrpoStage:
@@ -86,7 +87,7 @@ class GrpoStage:
         round_, again = divmod(step, settings.epochs)
         if again:
             batch, taken = self.kept[share]  # a stage starts and resumes between rounds
-            updated = reuse_loss(engine.policy, batch, taken, self.objective, engine.trie.levels)
+            updated = reuse_loss(engine.policy, batch, taken)
             taken = taken._replace(result=updated)
         else:
             batch, taken = self.sample(round_, share)
@@ -215,46 +216,40 @@ def group_loss(
     distinct = rollout_without_replacement(*arguments) if sampling == "without_replacement" else None
     sampled = rollout(*arguments, keep_forced=full) if distinct is None else distinct.rollout
     terms = reward(sampled.items)
-    tokens, valid, log_prior = sampled.tokens, sampled.choice.valid, sampled.choice.log_prior
-    logits = sampled.choice.logits
-    if full:
-        tokens, log_prior = vocabulary_tokens(policy.vocabulary, sampled), None
-        logits = policy.full_logits(sampled.hidden)
-        valid = torch.ones_like(logits, dtype=torch.bool)
-    reference_log_policy = None
+    reference_logits = None
     if reference is not None:
-        with torch.inference_mode():
+        with torch.no_grad():
             if full:
                 reference_logits = reference.full_logits(replay_hidden(reference, batch, sampled))
             else:
                 reference_logits = replay_logits(reference, batch, sampled)
-            reference_log_policy = log_policy(reference_logits, valid, log_prior, objective.temperature)
-        reference_log_policy = reference_log_policy.clone()  # a plain tensor, which autograd may keep
+    rewards, levels = terms.sum(-1), chooser.trie.levels
+    if full:
+        return GroupStep(sampled, terms, full_loss(policy, sampled, rewards, objective, reference_logits), None)
+    compact = compact_rollout(chooser, batch.prior, NEXT_DISLIKE, sampled)
     if distinct is not None:
-        loss = distinct_loss(distinct, terms.sum(-1), objective, chooser.trie.levels, reference_log_policy, normalised)
-        return GroupStep(sampled, terms, loss, reference_log_policy)
-    result = trie_grpo_reference(
-        logits, valid, log_prior, tokens, terms.sum(-1), objective, chooser.trie.levels, reference_log_policy
-    )
-    return GroupStep(sampled, terms, result, reference_log_policy)
+        result = distinct_loss(distinct, rewards, objective, levels, reference_logits, normalised, compact)
+        return GroupStep(sampled, terms, result, None)
+    loss = TrieLoss(sampled, compact, rewards, objective, levels, reference_logits)
+    return GroupStep(sampled, terms, loss(sampled.choice.logits), loss)
 
 
-def reuse_loss(
-    policy: Policy, batch: PromptBatch, taken: GroupStep, objective: GRPOObjective, levels: int
-) -> GRPOTerms:
+def reuse_loss(policy: Policy, batch: PromptBatch, taken: GroupStep) -> GRPOTerms:
     """The loss of an earlier rollout under the policy as it is now, by a second pass, with ratios against then."""
-    choice = taken.rollout.choice
-    return trie_grpo_reference(
-        replay_logits(policy, batch, taken.rollout),
-        choice.valid,
-        choice.log_prior,
-        taken.rollout.tokens,
-        taken.terms.sum(-1),
-        objective,
-        levels,
-        taken.reference_log_policy,
-        taken.result.log_prob,
-    )
+    assert taken.objective is not None, "config refuses epochs > 1 with what has no second pass"
+    return taken.objective(replay_logits(policy, batch, taken.rollout), taken.result.log_prob)
+
+
+def full_loss(
+    policy: Policy, sampled: Rollout, rewards: Tensor, objective: GRPOObjective, reference: Tensor | None
+) -> GRPOTerms:
+    """The objective over the whole vocabulary, at hidden states of a rollout; ``reference`` [R, V] logits."""
+    tokens, logits = vocabulary_tokens(policy.vocabulary, sampled), policy.full_logits(sampled.hidden)
+    valid = torch.ones_like(logits, dtype=torch.bool)
+    if reference is not None:
+        reference = log_policy(reference, valid, None, objective.temperature)
+    levels = sampled.codes.shape[1]
+    return trie_grpo_reference(logits, valid, None, tokens, rewards, objective, levels, reference)
 
 
 def vocabulary_tokens(vocabulary: CodeVocabulary, sampled: Rollout) -> SampledTokens:

@@ -11,6 +11,7 @@ from negfast.config import Stage as StageSettings
 from negfast.config import Train
 from negfast.model.policy import Policy
 from negfast.progress import Progress
+from negfast.spans import span
 from negfast.train import distributed, faults
 from negfast.train.checkpoint import StageCheckpoints
 from negfast.train.journal import Journal
@@ -94,9 +95,10 @@ def update(
         group["lr"] = rate * group["rate_factor"]
     figures, norm = gradients(stage, step, policy, shares)
     faults.require_finite(figures)
-    torch.nn.utils.clip_grads_with_norm_(policy.parameters(), stage.config.clip_norm, norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    with span("optimiser"):
+        torch.nn.utils.clip_grads_with_norm_(policy.parameters(), stage.config.clip_norm, norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return figures
 
 
@@ -105,7 +107,8 @@ def gradients(stage: Stage, step: int, policy: Policy, shares: list[Share]) -> t
     results = []
     for share in shares:
         result = stage.step(step, share)
-        result.loss.backward()
+        with span("backward"):
+            result.loss.backward()
         results.append(result)
     distributed.add_gradients(policy.parameters())
     norm = torch.nn.utils.get_total_norm([p.grad for p in policy.parameters() if p.grad is not None])

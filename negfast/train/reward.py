@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from negfast import spans
 from negfast.collab import Neighbours, similarity_rows
 from negfast.config import Reward
 from negfast.data.split import Requests
@@ -33,6 +34,7 @@ class RewardTable:
         return self.terms[entry] * (self.key[entry] == wanted).unsqueeze(-1)
 
 
+@spans.data()
 def build_reward_table(
     requests: Requests,
     n_items: int,

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from negfast import spans
 from negfast.config import Sft
 from negfast.data.split import Requests, only_next
 from negfast.model.prompts import MIXED, NEGATIVE_ONLY, POSITIVE_ONLY
@@ -60,6 +61,7 @@ class NextItems:
         return loss, metrics, len(batch.tokens) + len(item) * engine.trie.levels
 
 
+@spans.data()
 def draw_targets(
     requests: Requests, most: int, like_weight: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
