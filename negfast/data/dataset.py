@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,9 @@ from negfast.data.shards import Shard, write_shard
 from negfast.data.split import Split, split_requests
 from negfast.errors import InputError
 from negfast.files import atomic_file
+
+if TYPE_CHECKING:
+    from negfast.sid.quantize import Quantizer
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -151,9 +154,12 @@ class Dataset:
         """Semantic IDs, uint16 [I, L]."""
         return self._semantic_ids["codes"]
 
-    @property
-    def codebooks(self) -> np.ndarray:
-        return self._semantic_ids["codebooks"]
+    @cached_property
+    def quantizer(self) -> "Quantizer":
+        """What gave the items their codes, frozen: it codes items to come."""
+        from negfast.sid.quantize import Quantizer  # imports faiss, which most readers need not wait for
+
+        return Quantizer.from_tensors(self._semantic_ids)
 
     @property
     def embedding(self) -> np.ndarray:
@@ -184,7 +190,7 @@ def write_dataset(
     semantic_ids: dict[str, np.ndarray],
     manifest: dict[str, Any],
 ) -> None:
-    """Fills an empty directory; ``semantic_ids`` holds codes, codebooks and embedding.
+    """Fills an empty directory; ``semantic_ids`` holds codes, embedding and the quantiser's tensors.
 
     ``manifest`` is what is said of the data; the format version and the files' sizes and checksums are added.
     """

@@ -42,7 +42,7 @@ def inspect_dataset(dataset: Dataset, report: Report) -> None:
     report(f"feedback      {', '.join(shares)}")
     report(f"days          {manifest['days']['first']} to {manifest['days']['last']}")
     report(f"split         horizon {split['horizon']} days, valid from {split['valid']}, test from {split['test']}")
-    report(f"semantic IDs  {sids['levels']} levels of {sids['codebook']} codes, {sids['method']}")
+    report(f"semantic IDs  {sids['levels']} levels of {sids['codebook']} codes, {sids['quantizer']}")
     _rows(sids["report"], report, indent="  ")
     for number, part in enumerate(dataset.parts, start=1):
         days = part["days"]

@@ -36,7 +36,7 @@ class SemanticIdSettings:
 
     levels: int = 3
     codebook: int = 256
-    method: str = "rq-kmeans"
+    quantizer: str = "rq-kmeans"
     encoder: str = "auto"
     seed: int = 0
 
@@ -95,7 +95,7 @@ def build(
             "split": {"horizon": horizon, "valid": date_of(valid_day), "test": date_of(test_day)},
             "semantic_ids": {**asdict(semantic_ids), "report": sids.report},
         }
-        tensors = {"codes": sids.codes, "codebooks": sids.codebooks, "embedding": sids.embedding}
+        tensors = {"codes": sids.codes, "embedding": sids.embedding, **sids.quantizer.tensors()}
         write_dataset(directory, log, events.user_ids, items, tensors, manifest)
     report(f"data set: {out}")
     return Dataset.open(out)

@@ -6,59 +6,64 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from negfast.errors import InputError
-from negfast.sid.quantize import centroids_of, nearest
+from negfast.sid.kmeans import squared_distances
+from negfast.sid.quantize import Quantizer, nearest
 
 LARGEST_EXACT = 1 << 22  # cells of a cost matrix up to which the assignment is optimal (seconds), not stable
 
 
-def assign_codes(vectors: np.ndarray, codebooks: np.ndarray) -> np.ndarray:
-    """Distinct codes of vectors [N, D] under codebooks [L, K, D], uint16 [N, L].
+def assign_codes(vectors: np.ndarray, quantizer: Quantizer, taken: np.ndarray | None = None) -> np.ndarray:
+    """Distinct codes of vectors [N, D], none of them in ``taken`` uint16 [M, L]: uint16 [N, L].
 
-    Level by level each item takes its nearest centroid; where more items meet under a node than leaves fit below
-    it, some move to a next-best code of that level. On the last level a leaf holds one item, and within a prefix
-    the codes minimise the summed squared distance. Raises InputError if there are too few leaves.
+    Level by level each item takes its best code; where more items meet under a node than free leaves lie below it,
+    some move to a next-best code of that level. On the last level a leaf holds one item, and within a prefix the
+    codes minimise the summed cost. Raises InputError if there are too few leaves.
     """
-    centroids = [centroids_of(codebook) for codebook in codebooks]
-    room = [math.prod(len(c) for c in centroids[level + 1 :]) for level in range(len(centroids))]
-    if len(vectors) > room[0] * len(centroids[0]):
-        raise InputError(f"semantic IDs: expected at most {room[0] * len(centroids[0])} items, found {len(vectors)}")
-    codes = np.empty((len(vectors), len(centroids)), dtype=np.uint16)
-    residual = np.asarray(vectors, dtype=np.float32)
-    parent = np.zeros(len(vectors), dtype=np.int64)  # node of the level above, numbered 0, 1, ...
-    for level, table in enumerate(centroids):
-        code = nearest(residual, codebooks[level])
-        for rows in _overfull(parent, code, len(table), room[level]):
-            code[rows] = _within_room(_distances(residual[rows], table), room[level])
+    levels = quantizer.levels
+    taken = np.empty((0, len(levels)), dtype=np.uint16) if taken is None else taken
+    room = [math.prod(len(centroids) for centroids, _ in levels[level + 1 :]) for level in range(len(levels))]
+    width = quantizer.codebooks.shape[1]
+    free = room[0] * len(levels[0][0]) - int((taken[:, 0] < len(levels[0][0])).sum())
+    if len(vectors) > free:
+        raise InputError(f"semantic IDs: expected at most {free} items, found {len(vectors)}")
+    codes = np.empty((len(vectors), len(levels)), dtype=np.uint16)
+    residual = quantizer.project(vectors)
+    # nodes of the level above, numbered 0, 1, ... over both tables
+    parent, parent_taken = np.zeros(len(vectors), dtype=np.int64), np.zeros(len(taken), dtype=np.int64)
+    for level, (centroids, prices) in enumerate(levels):
+        code = nearest(residual, centroids, prices)
+        held = np.sort(parent_taken * width + taken[:, level])  # children that hold taken leaves, one entry a leaf
+        for rows in _overfull(parent, code, held, width, room[level]):
+            below = parent[rows[0]] * width + np.arange(len(centroids))
+            capacity = room[level] - (np.searchsorted(held, below, "right") - np.searchsorted(held, below))
+            code[rows] = _within_room(squared_distances(residual[rows], centroids) + prices, capacity)
         codes[:, level] = code
-        residual = residual - table[code]
-        parent = np.unique(parent * len(table) + code, return_inverse=True)[1]
+        residual = residual - centroids[code]
+        child = np.concatenate([parent * width + code, parent_taken * width + taken[:, level]])
+        parent, parent_taken = np.split(np.unique(child, return_inverse=True)[1], [len(vectors)])
     return codes
 
 
-def _overfull(parent: np.ndarray, code: np.ndarray, n_codes: int, room: int) -> list[np.ndarray]:
-    """Rows under each parent that has a child with more than ``room`` items, a group a parent."""
-    children, counts = np.unique(parent * n_codes + code, return_counts=True)
-    parents = np.unique(children[counts > room] // n_codes)
+def _overfull(parent: np.ndarray, code: np.ndarray, held: np.ndarray, width: int, room: int) -> list[np.ndarray]:
+    """Rows under each parent that has a child with more than ``room`` items, ``held`` ones counted; one group each."""
+    children, counts = np.unique(parent * width + code, return_counts=True)
+    counts += np.searchsorted(held, children, "right") - np.searchsorted(held, children)
+    parents = np.unique(children[counts > room] // width)
     rows = np.flatnonzero(np.isin(parent, parents))
     rows = rows[np.argsort(parent[rows], kind="stable")]
     return np.split(rows, np.flatnonzero(np.diff(parent[rows])) + 1) if len(rows) else []
 
 
-def _distances(residual: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Squared distances, float64 [g, k]."""
-    x, y = residual.astype(np.float64), table.astype(np.float64)
-    return (x**2).sum(1)[:, None] - 2 * x @ y.T + (y**2).sum(1)
+def _within_room(cost: np.ndarray, capacity: np.ndarray) -> np.ndarray:
+    """A code for each of g items, at most ``capacity`` [k] items a code, at low total cost [g, k]."""
+    if capacity.max() == 1 and cost.size <= LARGEST_EXACT:
+        free = np.flatnonzero(capacity)
+        return free[linear_sum_assignment(cost[:, free])[1]]
+    return _stable(cost, capacity)
 
 
-def _within_room(cost: np.ndarray, room: int) -> np.ndarray:
-    """A code for each of g items, at most ``room`` items a code, at low total cost [g, k]."""
-    if room == 1 and cost.size <= LARGEST_EXACT:
-        return linear_sum_assignment(cost)[1]
-    return _stable(cost, room)
-
-
-def _stable(cost: np.ndarray, room: int) -> np.ndarray:
-    """Every item proposes to its next-best code, every code keeps its ``room`` nearest (deferred acceptance)."""
+def _stable(cost: np.ndarray, capacity: np.ndarray) -> np.ndarray:
+    """Every item proposes to its next-best code, every code keeps its nearest up to capacity (deferred acceptance)."""
     preference = np.argsort(cost, axis=1, kind="stable")
     choice = np.zeros(len(cost), dtype=np.int64)  # position in the preference list
     while True:
@@ -66,7 +71,58 @@ def _stable(cost: np.ndarray, room: int) -> np.ndarray:
         order = np.lexsort((cost[np.arange(len(cost)), code], code))  # by code, nearest first
         ordered = code[order]
         rank = np.arange(len(cost)) - np.searchsorted(ordered, ordered)
-        refused = order[rank >= room]
+        refused = order[rank >= capacity[ordered]]
         if len(refused) == 0:
             return code
         choice[refused] += 1
+
+
+def assign_new(
+    vectors: np.ndarray, cold: np.ndarray, quantizer: Quantizer, taken: np.ndarray, seed: int = 0
+) -> np.ndarray:
+    """Codes of items that came later, by frozen codebooks: uint16 [N, L], distinct and none of ``taken`` [M, L].
+
+    ``vectors`` [N, D] come from the embedding that the quantiser was fitted to (`negfast.sid.embed.embed_new`).
+    Where ``cold`` bool [N] the next free leaf of the cold prefix is taken; codebooks of width 0 ("random") give a
+    random free leaf by ``seed``. Raises InputError where no leaf is left.
+    """
+    levels, codebook, width = quantizer.codebooks.shape
+    if width == 0:
+        return random_codes(len(vectors), taken, codebook, seed)
+    codes = np.empty((len(vectors), levels), dtype=np.uint16)
+    if not cold.all():
+        if len(quantizer.levels[0][0]) == 0:
+            raise InputError("semantic IDs: found no codebooks, since all items were cold; prepare the data anew")
+        codes[~cold] = assign_codes(vectors[~cold], quantizer, taken)
+    held = leaf_numbers(taken[taken[:, 0] >= len(quantizer.levels[0][0])], codebook)
+    first = codebook**levels - codebook ** (levels - 1)  # of the code that is always kept
+    start = int(held.max()) + 1 if len(held) else first
+    if start + int(cold.sum()) > codebook**levels:
+        raise InputError(f"semantic IDs: the cold prefix has no room for {int(cold.sum())} more items")
+    codes[cold] = digits(start + np.arange(int(cold.sum())), levels, codebook)
+    return codes
+
+
+def random_codes(count: int, taken: np.ndarray, codebook: int, seed: int) -> np.ndarray:
+    """Distinct random codes, none of ``taken`` uint16 [M, L]: uint16 [count, L]."""
+    levels = taken.shape[1]
+    leaves = min(codebook**levels, 2**62)
+    if count + len(taken) > leaves:
+        raise InputError(f"semantic IDs: expected at most {leaves} items, found {count + len(taken)}")
+    # drawing as many more as are taken leaves enough whatever is struck out; the first ones are a fair sample
+    drawn = np.random.default_rng(seed).choice(leaves, count + len(taken), replace=False)
+    return digits(drawn[~np.isin(drawn, leaf_numbers(taken, codebook))][:count], levels, codebook)
+
+
+def digits(number: np.ndarray, levels: int, codebook: int) -> np.ndarray:
+    """Leaf numbers [N] to codes uint16 [N, L], the first level most significant."""
+    return (number[:, None] // _places(levels, codebook) % codebook).astype(np.uint16)
+
+
+def leaf_numbers(codes: np.ndarray, codebook: int) -> np.ndarray:
+    """The inverse of `digits`, int64 [N]."""
+    return codes.astype(np.int64) @ _places(codes.shape[1], codebook)
+
+
+def _places(levels: int, codebook: int) -> np.ndarray:
+    return np.array([codebook**level for level in range(levels - 1, -1, -1)], dtype=np.int64)

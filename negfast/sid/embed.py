@@ -73,6 +73,31 @@ def embed_items(
     return ItemEmbedding(vectors, ~placed & ~known, {name: block.shape[1] for name, block in blocks.items()})
 
 
+def embed_new(old: ItemTable, new: ItemTable, blocks: dict[str, int], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Items that come later in the space of ``blocks`` (name -> width, as of `embed_items`): float32 [N, D], and which
+    of them are cold, bool [N].
+
+    What an encoder has to learn (TF-IDF's weights and axes) it learns again from ``old``, the items that it learned
+    from, which gives the same. The co-occurrence block is zero: a new item has no events from that time.
+    Raises InputError for own embeddings of another width.
+    """
+    texts, parts = item_texts(new), []
+    for name, width in blocks.items():
+        if name == "minilm":
+            part = embed_minilm(texts, seed)
+        elif name == "tfidf":
+            part = embed_tfidf([*item_texts(old), *texts], seed, learn_from=len(old))[len(old) :]
+        elif name == "own" and new.embedding is not None:
+            part = new.embedding.astype(np.float32)
+        else:
+            part = np.zeros((len(new), width), np.float32)
+        if part.shape[1] != width:
+            raise InputError(f"semantic IDs: the {name} of new items has {part.shape[1]} columns, expected {width}")
+        parts.append(_normalised(part))
+    vectors = np.concatenate(parts, axis=1)
+    return vectors, np.linalg.norm(vectors, axis=1) == 0
+
+
 def item_texts(items: ItemTable) -> list[str]:
     """What an encoder reads of each item: the title, then the values of its attributes; "" if it has none."""
     texts = []
@@ -113,12 +138,18 @@ def embed_minilm(texts: list[str], seed: int = 0, batch_size: int = 64) -> np.nd
     return out
 
 
-def embed_tfidf(texts: list[str], seed: int = 0) -> np.ndarray:
-    """Hashed words and character n-grams (3 to 5, within words), TF-IDF, SVD: float32 [I, at most 128]."""
+def embed_tfidf(texts: list[str], seed: int = 0, learn_from: int | None = None) -> np.ndarray:
+    """Hashed words and character n-grams (3 to 5, within words), TF-IDF, SVD: float32 [I, at most 128].
+
+    Weights and axes are those of the first ``learn_from`` texts alone (None: all).
+    """
     kinds = ({"analyzer": "word", "token_pattern": r"(?u)\b\w+\b"}, {"analyzer": "char_wb", "ngram_range": (3, 5)})
     counts = [HashingVectorizer(n_features=2**15, alternate_sign=False, norm=None, **kind) for kind in kinds]
-    blocks = [TfidfTransformer(sublinear_tf=True).fit_transform(kind.transform(texts)) for kind in counts]
-    return _reduced(sp.hstack(blocks, format="csr"), seed)
+    blocks = []
+    for kind in counts:
+        block = kind.transform(texts)
+        blocks.append(TfidfTransformer(sublinear_tf=True).fit(block[:learn_from]).transform(block))
+    return _reduced(sp.hstack(blocks, format="csr"), seed, learn_from)
 
 
 def embed_cooccurrence(log: EventLog, valid_day: int, seed: int = 0) -> np.ndarray:
@@ -133,12 +164,16 @@ def embed_cooccurrence(log: EventLog, valid_day: int, seed: int = 0) -> np.ndarr
     return _reduced(TfidfTransformer().fit_transform(met), seed)
 
 
-def _reduced(features: sp.csr_matrix, seed: int) -> np.ndarray:
-    features = features[:, np.unique(features.indices)]  # most hashed columns of a small table are empty
-    if features.nnz == 0:
+def _reduced(features: sp.csr_matrix, seed: int, learn_from: int | None = None) -> np.ndarray:
+    known = features[:learn_from]
+    used = np.unique(known.indices)  # most hashed columns of a small table are empty
+    features, known = features[:, used], known[:, used]
+    if known.nnz == 0:
         return np.zeros((features.shape[0], 1), dtype=np.float32)
-    width = min(SVD_DIMENSIONS, *features.shape)
-    return TruncatedSVD(width, random_state=seed).fit_transform(features).astype(np.float32)
+    svd = TruncatedSVD(min(SVD_DIMENSIONS, *known.shape), random_state=seed)
+    first = svd.fit_transform(known)
+    later = svd.transform(features[known.shape[0] :]) if learn_from is not None else first[:0]
+    return np.concatenate([first, later]).astype(np.float32)
 
 
 def _normalised(block: np.ndarray) -> np.ndarray:

@@ -1,51 +1,90 @@
-"""Residual quantisation: L levels of K centroids, each level fitted to what the levels before it leave over."""
+"""A fitted residual quantiser: L levels of K centroids, each for what the levels before it leave over.
+
+All quantisers share this form, so that items of any day are coded by the same few lines: `negfast.sid.kmeans` and
+`negfast.sid.rqvae` only fit it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Self
 
 import faiss
 import numpy as np
 
+NETWORK = "network."  # what the names of a network's tensors begin with in a file
 
-def fit_rq_kmeans(vectors: np.ndarray, sizes: list[int], codebook: int, seed: int) -> np.ndarray:
-    """Residual k-means of vectors [N, D]: codebooks, float32 [L, K, D].
 
-    Level l gets min(``sizes[l]``, N) centroids in its first rows; rows without a centroid are NaN. Deterministic
-    for a seed, a number of threads and a machine.
+@dataclass(frozen=True)
+class Quantizer:
+    """Codebooks and what it takes to use them.
+
+    A residual r gets the code c of least |r - centroid_c|^2 + price_c. Prices are zero but for balanced codes, where
+    they keep popular codes from taking more than their share. An RQ-VAE quantises what its encoder makes of a vector.
     """
-    codebooks = np.full((len(sizes), codebook, vectors.shape[1]), np.nan, dtype=np.float32)
-    residual = np.ascontiguousarray(vectors, dtype=np.float32)
-    for level, size in enumerate(sizes):
-        size = min(size, len(residual))
-        kmeans = faiss.Kmeans(residual.shape[1], size, niter=25, seed=seed + level, min_points_per_centroid=1)
-        kmeans.train(residual)
-        codebooks[level, :size] = kmeans.centroids
-        residual = residual - codebooks[level][nearest(residual, codebooks[level])]
-    return codebooks
+
+    codebooks: np.ndarray  # float32 [L, K, d]; NaN rows, at the end of a level, hold no centroid
+    prices: np.ndarray  # float32 [L, K], at least 0
+    network: dict[str, np.ndarray] = field(default_factory=dict)  # RQ-VAE: encoder.0.weight, ..., decoder.1.bias
+
+    @classmethod
+    def plain(cls, codebooks: np.ndarray, network: dict[str, np.ndarray] | None = None) -> Self:
+        """Without prices."""
+        return cls(codebooks, np.zeros(codebooks.shape[:2], dtype=np.float32), network or {})
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, np.ndarray]) -> Self:
+        """From what ``tensors`` gave; other names are left alone."""
+        network = {n.removeprefix(NETWORK): t for n, t in tensors.items() if n.startswith(NETWORK)}
+        plain = cls.plain(tensors["codebooks"], network)
+        return cls(plain.codebooks, tensors.get("prices", plain.prices), network)
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """What a file has to hold; prices only where there are any."""
+        prices = {"prices": self.prices} if self.prices.any() else {}
+        return {"codebooks": self.codebooks, **prices, **{NETWORK + n: t for n, t in self.network.items()}}
+
+    @cached_property
+    def levels(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Centroids [k, d] and prices [k] of each level, k <= K."""
+        filled = np.isfinite(self.codebooks).all(axis=2)
+        return [
+            (table[rows], price[rows]) for table, price, rows in zip(self.codebooks, self.prices, filled, strict=True)
+        ]
+
+    def project(self, vectors: np.ndarray) -> np.ndarray:
+        """Vectors [N, D] to the space of the codebooks, float32 [N, d]."""
+        vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+        return _mlp(vectors, self.network, "encoder") if self.network else vectors
+
+    def reconstruct(self, codes: np.ndarray) -> np.ndarray:
+        """What codes [N, L] stand for, in the space of the vectors: float32 [N, D]."""
+        rebuilt = np.zeros((len(codes), self.codebooks.shape[2]), dtype=np.float32)
+        for level, codebook in enumerate(self.codebooks):
+            rebuilt += codebook[codes[:, level]]
+        return _mlp(rebuilt, self.network, "decoder") if self.network else rebuilt
 
 
-def centroids_of(codebook: np.ndarray) -> np.ndarray:
-    """The rows of one level's codebook [K, D] that hold a centroid, [k, D]."""
-    return codebook[np.isfinite(codebook).all(axis=1)]
+def _mlp(x: np.ndarray, network: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    hidden = np.maximum(x @ network[f"{name}.0.weight"].T + network[f"{name}.0.bias"], 0)
+    return hidden @ network[f"{name}.2.weight"].T + network[f"{name}.2.bias"]
 
 
-def nearest(residual: np.ndarray, codebook: np.ndarray) -> np.ndarray:
-    """Nearest centroid of each row, int64 [N], the first among equals."""
-    index = faiss.IndexFlatL2(codebook.shape[1])
-    index.add(centroids_of(codebook))
-    return index.search(np.ascontiguousarray(residual), 1)[1][:, 0]
+def nearest(residual: np.ndarray, centroids: np.ndarray, prices: np.ndarray) -> np.ndarray:
+    """The code of least squared distance plus price for residuals [N, d], int64 [N]."""
+    # |r - c|^2 + p is the distance to the centroid from a plane sqrt(p) away from it
+    lifted = np.concatenate([centroids, np.sqrt(prices)[:, None]], axis=1)
+    index = faiss.IndexFlatL2(lifted.shape[1])
+    index.add(np.ascontiguousarray(lifted, dtype=np.float32))
+    flat = np.concatenate([residual, np.zeros((len(residual), 1), dtype=np.float32)], axis=1)
+    return index.search(np.ascontiguousarray(flat), 1)[1][:, 0]
 
 
-def encode(vectors: np.ndarray, codebooks: np.ndarray) -> np.ndarray:
-    """Nearest codes level by level with frozen codebooks, uint16 [N, L]; different items may share them all."""
-    codes = np.empty((len(vectors), len(codebooks)), dtype=np.uint16)
-    residual = np.asarray(vectors, dtype=np.float32)
-    for level, codebook in enumerate(codebooks):
-        codes[:, level] = nearest(residual, codebook)
-        residual = residual - codebook[codes[:, level]]
+def encode(vectors: np.ndarray, quantizer: Quantizer) -> np.ndarray:
+    """Best codes of vectors [N, D] level by level, uint16 [N, L]; different items may share them all."""
+    codes = np.empty((len(vectors), len(quantizer.levels)), dtype=np.uint16)
+    residual = quantizer.project(vectors)
+    for level, (centroids, prices) in enumerate(quantizer.levels):
+        codes[:, level] = nearest(residual, centroids, prices)
+        residual = residual - centroids[codes[:, level]]
     return codes
-
-
-def reconstruction_error(vectors: np.ndarray, codes: np.ndarray, codebooks: np.ndarray) -> float:
-    """Squared distance to the sum of the chosen centroids, as a share of the vectors' squared length."""
-    rebuilt = np.zeros(vectors.shape, dtype=np.float64)
-    for level, codebook in enumerate(codebooks):
-        rebuilt += codebook[codes[:, level]]
-    return float(((vectors - rebuilt) ** 2).sum() / max((vectors.astype(np.float64) ** 2).sum(), 1e-30))

@@ -46,8 +46,10 @@ def test_what_is_written_reads_back(written):
         np.testing.assert_array_equal(getattr(data.log, column), getattr(log, column))
     assert data.items == items
     assert data.user_ids == ["u", "v", "w"]
-    for name, array in sids.items():
-        np.testing.assert_array_equal(getattr(data, name), array)
+    for name, found in (
+        ("codes", data.codes), ("embedding", data.embedding), ("codebooks", data.quantizer.codebooks)
+    ):  # fmt: skip
+        np.testing.assert_array_equal(found, sids[name])
     assert (data.horizon, data.valid_day, data.test_day) == (7, 31, 59)
 
 
@@ -110,7 +112,7 @@ def test_the_embedded_movietweetings(tmp_path):
     """Random codes, so that no encoder need run; the counts are those of the source's README and the design."""
     said = []
     data = prepare_movietweetings(
-        tmp_path / "data", semantic_ids=SemanticIdSettings(method="random", encoder="tfidf"), report=said.append
+        tmp_path / "data", semantic_ids=SemanticIdSettings(quantizer="random", encoder="tfidf"), report=said.append
     )
     assert len(data.log) == 100_000
     assert (data.log.n_users, data.log.n_items) == (16_554, 10_506)
@@ -143,5 +145,5 @@ def test_items_without_attributes(tmp_path):
     data = Dataset.open(path)
     assert data.items == ItemTable(["a"], [""])
     assert data.log.value is None
-    assert data.codebooks.shape == (3, 4, 0)
+    assert data.quantizer.codebooks.shape == (3, 4, 0)
     assert parquet.read_schema(path / "items.parquet").field("codes").type == pa.list_(pa.uint16(), 3)

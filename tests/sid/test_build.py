@@ -6,7 +6,8 @@ import pytest
 from negfast.data.items import ItemTable
 from negfast.data.log import DAY, LIKE, EventLog
 from negfast.errors import InputError
-from negfast.sid.build import build_semantic_ids
+from negfast.sid import rqvae
+from negfast.sid.build import QUANTIZERS, build_semantic_ids
 
 VALID = 100
 
@@ -34,7 +35,7 @@ def test_report_adds_up():
     sids = build_semantic_ids(items, log, VALID, codebook=16, encoder="tfidf", report=said.append)
     assert sids.codes.shape == (300, 3) and sids.codes.dtype == np.uint16
     assert len(np.unique(sids.codes, axis=0)) == 300
-    assert sids.codebooks.shape == (3, 16, sids.embedding.shape[1]) and len(sids.embedding) == 300
+    assert sids.quantizer.codebooks.shape == (3, 16, sids.embedding.shape[1]) and len(sids.embedding) == 300
     facts = json.loads(json.dumps(sids.report))
     n_distinct_texts = len(set(" ".join(sorted(text.split())) for text in items.text))
     assert facts["collisions_before"] >= 300 - len(set(items.text)) > 0
@@ -54,11 +55,24 @@ def test_same_seed_same_codes_and_random_is_random():
     items, log = make_case(rng, 120, 120)
     make = lambda **kw: build_semantic_ids(items, log, VALID, codebook=8, encoder="tfidf", report=str, **kw)  # noqa: E731
     assert np.array_equal(make(seed=3).codes, make(seed=3).codes)
-    control = make(method="random", seed=3)
-    assert np.array_equal(control.codes, make(method="random", seed=3).codes)
-    assert not np.array_equal(control.codes, make(method="random", seed=4).codes)
-    assert len(np.unique(control.codes, axis=0)) == 120 and control.codebooks.shape == (3, 8, 0)
+    control = make(quantizer="random", seed=3)
+    assert np.array_equal(control.codes, make(quantizer="random", seed=3).codes)
+    assert not np.array_equal(control.codes, make(quantizer="random", seed=4).codes)
+    assert len(np.unique(control.codes, axis=0)) == 120 and control.quantizer.codebooks.shape == (3, 8, 0)
     assert np.array_equal(control.embedding, make(seed=3).embedding)
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_every_quantizer_names_items_apart_and_says_how_well(quantizer, monkeypatch):
+    monkeypatch.setattr(rqvae, "STEPS", 200)
+    rng = np.random.default_rng()
+    items, log = make_case(rng, 150, 150)
+    sids = build_semantic_ids(items, log, VALID, codebook=8, encoder="tfidf", quantizer=quantizer, report=str)
+    assert len(np.unique(sids.codes, axis=0)) == 150 and sids.report["quantizer"] == quantizer
+    assert ("error_after" in sids.report) == (quantizer != "random")
+    first, first_two = sids.report["neighbour_overlap"]
+    assert first >= first_two and (first < 0.3 if quantizer == "random" else first > 0.3)
+    assert all(level["used"] <= 8 and 1 <= level["perplexity"] <= 8 for level in sids.report["level"])
 
 
 def test_cold_items_share_the_reserved_prefix_and_later_events_do_not_warm_them():
@@ -81,7 +95,7 @@ def test_a_table_of_cold_items_alone():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "vq"}, "expected method rq-kmeans or random, found 'vq'"),
+        ({"quantizer": "vq"}, "expected quantizer rq-kmeans, balanced, rq-vae, random, found 'vq'"),
         ({"encoder": "bert"}, "found 'bert'"),
         ({"levels": 2, "codebook": 7}, "2 levels of 7 codes cannot name 50 items apart"),
         ({"levels": 1, "codebook": 50}, "1 of the first level kept for cold items, cannot name 50 items apart"),

@@ -6,7 +6,7 @@ from negfast.data.items import ItemTable
 from negfast.data.log import DAY, LIKE, EventLog
 from negfast.errors import InputError
 from negfast.sid import embed
-from negfast.sid.embed import embed_items, item_texts, minilm_folder
+from negfast.sid.embed import embed_items, embed_new, item_texts, minilm_folder
 
 VALID = 100
 
@@ -126,3 +126,18 @@ def test_own_columns_are_normalised_beside_the_text():
 def test_unknown_encoder():
     with pytest.raises(InputError, match="one of auto, minilm, tfidf, found 'bert'"):
         embed_items(table(FILMS), make_log([(0, 0)], 1, 4), VALID, encoder="bert")
+
+
+@pytest.mark.parametrize("encoder", ["tfidf", "minilm"] if minilm_folder() else ["tfidf"])
+def test_an_item_that_comes_later_lies_where_it_would_have_lain(encoder):
+    rng = np.random.default_rng()
+    words = ["war", "love", "space", "bread", "crime", "robot", "king", "night"]
+    old = table([" ".join(rng.choice(words, 3)) for _ in range(30)], embedding=rng.normal(size=(30, 2)))
+    embedded = embed_items(old, make_log([(0, 0)], 1, 30), VALID, encoder=encoder, seed=2, report=quiet)
+    again = table([old.text[7], "", "", "zzz"], embedding=np.concatenate([old.embedding[[7, 8]], np.zeros((2, 2))]))
+    vectors, cold = embed_new(old, again, embedded.blocks, seed=2)
+    np.testing.assert_allclose(vectors[0], embedded.vectors[7], atol=1e-5)
+    np.testing.assert_allclose(vectors[1, -2:], embedded.vectors[8, -2:], atol=1e-6)
+    assert not vectors[1, :-2].any() and not vectors[2].any() and cold[:3].tolist() == [False, False, True]
+    with pytest.raises(InputError, match="own of new items has 3 columns, expected 2"):
+        embed_new(old, table(["a"], embedding=np.ones((1, 3))), embedded.blocks, seed=2)
