@@ -102,7 +102,10 @@ def main() -> None:
 @click.option("--test", metavar="DATE", help="First day of test; chosen from the log by default.")
 @click.option("--levels", default=3, show_default=True, help="Levels of the semantic IDs.")
 @click.option("--codebook", default=256, show_default=True, help="Codes a level.")
-@click.option("--sid-method", default="rq-kmeans", show_default=True, help="rq-kmeans, or random as a control.")
+@click.option(
+    "--quantizer", default="rq-kmeans", show_default=True,
+    help="Of semantic IDs: rq-kmeans, balanced, rq-vae, or random as a control.",
+)  # fmt: skip
 @click.option("--encoder", default="auto", show_default=True, help="Text encoder: auto, minilm, tfidf.")
 @click.option("--seed", default=0, show_default=True)
 @click.option(
@@ -151,7 +154,7 @@ def prepare(events: Path, out: Path, **options: Any) -> None:
         item_embedding=options["item_embedding"],
         split=SplitSettings(options["horizon"], options["valid"], options["test"]),
         semantic_ids=SemanticIdSettings(
-            options["levels"], options["codebook"], options["sid_method"], options["encoder"], options["seed"]
+            options["levels"], options["codebook"], options["quantizer"], options["encoder"], options["seed"]
         ),
         force=options["force"],
         report=click.echo,
