@@ -40,6 +40,13 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Sid:
+    """The semantic IDs of the embedded MovieTweetings; other data gets its own from `negfast prepare`."""
+
+    quantizer: str = setting("rq-kmeans", choices=("rq-kmeans", "balanced", "rq-vae", "random"))
+
+
+@dataclass(frozen=True)
 class Model:
     """The built-in Qwen3, where no --model is given, and what of a decoder is trained."""
 
@@ -188,6 +195,7 @@ class Eval:
 @dataclass(frozen=True)
 class Config:
     sample: Sample = Sample()
+    sid: Sid = Sid()
     model: Model = Model()
     prompt: Prompt = Prompt()
     prior: Prior = Prior()

@@ -109,7 +109,7 @@ def _start_run(run: RunFolder, settings: Config, data: Path | None, model: Path 
     data_dir = data if data is not None else run.path / "data"
     if data is None and not data_dir.exists():
         _say("preparing the embedded MovieTweetings-100K")
-        semantic_ids = SemanticIdSettings(encoder=settings.sample.encoder)
+        semantic_ids = SemanticIdSettings(quantizer=settings.sid.quantizer, encoder=settings.sample.encoder)
         prepare_movietweetings(data_dir, semantic_ids=semantic_ids, report=_say)
     dataset = Dataset.open(data_dir)
     torch.manual_seed(settings.train.seed)
