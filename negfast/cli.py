@@ -1,6 +1,7 @@
 """The command line. Exit codes: 0 done, 1 failed, 2 bad usage or input, 130 interrupted."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -185,33 +186,64 @@ def inspect(path: Path) -> None:
     inspect_path(path, click.echo)
 
 
+TRAIN_OPTIONS = (
+    click.argument("config", required=False, type=EXISTING),
+    click.option("--preset", metavar="NAME", help="quickstart or smoke (the whole job in about a minute)."),
+    click.option("--data", type=EXISTING, help="Prepared data set; the built-in MovieTweetings by default."),
+    click.option("--model", type=EXISTING, help="Local directory of any HF decoder; a small Qwen3 by default."),
+    click.option("--init", type=EXISTING, metavar="RUN", help="Start from the weights of a finished run."),
+    click.option("--out", type=EXISTING, metavar="RUN", help="Run directory; an unfinished one is continued."),
+    click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting, e.g. grpo.steps=500."),
+)
+
+
+def train_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed(TRAIN_OPTIONS):
+        command = option(command)
+    return command
+
+
 @main.command()
-@click.argument("config", required=False, type=EXISTING)
-@click.option("--preset", metavar="NAME", help="quickstart or smoke (the whole job in about a minute).")
-@click.option("--data", type=EXISTING, help="Prepared data set; the built-in MovieTweetings by default.")
-@click.option("--model", type=EXISTING, help="Local directory of any HF decoder; a small Qwen3 by default.")
-@click.option("--init", type=EXISTING, metavar="RUN", help="Start from the weights of a finished run.")
-@click.option("--out", type=EXISTING, metavar="RUN", help="Run directory; an unfinished one is continued.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting, e.g. grpo.steps=500.")
-def train(
-    config: Path | None,
-    preset: str | None,
-    data: Path | None,
-    model: Path | None,
-    init: Path | None,
-    out: Path | None,
-    overrides: tuple[str, ...],
-) -> None:
+@train_options
+@click.option("--gpus", type=click.IntRange(min=1), help="GPUs of this machine to train on; torchrun works too.")
+@click.option("--replay", type=EXISTING, metavar="RUN/failed/STEP", help="Look for the cause of a NaN or inf.")
+def train(gpus: int | None, replay: Path | None, **options: Any) -> None:
     """Train: align, sft, grpo, then the table on the test split.
 
     \b
     negfast train
     negfast train --preset smoke --out runs/smoke
     negfast train my.toml --data data --model Qwen3-0.6B --out runs/a --set grpo.steps=500
+    negfast train --gpus 8 --data data --model Qwen3-0.6B --out runs/a
+    negfast train --replay runs/a/failed/sft-000120
     """
-    from negfast.train.run import train as run
+    from negfast.train import run
+    from negfast.train.distributed import launch_gpus, planned_size
 
-    run(config=config, preset=preset, data=data, model=model, init=init, out=out, overrides=overrides)
+    if replay is not None:
+        run.replay(replay)
+    elif gpus is not None and gpus > 1 and planned_size() == 1:
+        sys.exit(launch_gpus(gpus, sys.argv[1:]))
+    else:
+        run.train(**options)
+
+
+@main.command()
+@train_options
+@click.option("--stage", default="grpo", show_default=True, help="align, sft or grpo.")
+@click.option("--steps", default=5, show_default=True, type=click.IntRange(min=1), help="Steps to record.")
+def profile(stage: str, steps: int, **options: Any) -> None:
+    """Record some training steps: a trace, its ranges, and the ten slowest operations.
+
+    With a GPU and nsys on the path nsys records; else torch.profiler does. The run is started as `train` would.
+
+    \b
+    negfast profile --preset smoke --out runs/look
+    negfast profile --stage sft --steps 10 --out runs/quickstart
+    """
+    from negfast.train.profile import profile as run
+
+    run(stage, steps, sys.argv[1:], **options)
 
 
 @main.command("eval")

@@ -142,6 +142,13 @@ def share_weights(module: nn.Module) -> None:
             dist.broadcast(tensor, 0)
 
 
+def launch_gpus(count: int, arguments: Sequence[str]) -> int:
+    """``launch`` with a GPU for each rank; InputError where there are fewer."""
+    if torch.cuda.device_count() < count:
+        raise InputError(f"--gpus {count}: found {torch.cuda.device_count()} GPUs; on CPUs use torchrun, see --help")
+    return launch(arguments, count)
+
+
 def launch(arguments: Sequence[str], count: int) -> int:
     """Runs ``python -m negfast ARGUMENTS`` as ``count`` ranks on this machine; the exit code of the whole.
 
@@ -177,10 +184,10 @@ def launch(arguments: Sequence[str], count: int) -> int:
 def _wait(ranks: list[subprocess.Popen]) -> int:
     """Waits for all. After the first failure the others get ``GRACE`` seconds, then SIGTERM, then SIGKILL."""
     code, failed_at, told = 0, float("inf"), 0
-    while any(process.poll() is None for process in ranks):
-        failed = [(n, p.returncode) for n, p in enumerate(ranks) if p.returncode]
+    while None in (codes := [process.poll() for process in ranks]):
+        failed = [(found, n) for n, found in enumerate(codes) if found]
         if failed and not code:
-            (number, code), failed_at = failed[0], time.monotonic()
+            (code, number), failed_at = min(failed), time.monotonic()  # one ended by a signal took the others along
             if code < 0:
                 print(f"negfast: rank {number} was ended by {signal.Signals(-code).name}", file=sys.stderr, flush=True)
                 code = 1

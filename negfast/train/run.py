@@ -47,21 +47,10 @@ def train(
     Without ``data`` the embedded MovieTweetings is prepared into RUN/data. Raises InputError on bad settings or on
     a RUN that was started with others, TrainingError where training cannot go on.
     """
-    if config is None and preset is None and not overrides and out is not None and RunFolder(out).exists:
-        run = RunFolder(out)
-        settings = run.config  # nothing is asked for but to go on
-    else:
-        preset = preset or ("quickstart" if config is None else None)
-        settings = load_config(config, preset, overrides)
-        run = RunFolder(out or Path("runs") / (config.stem if config is not None else str(preset)))
-    check_combinations(settings)
-    check_output(run.path / "x")
+    run, settings = _asked_for(config, preset, out, overrides)
     device = distributed.local_device(choose_device(settings.train.device))
-    use_threads(settings.train.threads)
     with distributed.group(device):
-        if distributed.from_first(lambda: {"new": not run.exists})["new"]:
-            distributed.first_does(lambda: _start_run(run, settings, data, model, init))
-        engine = _open_engine(run, settings, _check_same_run(run, settings, data, model, init), device)
+        engine = _open_run(run, settings, data, model, init, device)
         _run_stages(run, engine)
         first = distributed.rank() == 0
     if not first:
@@ -72,22 +61,62 @@ def train(
     print(run.report.read_text())
 
 
+def open_stage(
+    name: str,
+    config: Path | None,
+    preset: str | None,
+    data: Path | None,
+    model: Path | None,
+    init: Path | None,
+    out: Path | None,
+    overrides: tuple[str, ...],
+) -> tuple[RunFolder, Engine, Stage]:
+    """The run that `train` would start or go on with, and one stage of it, ready for its first step.
+
+    It has the weights of the latest stage before it that is finished. InputError on an unknown stage.
+    """
+    if name not in STAGES:
+        raise InputError(f"--stage {name!r}: expected one of {', '.join(STAGES)}")
+    run, settings = _asked_for(config, preset, out, overrides)
+    engine = _open_run(run, settings, data, model, init, choose_device(settings.train.device))
+    before = list(STAGES)[: list(STAGES).index(name)]
+    _load_start(run, engine, [stage for stage in before if (run.checkpoints / stage).is_dir()])
+    return run, engine, STAGES[name](engine)
+
+
 def replay(folder: Path) -> None:
     """Runs a step again that was not finite, from what it left in RUN/failed/, and prints where numbers go wrong."""
     path, name = faults.read_failed(folder)
     run = RunFolder(path)
-    settings = run.config
-    use_threads(settings.train.threads)
-    engine = _open_engine(run, settings, run.data, choose_device(settings.train.device))
-    _load_start(run, engine, list(STAGES)[: list(STAGES).index(name)])
-    stage = STAGES[name](engine)
+    _, engine, stage = open_stage(name, None, None, None, None, None, run.path, ())
     load_weights(folder, engine.policy)
     print("\n".join(faults.replay(folder, stage, engine.policy)))
 
 
-def _open_engine(run: RunFolder, settings: Config, data_dir: Path, device: torch.device) -> Engine:
-    """The run's engine with the weights before the first step."""
-    dataset = Dataset.open(data_dir)
+def _asked_for(
+    config: Path | None, preset: str | None, out: Path | None, overrides: tuple[str, ...]
+) -> tuple[RunFolder, Config]:
+    """Which run with which settings; without any given, the settings of an existing RUN."""
+    if config is None and preset is None and not overrides and out is not None and RunFolder(out).exists:
+        run = RunFolder(out)
+        settings = run.config  # nothing is asked for but to go on
+    else:
+        preset = preset or ("quickstart" if config is None else None)
+        settings = load_config(config, preset, overrides)
+        run = RunFolder(out or Path("runs") / (config.stem if config is not None else str(preset)))
+    check_combinations(settings)
+    check_output(run.path / "x")
+    return run, settings
+
+
+def _open_run(
+    run: RunFolder, settings: Config, data: Path | None, model: Path | None, init: Path | None, device: torch.device
+) -> Engine:
+    """The run's engine with the weights before the first step; starts the run if it is new."""
+    use_threads(settings.train.threads)
+    if distributed.from_first(lambda: {"new": not run.exists})["new"]:
+        distributed.first_does(lambda: _start_run(run, settings, data, model, init))
+    dataset = Dataset.open(_check_same_run(run, settings, data, model, init))
     policy, tokenizer = run.load_policy(dataset)
     engine = build_engine(settings, dataset, policy, tokenizer, device)
     load_weights(run.initial, engine.policy)
