@@ -11,7 +11,7 @@ from negfast.data.items import ItemTable
 from negfast.data.log import EventLog
 from negfast.errors import InputError
 from negfast.sid.assign import assign_codes, digits, random_codes
-from negfast.sid.embed import embed_items
+from negfast.sid.embed import ItemEmbedding, embed_items
 from negfast.sid.kmeans import fit_balanced, fit_rq_kmeans
 from negfast.sid.quality import neighbour_overlap, quantisation, usage
 from negfast.sid.quantize import Quantizer
@@ -48,38 +48,61 @@ def build_semantic_ids(
     ``QUANTIZERS``; "random" gives every item a random leaf, as a control. Raises InputError for unknown names and for
     too few codes.
     """
+    check_shape(len(items), levels, codebook, quantizer)
+    began = time.perf_counter()
+    embedded = embed_items(items, log, valid_day, encoder=encoder, seed=seed, report=report)
+    seconds = {"embed_seconds": round(time.perf_counter() - began, 2)}
+    return name_items(
+        embedded, seconds, levels=levels, codebook=codebook, quantizer=quantizer, seed=seed, report=report
+    )
+
+
+def check_shape(n_items: int, levels: int, codebook: int, quantizer: str) -> None:
+    """Raises InputError for an unknown quantizer and where ``levels`` of ``codebook`` codes cannot do."""
     if quantizer not in QUANTIZERS:
         raise InputError(f"semantic IDs: expected quantizer {', '.join(QUANTIZERS)}, found {quantizer!r}")
     if levels < 1 or not 2 <= codebook <= 65_536:
         raise InputError(f"semantic IDs: expected levels >= 1 and codebook in 2..65536, found {levels} x {codebook}")
-    if codebook**levels < len(items):
-        raise InputError(f"semantic IDs: {levels} levels of {codebook} codes cannot name {len(items)} items apart")
-    began = time.perf_counter()
-    embedded = embed_items(items, log, valid_day, encoder=encoder, seed=seed, report=report)
-    facts: dict[str, Any] = {
+    if codebook**levels < n_items:
+        raise InputError(f"semantic IDs: {levels} levels of {codebook} codes cannot name {n_items} items apart")
+
+
+def name_items(
+    embedded: ItemEmbedding,
+    facts: dict[str, Any],
+    *,
+    levels: int,
+    codebook: int,
+    quantizer: str,
+    seed: int,
+    report: Callable[[str], None],
+) -> SemanticIds:
+    """Semantic IDs of embedded items, and how good they are beside ``facts`` in the report."""
+    vectors, cold = embedded.vectors, embedded.cold
+    facts = {
         "quantizer": quantizer,
         "levels": levels,
         "codebook": codebook,
         "seed": seed,
         "blocks": embedded.blocks,
-        "cold_items": int(embedded.cold.sum()),
-        "embed_seconds": round(time.perf_counter() - began, 2),
+        "cold_items": int(cold.sum()),
+        **facts,
     }
     began = time.perf_counter()
     if quantizer == "random":
-        codes = random_codes(len(items), np.empty((0, levels), dtype=np.uint16), codebook, seed)
+        codes = random_codes(len(vectors), np.empty((0, levels), dtype=np.uint16), codebook, seed)
         fitted = Quantizer.plain(np.zeros((levels, codebook, 0), dtype=np.float32))
     else:
-        codes, fitted = _quantised(embedded.vectors, embedded.cold, levels, codebook, quantizer, seed)
-        if not embedded.cold.all():
-            facts |= quantisation(embedded.vectors[~embedded.cold], codes[~embedded.cold], fitted)
+        codes, fitted = _quantised(vectors, cold, levels, codebook, quantizer, seed)
+        if not cold.all():
+            facts |= quantisation(vectors[~cold], codes[~cold], fitted)
     facts["quantize_seconds"] = round(time.perf_counter() - began, 2)
     facts["level"] = usage(codes, codebook)
     facts["nodes"] = [len(np.unique(codes[:, :level], axis=0)) for level in range(1, levels + 1)]
-    facts["neighbour_overlap"] = neighbour_overlap(embedded.vectors, codes, seed)
+    facts["neighbour_overlap"] = neighbour_overlap(vectors, codes, seed)
     for line in _lines(facts):
         report(line)
-    return SemanticIds(codes, fitted, embedded.vectors, facts)
+    return SemanticIds(codes, fitted, vectors, facts)
 
 
 def _quantised(
