@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from negfast.kernels import fused_trie_grpo, sid_cross_entropy
+from negfast.kernels import fused_trie_grpo
 from negfast.kernels.answer_attention import answer_attention
 from negfast.kernels.prompt_attention import prompt_attention
+from negfast.kernels.sid_cross_entropy import sid_cross_entropy
 from negfast.kernels.trie_grpo import GRPOObjective, SampledTokens, log_policy, trie_grpo_reference
 from negfast.kernels.trie_rows import dense_policy
 from torch import Tensor
@@ -97,8 +98,7 @@ def cross_entropy_case(rows: int, codebook: int, dtype: torch.dtype) -> Case:
 
     def build(device: torch.device) -> dict[str, Callable[[], Any]]:
         data = cases.wide_trie_case(2, device, rows, codebook, 16, dtype)
-        weight = torch.full((rows,), 1 / rows, device=device)
-        arguments = (data.logits, data.tables, data.rows, data.tokens, data.code[0], weight)
+        rest = (data.tables, data.rows, data.code[0])
         valid, log_prior = dense_policy(data.tables, data.rows)
         target = data.code[0].long()
 
@@ -106,7 +106,7 @@ def cross_entropy_case(rows: int, codebook: int, dtype: torch.dtype) -> Case:
             return F.cross_entropy((logits.float() + log_prior).masked_fill(~valid, -torch.inf), target)
 
         systems = {
-            "negfast": lambda: sid_cross_entropy.launch(*arguments)[2],
+            "negfast": _gradient(lambda z: sid_cross_entropy(z, *rest).mean(), data.logits),
             "eager, dense mask and prior given": _gradient(dense, data.logits),
             "torch.compile of eager": _gradient(_compiled(dense), data.logits),
         }
@@ -117,9 +117,9 @@ def cross_entropy_case(rows: int, codebook: int, dtype: torch.dtype) -> Case:
             systems["liger cross entropy (no trie)"] = _gradient(lambda z: liger(z * 1, target), data.logits)
         return systems
 
-    moved = 2 * rows * codebook * dtype.itemsize + _table_bytes(rows, codebook) + 36 * rows
+    moved = 3 * rows * codebook * dtype.itemsize + 2 * _table_bytes(rows, codebook) + 56 * rows
     shape = {"rows": rows, "codes": codebook, "dtype": str(dtype)[6:]}
-    return Case("sid_cross_entropy", shape, int(moved), 12 * rows * codebook, build)
+    return Case("sid_cross_entropy", shape, int(moved), 24 * rows * codebook, build)
 
 
 def prompt_case(prompts: int, length: int, heads: int, kv_heads: int, dim: int, backward: bool) -> Case:

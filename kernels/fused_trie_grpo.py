@@ -22,15 +22,14 @@ for memory (float32 rows do not), and below about 1,000 rows of 256 the launch i
 counted flags in every row, max@k makes G^2 comparisons a row.
 """
 
-import inspect
 import json
 from dataclasses import asdict
 from functools import lru_cache
 
 import torch
 import triton
-import triton.language as tl
 from negfast.kernels.dispatch import check_tensors, runs_triton
+from negfast.kernels.row_kernels import row_block
 from negfast.kernels.trie_grpo import (
     GRPOObjective,
     GRPOTerms,
@@ -39,16 +38,8 @@ from negfast.kernels.trie_grpo import (
     set_shares,
     trie_grpo_reference,
 )
-from negfast.kernels.trie_rows import (
-    RowTokens,
-    TrieRows,
-    TrieTables,
-    dense_policy,
-    load_log_mass,
-    log2_softmax_row,
-    row_block,
-    sampled_log_prob,
-)
+from negfast.kernels.trie_grpo_kernel import trie_grpo_kernel
+from negfast.kernels.trie_rows import RowInputs, RowTokens, TrieRows, TrieTables, dense_policy, row_inputs
 from torch import Tensor
 
 REFERENCE_KINDS = ("logits", "log_policy")
@@ -93,53 +84,26 @@ def trie_grpo(
         raise ValueError(f"set_size: found {objective.set_size}, expected 1 to the group size {rewards.shape[-1]}")
     if check_rewards and not torch.isfinite(rewards).all():
         raise ValueError("rewards: found NaN or inf, expected finite numbers")
-    arguments = (logits, tables, rows, tokens, code, counted, rewards, objective)
-    optional = (reference if objective.beta > 0 else None, reference_kind, old_log_prob, answer_weight)
-    check_arguments(*arguments, *optional)
+    reference = reference if objective.beta > 0 else None
+    optional = (reference, reference_kind, old_log_prob, answer_weight)
+    inputs = row_inputs(logits, tables, rows)
+    check_tokens(logits, tokens, code, counted, rewards, *optional)
     if not runs_triton(logits.device):
-        return eager_terms(*arguments, *optional)
-    config = json.dumps(
-        {
-            "objective": asdict(objective),
-            "reference_kind": reference_kind,
-            "level_base": tables.level_base,
-            "weight": tables.weight,
-        }
-    )
+        return eager_terms(logits, tables, rows, tokens, code, counted, rewards, objective, *optional)
+    row_block(logits.shape[1])
+    settings = {"objective": asdict(objective), "reference_kind": reference_kind, "weight": tables.weight}
     loss, log_prob, kl, entropy, clipped, _ = _op(
-        logits,
-        reference if objective.beta > 0 else None,
-        tables.first_child,
-        tables.child_bits,
-        tables.leaf_count,
-        tables.log_mass,
-        rows.node,
-        rows.mass_row,
-        rows.seen_begin,
-        rows.seen_end,
-        rows.seen_node,
-        rows.seen_log,
-        tokens.start,
-        tokens.token,
-        tokens.answer,
-        tokens.row,
-        code,
-        counted,
-        rewards,
-        old_log_prob,
-        answer_weight,
-        config,
-    )
+        logits, *inputs, tokens.start, tokens.token, tokens.answer, code, counted, rewards, reference, old_log_prob,
+        answer_weight, json.dumps(settings),
+    )  # fmt: skip
     return GRPOTerms(loss, log_prob, kl, entropy, clipped)
 
 
 @torch.library.custom_op("negfast::trie_grpo", mutates_args=())
 def _op(
     logits: Tensor,
-    reference: Tensor | None,
     first_child: Tensor,
     child_bits: Tensor,
-    leaf_count: Tensor,
     log_mass: Tensor | None,
     node: Tensor,
     mass_row: Tensor | None,
@@ -150,39 +114,26 @@ def _op(
     token_start: Tensor,
     token: Tensor,
     token_answer: Tensor,
-    token_row: Tensor,
     code: Tensor,
     counted: Tensor,
     rewards: Tensor,
+    reference: Tensor | None,
     old_log_prob: Tensor | None,
     answer_weight: Tensor | None,
-    config: str,
+    settings: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, log_prob, kl, entropy, clipped, dlogits); a custom operator takes no objects, so the settings are JSON."""
-    settings = json.loads(config)
-    tables = TrieTables(
-        first_child=first_child,
-        child_bits=child_bits,
-        leaf_count=leaf_count,
-        level_base=tuple(settings["level_base"]),
-        codebook=logits.shape[1],
-        log_mass=log_mass,
-        weight=settings["weight"],
-    )
-    rows = TrieRows(node, seen_begin, seen_end, seen_node, seen_log, mass_row)
-    tokens = RowTokens(token_start, token, token_answer, token_row)
-    objective = GRPOObjective(**settings["objective"])
-    arguments = (logits, tables, rows, tokens, code, counted, rewards, objective)
-    return launch(*arguments, reference, settings["reference_kind"], old_log_prob, answer_weight)
-
-
-OPERATOR_INPUTS = tuple(inspect.signature(_op._init_fn).parameters)
+    given = json.loads(settings)
+    rows = RowInputs(first_child, child_bits, log_mass, node, mass_row, seen_begin, seen_end, seen_node, seen_log)
+    tokens = token_start, token, token_answer
+    objective = GRPOObjective(**given["objective"])
+    optional = (reference, given["reference_kind"], old_log_prob, answer_weight)
+    return _launch(logits, rows, given["weight"], tokens, code, counted, rewards, objective, *optional)
 
 
 @_op.register_fake
-def _(*arguments):
-    given = dict(zip(OPERATOR_INPUTS, arguments, strict=True))
-    logits, code = given["logits"], given["code"]
+def _(logits, *rest):
+    code = rest[12]
     terms = [code.new_empty(code.shape, dtype=torch.float32) for _ in range(4)]
     return (logits.new_empty((), dtype=torch.float32), *terms, torch.empty_like(logits))
 
@@ -193,47 +144,31 @@ def _save_dlogits(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_loss, *_):
     (dlogits,) = ctx.saved_tensors
-    return (grad_loss.to(dlogits.dtype) * dlogits, *[None] * (len(OPERATOR_INPUTS) - 1))
+    return (grad_loss.to(dlogits.dtype) * dlogits, *[None] * 19)
 
 
 _op.register_autograd(_backward, setup_context=_save_dlogits)
 
 
-def check_arguments(
+def check_tokens(
     logits: Tensor,
-    tables: TrieTables,
-    rows: TrieRows,
     tokens: RowTokens,
     code: Tensor,
     counted: Tensor,
     rewards: Tensor,
-    objective: GRPOObjective,
     reference: Tensor | None,
     reference_kind: str,
     old_log_prob: Tensor | None,
     answer_weight: Tensor | None,
 ) -> None:
-    """Raise ValueError unless every tensor has the shape, dtype and device that ``trie_grpo`` names."""
-    count, codebook = logits.shape
+    """Raise ValueError unless what concerns tokens has the shape, dtype and device that ``trie_grpo`` names."""
     answers, total = rewards.numel(), code.numel()
-    floats = (torch.float32, torch.bfloat16, torch.float16)
-    if runs_triton(logits.device):
-        row_block(codebook)
-        if logits.dtype not in floats:
-            raise ValueError(f"logits: found {logits.dtype}, expected float32, bfloat16 or float16")
     if code.ndim != 2 or code.shape[1] != answers:
         raise ValueError(f"code: found shape {tuple(code.shape)}, expected [levels, {answers}]")
     real = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    entries = (len(rows.seen_node),)
     expected = {
-        "reference": (reference, (count, codebook), logits.dtype if reference_kind == "logits" else real),
-        "child_bits": (tables.child_bits, (len(tables.first_child) - 1, -(-codebook // 32)), torch.int32),
-        "node": (rows.node, (count,), torch.int32),
-        "mass_row": (rows.mass_row, (count,), torch.int32),
-        "seen_begin": (rows.seen_begin, (count,), torch.int32),
-        "seen_end": (rows.seen_end, (count,), torch.int32),
-        "seen_log": (rows.seen_log, entries, torch.float32),
-        "tokens.start": (tokens.start, (count + 1,), torch.int32),
+        "reference": (reference, tuple(logits.shape), logits.dtype if reference_kind == "logits" else real),
+        "tokens.start": (tokens.start, (len(logits) + 1,), torch.int32),
         "tokens.token": (tokens.token, (total,), torch.int32),
         "tokens.answer": (tokens.answer, (total,), torch.int32),
         "tokens.row": (tokens.row, (total,), torch.int32),
@@ -244,8 +179,6 @@ def check_arguments(
         "answer_weight": (answer_weight, (answers,), real),
     }
     check_tensors(expected, logits.device)
-    if tables.log_mass is not None and rows.mass_row is None:
-        raise ValueError("mass_row: found None, expected a tensor since the tables hold a prior")
 
 
 def eager_terms(
@@ -272,8 +205,7 @@ def eager_terms(
     terms = trie_grpo_reference(
         logits, valid, log_prior, flat, rewards, objective, len(code), reference, old, answer_weight
     )
-    per_token = (terms.log_prob, terms.kl, terms.entropy, terms.clipped)
-    return GRPOTerms(terms.loss, *(term.view(code.shape) for term in per_token))
+    return GRPOTerms(terms.loss, *(term.view(code.shape) for term in terms.per_token))
 
 
 def eager(logits: Tensor, *arguments) -> tuple[Tensor, ...]:
@@ -281,7 +213,7 @@ def eager(logits: Tensor, *arguments) -> tuple[Tensor, ...]:
     leaf = logits.detach().requires_grad_()
     terms = eager_terms(leaf, *arguments)
     (dlogits,) = torch.autograd.grad(terms.loss, leaf)
-    return terms.loss.detach(), terms.log_prob, terms.kl, terms.entropy, terms.clipped, dlogits
+    return terms.loss.detach(), *terms.per_token, dlogits
 
 
 def launch(
@@ -299,6 +231,26 @@ def launch(
     answer_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, log_prob, kl, entropy, clipped, dlogits) by one launch of the kernel and one sum over rows."""
+    given = tokens.start, tokens.token, tokens.answer
+    optional = (reference, reference_kind, old_log_prob, answer_weight)
+    inputs = row_inputs(logits, tables, rows)
+    return _launch(logits, inputs, tables.weight, given, code, counted, rewards, objective, *optional)
+
+
+def _launch(
+    logits: Tensor,
+    rows: RowInputs,
+    prior_weight: float,
+    tokens: tuple[Tensor, Tensor, Tensor],
+    code: Tensor,
+    counted: Tensor,
+    rewards: Tensor,
+    objective: GRPOObjective,
+    reference: Tensor | None,
+    reference_kind: str,
+    old_log_prob: Tensor | None,
+    answer_weight: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     count, codebook = logits.shape
     logits = logits.contiguous()
     dlogits = torch.empty_like(logits)
@@ -315,28 +267,17 @@ def launch(
             kl,
             entropy,
             clipped,
-            tokens.start,
-            tokens.token,
-            tokens.answer,
+            *tokens,
             code.contiguous(),
             counted.contiguous(),
             None if old_log_prob is None else old_log_prob.contiguous(),
             rewards.contiguous(),
             answer_weight,
             shares,
-            tables.first_child,
-            tables.child_bits,
-            tables.log_mass,
-            rows.node,
-            rows.mass_row,
-            rows.seen_begin,
-            rows.seen_end,
-            rows.seen_node,
-            rows.seen_log,
+            *rows,
             codebook,
-            tables.child_bits.shape[1],
-            len(tables.leaf_count),
-            tables.weight,
+            *rows.strides,
+            prior_weight,
             1 / objective.temperature,
             objective.clip_low,
             objective.clip_high,
@@ -351,12 +292,15 @@ def launch(
 def specialise(objective: GRPOObjective, reference_kind: str, codebook: int, group: int) -> dict:
     """The kernel's compile-time settings: the objective's and block sizes. Nothing here varies with the batch."""
     block = row_block(codebook)
+    baseline = objective.baseline
+    if objective.set_size:
+        baseline = "others" if objective.set_size == 1 else "set"
     return {
         "LOSS": objective.loss,
         "EXACT_KL": objective.kl == "exact",
         "REFERENCE_IS_LOGITS": reference_kind == "logits",
         "SCALE_REWARDS": objective.scale_rewards,
-        "SET_SIZE": objective.set_size if objective.set_size < 2 else 2,
+        "BASELINE": baseline,
         "BLOCK_T": min(max(triton.next_power_of_2(group), 16), 32),
         "GROUP": group,
         "BLOCK_G": triton.next_power_of_2(group),
@@ -367,216 +311,3 @@ def specialise(objective: GRPOObjective, reference_kind: str, codebook: int, gro
 @lru_cache(maxsize=8)
 def _shares_on(device: torch.device, group: int, set_size: int) -> Tensor:
     return torch.tensor(set_shares(group, set_size), dtype=torch.float32, device=device)
-
-
-@triton.jit
-def trie_grpo_kernel(
-    logits,
-    reference,
-    dlogits,
-    loss,
-    log_prob,
-    kl,
-    entropy,
-    clipped,
-    token_start,
-    tokens,
-    token_answer,
-    code,
-    counted,
-    old_log_prob,
-    rewards,
-    answer_weight,
-    shares,
-    first_child,
-    child_bits,
-    log_mass,
-    node,
-    mass_row,
-    seen_begin,
-    seen_end,
-    seen_node,
-    seen_log,
-    codebook,
-    words,
-    nodes,
-    prior_weight,
-    inverse_temperature,
-    clip_low,
-    clip_high,
-    beta,
-    answers,
-    levels,
-    LOSS: tl.constexpr,
-    EXACT_KL: tl.constexpr,
-    REFERENCE_IS_LOGITS: tl.constexpr,
-    SCALE_REWARDS: tl.constexpr,
-    SET_SIZE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    # Scores are kept in units of log2 (one multiplication less a code, exp2 and log2 are instructions); LN2 turns
-    # what leaves a row into natural logarithms.
-    LN2: tl.constexpr = 0.6931471805599453
-    row = tl.program_id(0)
-    codes = tl.arange(0, BLOCK_K)
-    first_code = row.to(tl.int64) * codebook
-    begin = tl.load(token_start + row)
-    end = tl.load(token_start + row + 1)
-    first_token = tl.load(tokens + begin, mask=begin < end, other=0)
-    if tl.load(counted + first_token, mask=begin < end, other=0) == 0:  # forced or padding: nothing counts here
-        tl.store(dlogits + first_code + codes, tl.zeros([BLOCK_K], dlogits.dtype.element_ty), mask=codes < codebook)
-        tl.store(loss + row, 0.0)
-        for first in range(begin, end, BLOCK_T):
-            live = tl.arange(0, BLOCK_T) < end - first
-            token = tl.load(tokens + first + tl.arange(0, BLOCK_T), mask=live, other=0)
-            nothing = tl.zeros([BLOCK_T], tl.float32)
-            tl.store(log_prob + token, nothing, mask=live)
-            tl.store(kl + token, nothing, mask=live)
-            tl.store(entropy + token, nothing, mask=live)
-            tl.store(clipped + token, nothing, mask=live)
-        return
-    z = tl.load(logits + first_code + codes, mask=codes < codebook, other=0.0).to(tl.float32)
-    valid, prior = load_log_mass(
-        row, codes, first_child, child_bits, log_mass, node, mass_row, seen_begin, seen_end, seen_node, seen_log,
-        words, nodes,
-    )  # fmt: skip
-    scale = inverse_temperature / LN2
-    prior *= prior_weight * scale
-    log_p, p = log2_softmax_row(z * scale + prior, valid)
-    row_entropy = -LN2 * tl.sum(p * log_p, 0)
-    row_kl = 0.0
-    log_ref = tl.zeros_like(z)
-    if reference is not None:
-        log_ref = tl.load(reference + first_code + codes, mask=codes < codebook, other=0.0).to(tl.float32)
-        if REFERENCE_IS_LOGITS:
-            log_ref = log2_softmax_row(log_ref * scale + prior, valid)[0]
-        else:
-            log_ref = tl.where(valid, log_ref / LN2, -1e30)
-        row_kl = LN2 * tl.sum(p * (log_p - log_ref), 0)
-
-    members = tl.arange(0, BLOCK_G)
-    first_answer = tl.load(token_answer + begin)
-    group_rewards = rewards + first_answer // GROUP * GROUP
-    peers = tl.load(group_rewards + members, mask=members < GROUP, other=0.0)
-    mean = tl.sum(peers, 0) / GROUP
-    if SCALE_REWARDS:
-        deviation = tl.where(members < GROUP, peers - mean, 0.0)
-        spread = tl.sqrt(tl.sum(deviation * deviation, 0) / max(GROUP - 1, 1))
-    if SET_SIZE > 1:
-        rank = rank_in_group(group_rewards, peers, members, GROUP)
-        share = tl.load(shares + rank, mask=members < GROUP, other=0.0)
-    weights_total = answers * 1.0
-    if answer_weight is not None:
-        weights_total = sum_of(answer_weight, answers)
-    if LOSS == "dapo":
-        denominator = tl.maximum(sum_counted(counted, answer_weight, answers, levels), 1e-12)
-    elif LOSS == "dr_grpo":
-        denominator = weights_total * levels
-
-    row_loss = 0.0
-    slope_total = 0.0
-    kl_weight = 0.0
-    h = tl.zeros_like(z)
-    for first in range(begin, end, BLOCK_T):
-        slot = tl.arange(0, BLOCK_T)
-        live = slot < end - first
-        token = tl.load(tokens + first + slot, mask=live, other=0)
-        on = tl.load(counted + token, mask=live, other=0) != 0
-        answer = tl.load(token_answer + first + slot, mask=live, other=0)
-        sampled = tl.load(code + token, mask=on, other=0)
-        lp = tl.where(on, sampled_log_prob(log_p, sampled), 0.0)
-
-        reward = tl.load(rewards + answer, mask=on, other=0.0)
-        if SET_SIZE > 1:
-            lead = reward[:, None] - peers[None, :]
-            advantage = tl.sum(tl.where((lead > 0) & (members < GROUP)[None, :], lead * share[None, :], 0.0), 1)
-        elif SET_SIZE == 1:
-            advantage = reward - (mean * GROUP - reward) / max(GROUP - 1, 1)
-        elif SCALE_REWARDS:
-            advantage = (reward - mean) / (spread + 1e-4)
-        else:
-            advantage = reward - mean
-
-        w = tl.where(on, 1.0, 0.0)
-        if answer_weight is not None:
-            w *= tl.load(answer_weight + answer, mask=on, other=0.0)
-        if LOSS == "grpo":
-            w /= tl.maximum(answer_length(counted, answer, on, answers, levels), 1.0) * weights_total
-        else:
-            w /= denominator
-
-        ratio = tl.full((BLOCK_T,), 1.0, tl.float32)
-        if old_log_prob is not None:
-            ratio = tl.exp(lp - tl.load(old_log_prob + token, mask=on, other=0.0))
-        bounded = tl.minimum(tl.maximum(ratio, 1 - clip_low), 1 + clip_high)
-        is_clipped = on & (bounded * advantage < ratio * advantage)
-        slope = tl.where(is_clipped, 0.0, -w * ratio * advantage)
-        token_kl = tl.where(on, row_kl, 0.0)
-        if reference is not None:
-            if EXACT_KL:
-                kl_weight += beta * tl.sum(w, 0)
-            else:
-                d = tl.where(on, sampled_log_prob(log_ref, sampled) - lp, 0.0)
-                token_kl = tl.exp(d) - d - 1
-                slope += w * beta * (1 - tl.exp(d))
-        row_loss += tl.sum(w * (beta * token_kl - tl.minimum(ratio * advantage, bounded * advantage)), 0)
-        slope_total += tl.sum(slope, 0)
-        for other in range(0, tl.minimum(end - first, BLOCK_T)):
-            its_code = tl.load(code + tl.load(tokens + first + other))
-            h += tl.where(codes == its_code, tl.sum(tl.where(slot == other, slope, 0.0), 0), 0.0)
-
-        tl.store(log_prob + token, lp, mask=live)
-        tl.store(kl + token, token_kl, mask=live)
-        tl.store(entropy + token, tl.where(on, row_entropy, 0.0), mask=live)
-        tl.store(clipped + token, is_clipped.to(tl.float32), mask=live)
-
-    # Zero where not valid without being told: p and h are. p is made anew, to hold a vector less through the loop.
-    gradient = h + tl.exp2(log_p) * (kl_weight * (LN2 * (log_p - log_ref) - row_kl) - slope_total)
-    tl.store(dlogits + first_code + codes, gradient * inverse_temperature, mask=codes < codebook)
-    tl.store(loss + row, row_loss)
-
-
-@triton.jit
-def rank_in_group(first, peers, members, GROUP: tl.constexpr):
-    """Rank of each reward within its group, ascending, ties by position: int32 [BLOCK_G]."""
-    rank = tl.zeros(peers.shape, tl.int32)
-    for other in range(0, GROUP):
-        value = tl.load(first + other)
-        rank += ((value < peers) | ((value == peers) & (other < members))).to(tl.int32)
-    return rank
-
-
-@triton.jit
-def sum_of(values, length):
-    total = 0.0
-    for first in range(0, length, 1024):
-        at = first + tl.arange(0, 1024)
-        total += tl.sum(tl.load(values + at, mask=at < length, other=0.0), 0)
-    return total
-
-
-@triton.jit
-def sum_counted(counted, answer_weight, answers, levels):
-    """Sum of the answer weights of all counted tokens."""
-    total = 0.0
-    length = answers * levels
-    for first in range(0, length, 1024):
-        at = first + tl.arange(0, 1024)
-        on = tl.load(counted + at, mask=at < length, other=0) != 0
-        if answer_weight is None:
-            total += tl.sum(on.to(tl.float32), 0)
-        else:
-            total += tl.sum(tl.load(answer_weight + at % answers, mask=on, other=0.0), 0)
-    return total
-
-
-@triton.jit
-def answer_length(counted, answer, on, answers, levels):
-    """Counted tokens of each answer, float32."""
-    length = tl.zeros(answer.shape, tl.float32)
-    for level in range(0, levels):
-        length += (tl.load(counted + level * answers + answer, mask=on, other=0) != 0).to(tl.float32)
-    return length

@@ -15,6 +15,7 @@ from torch import Tensor
 
 LOSSES = ("grpo", "dr_grpo", "dapo")
 KLS = ("exact", "k3")
+BASELINES = ("group", "none")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class GRPOObjective:
                 hold no hit, and division would inflate their crumbs of reward.
     set_size    0: an answer's advantage is its own. k >= 1: the leave-one-out estimate of max@k (PKPO), since FHR@K
                 is a property of the set.
+    baseline    group: an advantage is the reward minus the group's mean; none: rewards are advantages as they are.
     clip_low, clip_high   the probability ratio is clipped to [1 - clip_low, 1 + clip_high].
     beta, kl    weight of KL(policy || reference). "exact" sums over the codes of each visited node; its gradient
                 omits the sampling term (how the choice of visited nodes depends on the policy). "k3" is the
@@ -37,6 +39,7 @@ class GRPOObjective:
     loss: Literal["grpo", "dr_grpo", "dapo"] = "dr_grpo"
     scale_rewards: bool = False
     set_size: int = 0
+    baseline: Literal["group", "none"] = "group"
     clip_low: float = 0.2
     clip_high: float = 0.2
     beta: float = 0.04
@@ -48,6 +51,10 @@ class GRPOObjective:
             raise ValueError(f"loss: found {self.loss!r}, expected one of {', '.join(LOSSES)}")
         if self.kl not in KLS:
             raise ValueError(f"kl: found {self.kl!r}, expected one of {', '.join(KLS)}")
+        if self.baseline not in BASELINES:
+            raise ValueError(f"baseline: found {self.baseline!r}, expected one of {', '.join(BASELINES)}")
+        if self.baseline == "none" and (self.set_size or self.scale_rewards):
+            raise ValueError("baseline none cannot be combined with set_size or scale_rewards")
         if self.set_size < 0 or self.temperature <= 0 or self.beta < 0:
             raise ValueError("set_size and beta must be >= 0 and temperature > 0")
         if not (0 <= self.clip_low < 1 and self.clip_high >= 0):
@@ -82,6 +89,10 @@ class GRPOTerms:
     entropy: Tensor
     clipped: Tensor
 
+    @property
+    def per_token(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.log_prob, self.kl, self.entropy, self.clipped
+
 
 def log_policy(logits: Tensor, valid: Tensor, log_prior: Tensor | None, temperature: float) -> Tensor:
     """Log-probabilities [R, K] of the policy renormalised over the valid codes, in float32 or float64; -inf elsewhere.
@@ -102,6 +113,8 @@ def group_advantage(rewards: Tensor, objective: GRPOObjective) -> Tensor:
     """
     if not torch.isfinite(rewards).all():
         raise ValueError("rewards: found NaN or inf, expected finite numbers")
+    if objective.baseline == "none":
+        return rewards
     if objective.set_size:
         return max_at_k_advantage(rewards, objective.set_size)
     centred = rewards - rewards.mean(-1, keepdim=True)

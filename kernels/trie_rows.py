@@ -7,10 +7,10 @@ level (root 0), so that the rows of all levels fit one launch.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
+from negfast.kernels.dispatch import check_tensors, runs_triton
 from torch import Tensor
 
 
@@ -22,7 +22,7 @@ class TrieTables:
     child_bits   int32 [N_inner, ceil(K / 32)]   bit c: code c exists; its child is first_child + number of bits below
     leaf_count   int32 [N]             leaves under a node, 1 for a leaf
     level_base   global id of the first node of each level
-    mass         float32 [D, N] or None   prior mass of nodes, a row per day (and branch); None: no prior
+    mass         [l - 1] float32 [D, n_l], l = 1..L, or None   prior mass of nodes, a row per day (and branch)
     log_mass     float32 [D, N] or None   log(mass + epsilon * leaf_count): what a row without seen leaves reads
     weight       of the log prior: prior(child) = weight * log(max(mass - seen mass, 0) + epsilon * unseen leaves)
     """
@@ -32,7 +32,7 @@ class TrieTables:
     leaf_count: Tensor
     level_base: tuple[int, ...]
     codebook: int
-    mass: Tensor | None = None
+    mass: list[Tensor] | None = None
     log_mass: Tensor | None = None
     weight: float = 1.0
     epsilon: float = 1e-2
@@ -59,35 +59,32 @@ class TrieTables:
         first = [table[:-1] + base[level + 1] for level, table in enumerate(first_child)]
         end = first[0].new_tensor([base[-1] + counts[-1]])
         leaves = torch.cat([leaf_count[0].sum(0, keepdim=True).int(), *leaf_count]).int()
-        with_prior = mass is not None and weight != 0
-        joined = torch.cat([mass[0].sum(1, keepdim=True), *mass], dim=1) if mass is not None and with_prior else None
+        log_mass = None
+        if mass is not None and weight != 0:
+            joined = torch.cat([mass[0].sum(1, keepdim=True), *mass], dim=1)
+            log_mass = joined.add_(epsilon * leaves).log_()
         return cls(
             first_child=torch.cat([*first, end]).int(),
             child_bits=torch.cat(child_bits).contiguous(),
             leaf_count=leaves,
             level_base=tuple(base),
             codebook=codebook,
-            mass=joined,
-            log_mass=None if joined is None else torch.log(joined.double() + epsilon * leaves).float(),
+            mass=None if log_mass is None else mass,
+            log_mass=log_mass,
             weight=weight,
             epsilon=epsilon,
         )
 
-    def seen_log_mass(
-        self, seen_node: Tensor, seen_count: Tensor, seen_mass: Tensor | None, mass_row: Tensor | None
-    ) -> Tensor:
+    def seen_log_mass(self, seen_node: Tensor, seen_count: Tensor, unseen_mass: Tensor | None) -> Tensor:
         """log_mass [M] of nodes after their seen leaves are taken off; -inf where none is left unseen.
 
-        seen_node and seen_count int32 [M], seen_mass float32 [M] the mass of those leaves, mass_row int [M] the
-        request's row of ``mass``; the last two may be None without a prior.
+        seen_node and seen_count int32 [M]; unseen_mass float32 [M] the nodes' mass without that of those leaves, at
+        least 0; None without a prior.
         """
         unseen = self.leaf_count[seen_node.long()] - seen_count
-        if self.mass is None:
-            left = torch.ones_like(unseen, dtype=torch.float32)
-        else:
-            if seen_mass is None or mass_row is None:
-                raise ValueError("seen_mass and mass_row: found None, expected tensors since the tables hold a prior")
-            left = (self.mass[mass_row.long(), seen_node.long()] - seen_mass).clamp(min=0) + self.epsilon * unseen
+        left = torch.ones_like(unseen, dtype=torch.float32)
+        if unseen_mass is not None:
+            left = unseen_mass.clamp(min=0) + self.epsilon * unseen
         return torch.where(unseen > 0, left, 0.0).log()
 
 
@@ -127,8 +124,11 @@ class TrieRows:
         seen_key    [l - 1] int64 [M_l], l = 1..L: request * n_l + node, ascending, of nodes above seen leaves; a
                     closing entry of the largest int64 is allowed
         seen_count  [l - 1] int32 [M_l] seen leaves under it;  seen_mass  [l - 1] float32 [M_l] their mass
-        mass_row    int64 [B] row of ``tables.mass`` of each request; it and seen_mass None without a prior
+        mass_row    int64 [B] row of ``tables.mass`` of each request
+        The last two are needed where the tables hold a prior.
         """
+        if tables.mass is not None and (seen_mass is None or mass_row is None):
+            raise ValueError("seen_mass and mass_row: found None, expected tensors since the tables hold a prior")
         base = (*tables.level_base, len(tables.leaf_count))
         rows: list[tuple[Tensor, ...]] = []
         seen: list[tuple[Tensor, Tensor]] = []
@@ -140,10 +140,13 @@ class TrieRows:
             wanted = request[:, None] * size + children - base[level + 1]
             begin, end = (torch.searchsorted(key, wanted) + offset).unbind(1)
             rows.append((here, begin, end, request))
-            entry_node = key % size + base[level + 1]  # of a closing entry, which lies in no row's range, anything
-            entry_row = None if mass_row is None else mass_row[(key // size).clamp(max=len(mass_row) - 1)]
-            mass = None if seen_mass is None else seen_mass[level]
-            seen.append((entry_node, tables.seen_log_mass(entry_node, seen_count[level], mass, entry_row)))
+            entry = key % size  # of a closing entry, which lies in no row's range, anything
+            left = None
+            if tables.mass is not None and seen_mass is not None and mass_row is not None:
+                entry_row = mass_row[(key // size).clamp(max=len(mass_row) - 1)]
+                left = tables.mass[level][entry_row, entry] - seen_mass[level]
+            entry_node = entry + base[level + 1]
+            seen.append((entry_node, tables.seen_log_mass(entry_node, seen_count[level], left)))
             offset += len(key)
         here, begin, end, request = (torch.cat(column) for column in zip(*rows, strict=True))
         return cls(
@@ -178,6 +181,58 @@ class RowTokens:
         key, token = (2 * flat.long() + ~counted.reshape(-1)).sort(stable=True)
         start = torch.searchsorted(key, 2 * torch.arange(rows + 1, device=flat.device))
         return cls(start.int(), token.int(), (token % row.shape[-1]).int(), flat.int())
+
+
+class RowInputs(NamedTuple):
+    """What kernels read of tables and rows, in the order of their arguments."""
+
+    first_child: Tensor
+    child_bits: Tensor
+    log_mass: Tensor | None
+    node: Tensor
+    mass_row: Tensor | None
+    seen_begin: Tensor
+    seen_end: Tensor
+    seen_node: Tensor
+    seen_log: Tensor
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """Words of a node's child bits, and nodes of a row of log_mass."""
+        return self.child_bits.shape[1], 0 if self.log_mass is None else self.log_mass.shape[1]
+
+
+def row_inputs(logits: Tensor, tables: TrieTables, rows: TrieRows) -> RowInputs:
+    """What a kernel over ``logits`` [R, K] reads; ValueError unless all has the shape, dtype and device it reads."""
+    count, codebook = logits.shape
+    if runs_triton(logits.device) and logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"logits: found {logits.dtype}, expected float32, bfloat16 or float16")
+    if tables.log_mass is not None and rows.mass_row is None:
+        raise ValueError("mass_row: found None, expected a tensor since the tables hold a prior")
+    inputs = RowInputs(
+        tables.first_child,
+        tables.child_bits,
+        tables.log_mass,
+        rows.node,
+        rows.mass_row,
+        rows.seen_begin,
+        rows.seen_end,
+        rows.seen_node,
+        rows.seen_log,
+    )
+    inner, nodes, row = len(tables.first_child) - 1, len(tables.leaf_count), (count,)
+    days = 0 if tables.log_mass is None else len(tables.log_mass)
+    shapes = RowInputs(
+        (inner + 1,), (inner, -(-codebook // 32)), (days, nodes), row, row, row, row, rows.seen_node.shape,
+        rows.seen_node.shape,
+    )  # fmt: skip
+    floats = ("log_mass", "seen_log")
+    expected = {
+        name: (tensor, tuple(shape), torch.float32 if name in floats else torch.int32)
+        for name, tensor, shape in zip(RowInputs._fields, inputs, shapes, strict=True)
+    }
+    check_tensors(expected, logits.device)
+    return inputs
 
 
 def dense_policy(
@@ -216,91 +271,3 @@ def dense_policy(
     if tables.log_mass is None:
         return valid, None
     return valid, torch.where(valid, tables.weight * log_mass.to(dtype), 0.0)
-
-
-@triton.jit
-def load_log_mass(
-    row,
-    codes,
-    first_child,
-    child_bits,
-    log_mass,
-    node,
-    mass_row,
-    seen_begin,
-    seen_end,
-    seen_node,
-    seen_log,
-    words,
-    nodes,
-):
-    """(valid, log mass) of one row over ``codes`` [BLOCK_K]; pointers as in TrieTables and TrieRows.
-
-    A code is valid if its child exists and the row's seen entries do not prune it. Log mass is 0 without a prior.
-    """
-    here = tl.load(node + row)
-    inside = codes // 32 < tl.where(here >= 0, words, 0)
-    here = tl.maximum(here, 0).to(tl.int64)
-    word = tl.load(child_bits + here * words + codes // 32, mask=inside, other=0)
-    bit = word >> (codes % 32) & 1
-    valid = bit != 0
-    child = tl.load(first_child + here) - 1 + tl.cumsum(bit, 0)
-    prior = tl.zeros(codes.shape, tl.float32)
-    if log_mass is not None:
-        day = tl.load(mass_row + row).to(tl.int64)
-        prior = tl.load(log_mass + day * nodes + child, mask=valid, other=0.0)
-    begin = tl.load(seen_begin + row)
-    end = tl.load(seen_end + row)
-    if begin < end:
-        entry, found = find_seen(seen_node, begin, end, child, valid)
-        prior = tl.load(seen_log + entry, mask=found, other=0.0) + tl.where(found, 0.0, prior)
-        valid = valid & (prior > -float("inf"))
-    return valid, prior
-
-
-@triton.jit
-def find_seen(seen_node, begin, end, child, exists):
-    """Binary search of each child among seen_node[begin:end], ascending; (entry, found)."""
-    low = tl.zeros_like(child) + begin
-    high = tl.zeros_like(child) + end
-    span = end - begin
-    while span > 0:
-        middle = (low + high) // 2
-        searching = exists & (low < high)
-        smaller = tl.load(seen_node + middle, mask=searching, other=0) < child
-        low = tl.where(searching & smaller, middle + 1, low)
-        high = tl.where(searching & (smaller == 0), middle, high)
-        span = span // 2
-    inside = exists & (low < end)
-    found = inside & (tl.load(seen_node + low, mask=inside, other=-1) == child)
-    return low, found
-
-
-@triton.jit
-def log2_softmax_row(scores, valid):
-    """(log2 p, p) of one row of scores in units of log2, over its valid codes: -1e30 and 0 where not valid.
-
-    A finite number instead of -inf, so that 0 * log 0 needs no care. A row without a valid code is uniform; no token
-    that counts is sampled there.
-    """
-    scores = tl.where(valid, scores, -1e30)
-    top = tl.max(scores, 0)
-    p = tl.exp2(scores - top)
-    total = tl.sum(p, 0)
-    return scores - (top + tl.log2(total)), p * (1 / total)
-
-
-@triton.jit
-def sampled_log_prob(log2_p, sampled):
-    """Natural log-probability of each code in ``sampled``, gathered from a row's log2_p; -inf where not valid."""
-    found = tl.gather(log2_p, sampled, 0)
-    return tl.where(found > -1e29, 0.6931471805599453 * found, -float("inf"))
-
-
-def row_block(codebook: int) -> dict[str, int]:
-    """Block, warps and registers that hold a whole row of ``codebook`` codes. Raises ValueError above 8,192."""
-    if not 1 <= codebook <= 8192:
-        raise ValueError(f"codebook: found {codebook}, expected 1 to 8192 codes a row")
-    block = max(triton.next_power_of_2(codebook), 256)
-    # without a bound on registers ptxas gives some up for occupancy, and spills
-    return {"BLOCK_K": block, "num_warps": min(block // 256, 16), "maxnreg": 128}

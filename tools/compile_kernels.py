@@ -31,7 +31,7 @@ from negfast.kernels import (
     sid_cross_entropy,
 )
 from negfast.kernels.trie_grpo import GRPOObjective
-from negfast.kernels.trie_rows import RowTokens, TrieRows, TrieTables
+from negfast.kernels.trie_rows import RowTokens, TrieRows, TrieTables, row_inputs
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -136,10 +136,12 @@ def record_trie_grpo() -> list[Launch]:
 def record_sid_cross_entropy() -> list[Launch]:
     launches = []
     for codebook in (256, 8192):
-        logits, tables, rows, tokens = trie_inputs(codebook, torch.bfloat16)
-        targets = empty(len(tokens.token)), empty(len(tokens.token), dtype=torch.float32)
+        logits, tables, rows, _ = trie_inputs(codebook, torch.bfloat16)
+        arguments = (logits, empty(len(logits)), *row_inputs(logits, tables, rows), tables.weight)
+        grad = empty(len(logits), dtype=torch.float32)
         with recorded(f"{codebook} codes bf16", sid_cross_entropy) as noted:
-            sid_cross_entropy.launch(logits, tables, rows, tokens, *targets)
+            sid_cross_entropy._forward._init_fn(*arguments)
+            sid_cross_entropy._backward._init_fn(grad, *arguments)
         launches += noted
     return launches
 

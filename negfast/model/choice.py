@@ -1,6 +1,6 @@
 """The policy's choice among the codes of a visited node: level-slice logits, community prior, pruned trie."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class TrieChooser:
 
     trie: DeviceTrie
     prior_weight: float
+    compact: dict = field(default_factory=dict, compare=False, repr=False)  # `compact_tables` keeps its own here
 
     def choose(
         self,

@@ -117,6 +117,16 @@ class DeviceTrie:
     node_code: list[Tensor]
     leaf_count: list[Tensor]
 
+    def child_bits(self, level: int) -> Tensor:
+        """Of level 0..L-1, as ``Trie.child_bits``: int32 [n_l, ceil(K/32)], bit c says that code c exists."""
+        words = -(-self.codebook // 32)
+        children = self.first_child[level].long().diff()
+        parent = torch.repeat_interleave(torch.arange(len(children), device=children.device), children)
+        code = self.node_code[level].long()
+        bits = torch.zeros(len(children) * words, dtype=torch.int64, device=code.device)
+        bits.index_add_(0, parent * words + code // 32, torch.ones_like(code) << code % 32)  # distinct bits: adding sets
+        return torch.where(bits < 1 << 31, bits, bits - (1 << 32)).int().view(-1, words)
+
     def child_slots(self, level: int, nodes: Tensor) -> tuple[Tensor, Tensor]:
         """Children of nodes [R] of a level in 0..L-1, left-packed into F = ``fan_out[level]`` slots.
 

@@ -7,18 +7,19 @@ maximum, so only G + 1 nodes a level are visited. The (G+1)-th value kappa is th
 sample with probability q = 1 - exp(-exp(log p - kappa)), and p / q is its weight.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from negfast.kernels.trie_grpo import GRPOObjective, GRPOTerms, SampledTokens, trie_grpo_reference
+from negfast.kernels.trie_grpo import GRPOObjective, GRPOTerms, SampledTokens
 from negfast.model.beam import stable_topk
 from negfast.model.choice import Choice, TrieChooser
 from negfast.model.noise import keyed_gumbel
 from negfast.model.policy import Policy
 from negfast.model.prompts import PromptBatch
 from negfast.train.rollout import Rollout
+from negfast.train.trie_loss import CompactRollout, TrieLoss
 
 
 @dataclass(frozen=True)
@@ -180,32 +181,21 @@ def distinct_loss(
     rewards: Tensor,
     objective: GRPOObjective,
     levels: int,
-    reference_log_policy: Tensor | None,
+    reference: Tensor | None,
     normalised: bool = True,
+    compact: CompactRollout | None = None,
 ) -> GRPOTerms:
     """The on-policy dr_grpo objective, (E[reward] - beta E[KL along the answer]) / levels, from distinct answers.
 
     Its gradient is that of sampling with replacement in expectation, up to normalisation; ratio 1, nothing is clipped.
+    ``reference`` [R, K]: the frozen policy's logits.
     """
     if objective.loss != "dr_grpo" or objective.set_size or objective.scale_rewards:
         raise ValueError("sampling without replacement needs loss dr_grpo, set_size 0 and unscaled rewards")
-    choice, tokens = sampled.rollout.choice, sampled.rollout.tokens
     coefficient, advantage = distinct_advantage(sampled, rewards, normalised)
-    # the KL by its one formula: with equal rewards nothing else is left of the loss
-    terms = trie_grpo_reference(
-        choice.logits,
-        choice.valid,
-        choice.log_prior,
-        tokens,
-        torch.zeros_like(rewards),
-        objective,
-        levels,
-        reference_log_policy,
-        answer_weight=coefficient.flatten(),
-    )
-    prompts = len(rewards)
-    divergence = terms.loss * (coefficient.sum() / prompts)
-    log_p = choice.log_probs(objective.temperature)[tokens.row, tokens.code]
-    log_p = torch.where(tokens.counted, log_p, 0.0)
-    gain = ((coefficient * advantage).flatten()[tokens.answer] * log_p).sum() / (prompts * levels)
-    return GRPOTerms(divergence - gain, terms.log_prob, terms.kl, terms.entropy, terms.clipped)
+    given = replace(objective, baseline="none")
+    weight = coefficient.flatten()
+    loss = TrieLoss(sampled.rollout, compact, advantage, given, levels, reference, weight)
+    terms = loss(sampled.rollout.choice.logits)
+    # the coefficients are no mean's weights: undo the division by their sum
+    return replace(terms, loss=terms.loss * (coefficient.sum() / len(rewards)))

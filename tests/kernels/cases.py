@@ -1,6 +1,7 @@
 """Random inputs of the kernels, and how far an output is from the truth; shared by tests and benchmarks."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -67,6 +68,15 @@ class PlainTrie:
             weight,
             epsilon=0.05,
         )
+
+    @cached_property
+    def below(self) -> dict[int, list[int]]:
+        """Items below each node, by global id."""
+        items: dict[int, list[int]] = {}
+        for item, row in enumerate(self.codes):
+            for level in range(len(row) + 1):
+                items.setdefault(self.index[tuple(int(c) for c in row[:level])], []).append(item)
+        return items
 
     def choices(self, prefix: tuple[int, ...], seen: set[int]) -> dict[int, list[int]]:
         """code -> unseen items below it, of the children of a prefix that have any."""
@@ -163,10 +173,10 @@ def trie_case(
     flat = [(node, len(seen), request) for request, per in enumerate(entries) for node, seen in per]
     begin = np.searchsorted([request for _, _, request in flat], np.arange(prompts + 1))
     day = random.integers(0, 2, prompts)
-    seen_mass = [
-        sum(mass[day[request], item] for item in seen) if mass is not None else 0
+    unseen_mass = [
+        sum(mass[day[request], item] for item in trie.below[node] if item not in seen) if mass is not None else 0
         for request, per in enumerate(entries)
-        for _, seen in per
+        for node, seen in per
     ]
 
     def put(values, dtype: torch.dtype, fill: float = 0) -> Tensor:
@@ -175,12 +185,11 @@ def trie_case(
         return torch.cat([tensor, torch.full((missing,), fill, dtype=dtype)]).to(device)
 
     requests = np.array([request for request, _ in row_prefix])
-    seen_node, seen_count, seen_request = np.array(flat, dtype=np.int64).reshape(-1, 3).T
+    seen_node, seen_count, _ = np.array(flat, dtype=np.int64).reshape(-1, 3).T
     seen_log = tables.seen_log_mass(
         torch.from_numpy(seen_node).to(device),
         torch.from_numpy(seen_count).to(device),
-        torch.tensor(seen_mass, dtype=torch.float32, device=device) if with_prior else None,
-        torch.from_numpy(day[seen_request]).to(device) if with_prior else None,
+        torch.tensor(unseen_mass, dtype=torch.float32, device=device) if with_prior else None,
     )
     trie_rows = TrieRows(
         node=put([trie.index[prefix] for _, prefix in row_prefix], torch.int32, -1),

@@ -9,7 +9,6 @@ from cases import attention_case, trie_case
 from negfast.kernels.answer_attention import answer_attention
 from negfast.kernels.fused_trie_grpo import eager, trie_grpo
 from negfast.kernels.prompt_attention import prompt_attention_reference
-from negfast.kernels.sid_cross_entropy import eager as eager_cross_entropy
 from negfast.kernels.sid_cross_entropy import sid_cross_entropy
 from negfast.kernels.trie_grpo import GRPOObjective, group_advantage, set_shares
 from negfast.kernels.trie_rows import dense_policy
@@ -69,13 +68,21 @@ def test_gradient_is_that_of_finite_differences(kl: str, loss: str, seed: int):
     torch.testing.assert_close((dlogits * direction).sum(), difference, rtol=1e-5, atol=1e-7)
 
 
-def test_cross_entropy_gradient_is_that_of_finite_differences(seed: int):
+def test_cross_entropy_is_that_of_enumerated_choices_and_its_gradient_of_finite_differences(seed: int):
     case = trie_case(seed, CPU).to(torch.float64)
-    weight = case.answer_weight.repeat(len(case.code)) * case.counted.flatten()
-    rest = (case.tables, case.rows, case.tokens, case.code.flatten(), weight)
+    targets = [min(case.trie.choices(prefix, case.request_seen[request])) for request, prefix in case.row_prefix]
+    rest = (case.tables, case.rows, torch.tensor(targets, dtype=torch.int32))
     logits = case.logits.clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: sid_cross_entropy(z, *rest)[0], logits)
-    torch.testing.assert_close(sid_cross_entropy(logits, *rest)[0], eager_cross_entropy(logits, *rest)[0])
+    found = sid_cross_entropy(case.logits, *rest)
+    for row, (request, prefix) in enumerate(case.row_prefix):
+        day = int(case.rows.mass_row[row])
+        scores = {
+            code: float(case.logits[row, code]) + 0.8 * np.log(case.mass[day, unseen].sum() + 0.05 * len(unseen))
+            for code, unseen in case.trie.choices(prefix, case.request_seen[request]).items()
+        }
+        expected = np.logaddexp.reduce(list(scores.values())) - scores[targets[row]]
+        assert found[row].item() == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    assert torch.autograd.gradcheck(lambda z: sid_cross_entropy(z, *rest), logits)
 
 
 @pytest.mark.parametrize(("size", "k"), [(1, 1), (4, 1), (5, 2), (6, 3), (6, 6), (9, 4)])

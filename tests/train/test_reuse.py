@@ -36,7 +36,7 @@ def test_the_first_reuse_is_the_on_policy_loss():
     small = make_small(1)
     objective = GRPOObjective(beta=0.1)
     batch, taken = sample(small, objective, torch.randn(3, 6, dtype=torch.float64))
-    again = reuse_loss(small.policy, batch, taken, objective, 3)
+    again = reuse_loss(small.policy, batch, taken)
     parameters = list(small.policy.block.parameters())
     wanted = torch.autograd.grad(taken.result.loss, parameters)
     found = torch.autograd.grad(again.loss, parameters)
@@ -54,7 +54,7 @@ def test_a_moved_policy_is_weighed_by_clipped_ratios(move):
     with torch.no_grad():
         for parameter in small.policy.block.parameters():
             parameter.add_(move * torch.randn_like(parameter))
-    found = reuse_loss(small.policy, batch, taken, objective, 3)
+    found = reuse_loss(small.policy, batch, taken)
 
     # answer by answer and level by level, from the leaves' probabilities by separate forwards
     after = small.leaf_log_probs(0)

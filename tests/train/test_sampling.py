@@ -138,9 +138,10 @@ def test_the_kl_term_is_the_weighted_divergence_at_visited_nodes():
     small = make_small(14, levels=3)
     _, sampled = draw(small, 5)
     choice, tokens = sampled.rollout.choice, sampled.rollout.tokens
-    reference = log_policy(torch.randn_like(choice.logits), choice.valid, choice.log_prior, 1.0)
+    logits = torch.randn_like(choice.logits)
+    reference = log_policy(logits, choice.valid, choice.log_prior, 1.0)
     rewards = torch.zeros(3, 5, dtype=torch.float64)
-    loss = distinct_loss(sampled, rewards, GRPOObjective(beta=0.3), 3, reference, normalised=False).loss
+    loss = distinct_loss(sampled, rewards, GRPOObjective(beta=0.3), 3, logits, normalised=False).loss
     total = 0.0
     log_p = choice.log_probs()
     for row, answer, counted in zip(tokens.row.tolist(), tokens.answer.tolist(), tokens.counted.tolist(), strict=True):

@@ -6,33 +6,44 @@ import pytest
 import torch
 from cases import TrieCase, relative_error, trie_case
 from negfast.kernels import sid_cross_entropy as module
-from negfast.kernels.sid_cross_entropy import eager, launch, sid_cross_entropy
+from negfast.kernels.sid_cross_entropy import eager, sid_cross_entropy
 
-NAMES = ("loss", "log_prob", "dlogits")
 ROUNDING = 3e-6
 
 
 def inputs(case: TrieCase) -> tuple:
-    """Targets are the case's sampled codes; forced ones get no weight, as padding does not."""
-    weight = case.answer_weight.repeat(len(case.code)) * case.counted.flatten()
-    return case.logits, case.tables, case.rows, case.tokens, case.code.flatten(), weight
+    """A row's target is the first code sampled there; padding rows ask for code 0."""
+    start = case.tokens.start.long()
+    first = case.tokens.token[start[:-1].clamp(max=len(case.tokens.token) - 1)].long()
+    code = torch.where(start.diff() > 0, case.code.flatten()[first], 0)
+    return case.logits, case.tables, case.rows, code.int()
+
+
+def gradient(function, grad: torch.Tensor, logits: torch.Tensor, *rest) -> tuple[torch.Tensor, torch.Tensor]:
+    leaf = logits.clone().requires_grad_()
+    nll = function(leaf, *rest)
+    return nll.detach(), torch.autograd.grad(nll, leaf, grad.to(nll.dtype))[0]
 
 
 def check(case: TrieCase) -> None:
-    truth, expected = eager(*inputs(case.to(torch.float64))), eager(*inputs(case))
+    grad = torch.randn(len(case.logits)).to(case.logits.device)
+    truth = gradient(eager, grad, *inputs(case.to(torch.float64)))
+    expected = gradient(eager, grad, *inputs(case))
     torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
     try:
-        found = launch(*inputs(case))
+        found = gradient(sid_cross_entropy, grad, *inputs(case))
     finally:
         torch.use_deterministic_algorithms(False)
-    for name, kernel, plain, right in zip(NAMES, found, expected, truth, strict=True):
+    for name, kernel, plain, right in zip(("nll", "dlogits"), found, expected, truth, strict=True):
         assert kernel.shape == plain.shape and kernel.dtype == plain.dtype, name
         error, allowed = relative_error(kernel, right), relative_error(plain, right)
         assert error <= 1.1 * allowed + ROUNDING, f"{name}: {error:.2e}, eager {allowed:.2e}"
 
 
-def test_an_odd_number_of_rows(device: torch.device, seed: int):
-    check(trie_case(seed, device, group=9, codebook=40, items=300, rows=123, merge=False, dtype=torch.bfloat16))
+@pytest.mark.parametrize("rows", [252, 507, 123])
+def test_odd_numbers_of_rows(rows: int, device: torch.device, seed: int):
+    """The last of them are padding."""
+    check(trie_case(seed, device, group=9, codebook=40, items=300, rows=rows, merge=False, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("codebook", [1, 2, 33, 507, 8192])
@@ -42,48 +53,44 @@ def test_codebooks(codebook: int, dtype: torch.dtype, device: torch.device, seed
 
 
 @pytest.mark.parametrize("with_prior", [True, False], ids=["prior", "no-prior"])
-def test_many_targets_share_a_row(with_prior: bool, device: torch.device, seed: int):
-    check(trie_case(seed, device, prompts=2, group=40, codebook=6, with_prior=with_prior))
+def test_single_children_and_pruned_nodes(with_prior: bool, device: torch.device, seed: int):
+    check(trie_case(seed, device, levels=4, codebook=64, items=40, prompts=2, with_prior=with_prior))
 
 
-def test_the_gradient_arrives_at_the_logits(device: torch.device, seed: int):
-    case = trie_case(seed, device)
-    logits = case.logits.clone().requires_grad_()
-    loss, _ = sid_cross_entropy(logits, *inputs(case)[1:])
-    (2 * loss).backward()
-    torch.testing.assert_close(logits.grad, 2 * launch(*inputs(case))[2])
+def test_rows_without_a_valid_code_cost_nothing(device: torch.device, seed: int):
+    case = trie_case(seed, device, rows=60)
+    nll, dlogits = gradient(sid_cross_entropy, torch.ones(60, device=device), *inputs(case))
+    padding = slice(len(case.row_prefix), None)
+    assert len(nll[padding]) and (nll[padding] == 0).all() and (dlogits[padding] == 0).all()
 
 
-def test_operator_is_registered_for_compilation(device: torch.device, seed: int):
-    case = trie_case(seed, device, prompts=1, group=2)
-    captured = []
-    operator = module._op
-    try:
-        module._op = lambda *arguments: captured.append(arguments) or operator(*arguments)
-        sid_cross_entropy(*inputs(case))
-    finally:
-        module._op = operator
-    logits = captured[0][0].clone().requires_grad_()
+def test_operators_are_registered_for_compilation(device: torch.device, seed: int):
+    logits, tables, rows, code = inputs(trie_case(seed, device, prompts=1, group=2))
+    leaf = logits.clone().requires_grad_()
+    arguments = (code, *module.row_inputs(logits, tables, rows), tables.weight)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(operator, (logits, *captured[0][1:]), test_utils=checks)
+    torch.library.opcheck(module._forward, (leaf, *arguments), test_utils=checks)
+    grad = torch.randn(len(logits)).to(device)
+    torch.library.opcheck(module._backward, (grad, logits, *arguments), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_a_target_that_is_not_valid_is_an_infinite_loss(device: torch.device, seed: int):
     case = trie_case(seed, device, prompts=1, group=1, levels=1, codebook=16, items=6)
     request, prefix = case.row_prefix[0]
     missing = min(set(range(16)) - set(case.trie.choices(prefix, case.request_seen[request])))
-    arguments = list(inputs(case))
-    arguments[4] = torch.full_like(case.code.flatten(), missing)
-    arguments[5] = torch.ones_like(arguments[5])
-    loss, log_prob = sid_cross_entropy(*arguments)
-    assert loss == torch.inf and log_prob[0] == -torch.inf
+    logits, tables, rows, code = inputs(case)
+    assert sid_cross_entropy(logits, tables, rows, torch.full_like(code, missing))[0] == torch.inf
 
 
 def test_what_is_unsupported_raises(device: torch.device, seed: int):
     case = trie_case(seed, device)
+    logits, tables, rows, code = inputs(case)
     with pytest.raises(ValueError, match=r"logits: found torch\.float64"):
-        sid_cross_entropy(*inputs(case.to(torch.float64)))
-    with pytest.raises(ValueError, match="weight: found shape"):
-        sid_cross_entropy(*inputs(case)[:5], case.answer_weight)
+        sid_cross_entropy(logits.double(), tables, rows, code)
+    with pytest.raises(ValueError, match="code: found shape"):
+        sid_cross_entropy(logits, tables, rows, code[1:])
     with pytest.raises(ValueError, match="mass_row: found None"):
-        sid_cross_entropy(*inputs(replace(case, rows=replace(case.rows, mass_row=None))))
+        sid_cross_entropy(logits, tables, replace(rows, mass_row=None), code)
+    wide = torch.zeros(len(logits), 8193, device=device)
+    with pytest.raises(ValueError, match="child_bits: found shape"):
+        sid_cross_entropy(wide, tables, rows, code)

@@ -1,6 +1,7 @@
 """The fused trie GRPO kernel against float64: never further off than eager code in the same dtype, plus a rounding."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from cases import TrieCase, relative_error, trie_case
 from negfast.kernels import fused_trie_grpo
 from negfast.kernels.fused_trie_grpo import eager, launch, trie_grpo
 from negfast.kernels.trie_grpo import GRPOObjective
-from negfast.kernels.trie_rows import RowTokens
+from negfast.kernels.trie_rows import RowTokens, row_inputs
 
 NAMES = ("loss", "log_prob", "kl", "entropy", "clipped", "dlogits")
 ROUNDING = 3e-6
@@ -83,8 +84,9 @@ def test_half_precision_wide_rows(dtype: torch.dtype, device: torch.device, seed
         GRPOObjective(beta=0.1, scale_rewards=True, loss="grpo"),
         GRPOObjective(beta=0.1, set_size=1, kl="k3"),
         GRPOObjective(beta=0.1, set_size=3, loss="dapo"),
+        GRPOObjective(beta=0.1, baseline="none"),
     ],
-    ids=["plain", "scaled", "leave-one-out", "max@3"],
+    ids=["plain", "scaled", "leave-one-out", "max@3", "no-baseline"],
 )
 @pytest.mark.parametrize("group", [1, 3, 64])
 def test_groups(group: int, objective: GRPOObjective, device: torch.device, seed: int):
@@ -164,16 +166,13 @@ def test_the_gradient_arrives_at_the_logits(device: torch.device, seed: int):
 
 def test_operator_is_registered_for_compilation(device: torch.device, seed: int):
     case = trie_case(seed, device)
-    captured = []
-    operator = fused_trie_grpo._op
-    try:
-        fused_trie_grpo._op = lambda *arguments: captured.append(arguments) or operator(*arguments)
-        trie_grpo(*inputs(case), BASE, reference=case.reference)
-    finally:
-        fused_trie_grpo._op = operator
+    settings = {"objective": asdict(BASE), "reference_kind": "logits", "weight": case.tables.weight}
+    rows = row_inputs(case.logits, case.tables, case.rows)
+    tokens = case.tokens.start, case.tokens.token, case.tokens.answer
+    given = (*rows, *tokens, case.code, case.counted, case.rewards, case.reference, None, None, json.dumps(settings))
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    logits = captured[0][0].clone().requires_grad_()
-    torch.library.opcheck(operator, (logits, *captured[0][1:]), test_utils=checks)
+    leaf = case.logits.clone().requires_grad_()
+    torch.library.opcheck(fused_trie_grpo._op, (leaf, *given), test_utils=checks)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -200,6 +199,8 @@ def test_what_is_unsupported_raises(device: torch.device, seed: int):
         trie_grpo(*inputs(case.to(torch.float64)), replace(BASE, beta=0.0))
     with pytest.raises(ValueError, match=r"code: found torch\.int64"):
         trie_grpo(*inputs(replace(case, code=case.code.long())), replace(BASE, beta=0.0))
-    wide = replace(case, logits=torch.zeros(len(case.logits), 8193, device=device))
+    bits = torch.zeros(len(case.tables.child_bits), 257, dtype=torch.int32, device=device)
+    wide = torch.zeros(len(case.logits), 8193, device=device)
+    wide = replace(case, logits=wide, tables=replace(case.tables, child_bits=bits))
     with pytest.raises(ValueError, match="codebook: found 8193"):
         trie_grpo(*inputs(wide), replace(BASE, beta=0.0))
