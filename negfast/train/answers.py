@@ -8,6 +8,7 @@ from negfast.kernels.sid_cross_entropy import sid_cross_entropy
 from negfast.model.compact import compact_rows, compact_tables
 from negfast.model.layout import GroupLayout
 from negfast.sid.prior import RequestPrior
+from negfast.spans import span
 from negfast.train.engine import Engine
 
 
@@ -34,13 +35,14 @@ def answer_log_probs(
     nodes = [torch.zeros_like(items), *(trie.item_nodes[items, level].long() for level in range(trie.levels - 1))]
     chosen = [codes[:, level] - policy.vocabulary.code_base(level + 1) for level in range(trie.levels)]
     requests = layout.answer_prompt
-    if runs_triton(states.device):
-        logits = torch.cat([policy.code_logits(states[:, level], level + 1) for level in range(trie.levels)])
-        tables = compact_tables(engine.chooser, prior)
-        rows = compact_rows(tables, prior, branch, nodes, [requests] * trie.levels)
-        return -sid_cross_entropy(logits, tables, rows, torch.cat(chosen).int()).view(trie.levels, -1).sum(0)
-    total = torch.zeros(len(items), dtype=states.dtype, device=items.device)
-    for level, (node, code) in enumerate(zip(nodes, chosen, strict=True)):
-        choice = engine.chooser.choose(policy, states[:, level], level, node, requests, prior, branch)
-        total = total + choice.log_probs().gather(1, code.unsqueeze(1))[:, 0]
-    return total
+    with span("loss"):
+        if runs_triton(states.device):
+            logits = torch.cat([policy.code_logits(states[:, level], level + 1) for level in range(trie.levels)])
+            tables = compact_tables(engine.chooser, prior)
+            rows = compact_rows(tables, prior, branch, nodes, [requests] * trie.levels)
+            return -sid_cross_entropy(logits, tables, rows, torch.cat(chosen).int()).view(trie.levels, -1).sum(0)
+        total = torch.zeros(len(items), dtype=states.dtype, device=items.device)
+        for level, (node, code) in enumerate(zip(nodes, chosen, strict=True)):
+            choice = engine.chooser.choose(policy, states[:, level], level, node, requests, prior, branch)
+            total = total + choice.log_probs().gather(1, code.unsqueeze(1))[:, 0]
+        return total

@@ -28,6 +28,7 @@ from negfast.model.policy import Policy
 from negfast.model.prompts import PromptBatch
 from negfast.sid.prior import NEXT_DISLIKE
 from negfast.sid.tokens import CodeVocabulary
+from negfast.spans import span
 from negfast.train.engine import Engine, epoch_rows, task_rng
 from negfast.train.reward import COLLABORATIVE, HIT, LIKED, build_reward_table
 from negfast.train.rollout import Rollout, replay_hidden, replay_logits, rollout
@@ -218,20 +219,21 @@ def group_loss(
     terms = reward(sampled.items)
     reference_logits = None
     if reference is not None:
-        with torch.no_grad():
+        with span("reference"), torch.no_grad():
             if full:
                 reference_logits = reference.full_logits(replay_hidden(reference, batch, sampled))
             else:
                 reference_logits = replay_logits(reference, batch, sampled)
-    rewards, levels = terms.sum(-1), chooser.trie.levels
-    if full:
-        return GroupStep(sampled, terms, full_loss(policy, sampled, rewards, objective, reference_logits), None)
-    compact = compact_rollout(chooser, batch.prior, NEXT_DISLIKE, sampled)
-    if distinct is not None:
-        result = distinct_loss(distinct, rewards, objective, levels, reference_logits, normalised, compact)
-        return GroupStep(sampled, terms, result, None)
-    loss = TrieLoss(sampled, compact, rewards, objective, levels, reference_logits)
-    return GroupStep(sampled, terms, loss(sampled.choice.logits), loss)
+    with span("loss"):
+        rewards, levels = terms.sum(-1), chooser.trie.levels
+        if full:
+            return GroupStep(sampled, terms, full_loss(policy, sampled, rewards, objective, reference_logits), None)
+        compact = compact_rollout(chooser, batch.prior, NEXT_DISLIKE, sampled)
+        if distinct is not None:
+            result = distinct_loss(distinct, rewards, objective, levels, reference_logits, normalised, compact)
+            return GroupStep(sampled, terms, result, None)
+        loss = TrieLoss(sampled, compact, rewards, objective, levels, reference_logits)
+        return GroupStep(sampled, terms, loss(sampled.choice.logits), loss)
 
 
 def reuse_loss(policy: Policy, batch: PromptBatch, taken: GroupStep) -> GRPOTerms:
