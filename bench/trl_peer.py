@@ -1,39 +1,84 @@
 """TRL's GRPOTrainer as a peer of `bench grpo`: its own training loop, timed from the start of a step to its end.
 
-The first micro-batch's generation belongs to the step; fetching the prompts from the data set does not.
+The first micro-batch's generation belongs to the step; fetching the prompts from the data set does not. It gets what
+makes it fastest: no activation checkpointing, and the best of several micro-batches.
 """
 
 import logging
+import multiprocessing
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Qwen3ForCausalLM,
+    TrainerCallback,
+)
 from transformers.utils.logging import disable_progress_bar
 from trl import GRPOConfig, GRPOTrainer
 
-VOCABULARY = 1024
+from bench.grpo_step import SHAPE, VOCABULARY, Case, dummy_reward
+from bench.machine import resident_mib
+from negfast.model.load import small_qwen3
+
+
+class StepTimer(TrainerCallback):
+    """Wall and CPU seconds of every step; ``between`` runs after each, outside of the clock."""
+
+    def __init__(self, between: Callable[[], None] = lambda: None) -> None:
+        self.between = between
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
+
+    def on_step_begin(self, *_: object, **__: object) -> None:
+        self._began = time.perf_counter(), time.process_time()
+
+    def on_step_end(self, *_: object, **__: object) -> None:
+        self.wall.append(time.perf_counter() - self._began[0])
+        self.cpu.append(time.process_time() - self._began[1])
+        self.between()
+
+
+def peer_steps(case: Case, micro_batch: int, steps: int, between: Callable[[], None] = lambda: None) -> StepTimer:
+    """The times of ``steps`` steps on prompts of the case's lengths, in the peer's vocabulary."""
+    prompts = [np.random.default_rng(b).integers(2, VOCABULARY, n).tolist() for b, n in enumerate(case.lengths)]
+    timer = StepTimer(between)
+    make_trainer(small_qwen3(SHAPE, VOCABULARY), prompts, case, micro_batch, steps, timer).train()
+    return timer
+
+
+def sweep(case: Case, micro_batches: list[int]) -> dict[int, tuple[float, float]]:
+    """(seconds, peak MiB) of a step at each micro-batch, each in a process of its own."""
+    found = {}
+    for size in micro_batches:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            found[size] = pool.apply(_step_and_peak, (case, size, torch.get_num_threads()))
+        print(f"  peer at micro-batch {size}: {found[size][0]:.2f} s", flush=True)
+    return found
+
+
+def _step_and_peak(case: Case, micro_batch: int, threads: int) -> tuple[float, float]:
+    torch.set_num_threads(threads)
+    return peer_steps(case, micro_batch, 1).wall[0], resident_mib(peak=True)
 
 
 def make_trainer(
-    decoder: Qwen3Config,
+    model: PreTrainedModel,
     prompts: list[list[int]],
-    group: int,
-    levels: int,
+    case: Case,
     micro_batch: int,
     steps: int,
-    reward: Callable[[torch.Tensor], torch.Tensor],
     callback: TrainerCallback,
-    learning_rate: float = 1e-6,
 ) -> GRPOTrainer:
-    """A trainer of ``steps`` steps on ``prompts`` (token ids), each step ``group`` answers of ``levels`` tokens each.
-
-    ``reward`` gives float [n] for the first tokens int64 [n] of the answers.
-    """
+    """A trainer of ``steps`` steps on ``prompts`` (token ids); ``model`` is its policy and its reference."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     disable_progress_bar()
@@ -43,22 +88,20 @@ def make_trainer(
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="t1", pad_token="t0", padding_side="left")
     torch.manual_seed(0)
 
-    def reward_function(completion_ids: list[list[int]], **_: object) -> list[float]:
-        return reward(torch.tensor([ids[0] for ids in completion_ids])).tolist()
+    def reward(completion_ids: list[list[int]], **_: object) -> list[float | None]:
+        return dummy_reward(torch.tensor([ids[0] for ids in completion_ids])).tolist()
 
-    answers = len(prompts) * group
     with tempfile.TemporaryDirectory() as folder:
-        Qwen3ForCausalLM(decoder).save_pretrained(folder)  # the trainer reads its reference policy from disk
-        model = Qwen3ForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+        model.save_pretrained(folder)  # the trainer reads its reference policy from disk
         config = GRPOConfig(
             output_dir=folder,
             per_device_train_batch_size=micro_batch,
-            gradient_accumulation_steps=answers // micro_batch,
-            num_generations=group,
-            max_completion_length=levels,
-            generation_kwargs={"min_new_tokens": levels},  # an early end must not make its answers shorter
+            gradient_accumulation_steps=case.answers // micro_batch,
+            num_generations=case.group,
+            max_completion_length=case.levels,
+            generation_kwargs={"min_new_tokens": case.levels},  # an early end must not make its answers shorter
             max_steps=steps,
-            learning_rate=learning_rate,
+            learning_rate=1e-6,
             lr_scheduler_type="constant",
             max_grad_norm=1.0,
             optim="adamw_torch_fused",
@@ -80,28 +123,13 @@ def make_trainer(
             disable_tqdm=True,
         )
         data = Dataset.from_dict({"prompt": [" ".join(f"t{i}" for i in p) for p in prompts] * max(steps, 2)})
-        return GRPOTrainer(
-            model=model,
-            reward_funcs=reward_function,
+        trainer = GRPOTrainer(
+            model=Qwen3ForCausalLM.from_pretrained(folder, attn_implementation="sdpa"),
+            reward_funcs=reward,
             args=config,
             train_dataset=data,
             processing_class=tokenizer,
             callbacks=[callback],
         )
-
-
-class StepTimer(TrainerCallback):
-    """Wall and CPU seconds of every step; ``between`` runs after each, outside of the clock."""
-
-    def __init__(self, between: Callable[[], None] = lambda: None) -> None:
-        self.between = between
-        self.wall: list[float] = []
-        self.cpu: list[float] = []
-
-    def on_step_begin(self, *_: object, **__: object) -> None:
-        self._began = time.perf_counter(), time.process_time()
-
-    def on_step_end(self, *_: object, **__: object) -> None:
-        self.wall.append(time.perf_counter() - self._began[0])
-        self.cpu.append(time.process_time() - self._began[1])
-        self.between()
+    trainer.remove_callback(PrinterCallback)
+    return trainer

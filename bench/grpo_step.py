@@ -1,0 +1,200 @@
+"""What `bench grpo` measures of negfast: whole GRPO steps on prompts of given lengths, and the floor under them.
+
+A step builds its layout, prunes, applies the prior, samples, rewards, asks the reference and updates. Codes are bushy:
+no token of an answer is forced, so no forward is spared that a general library would need.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from negfast.kernels.trie_grpo import GRPOObjective
+from torch import Tensor
+
+from negfast.config import Config, Model
+from negfast.data.prepare import SemanticIdSettings
+from negfast.data.samples import prepare_movietweetings
+from negfast.model.choice import TrieChooser
+from negfast.model.layout import GroupLayout
+from negfast.model.load import build_policy, small_qwen3
+from negfast.model.policy import Policy
+from negfast.model.prompts import MIXED, PromptBatch
+from negfast.sid.prior import DevicePrior
+from negfast.sid.tokens import CodeVocabulary
+from negfast.sid.trie import SeenNodes, Trie, build_trie
+from negfast.train.engine import build_engine, epoch_rows
+from negfast.train.grpo import GroupStep, freeze, group_loss
+
+SHAPE = Model(hidden=256, intermediate=1024, layers=4, heads=4, kv_heads=2, head_dim=64)
+CODEBOOK, TEXT_TOKENS = 256, 8
+VOCABULARY = 1024  # of the peer's model: 4 x 256, so that both have 4.2 M parameters
+SEEN = 100  # items that each request has met
+
+
+@dataclass(frozen=True)
+class Case:
+    """Prompts of ``lengths`` tokens, ``group`` answers of ``levels`` tokens to each."""
+
+    lengths: tuple[int, ...]
+    group: int
+    levels: int = 4
+    objective: str = "trie"
+
+    @property
+    def answers(self) -> int:
+        return len(self.lengths) * self.group
+
+    def describe(self) -> dict[str, Any]:
+        """As results have it; "prompt" is the mean length."""
+        return {
+            "prompt": round(statistics.mean(self.lengths)),
+            "longest": max(self.lengths),
+            "prompts": len(self.lengths),
+            "group": self.group,
+            "levels": self.levels,
+            "objective": self.objective,
+        }
+
+
+class Ours:
+    """negfast's step on a case: loss dr_grpo, beta 0.04, AdamW, float32 on the CPU."""
+
+    def __init__(self, case: Case) -> None:
+        torch.manual_seed(0)
+        rng = np.random.default_rng(0)
+        self.case, self.full = case, case.objective == "full"
+        self.trie = bushy_trie(case.levels)
+        vocabulary = CodeVocabulary(TEXT_TOKENS, case.levels, CODEBOOK)
+        self.policy = Policy(small_qwen3(SHAPE, TEXT_TOKENS), vocabulary).train()
+        torch.nn.init.normal_(self.policy.block.head.weight, std=SHAPE.hidden**-0.5)
+        self.reference = freeze(self.policy)
+        self.chooser = TrieChooser(self.trie.to("cpu"), 0.0 if self.full else 1.0)
+        self.objective = GRPOObjective(loss="dr_grpo", beta=0.04, kl="k3" if self.full else "exact")
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-6, fused=True)
+        n_items = len(self.trie.leaf_item)
+        mass = rng.gamma(0.3, size=(2, 1, n_items))
+        self.prior = DevicePrior.build(self.trie, mass[0], mass[1], 0, 0.01, "cpu")
+        self.cu_seqlens = np.cumsum([0, *case.lengths])
+        self.tokens = torch.from_numpy(rng.integers(TEXT_TOKENS, TEXT_TOKENS + vocabulary.size, self.cu_seqlens[-1]))
+        self.seen = [np.sort(rng.choice(n_items, SEEN, replace=False)) for _ in case.lengths]
+        self.steps, self.processed = 0, 0
+
+    def batch(self) -> PromptBatch:
+        layout = GroupLayout.build(self.cu_seqlens, self.case.group, torch.device("cpu"))
+        days = np.zeros(len(self.case.lengths), dtype=np.int64)
+        seen = packed_seen(self.trie, self.seen)
+        return PromptBatch(
+            self.tokens, layout, lambda: self.prior.for_requests(days, SeenNodes.from_packed(seen, self.trie, "cpu"))
+        )
+
+    def loss(self) -> GroupStep:
+        """All of a step before its backward."""
+        return group_loss(
+            self.policy,
+            self.reference,
+            self.chooser,
+            self.batch(),
+            torch.arange(len(self.case.lengths)),
+            lambda items: dummy_reward(items).unsqueeze(-1),
+            self.objective,
+            self.case.group,
+            seed=0,
+            step=self.steps,
+            full=self.full,
+        )
+
+    def update(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        sampled, _, result, _ = self.loss()
+        result.loss.backward()
+        self.update()
+        self.steps += 1
+        self.processed = len(self.tokens) + sum(len(rows) for rows in sampled.rows[1:])
+
+
+def dummy_reward(items: Tensor) -> Tensor:
+    return (items % 7).float() / 7
+
+
+def bushy_trie(levels: int) -> Trie:
+    """Items whose every prefix has several ways on: 256 codes at level 1, then 16, 8, 4, ..."""
+    fans = [CODEBOOK, *(max(16 >> k, 2) for k in range(levels - 1))]
+    grids = np.meshgrid(*(np.arange(fan) * (CODEBOOK // fan) for fan in fans), indexing="ij")
+    return build_trie(np.stack([grid.ravel() for grid in grids], 1), CODEBOOK)
+
+
+@dataclass(frozen=True)
+class PackedSeen:
+    """What `SeenNodes.from_packed` reads; the packer's own work is part of `bench shards`."""
+
+    seen_item: np.ndarray
+    seen_cu: np.ndarray
+    seen_node: list[np.ndarray]
+    seen_request: list[np.ndarray]
+    seen_count: list[np.ndarray]
+    seen_slot: list[np.ndarray]
+
+
+def packed_seen(trie: Trie, seen: list[np.ndarray]) -> PackedSeen:
+    request = np.repeat(np.arange(len(seen)), [len(items) for items in seen])
+    items = np.concatenate(seen)
+    node, owner, count, slot = [], [], [], []
+    for level, n_nodes in enumerate(trie.node_counts[1:]):
+        key = request * n_nodes + trie.item_nodes[items, level]
+        unique, inverse, counts = np.unique(key, return_inverse=True, return_counts=True)
+        node.append(unique % n_nodes)
+        owner.append(unique // n_nodes)
+        count.append(counts)
+        slot.append(inverse)
+    return PackedSeen(items, np.cumsum([0, *(len(s) for s in seen)]), node, owner, count, slot)
+
+
+def quickstart_lengths(requests: int) -> tuple[int, ...]:
+    """Tokens of the mixed prompts of the first ``requests`` that GRPO visits in the quickstart, by the packer."""
+    config = Config()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = SemanticIdSettings(encoder="tfidf")  # codes differ from the quickstart's, lengths do not
+        data = prepare_movietweetings(Path(folder) / "data", semantic_ids=settings, report=lambda *_: None)
+        shape = data.codes.shape[1], int(data.manifest["semantic_ids"]["codebook"])
+        policy, tokenizer = build_policy(config.model, None, ["text"], *shape, 4)
+        engine = build_engine(config, data, policy, tokenizer, torch.device("cpu"))
+        train = engine.split.train.take(engine.split.train.has_dislikes)
+        rows = epoch_rows(config.train.seed, "grpo", 0, len(train), config.grpo.requests)[:requests]
+        batch = engine.prompts.build(train.user[rows], train.day[rows], MIXED, 0, tail="next-dislike")
+    return tuple(batch.layout.lengths.tolist())
+
+
+def floor_seconds(case: Case, repeats: int = 3) -> float:
+    """A stock decoder over the padded prompts alone: a forward without gradients, and one with its backward.
+
+    No implementation of the step that reads each prompt once, with this decoder, can do with less.
+    """
+    model = small_qwen3(SHAPE, VOCABULARY).get_decoder()
+    model.set_attn_implementation("sdpa")
+    tokens = torch.zeros(len(case.lengths), max(case.lengths), dtype=torch.int64)
+    mask = torch.arange(tokens.shape[1]) < torch.tensor(case.lengths)[:, None]
+    whole = None if bool(mask.all()) else mask.long()
+
+    def step() -> None:
+        with torch.no_grad():
+            model(input_ids=tokens, attention_mask=whole, use_cache=False)
+        model(input_ids=tokens, attention_mask=whole, use_cache=False).last_hidden_state.sum().backward()
+        model.zero_grad()
+
+    return statistics.median(seconds_of(step) for _ in range(repeats))
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
