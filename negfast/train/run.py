@@ -41,10 +41,12 @@ def train(
     init: Path | None,
     out: Path | None,
     overrides: tuple[str, ...],
+    table: bool = True,
 ) -> None:
     """Runs all stages and leaves RUN with its table; an unfinished RUN is continued from its last checkpoint.
 
-    Without ``data`` the embedded MovieTweetings is prepared into RUN/data. Raises InputError on bad settings or on
+    Without ``data`` the embedded MovieTweetings is prepared into RUN/data. Without ``table`` the test split is left
+    alone, as is right while settings are compared. Raises InputError on bad settings or on
     a RUN that was started with others, TrainingError where training cannot go on.
     """
     run, settings = _asked_for(config, preset, out, overrides)
@@ -53,7 +55,7 @@ def train(
         engine = _open_run(run, settings, data, model, init, device)
         _run_stages(run, engine)
         first = distributed.rank() == 0
-    if not first:
+    if not first or not table:
         return
     if not run.report.exists():
         evalset, rows = evaluate_folder(run, "test", None)
