@@ -35,12 +35,14 @@ def recovery(simulation: Simulation, runs: Path, preset: str, seeds: list[int]) 
         for seed in seeds:
             out = runs / f"{target}-{seed}"
             overrides = (f"train.seed={seed}", f"sft.target={target}", f"reward.target={target}")
-            train(config=None, preset=preset, data=data, model=None, init=None, out=out, overrides=overrides)
+            train(
+                config=None, preset=preset, data=data, model=None, init=None, out=out, overrides=overrides, table=False
+            )
             engine = RunFolder(out).finished_engine(None)
             test = engine.split.test
-            chosen = np.sort(np.random.default_rng(0).permutation(len(test))[:REQUESTS])
-            requests = test.take(chosen)
-            truth = Truths(simulation, requests)
+            order = np.random.default_rng(0).permutation(len(test))
+            truth = Truths(simulation, test.take(np.sort(order[: 2 * REQUESTS])))
+            requests = truth.requests
             found = {target: generate(engine, requests, TOP)[0]}
             if not values:
                 found["prior"] = generate(engine, requests, TOP, with_policy=False)[0]
@@ -64,7 +66,7 @@ def recovery(simulation: Simulation, runs: Path, preset: str, seeds: list[int]) 
 
 
 class Truths:
-    """True probabilities of the unseen, released items of every request."""
+    """True probabilities of the unseen, released items of at most `REQUESTS` requests that have enough of them."""
 
     def __init__(self, simulation: Simulation, requests: Requests) -> None:
         log, truth, rng = simulation.log, simulation.truth, np.random.default_rng(1)
@@ -73,14 +75,16 @@ class Truths:
             own = slice(log.user_offsets[user], log.user_offsets[user + 1])
             self.p[row, log.item[own][log.day[own] <= day]] = np.nan
             self.p[row, truth.release > day - FIRST_DAY] = np.nan
+        enough = np.flatnonzero((~np.isnan(self.p)).sum(1) >= 2 * CANDIDATES)[:REQUESTS]
+        self.p, self.requests = self.p[enough], requests.take(enough)
         shuffled = np.argsort(np.where(np.isnan(self.p), 2.0, rng.random(self.p.shape)), axis=1)
         self.candidates = np.sort(shuffled[:, :CANDIDATES], axis=1).astype(np.int32)
         self.random = shuffled[:, :TOP].astype(np.int32)
         self.best = np.argsort(np.where(np.isnan(self.p), 1.0, -self.p), axis=1)[:, :TOP].astype(np.int32)
 
     def mean_probability(self, items: np.ndarray) -> np.ndarray:
-        """float64 [R]; items that nobody can have been shown yet do not count."""
-        return np.nanmean(np.take_along_axis(self.p, items.astype(np.int64), axis=1), axis=1)
+        """float64 [R]; items that nobody can have been shown yet count as disliked by nobody."""
+        return np.nan_to_num(np.take_along_axis(self.p, items.astype(np.int64), axis=1)).mean(1)
 
     def top_share(self, items: np.ndarray) -> np.ndarray:
         least = np.nanquantile(self.p, 1 - TOP_SHARE, axis=1)

@@ -41,7 +41,7 @@ class SasRecSettings:
 
 
 DEFAULTS = {
-    "sasrec-dislikes": SasRecSettings(dropout=0.5, epochs=12, recency=0.5),
+    "sasrec-dislikes": SasRecSettings(width=32, dropout=0.5, epochs=20, recency=0.5),
     "sasrec-all": SasRecSettings(dropout=0.2, epochs=5, recency=1.0),
 }
 KINDS = {"sasrec-dislikes": (DISLIKE,), "sasrec-all": (EXPOSED, LIKE, DISLIKE)}
