@@ -67,9 +67,14 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("events", type=EXISTING)
+@click.argument("files", nargs=-1, required=True, type=EXISTING, metavar="FILES...")
 @click.option("--out", required=True, type=EXISTING, help="Directory to write.")
 @click.option("--force", is_flag=True, help="Replace a data set that is there.")
+@click.option("--recipe", metavar="NAME", help="FILES are those of a public log, as published; see below.")
+@click.option(
+    "--like", type=EXISTING, metavar="DIR|RUN",
+    help="Add FILES to this data set (that of this run); items keep their semantic IDs, new ones get theirs.",
+)  # fmt: skip
 @click.option("--items", type=EXISTING, help="Item table; without it the items are those of the log.")
 @click.option("--user-column", default="user", show_default=True)
 @click.option("--item-column", default="item", show_default=True)
@@ -77,7 +82,7 @@ def main() -> None:
 @click.option("--value-column", help="A number to keep with each event, such as a rating.")
 @click.option("--time-unit", type=click.Choice(["auto", "s", "ms", "us", "iso"]), default="auto", show_default=True)
 @click.option(
-    "--dislike", multiple=True, required=True, metavar="RULE",
+    "--dislike", multiple=True, metavar="RULE",
     help='Which events are dislikes: "rating<=2", "label==0", "action==hide", or a boolean column. Repeat for or.',
 )  # fmt: skip
 @click.option(
@@ -109,23 +114,69 @@ def main() -> None:
 )  # fmt: skip
 @click.option("--encoder", default="auto", show_default=True, help="Text encoder: auto, minilm, tfidf.")
 @click.option("--seed", default=0, show_default=True)
-@click.option(
-    "--like", type=EXISTING, metavar="DIR", help="Keep the codebooks and semantic IDs of DIR (not there yet)."
-)
-def prepare(events: Path, out: Path, **options: Any) -> None:
+@click.pass_context
+def prepare(context: click.Context, files: tuple[Path, ...], out: Path, **options: Any) -> None:
     """Make a data set of an event log: validate, index, split, semantic IDs, shards.
 
-    EVENTS is Parquet, CSV, TSV, `::`-separated (.dat) or JSON Lines, also as .gz or .zst.
+    FILES is one event log: Parquet, CSV, TSV, `::`-separated (.dat) or JSON Lines, also as .gz or .zst.
 
     \b
     negfast prepare log.parquet --dislike "rating<=2" --items items.csv --item-text-column title --out data
     negfast prepare log.tsv --user-column user_id --time-column time_ms --dislike label==0 --out data
     negfast prepare ratings.dat --columns user,item,rating,time --dislike "rating<=2" --out data
+
+    With --recipe they are a public log's own files, events and items in any order; nothing is fetched:
+
+    \b
+    negfast prepare --recipe kuairand log_standard_*_pure.csv video_features_basic_pure.csv --out data
+    negfast prepare --recipe yambda likes.parquet dislikes.parquet undislikes.parquet --out data
+    negfast prepare --recipe amazon-reviews-2023 All_Beauty.jsonl.gz meta_All_Beauty.jsonl.gz --out data
+    negfast prepare --recipe movielens ratings.csv movies.csv --out data
+    negfast prepare --recipe movielens-dat ratings.dat movies.dat --out data
+    negfast prepare --recipe movietweetings ratings.dat movies.dat --out data
+
+    With --like they are new events of a data set that is there, in the same format:
+
+    \b
+    negfast prepare log-2026-11-25.csv --like data/2026-11-24 --items items.csv --out data/2026-11-25
     """
-    if options["like"] is not None:
-        raise InputError("--like: keeping another data set's semantic IDs is not there yet; leave the option out")
-    from negfast.data.events import EventMapping, ItemMapping
     from negfast.data.prepare import SemanticIdSettings, SplitSettings
+    from negfast.data.rules import parse_rule
+
+    if options["like"] is not None:
+        from negfast.data.daily import prepare_like
+
+        _refuse_others(context, "--like", ("like", "items", "valid", "test"))
+        prepare_like(
+            files, options["like"], out, items_path=options["items"], split=(options["valid"], options["test"]),
+            force=options["force"], report=click.echo,
+        )  # fmt: skip
+        return
+    dislike = tuple(map(parse_rule, options["dislike"]))
+    split = SplitSettings(options["horizon"], options["valid"], options["test"])
+    names = ("levels", "codebook", "quantizer", "encoder", "seed")
+    semantic_ids = SemanticIdSettings(*(options[name] for name in names))
+    if options["recipe"] is not None:
+        from negfast.data.recipes import prepare_recipe
+
+        _refuse_others(context, "--recipe", ("recipe", "dislike", "horizon", "valid", "test", *names))
+        prepare_recipe(
+            options["recipe"], files, out, dislike=dislike, split=split, semantic_ids=semantic_ids,
+            force=options["force"], report=click.echo,
+        )  # fmt: skip
+        return
+    if not dislike:
+        raise click.UsageError("Missing option '--dislike' (or --recipe, or --like).", context)
+    if len(files) > 1:
+        raise click.UsageError(f"found {len(files)} files, expected one event log without --recipe or --like", context)
+    _prepare_mapped(files[0], out, dislike, split, semantic_ids, options)
+
+
+def _prepare_mapped(
+    events: Path, out: Path, dislike: tuple[Any, ...], split: Any, semantic_ids: Any, options: dict[str, Any]
+) -> None:
+    """`prepare` of a log whose columns the options name."""
+    from negfast.data.events import EventMapping, ItemMapping
     from negfast.data.prepare import prepare as prepare_dataset
     from negfast.data.rules import parse_rule
 
@@ -134,7 +185,7 @@ def prepare(events: Path, out: Path, **options: Any) -> None:
         options["items"],
         out,
         mapping=EventMapping(
-            dislike=tuple(map(parse_rule, options["dislike"])),
+            dislike=dislike,
             like=tuple(map(parse_rule, options["like_rule"])),
             rest=options["rest"],
             user=options["user_column"],
@@ -153,13 +204,20 @@ def prepare(events: Path, out: Path, **options: Any) -> None:
             separator=_separator(options["item_separator"]),
         ),
         item_embedding=options["item_embedding"],
-        split=SplitSettings(options["horizon"], options["valid"], options["test"]),
-        semantic_ids=SemanticIdSettings(
-            options["levels"], options["codebook"], options["quantizer"], options["encoder"], options["seed"]
-        ),
+        split=split,
+        semantic_ids=semantic_ids,
         force=options["force"],
         report=click.echo,
     )
+
+
+def _refuse_others(context: click.Context, option: str, allowed: tuple[str, ...]) -> None:
+    """A usage error for options that were given beside ``option`` and would do nothing."""
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        given = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
+        if given and name not in (*allowed, "files", "out", "force"):
+            raise click.UsageError(f"{parameter.opts[-1]} has no place beside {option}, which settles it", context)
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:
@@ -250,8 +308,9 @@ def profile(stage: str, steps: int, **options: Any) -> None:
 @click.argument("run", type=EXISTING)
 @click.option("--split", type=click.Choice(["valid", "test"]), default="test", show_default=True)
 @click.option("--data", type=EXISTING, help="Data set; by default the one that the run was trained on.")
+@click.option("--all-baselines", is_flag=True, help="Also those that have to be trained (SASRec): takes minutes.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the table.")
-def evaluate(run: Path, split: str, data: Path | None, as_json: bool) -> None:
+def evaluate(run: Path, split: str, data: Path | None, all_baselines: bool, as_json: bool) -> None:
     """Measure a run beside the baselines: filter, matched pool, generation.
 
     \b
@@ -260,7 +319,22 @@ def evaluate(run: Path, split: str, data: Path | None, as_json: bool) -> None:
     """
     from negfast.evaluate.run import evaluate_run
 
-    evaluate_run(run, split=split, data=data, as_json=as_json)
+    evaluate_run(run, split=split, data=data, as_json=as_json, all_baselines=all_baselines)
+
+
+@main.command()
+@click.argument("run", type=EXISTING)
+@click.option("--out", type=EXISTING, metavar="PAGE.html", help="By default RUN/report.html.")
+def report(run: Path, out: Path | None) -> None:
+    """Write one HTML page about a run: tables, curves, calibration, example users; nothing outside the file.
+
+    \b
+    negfast report runs/quickstart
+    negfast report runs/quickstart --out quickstart.html
+    """
+    from negfast.evaluate.page import write_page
+
+    click.echo(str(write_page(run, out)))
 
 
 @main.command()
@@ -270,7 +344,7 @@ def evaluate(run: Path, split: str, data: Path | None, as_json: bool) -> None:
 @click.option("--top", default=50, show_default=True, type=click.IntRange(min=1), help="Items for each user.")
 @click.option("--out", required=True, type=EXISTING, help="Parquet file: user, rank, item, score.")
 def predict(run: Path, data: Path | None, at: str | None, top: int, out: Path) -> None:
-    """Write what every user is going to dislike.
+    """Write what every user is going to dislike. The same call goes on where a killed one stopped.
 
     \b
     negfast predict runs/quickstart --top 50 --out dislikes.parquet
@@ -286,16 +360,51 @@ def predict(run: Path, data: Path | None, at: str | None, top: int, out: Path) -
 @click.argument("candidates", type=EXISTING)
 @click.option("--data", type=EXISTING, help="Data set; by default the one that the run was trained on.")
 @click.option("--at", metavar="TIME", help="ISO time; events after it are not looked at. Default: the log's end.")
-@click.option("--out", required=True, type=EXISTING, help="Parquet file: the input plus score.")
+@click.option("--out", required=True, type=EXISTING, help="Parquet file: the input plus score and abstain.")
 def score(run: Path, candidates: Path, data: Path | None, at: str | None, out: Path) -> None:
     """Calibrated dislike probability of (user, item) pairs.
 
+    CANDIDATES is Parquet with columns user and item. The score is null, and `abstain` true, where nothing is known:
+    the user or the item is not in the data set, or neither has the user an event nor the item a like or dislike.
+
     \b
     negfast score runs/quickstart candidates.parquet --out scored.parquet
+    negfast score runs/quickstart candidates.parquet --at 2013-08-01 --out scored.parquet
     """
     from negfast.serve.score import score_run
 
     score_run(run, candidates, data=data, at=at, out=out)
+
+
+@main.command("user-profiles")
+@click.argument("run", type=EXISTING)
+@click.option("--attribute", required=True, metavar="NAME", help="Item attribute whose values are the categories.")
+@click.option("--data", type=EXISTING, help="Data set; by default the one that the run was trained on.")
+@click.option("--at", metavar="TIME", help="ISO time; events after it are not looked at. Default: the log's end.")
+@click.option("--out", required=True, type=EXISTING, help="Parquet file, a row for each user and category.")
+def user_profiles(run: Path, attribute: str, data: Path | None, at: str | None, out: Path) -> None:
+    """What kinds of items each user dislikes: counts, smoothed rate, lift, and the share expected next.
+
+    \b
+    negfast user-profiles runs/quickstart --attribute genres --out profiles.parquet
+    """
+    from negfast.serve.profiles import profile_users
+
+    profile_users(run, attribute, data=data, at=at, out=out)
+
+
+@main.command()
+def doctor() -> None:
+    """Say what is installed, which kernels run here, and what is missing.
+
+    \b
+    negfast doctor
+    """
+    from negfast.doctor import findings
+
+    width = max(len(name) for name, _ in findings())
+    for name, text in findings():
+        click.echo(f"{name:<{width}}  {text}")
 
 
 @main.command()

@@ -5,15 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as parquet
 
 from negfast.data.dataset import date_of
 from negfast.data.split import Requests
 from negfast.evaluate.model import generate
-from negfast.files import atomic_file, check_output
-from negfast.progress import Progress
+from negfast.files import check_output
 from negfast.run_folder import RunFolder
 from negfast.serve.context import context_day
+from negfast.serve.parts import source_of, write_in_parts
 
 USERS_AT_ONCE = 4096
 SCHEMA = pa.schema([("user", pa.string()), ("rank", pa.int32()), ("item", pa.string()), ("score", pa.float32())])
@@ -22,32 +21,30 @@ SCHEMA = pa.schema([("user", pa.string()), ("rank", pa.int32()), ("item", pa.str
 def predict_run(run: Path, data: Path | None, at: str | None, top: int, out: Path) -> None:
     """Writes (user, rank, item, score) to ``out``: the ``top`` unseen items that each user will most probably dislike.
 
-    ``score`` is the probability of the item as the next dislike. Raises InputError as `RunFolder.finished_engine` does.
+    ``score`` is the probability of the item as the next dislike. A call that was killed is gone on with by the same
+    call. Raises InputError as `RunFolder.finished_engine` does.
     """
     check_output(out)
     engine = RunFolder(run).finished_engine(data)
     day = context_day(engine.log, at)
     print(f"context: events up to the end of {date_of(day)}", file=sys.stderr)
     user_ids, item_ids = pa.array(engine.data.user_ids, pa.string()), pa.array(engine.data.items.ids, pa.string())
-    users = np.arange(engine.log.n_users, dtype=np.int32)
-    with (
-        atomic_file(out) as temporary,
-        parquet.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer,
-        Progress("predict", len(users), unit="users") as progress,
-    ):
-        for start in range(0, len(users), USERS_AT_ONCE):
-            some = users[start : start + USERS_AT_ONCE]
-            items, log_p = generate(engine, requests_at(some, day), top)
-            known = items >= 0
-            rows, ranks = np.nonzero(known)
-            columns = [
-                user_ids.take(pa.array(some[rows])),
-                pa.array((ranks + 1).astype(np.int32)),
-                item_ids.take(pa.array(items[known])),
-                pa.array(np.exp(log_p[known])),
-            ]
-            writer.write_table(pa.table(columns, schema=SCHEMA))
-            progress.update(start + len(some))
+
+    def batch(start: int, stop: int) -> pa.Table:
+        users = np.arange(start, stop, dtype=np.int32)
+        items, log_p = generate(engine, requests_at(users, day), top)
+        known = items >= 0
+        rows, ranks = np.nonzero(known)
+        columns = [
+            user_ids.take(pa.array(users[rows])),
+            pa.array((ranks + 1).astype(np.int32)),
+            item_ids.take(pa.array(items[known])),
+            pa.array(np.exp(log_p[known])),
+        ]
+        return pa.table(columns, schema=SCHEMA)
+
+    about = {"what": "predict", **source_of(run, engine), "day": day, "top": top, "users_at_once": USERS_AT_ONCE}
+    write_in_parts(out, SCHEMA, about, engine.log.n_users, USERS_AT_ONCE, batch, ("predict", "users"))
 
 
 def requests_at(users: np.ndarray, day: int) -> Requests:

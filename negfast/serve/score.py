@@ -9,6 +9,7 @@ import pyarrow.compute as compute
 import pyarrow.parquet as parquet
 
 from negfast.data.dataset import date_of
+from negfast.data.log import EXPOSED, EventLog
 from negfast.errors import InputError
 from negfast.evaluate.model import candidate_logits
 from negfast.files import atomic_file, check_output
@@ -16,11 +17,16 @@ from negfast.run_folder import RunFolder
 from negfast.serve.context import context_day
 from negfast.train.verdict import group_candidates
 
+ADDED = ("score", "abstain")
+
 
 def score_run(run: Path, candidates: Path, data: Path | None, at: str | None, out: Path) -> None:
-    """Writes the table ``candidates`` (columns user and item) to ``out`` with a column ``score`` in [0, 1].
+    """Writes the table ``candidates`` (columns user and item) to ``out`` with two columns more.
 
-    Raises InputError for a missing file or column, an unknown user or item, and as `RunFolder.finished_engine` does.
+    ``score`` in [0, 1] is the calibrated probability that the user dislikes the item. Where ``abstain`` is true the
+    model knows nothing and the score is null: the user or the item is not in the data set, or up to the day neither has
+    the user any event nor the item any like or dislike (negfast's choice). Raises InputError for a missing file or
+    column, for a table of which no user or no item is known, and as `RunFolder.finished_engine` does.
     """
     check_output(out)
     table = _read(candidates)
@@ -29,13 +35,27 @@ def score_run(run: Path, candidates: Path, data: Path | None, at: str | None, ou
     item = _index(table, "item", engine.data.items.ids, candidates)
     day = context_day(engine.log, at)
     print(f"context: events up to the end of {date_of(day)}", file=sys.stderr)
-    order = np.argsort(user, kind="stable")
-    groups = group_candidates(user[order], np.full(len(order), day + 1), item[order])
-    logits = np.empty(len(order))
-    logits[order] = candidate_logits(engine, groups)
-    probability = RunFolder(run).calibration.probability(logits)
+    answered = knows(engine.log, user, item, day)
+    rows = np.flatnonzero(answered)
+    rows = rows[np.argsort(user[rows], kind="stable")]
+    groups = group_candidates(user[rows], np.full(len(rows), day + 1), item[rows])
+    probability = np.full(len(user), np.nan)
+    if len(rows):
+        probability[rows] = RunFolder(run).calibration.probability(candidate_logits(engine, groups))
+    if not answered.all():
+        print(f"abstained: {int((~answered).sum()):,} of {len(answered):,} pairs, nothing known", file=sys.stderr)
+    table = table.append_column("score", pa.array(probability, pa.float64(), mask=~answered))
     with atomic_file(out) as temporary:
-        parquet.write_table(table.append_column("score", pa.array(probability, pa.float64())), temporary)
+        parquet.write_table(table.append_column("abstain", pa.array(~answered)), temporary)
+
+
+def knows(log: EventLog, user: np.ndarray, item: np.ndarray, day: int) -> np.ndarray:
+    """Whether anything is known of pairs of indices (-1: not in the data set) at the end of a day, bool [E]."""
+    past = log.day <= day
+    active, judged = np.zeros(log.n_users + 1, bool), np.zeros(log.n_items + 1, bool)
+    active[log.user[past]] = True
+    judged[log.item[past & (log.feedback != EXPOSED)]] = True
+    return (user >= 0) & (item >= 0) & (active[user] | judged[item])
 
 
 def _read(path: Path) -> pa.Table:
@@ -48,16 +68,16 @@ def _read(path: Path) -> pa.Table:
     for name in ("user", "item"):
         if name not in table.column_names:
             raise InputError(f"{path}: no column {name!r}, found {', '.join(table.column_names)}")
-    if "score" in table.column_names:
-        raise InputError(f"{path}: has a column 'score' already")
+    for name in ADDED:
+        if name in table.column_names:
+            raise InputError(f"{path}: has a column {name!r} already")
     return table
 
 
 def _index(table: pa.Table, column: str, known: list[str], path: Path) -> np.ndarray:
-    """The index of each value of a column in ``known``, int64 [E]."""
+    """The index of each value of a column in ``known``, int64 [E], -1 where it is not there."""
     values = table[column].cast(pa.string())
-    found = compute.index_in(values, pa.array(known, pa.string()))
-    if found.null_count:
-        row = compute.index(compute.is_null(found), True).as_py()
-        raise InputError(f"{path}: row {row + 1}: unknown {column} {values[row].as_py()!r}")
-    return found.to_numpy().astype(np.int64)
+    found = compute.index_in(values, pa.array(known, pa.string())).fill_null(-1).to_numpy().astype(np.int64)
+    if len(found) and (found < 0).all():
+        raise InputError(f"{path}: no {column} is known, the first is {values[0].as_py()!r}")
+    return found

@@ -1,0 +1,152 @@
+"""Small charts as inline SVG: no library, no script, colours by CSS classes so that a page may be light or dark."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 420, 250
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 44
+
+Format = Callable[[float], str]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart; ``low`` and ``high`` are drawn as whiskers, ``faint`` is background to another."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+    color: int = 0  # class c0..c4
+    faint: bool = False
+    dots: bool = False
+
+
+def number(value: float) -> str:
+    """1,200 or 0.35: as many digits as a tick needs."""
+    if value == 0 or abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def percent(value: float) -> str:
+    return f"{value * 100:.3g} %"
+
+
+def line_chart(
+    lines: Sequence[Line],
+    x_label: str,
+    y_label: str,
+    *,
+    x_format: Format = number,
+    y_format: Format = number,
+    from_zero: bool = False,
+    diagonal: bool = False,
+) -> str:
+    """Lines over one pair of axes, with a legend where there is more than one name."""
+    points = [(x, y) for line in lines for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)]
+    if not points:
+        return '<p class="none">nothing to show</p>'
+    bounds = [y for line in lines for part in (line.low, line.high) if part for y in part if math.isfinite(y)]
+    xs, ys = [x for x, _ in points], [y for _, y in points] + bounds + ([0.0] if from_zero else [])
+    if diagonal:
+        xs = ys = [*xs, *ys, 0.0]
+    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
+    frame = _Frame(x_ticks, y_ticks)
+    parts = [frame.grid(x_label, y_label, x_format, y_format)]
+    if diagonal:
+        low, high = max(x_ticks[0], y_ticks[0]), min(x_ticks[-1], y_ticks[-1])
+        ends = f'x1="{frame.x(low)}" y1="{frame.y(low)}" x2="{frame.x(high)}" y2="{frame.y(high)}"'
+        parts.append(f'<line class="diagonal" {ends}/>')
+    for line in lines:
+        parts.append(_line(frame, line))
+    return _figure(parts, [(line.name, line.color) for line in lines if line.name and not line.faint], y_label)
+
+
+def bar_chart(
+    labels: Sequence[str], values: Sequence[float], x_label: str, y_label: str, *, color: int = 0, show: int = 0
+) -> str:
+    """A bar a label from zero up; ``show`` > 0 labels every ``show``-th bar only."""
+    if not values:
+        return '<p class="none">nothing to show</p>'
+    frame = _Frame([0.0, float(len(values))], ticks(0.0, max(values)))
+    parts = [frame.grid(x_label, y_label, None, number)]
+    width = (WIDTH - LEFT - RIGHT) / len(values)
+    for i, (label, value) in enumerate(zip(labels, values, strict=True)):
+        x, y = LEFT + i * width, frame.y(value)
+        gap = width * 0.15 if width > 4 else 0
+        parts.append(
+            f'<rect class="bar c{color}" x="{x + gap:.1f}" y="{y}" width="{width - 2 * gap:.2f}" '
+            f'height="{max(frame.y(0) - y, 0):.1f}"><title>{escape(label)}: {number(value)}</title></rect>'
+        )
+        if show and i % show == 0:
+            parts.append(
+                f'<text class="tick" x="{x + width / 2:.1f}" y="{HEIGHT - BOTTOM + 15}">{escape(label)}</text>'
+            )
+    return _figure(parts, [], y_label)
+
+
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round numbers from at most ``low`` to at least ``high``."""
+    if high <= low:
+        low, high = low - (abs(low) or 1) * 0.1, high + (abs(high) or 1) * 0.1
+    raw = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= raw * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+@dataclass(frozen=True)
+class _Frame:
+    x_ticks: list[float]
+    y_ticks: list[float]
+
+    def x(self, value: float) -> float:
+        share = (value - self.x_ticks[0]) / (self.x_ticks[-1] - self.x_ticks[0])
+        return round(LEFT + share * (WIDTH - LEFT - RIGHT), 1)
+
+    def y(self, value: float) -> float:
+        share = (value - self.y_ticks[0]) / (self.y_ticks[-1] - self.y_ticks[0])
+        return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
+
+    def grid(self, x_label: str, y_label: str, x_format: Format | None, y_format: Format) -> str:
+        out = []
+        for value in self.y_ticks:
+            y = self.y(value)
+            out.append(f'<line class="grid" x1="{LEFT}" y1="{y}" x2="{WIDTH - RIGHT}" y2="{y}"/>')
+            out.append(f'<text class="tick end" x="{LEFT - 6}" y="{y + 4}">{y_format(value)}</text>')
+        for value in self.x_ticks if x_format else []:
+            assert x_format is not None
+            out.append(f'<text class="tick" x="{self.x(value)}" y="{HEIGHT - BOTTOM + 15}">{x_format(value)}</text>')
+        bottom = HEIGHT - BOTTOM
+        out.append(f'<line class="axis" x1="{LEFT}" y1="{bottom}" x2="{WIDTH - RIGHT}" y2="{bottom}"/>')
+        middle = (LEFT + WIDTH - RIGHT) / 2
+        out.append(f'<text class="label" x="{middle}" y="{HEIGHT - 8}">{escape(x_label)}</text>')
+        return "".join(out)
+
+
+def _line(frame: _Frame, line: Line) -> str:
+    out, kind = [], f"c{line.color}{' faint' if line.faint else ''}"
+    points = [(frame.x(x), frame.y(y)) for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)]
+    path = " ".join(f"{x},{y}" for x, y in points)
+    out.append(f'<polyline class="line {kind}" points="{path}"/>')
+    if line.low is not None and line.high is not None:
+        for x, low, high in zip(line.x, line.low, line.high, strict=True):
+            at = frame.x(x)
+            out.append(f'<line class="whisker {kind}" x1="{at}" y1="{frame.y(low)}" x2="{at}" y2="{frame.y(high)}"/>')
+    if line.dots:
+        out += [f'<circle class="dot {kind}" cx="{x}" cy="{y}" r="3.2"/>' for x, y in points]
+    return "".join(out)
+
+
+def _figure(parts: Sequence[str], names: Sequence[tuple[str, int]], label: str) -> str:
+    keys = "".join(f'<span><i class="key c{color}"></i>{escape(name)}</span>' for name, color in names)
+    legend = f'<div class="legend">{keys}</div>' if len(names) > 1 else ""
+    return (
+        f'<div class="y-label">{escape(label)}</div>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>{legend}'
+    )
