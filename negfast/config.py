@@ -182,6 +182,7 @@ class Train:
     accumulate: int = setting(1, low=1, help="parts of a rank's batch, one after the other; the result is the same")
     checkpoint_every: int = setting(100, low=1, help="steps")
     keep: int = setting(2, low=1, help="checkpoints kept")
+    tensorboard: bool = setting(False, help="write RUN/tensorboard too; needs the package tensorboard")
 
 
 @dataclass(frozen=True)

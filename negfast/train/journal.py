@@ -1,8 +1,11 @@
 """What a run writes about itself: metrics.jsonl (reproducible to the bit), speed.jsonl (not), events.jsonl."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from negfast.errors import InputError
 from negfast.files import atomic_file
 from negfast.train import distributed
 from negfast.train.step import Figures
@@ -23,14 +26,24 @@ class Journal:
     Rank 0 writes; on other ranks nothing is written.
     """
 
-    def __init__(self, run_dir: Path, stages: list[str], resumed_from: dict | None) -> None:
-        """``resumed_from`` {"stage", "step"} of the checkpoint: lines of later steps are dropped."""
-        self._stages, self._folder = stages, run_dir
+    def __init__(
+        self, run_dir: Path, stages: dict[str, int], resumed_from: dict | None, tensorboard: bool = False
+    ) -> None:
+        """``stages`` in their order with their steps; ``resumed_from`` {"stage", "step"} of the checkpoint: lines of
+        later steps are dropped. ``tensorboard`` writes the same figures as events to RUN/tensorboard.
+
+        InputError where tensorboard is asked for and not installed.
+        """
+        self._stages, self._folder = list(stages), run_dir
+        before = [sum(list(stages.values())[:number]) for number in range(len(stages))]
+        self._first = dict(zip(stages, before, strict=True))  # TensorBoard counts steps through all stages
         self._writes = distributed.rank() == 0
         self._shown: dict[str, float] = {}
         if self._writes:
             for name in ("metrics.jsonl", "speed.jsonl"):
                 self._drop_after(run_dir / name, resumed_from)
+        done = 0 if resumed_from is None else self._first[resumed_from["stage"]] + resumed_from["step"]
+        self._board = _summary_writer(run_dir / "tensorboard", done + 1) if tensorboard and self._writes else None
         self.event("start", resumed_from=resumed_from)
 
     def step(self, stage: str, step: int, figures: Figures, rate: float, speed: dict[str, float]) -> None:
@@ -39,6 +52,8 @@ class Journal:
         line = {"stage": stage, "step": step} | {name: measured.get(name) for name in ALWAYS} | measured | {"lr": rate}
         self._append("metrics.jsonl", line)
         self._append("speed.jsonl", {"stage": stage, "step": step} | speed)
+        self._show(stage, stage, step, measured | {"lr": rate})
+        self._show("speed", stage, step, speed)
         for name, value in [*((name, measured.get(name)) for name in ALWAYS), *((name, speed[name]) for name in SHOWN)]:
             if value is not None:
                 self._shown[name] = SMOOTH * self._shown.get(name, value) + (1 - SMOOTH) * value
@@ -49,6 +64,16 @@ class Journal:
 
     def event(self, kind: str, **fields: object) -> None:
         self._append("events.jsonl", {"event": kind} | fields)
+        if kind == "valid":
+            figures = {name: value for name, value in fields.items() if isinstance(value, float)}
+            self._show("valid", str(fields["stage"]), int(str(fields["step"])), figures)
+
+    def _show(self, group: str, stage: str, step: int, figures: Mapping[str, float | None]) -> None:
+        if self._board is not None:
+            for name, value in figures.items():
+                if value is not None:
+                    self._board.add_scalar(f"{group}/{name}", value, self._first[stage] + step)
+            self._board.flush()
 
     def _append(self, name: str, line: dict) -> None:
         if self._writes:
@@ -70,3 +95,12 @@ class Journal:
                 kept.append(text + "\n")
         with atomic_file(path) as temporary:
             temporary.write_text("".join(kept))
+
+
+def _summary_writer(folder: Path, first_step: int) -> Any:
+    """TensorBoard's writer; what it wrote of later steps before is hidden."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError("train.tensorboard: found true, but tensorboard is not installed (pip install it)") from error
+    return SummaryWriter(str(folder), purge_step=first_step)

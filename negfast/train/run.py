@@ -199,7 +199,8 @@ def _run_stages(run: RunFolder, engine: Engine) -> None:
         resumed_from = {key: read_state(resume)[key] for key in ("stage", "step")}
     elif done:
         resumed_from = {"stage": done[-1], "step": getattr(engine.config, done[-1]).steps}
-    journal = Journal(run.path, names, resumed_from)
+    steps = {name: getattr(engine.config, name).steps for name in names}
+    journal = Journal(run.path, steps, resumed_from, engine.config.train.tensorboard)
     if resumed_from is not None:
         _say(f"going on from {resumed_from['stage']} step {resumed_from['step']}")
     _load_start(run, engine, done)
