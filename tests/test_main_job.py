@@ -38,6 +38,8 @@ def test_a_run_holds_what_it_should(tiny_run):
         assert (line["reward"] is not None) == (line["kl"] is not None) == (line["stage"] == "grpo")
     events = lines(tiny_run / "events.jsonl")
     assert events[0] == {"event": "start", "resumed_from": None} and events[-1]["event"] == "finished"
+    told = [event for event in events if event["event"] == "implementations"]
+    assert len(told) == 1 and told[0]["trie_grpo"] == told[0]["prompt_attention"] == "eager reference"
     report = (tiny_run / "report.md").read_text()
     for name in ("decay-4d", "boosted", "prior", "sft", "grpo"):
         assert name in report
