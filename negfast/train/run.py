@@ -151,7 +151,7 @@ def _start_run(run: RunFolder, settings: Config, data: Path | None, model: Path 
         policy, tokenizer = build_policy(settings.model, model, texts, *shape, verdict_features)
     else:
         source = RunFolder(init)
-        source.require_finished()
+        _check_init(source, dataset, model, verdict_features)
         policy, tokenizer = source.load_policy(dataset)
         load_weights(source.final, policy)
         merge_adapters(policy)
@@ -169,6 +169,17 @@ def _start_run(run: RunFolder, settings: Config, data: Path | None, model: Path 
     }
     with atomic_file(run.description) as temporary:
         temporary.write_text(json.dumps(description, indent=1) + "\n")
+
+
+def _check_init(source: RunFolder, dataset: Dataset, model: Path | None, verdict_features: int) -> None:
+    """InputError where a run cannot start from the weights of ``source``."""
+    source.require_finished()
+    source.check_data(dataset)
+    if model is not None:
+        raise InputError(f"--model {model}: has no place beside --init {source.path}, which brings its model")
+    if source.read()["verdict_features"] != verdict_features:
+        found = f"{source.read()['verdict_features']} features of users and items"
+        raise InputError(f"--init {source.path}: was trained with {found}, expected the {verdict_features} of the data")
 
 
 def _check_same_run(run: RunFolder, settings: Config, data: Path | None, model: Path | None, init: Path | None) -> Path:
