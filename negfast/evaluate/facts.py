@@ -62,7 +62,7 @@ def strata(log: EventLog, evalset: EvalSet, answer: Predictions) -> list[Stratum
     of_event = past_dislikes(log, evalset.filter_user, evalset.filter_day - 1)
     requests = evalset.requests
     of_request = past_dislikes(log, requests.user, requests.day)
-    hit = future_hits(requests.dislike_offsets, requests.dislikes, answer.generated[:, :20]).any(1)
+    hit = np.asarray(future_hits(requests.dislike_offsets, requests.dislikes, answer.generated[:, :20]).any(1))
     out = []
     for low, high in PAST_BINS:
         label = f"{low}+" if high is None else str(low) if low == high else f"{low}-{high}"
