@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.runs import trained
 from negfast.data.events import EventMapping, ItemMapping
 from negfast.data.prepare import SemanticIdSettings, SplitSettings, prepare
 from negfast.data.rules import parse_rule
@@ -12,8 +13,6 @@ from negfast.data.simulate import FIRST_DAY, Simulation, write_simulation
 from negfast.data.split import Requests
 from negfast.evaluate.bootstrap import interval, ratio, resample_users, weighted_sums
 from negfast.evaluate.model import candidate_logits, generate
-from negfast.run_folder import RunFolder
-from negfast.train.run import train
 from negfast.train.verdict import group_candidates
 
 TARGETS = ("window", "next")
@@ -35,10 +34,7 @@ def recovery(simulation: Simulation, runs: Path, preset: str, seeds: list[int]) 
         for seed in seeds:
             out = runs / f"{target}-{seed}"
             overrides = (f"train.seed={seed}", f"sft.target={target}", f"reward.target={target}")
-            train(
-                config=None, preset=preset, data=data, model=None, init=None, out=out, overrides=overrides, table=False
-            )
-            engine = RunFolder(out).finished_engine(None)
+            engine = trained(out, None, preset, data, overrides).finished_engine(None)
             test = engine.split.test
             order = np.random.default_rng(0).permutation(len(test))
             truth = Truths(simulation, test.take(np.sort(order[: 2 * REQUESTS])))
