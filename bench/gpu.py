@@ -2,12 +2,11 @@
 
     python -m bench gpu --out DIR
 
-writes DIR/gpu-correctness.json, DIR/kernels.json and, where those benches exist, DIR/grpo.json, rollout.json, sft.json,
-each as soon as it is known. Kernels that are wrong are not timed. Without a GPU it says so and measures nothing.
+writes DIR/gpu-correctness.json, then DIR/kernels.json, gpu-grpo.json, gpu-rollout.json and gpu-sft.json, each as soon
+as it is known. The correctness tests hold every kernel against float64, and whole training steps and a beam search
+against eager code. Kernels that are wrong are not timed. Without a GPU it says so and measures nothing.
 """
 
-import importlib
-import inspect
 import json
 import os
 import re
@@ -15,28 +14,26 @@ import shutil
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import kernels
+from bench import gpu_steps, kernels
+from bench.gpu_steps import TARGETS, Sizes, ratios_of
+from bench.machine import versions
 
 BUDGET_S = 520.0  # of the nine minutes; the rest is for starting and writing
 CORRECTNESS_S = 200.0
-SANITIZER_S = 45.0
-KERNELS_S = 120.0
-WHOLE_STEPS = "grpo", "rollout", "sft"
+SANITIZER_S = 40.0
+KERNELS_S = 110.0
+PACKAGES = "negfast", "torch", "triton", "transformers", "trl", "liger-kernel", "flash-attn"
 ROOT = Path(__file__).parents[1]
 
 
 def run(out: Path) -> dict[str, Any]:
-    """Summary of what was proven and timed; raises RuntimeError without a GPU, or where a kernel is wrong.
-
-    ``bench.grpo``, ``bench.rollout`` and ``bench.sft`` are asked in that order, each with ``run(out=PATH)`` and, if
-    its ``run`` takes it, ``seconds``, its share of the time that is left.
-    """
+    """Summary of what was proven and timed; raises RuntimeError without a GPU, or where a kernel is wrong."""
     if not torch.cuda.is_available():
         raise RuntimeError("bench gpu: no CUDA GPU found; `python -m bench kernels` predicts floors without one")
     out.mkdir(parents=True, exist_ok=True)
@@ -47,27 +44,41 @@ def run(out: Path) -> dict[str, Any]:
     _write(out / "gpu-correctness.json", correctness)
     if correctness["status"] != "ok":
         raise RuntimeError(f"bench gpu: kernels failed their tests, see {out / 'gpu-correctness.json'}")
-    done = {"kernels": kernels.run(out=out / "kernels.json", seconds=KERNELS_S)}
-    existing = [name for name in WHOLE_STEPS if find_spec(f"bench.{name}")]
-    status = {}
-    for position, name in enumerate(existing):
-        left = deadline - time.monotonic()
-        if left < 20:
-            status[name] = "not reached"
-            continue
-        function = importlib.import_module(f"bench.{name}").run
-        options: dict[str, Any] = {"out": out / f"{name}.json"}
-        if "seconds" in inspect.signature(function).parameters:
-            options["seconds"] = left / (len(existing) - position)
-        done[name] = function(**options)
+    timed_kernels = kernels.run(out=out / "kernels.json", seconds=KERNELS_S)
+    rows = [correctness, *whole_steps(out, torch.device("cuda"), TARGETS, deadline)]
     return {
         "bench": "gpu",
         "device": torch.cuda.get_device_name(),
-        "versions": done["kernels"]["versions"],
-        "rows": [correctness] + [{"system": "negfast", "case": {"bench": n}, "status": s} for n, s in status.items()],
-        "ratios": [ratio for result in done.values() for ratio in result.get("ratios", [])],
-        "floor": done["kernels"]["floor"],
+        "versions": versions(*PACKAGES),
+        "rows": rows,
+        "ratios": [*timed_kernels["ratios"], *ratios_of(rows)],
+        "floor": timed_kernels["floor"],
     }
+
+
+def whole_steps(out: Path, device: torch.device, sizes: Sizes, deadline: float) -> list[dict[str, Any]]:
+    """Rows of GRPO, rollout and SFT steps, each of the three written when it is done; they share the time left."""
+    parts: dict[str, Callable[[float], list[dict[str, Any]]]] = {
+        "grpo": lambda seconds: gpu_steps.grpo_rows(device, sizes, seconds),
+        "rollout": lambda seconds: gpu_steps.beam_rows(device, sizes, seconds),
+        "sft": lambda seconds: gpu_steps.sft_rows(device, sizes, seconds),
+    }
+    rows: list[dict[str, Any]] = []
+    for position, (name, call) in enumerate(parts.items()):
+        left = deadline - time.monotonic()
+        if left < 20:
+            found = [{"system": "negfast", "case": {"bench": name}, "status": "not reached"}]
+        else:
+            try:
+                found = call(left / (len(parts) - position))
+            except Exception as error:  # the other parts' rows are worth having
+                status = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+                found = [{"system": "negfast", "case": {"bench": name}, "status": status}]
+        name_of_device = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+        result = {"bench": f"gpu-{name}", "device": name_of_device, "versions": versions(*PACKAGES), "rows": found}
+        _write(out / f"gpu-{name}.json", result | {"ratios": ratios_of(found), "floor": {}})
+        rows += found
+    return rows
 
 
 def check_kernels(seconds: float) -> dict[str, Any]:
@@ -79,7 +90,7 @@ def check_kernels(seconds: float) -> dict[str, Any]:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
         text, status = done.stdout + done.stderr, "ok" if done.returncode == 0 else "failed"
     except subprocess.TimeoutExpired as late:
-        text, status = str(late.stdout or ""), f"not finished within {seconds:.0f} s"
+        text, status = _text(late.stdout) + _text(late.stderr), f"not finished within {seconds:.0f} s"
     passed = re.search(r"(\d+) passed", text)
     if status == "ok" and not passed:
         status = "failed: no test ran"
@@ -97,7 +108,7 @@ def sanitize(seconds: float) -> str:
     """compute-sanitizer's memory check of one small test a kernel: "clean", "errors: ...", or why it was not run."""
     if not shutil.which("compute-sanitizer"):
         return "not installed"
-    small = "test_the_gradient_arrives or (test_answers and 3-3-3) or test_prompts and 32"
+    small = "test_the_gradient_arrives or test_rows_without or (test_answers and 3-3-3) or test_prompts and 32"
     command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "pytest"]
     command += ["tests/kernels/device", "-q", "-x", "-k", small]
     try:
@@ -105,6 +116,11 @@ def sanitize(seconds: float) -> str:
     except subprocess.TimeoutExpired:
         return f"not finished within {seconds:.0f} s"
     return "clean" if done.returncode == 0 else f"errors: {(done.stdout + done.stderr)[-2000:]}"
+
+
+def _text(captured: bytes | str | None) -> str:
+    """What a process that ran out of time had printed; bytes even where text was asked for."""
+    return captured.decode(errors="replace") if isinstance(captured, bytes) else captured or ""
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:

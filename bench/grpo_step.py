@@ -25,7 +25,7 @@ from negfast.model.layout import GroupLayout
 from negfast.model.load import build_policy, small_qwen3
 from negfast.model.policy import Policy
 from negfast.model.prompts import MIXED, PromptBatch
-from negfast.sid.prior import DevicePrior
+from negfast.sid.prior import DevicePrior, RequestPrior
 from negfast.sid.tokens import CodeVocabulary
 from negfast.sid.trie import SeenNodes, Trie, build_trie
 from negfast.train.engine import build_engine, epoch_rows
@@ -63,51 +63,56 @@ class Case:
 
 
 class Ours:
-    """negfast's step on a case: loss dr_grpo, beta 0.04, AdamW, float32 on the CPU."""
+    """negfast's step on a case: loss dr_grpo, beta 0.04, AdamW; float32, on a GPU with bf16 autocast."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, shape: Model = SHAPE, device: torch.device | str = "cpu") -> None:
         torch.manual_seed(0)
         rng = np.random.default_rng(0)
-        self.case, self.full = case, case.objective == "full"
+        self.case, self.full, self.device = case, case.objective == "full", torch.device(device)
         self.trie = bushy_trie(case.levels)
         vocabulary = CodeVocabulary(TEXT_TOKENS, case.levels, CODEBOOK)
-        self.policy = Policy(small_qwen3(SHAPE, TEXT_TOKENS), vocabulary).train()
-        torch.nn.init.normal_(self.policy.block.head.weight, std=SHAPE.hidden**-0.5)
+        self.policy = Policy(small_qwen3(shape, TEXT_TOKENS), vocabulary).train()
+        torch.nn.init.normal_(self.policy.block.head.weight, std=shape.hidden**-0.5)
+        self.policy.to(device)
         self.reference = freeze(self.policy)
-        self.chooser = TrieChooser(self.trie.to("cpu"), 0.0 if self.full else 1.0)
+        self.chooser = TrieChooser(self.trie.to(device), 0.0 if self.full else 1.0)
         self.objective = GRPOObjective(loss="dr_grpo", beta=0.04, kl="k3" if self.full else "exact")
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-6, fused=True)
         n_items = len(self.trie.leaf_item)
         mass = rng.gamma(0.3, size=(2, 1, n_items))
-        self.prior = DevicePrior.build(self.trie, mass[0], mass[1], 0, 0.01, "cpu")
+        self.prior = DevicePrior.build(self.trie, mass[0], mass[1], 0, 0.01, device)
         self.cu_seqlens = np.cumsum([0, *case.lengths])
-        self.tokens = torch.from_numpy(rng.integers(TEXT_TOKENS, TEXT_TOKENS + vocabulary.size, self.cu_seqlens[-1]))
+        tokens = rng.integers(TEXT_TOKENS, TEXT_TOKENS + vocabulary.size, self.cu_seqlens[-1])
+        self.tokens = torch.from_numpy(tokens).to(device)
         self.seen = [np.sort(rng.choice(n_items, SEEN, replace=False)) for _ in case.lengths]
         self.steps, self.processed = 0, 0
 
     def batch(self) -> PromptBatch:
-        layout = GroupLayout.build(self.cu_seqlens, self.case.group, torch.device("cpu"))
+        layout = GroupLayout.build(self.cu_seqlens, self.case.group, self.device)
         days = np.zeros(len(self.case.lengths), dtype=np.int64)
         seen = packed_seen(self.trie, self.seen)
-        return PromptBatch(
-            self.tokens, layout, lambda: self.prior.for_requests(days, SeenNodes.from_packed(seen, self.trie, "cpu"))
-        )
+
+        def prior() -> RequestPrior:
+            return self.prior.for_requests(days, SeenNodes.from_packed(seen, self.trie, self.device))
+
+        return PromptBatch(self.tokens, layout, prior)
 
     def loss(self) -> GroupStep:
         """All of a step before its backward."""
-        return group_loss(
-            self.policy,
-            self.reference,
-            self.chooser,
-            self.batch(),
-            torch.arange(len(self.case.lengths)),
-            lambda items: dummy_reward(items).unsqueeze(-1),
-            self.objective,
-            self.case.group,
-            seed=0,
-            step=self.steps,
-            full=self.full,
-        )
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            return group_loss(
+                self.policy,
+                self.reference,
+                self.chooser,
+                self.batch(),
+                torch.arange(len(self.case.lengths), device=self.device),
+                lambda items: dummy_reward(items).unsqueeze(-1),
+                self.objective,
+                self.case.group,
+                seed=0,
+                step=self.steps,
+                full=self.full,
+            )
 
     def update(self) -> None:
         torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)

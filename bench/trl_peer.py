@@ -27,6 +27,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from bench.grpo_step import SHAPE, VOCABULARY, Case, dummy_reward
 from bench.machine import resident_mib
+from negfast.config import Model
 from negfast.model.load import small_qwen3
 
 
@@ -47,11 +48,18 @@ class StepTimer(TrainerCallback):
         self.between()
 
 
-def peer_steps(case: Case, micro_batch: int, steps: int, between: Callable[[], None] = lambda: None) -> StepTimer:
+def peer_steps(
+    case: Case,
+    micro_batch: int,
+    steps: int,
+    between: Callable[[], None] = lambda: None,
+    shape: Model = SHAPE,
+    on_gpu: bool = False,
+) -> StepTimer:
     """The times of ``steps`` steps on prompts of the case's lengths, in the peer's vocabulary."""
     prompts = [np.random.default_rng(b).integers(2, VOCABULARY, n).tolist() for b, n in enumerate(case.lengths)]
     timer = StepTimer(between)
-    make_trainer(small_qwen3(SHAPE, VOCABULARY), prompts, case, micro_batch, steps, timer).train()
+    make_trainer(small_qwen3(shape, VOCABULARY), prompts, case, micro_batch, steps, timer, on_gpu).train()
     return timer
 
 
@@ -77,8 +85,10 @@ def make_trainer(
     micro_batch: int,
     steps: int,
     callback: TrainerCallback,
+    on_gpu: bool = False,
 ) -> GRPOTrainer:
-    """A trainer of ``steps`` steps on ``prompts`` (token ids); ``model`` is its policy and its reference."""
+    """A trainer of ``steps`` steps on ``prompts`` (token ids); ``model`` is its policy and its reference. On a GPU it
+    computes in bf16, with Liger's kernels and loss."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     disable_progress_bar()
@@ -112,8 +122,9 @@ def make_trainer(
             loss_type="dr_grpo",
             scale_rewards="none",
             gradient_checkpointing=False,
-            use_cpu=True,
-            bf16=False,
+            use_cpu=not on_gpu,
+            bf16=on_gpu,
+            use_liger_kernel=on_gpu,
             shuffle_dataset=False,
             pad_to_multiple_of=None,
             dataloader_pin_memory=False,

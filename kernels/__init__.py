@@ -1,21 +1,40 @@
 """Triton kernels, each beside its eager reference, for CUDA; elsewhere the references compute.
 
 trie_grpo          fused_trie_grpo.py    GRPO's loss over trie nodes and its gradient, one launch
-sid_cross_entropy  sid_cross_entropy.py  SFT's loss over trie nodes and its gradient, one launch
+sid_cross_entropy  sid_cross_entropy.py  SFT's loss over trie nodes and its gradient
 prompt_attention   prompt_attention.py   group attention of packed prompts, causal, forward and backward
 answer_attention   answer_attention.py   and of the answers over their shared prompts and their own tokens
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
 import torch
-from negfast.kernels.dispatch import runs_triton
+from negfast.kernels.dispatch import HEAD_DIMS, runs_triton
 
-PARTS = ("trie_grpo", "sid_cross_entropy", "prompt_attention", "answer_attention")
+ATTENTION = ("prompt_attention", "answer_attention")
+PARTS = ("trie_grpo", "sid_cross_entropy", *ATTENTION)
+FULL_VOCABULARY = "full_vocabulary"  # rows of grpo.objective = full
+EAGER = "eager reference"
 
 
-def implementations(device: torch.device | str) -> dict[str, str]:
-    """Which implementation each part runs on a device, e.g. {"trie_grpo": "triton 3.6.0", ...}."""
+def implementations(device: torch.device | str, head_dim: int | None = None) -> dict[str, str]:
+    """Which implementation each part runs on a device, e.g. {"trie_grpo": "triton 3.6.0", ...}, for a decoder whose
+    heads have ``head_dim`` dimensions (None: one that the kernels take)."""
     if not runs_triton(torch.device(device)):
-        return dict.fromkeys(PARTS, "eager reference")
+        return dict.fromkeys((*PARTS, FULL_VOCABULARY), EAGER)
     import triton
 
-    return dict.fromkeys(PARTS, f"triton {triton.__version__}")
+    found = dict.fromkeys(PARTS, f"triton {triton.__version__}")
+    if head_dim is not None and head_dim not in HEAD_DIMS:
+        taken = ", ".join(map(str, HEAD_DIMS))
+        found |= dict.fromkeys(ATTENTION, f"{EAGER} (heads of {head_dim} dimensions; the kernels take {taken})")
+    liger = liger_version()
+    return found | {FULL_VOCABULARY: f"liger-kernel {liger}" if liger else f"{EAGER} (liger-kernel is not installed)"}
+
+
+def liger_version() -> str | None:
+    """Of the installed liger-kernel."""
+    try:
+        return version("liger-kernel")
+    except PackageNotFoundError:
+        return None

@@ -92,11 +92,11 @@ def trie_grpo(
         return eager_terms(logits, tables, rows, tokens, code, counted, rewards, objective, *optional)
     row_block(logits.shape[1])
     settings = {"objective": asdict(objective), "reference_kind": reference_kind, "weight": tables.weight}
-    loss, log_prob, kl, entropy, clipped, _ = _op(
+    loss, *per_token, _ = _op(
         logits, *inputs, tokens.start, tokens.token, tokens.answer, code, counted, rewards, reference, old_log_prob,
         answer_weight, json.dumps(settings),
     )  # fmt: skip
-    return GRPOTerms(loss, log_prob, kl, entropy, clipped)
+    return GRPOTerms(loss, *(term.detach() for term in per_token))
 
 
 @torch.library.custom_op("negfast::trie_grpo", mutates_args=())

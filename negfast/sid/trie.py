@@ -124,7 +124,8 @@ class DeviceTrie:
         parent = torch.repeat_interleave(torch.arange(len(children), device=children.device), children)
         code = self.node_code[level].long()
         bits = torch.zeros(len(children) * words, dtype=torch.int64, device=code.device)
-        bits.index_add_(0, parent * words + code // 32, torch.ones_like(code) << code % 32)  # distinct bits: adding sets
+        # codes of a node are distinct: adding sets bits
+        bits.index_add_(0, parent * words + code // 32, torch.ones_like(code) << code % 32)
         return torch.where(bits < 1 << 31, bits, bits - (1 << 32)).int().view(-1, words)
 
     def child_slots(self, level: int, nodes: Tensor) -> tuple[Tensor, Tensor]:

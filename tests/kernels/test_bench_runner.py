@@ -1,11 +1,16 @@
 """The benchmark's bookkeeping without a GPU: floors are predicted, nothing is said to be timed."""
 
 import json
+import time
 
 import pytest
 import torch
 
 from bench import gpu, kernels
+from bench.gpu_steps import Sizes
+from bench.grpo_step import Case
+from bench.sft import Case as SftCase
+from negfast.config import Model
 
 
 def test_without_a_gpu_floors_are_predicted(tmp_path, monkeypatch):
@@ -41,6 +46,46 @@ def test_the_gpu_bench_refuses_without_a_gpu(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="no CUDA GPU found"):
         gpu.run(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+TINY = Model(hidden=32, intermediate=48, layers=2, heads=2, kv_heads=1, head_dim=32)
+SMALL = Sizes(
+    grpo=((Case((9, 4), 2, levels=2), 2),),
+    grpo_shape=TINY,
+    sft=SftCase(2, 6, 2, layers=2, hidden=32, heads=2, kv_heads=1, head_dim=32),
+    sft_micro_batch=2,
+    beam=Case((7, 3), 1, levels=2),
+    beam_width=4,
+    beam_shape=TINY,
+    repeats=2,
+)
+
+
+def test_whole_steps_are_timed_beside_their_peers(tmp_path):
+    """What runs on a GPU, at small sizes on the CPU."""
+    rows = gpu.whole_steps(tmp_path, torch.device("cpu"), SMALL, time.monotonic() + 600)
+    assert all(row["status"] == "ok" and row["median_s"] > 0 for row in rows), rows
+    systems = {(row["case"]["bench"], row["system"]) for row in rows}
+    assert systems >= {
+        (name, system) for name in ("grpo", "rollout", "sft") for system in ("negfast", "negfast, eager")
+    }
+    assert ("grpo", "trl") in systems and ("sft", "transformers Trainer") in systems
+    for name in ("grpo", "rollout", "sft"):
+        written = json.loads((tmp_path / f"gpu-{name}.json").read_text())
+        assert written["rows"] and written["ratios"]
+
+
+def test_a_part_that_fails_or_comes_too_late_costs_no_other(tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("out of memory\nand more")
+
+    monkeypatch.setattr(gpu.gpu_steps, "grpo_rows", broken)
+    monkeypatch.setattr(gpu.gpu_steps, "sft_rows", lambda *_: [{"system": "negfast", "case": {}, "status": "ok"}])
+    monkeypatch.setattr(gpu.gpu_steps, "Ours", broken)
+    rows = gpu.whole_steps(tmp_path, torch.device("cpu"), SMALL, time.monotonic() + 600)
+    assert [row["status"] for row in rows] == ["failed: RuntimeError: out of memory"] * 2 + ["ok"]
+    rows = gpu.whole_steps(tmp_path, torch.device("cpu"), SMALL, time.monotonic())
+    assert [row["status"] for row in rows] == ["not reached"] * 3
 
 
 def test_kernel_tests_that_fail_are_reported(monkeypatch):

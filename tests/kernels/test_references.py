@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from cases import attention_case, trie_case
+from negfast.kernels import dispatch
 from negfast.kernels.answer_attention import answer_attention
 from negfast.kernels.fused_trie_grpo import eager, trie_grpo
 from negfast.kernels.prompt_attention import prompt_attention_reference
@@ -130,8 +131,20 @@ def test_operator_on_the_cpu_is_the_reference(seed: int):
         torch.testing.assert_close(ours, right)
 
 
-def test_implementations_name_every_part():
+def test_implementations_name_every_part(monkeypatch):
+    parts = {"trie_grpo", "sid_cross_entropy", "prompt_attention", "answer_attention", "full_vocabulary"}
     found = kernels.implementations("cpu")
-    assert set(found) == {"trie_grpo", "sid_cross_entropy", "prompt_attention", "answer_attention"}
-    assert set(found.values()) == {"eager reference"}
-    assert all(value.startswith("triton ") for value in kernels.implementations("cuda").values())
+    assert set(found) == parts and set(found.values()) == {"eager reference"}
+    found = kernels.implementations("cuda", head_dim=64)
+    assert set(found) == parts
+    assert all(found[part].startswith("triton ") for part in kernels.PARTS)
+    odd = kernels.implementations("cuda", head_dim=80)
+    assert odd["trie_grpo"].startswith("triton ")
+    assert odd["answer_attention"] == odd["prompt_attention"]
+    assert odd["prompt_attention"] == "eager reference (heads of 80 dimensions; the kernels take 32, 64, 128)"
+    monkeypatch.setattr(kernels, "liger_version", lambda: "0.8")
+    assert kernels.implementations("cuda")["full_vocabulary"] == "liger-kernel 0.8"
+    monkeypatch.setattr(kernels, "liger_version", lambda: None)
+    assert kernels.implementations("cuda")["full_vocabulary"] == "eager reference (liger-kernel is not installed)"
+    with dispatch.eager():
+        assert set(kernels.implementations("cuda").values()) == {"eager reference"}
