@@ -1,0 +1,220 @@
+"""Whole training steps through the kernels against the same steps in eager code: loss and every gradient.
+
+Rollout or teacher forcing, pruning, prior, reference, loss and backward of a small Qwen3 in float32, on the GPU where
+there is one, else in Triton's interpreter.
+"""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from negfast.kernels import dispatch, fused_trie_grpo, sid_cross_entropy
+from negfast.kernels.trie_grpo import GRPOObjective
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from negfast.model import packed_attention
+from negfast.model.beam import beam_search
+from negfast.model.choice import TrieChooser
+from negfast.model.layout import GroupLayout
+from negfast.model.policy import Policy
+from negfast.model.prompts import PromptBatch
+from negfast.sid.prior import NEXT_DISLIKE, DevicePrior
+from negfast.sid.tokens import CodeVocabulary
+from negfast.sid.trie import SeenNodes, build_trie
+from negfast.train.answers import answer_log_probs
+from negfast.train.grpo import freeze, group_loss, reuse_loss
+from tests.sid.reference import random_codes, seen_nodes_reference
+
+TEXT, LEVELS, CODEBOOK, ITEMS, PROMPTS, GROUP = 7, 3, 20, 60, 3, 5
+DAYS = 4
+
+
+@dataclass
+class Job:
+    policy: Policy
+    reference: Policy
+    chooser: TrieChooser
+    tokens: torch.Tensor
+    cu_seqlens: np.ndarray
+    prior: object
+    item_token_ids: torch.Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.tokens.device
+
+    def batch(self, answers: int | np.ndarray) -> PromptBatch:
+        return PromptBatch(self.tokens, GroupLayout.build(self.cu_seqlens, answers, self.device), lambda: self.prior)
+
+
+def make_job(seed: int, device: torch.device, prior_weight: float = 0.7) -> Job:
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    trie = build_trie(random_codes(rng, ITEMS, LEVELS, CODEBOOK), CODEBOOK)
+    vocabulary = CodeVocabulary(TEXT, LEVELS, CODEBOOK)
+    config = Qwen3Config(
+        vocab_size=TEXT,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        pad_token_id=None,
+    )
+    policy = Policy(Qwen3ForCausalLM(config), vocabulary)
+    torch.nn.init.normal_(policy.block.head.weight, std=0.3)
+    torch.nn.init.normal_(policy.block.rows, std=0.5)
+    policy.to(device)
+    reference = freeze(policy)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    seen = [sorted(rng.choice(ITEMS, int(rng.integers(0, ITEMS // 2)), replace=False).tolist()) for _ in range(PROMPTS)]
+    mass = rng.gamma(0.5, size=(2, DAYS, ITEMS))
+    prior = DevicePrior.build(trie, mass[0], mass[1], 100, 0.05, device)
+    packed = SeenNodes.from_packed(seen_nodes_reference(trie, seen), trie, device)
+    cu_seqlens = np.cumsum([0, *rng.integers(1, 20, PROMPTS)])
+    tokens = torch.from_numpy(rng.integers(TEXT, TEXT + vocabulary.size, cu_seqlens[-1])).to(device)
+    return Job(
+        policy,
+        reference,
+        TrieChooser(trie.to(device), prior_weight),
+        tokens,
+        cu_seqlens,
+        prior.for_requests(rng.integers(100, 100 + DAYS, PROMPTS), packed),
+        torch.from_numpy(vocabulary.item_tokens(trie.codes)).to(device).long(),
+    )
+
+
+def gradients(job: Job, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of every parameter that the loss reaches."""
+    named = dict(job.policy.named_parameters())
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {name: grad for name, grad in zip(named, found, strict=True) if grad is not None}
+
+
+def check(kernel: tuple[torch.Tensor, dict], eager: tuple[torch.Tensor, dict]) -> None:
+    torch.testing.assert_close(kernel[0], eager[0], rtol=2e-5, atol=2e-6)
+    assert kernel[1].keys() == eager[1].keys() and len(eager[1]) > 20
+    for name, right in eager[1].items():
+        assert torch.isfinite(kernel[1][name]).all(), name
+        assert (kernel[1][name] - right).norm() <= 2e-4 * right.norm() + 1e-7, name
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often each part is computed by its kernel."""
+    counted = dict.fromkeys(("grpo", "cross entropy", "prompt", "last", "answer"), 0)
+
+    def count(module, function: str, part: str) -> None:
+        original = getattr(module, function)
+
+        def counting(*arguments):
+            counted[part] += 1
+            return original(*arguments)
+
+        monkeypatch.setattr(module, function, counting)
+
+    count(fused_trie_grpo, "_op", "grpo")
+    count(sid_cross_entropy, "_forward", "cross entropy")
+    for part in ("prompt", "answer"):
+        count(packed_attention, f"{part}_attention", part)
+    count(packed_attention, "last_token_attention", "last")
+    return counted
+
+
+OBJECTIVES = {
+    "default": (GRPOObjective(beta=0.1), {}),
+    "off-policy k3 grpo": (GRPOObjective(beta=0.1, kl="k3", loss="grpo", scale_rewards=True, temperature=0.8), {}),
+    "max@2": (GRPOObjective(beta=0.1, set_size=2, loss="dapo"), {}),
+    "without replacement": (GRPOObjective(beta=0.1), {"sampling": "without_replacement"}),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_grpo(name: str, device: torch.device, seed: int, calls: dict[str, int]):
+    """Rollout, reference, loss and backward; then another update from the same rollout by a second pass."""
+    job = make_job(seed, device)
+    objective, options = OBJECTIVES[name]
+
+    def step() -> tuple:
+        batch = job.batch(GROUP)
+        ids = torch.arange(PROMPTS, device=device)
+        arguments = (job.policy, job.reference, job.chooser, batch, ids)
+        return batch, group_loss(*arguments, lambda x: (x % 3 / 2).unsqueeze(-1), objective, GROUP, 1, seed, **options)
+
+    batch, taken = step()
+    used = dict(calls)
+    assert used["grpo"] == 1 and min(used["prompt"], used["last"], used["answer"]) >= 1
+    found = taken.result.loss, gradients(job, taken.result.loss)
+    with dispatch.eager():
+        _, expected = step()
+        check(found, (expected.result.loss, gradients(job, expected.result.loss)))
+    assert calls == used, "the reference used a kernel"
+    assert torch.equal(taken.rollout.items, expected.rollout.items)
+    for kernel, eager in zip(taken.result.per_token, expected.result.per_token, strict=True):
+        torch.testing.assert_close(kernel, eager, rtol=1e-4, atol=1e-5)
+    if options:
+        return
+    with torch.no_grad():
+        for parameter in job.policy.block.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    again = reuse_loss(job.policy, batch, taken).loss
+    found = again, gradients(job, again)
+    with dispatch.eager():
+        again = reuse_loss(job.policy, batch, expected).loss
+        check(found, (again, gradients(job, again)))
+
+
+@pytest.mark.parametrize("with_prior", [True, False], ids=["sft", "align"])
+def test_sft(with_prior: bool, device: torch.device, seed: int, calls: dict[str, int]):
+    """Different numbers of answers a prompt, of both branches; align has neither prior nor pruning."""
+    job = make_job(seed, device)
+    rng = np.random.default_rng(seed)
+    counts = np.array([4, 0, 3])
+    engine = SimpleNamespace(
+        chooser=job.chooser, policy=job.policy, prompts=SimpleNamespace(item_token_ids=job.item_token_ids)
+    )
+    seen = job.prior.seen
+    unseen = [np.setdiff1d(np.arange(ITEMS), leaves_of(job, seen, request)) for request in range(PROMPTS)]
+    items = np.concatenate([rng.choice(unseen[request], count) for request, count in enumerate(counts)])
+    items = torch.from_numpy(items).to(device)
+    branch = torch.from_numpy(rng.integers(0, 2, len(items))).to(device) if with_prior else 0
+    markers = torch.full_like(items, job.policy.vocabulary.marker("next-dislike"))
+    weight = torch.rand(len(items), device=device)
+
+    def loss() -> tuple[torch.Tensor, dict]:
+        batch = job.batch(counts)
+        prior = batch.prior if with_prior else None
+        log_p = answer_log_probs(engine, batch.layout, batch.tokens, markers, items, prior, branch)
+        return log_p.detach(), gradients(job, -(weight * log_p).sum())
+
+    found = loss()
+    assert calls["cross entropy"] == 1 and calls["prompt"] >= 1 and calls["answer"] == 2
+    with dispatch.eager():
+        check(found, loss())
+
+
+def leaves_of(job: Job, seen: SeenNodes, request: int) -> np.ndarray:
+    return job.chooser.trie.leaf_item[seen.leaf[seen.request == request]].cpu().numpy()
+
+
+def test_beam_search(device: torch.device, seed: int, calls: dict[str, int]):
+    job = make_job(seed, device)
+
+    def search() -> tuple[torch.Tensor, torch.Tensor]:
+        batch = job.batch(1)
+        given = (job.policy, job.chooser, batch.layout, batch.tokens, batch.prior, NEXT_DISLIKE)
+        return beam_search(*given, width=6, top=6)
+
+    items, scores = search()
+    assert calls["prompt"] and calls["last"] and calls["answer"]
+    with dispatch.eager():
+        wanted, wanted_scores = search()
+    torch.testing.assert_close(scores, wanted_scores, rtol=1e-4, atol=1e-4)
+    clear = wanted_scores.diff(dim=1, prepend=wanted_scores[:, :1] + 1).abs() > 1e-3  # of both neighbours
+    clear &= wanted_scores.diff(dim=1, append=wanted_scores[:, -1:] - 1).abs() > 1e-3
+    assert torch.equal(items[clear], wanted[clear])
