@@ -17,6 +17,7 @@ from negfast.evaluate.model import Validation, calibrate
 from negfast.evaluate.run import evaluate_folder, write_report
 from negfast.evaluate.sets import EvalSet, evaluation_set
 from negfast.files import atomic_file, check_output
+from negfast.kernels import implementations
 from negfast.model.load import build_policy, check_model_folder, save_model_files
 from negfast.model.lora import add_adapters, merge_adapters
 from negfast.run_folder import RunFolder
@@ -214,6 +215,7 @@ def _run_stages(run: RunFolder, engine: Engine) -> None:
     journal = Journal(run.path, steps, resumed_from, engine.config.train.tensorboard)
     if resumed_from is not None:
         _say(f"going on from {resumed_from['stage']} step {resumed_from['step']}")
+    _tell_implementations(engine, journal)
     _load_start(run, engine, done)
     valid = evaluation_set(engine.log, engine.split, "valid")
     validations = {"align": None, "sft": Validation(engine, valid, SCALES), "grpo": Validation(engine, valid)}
@@ -243,6 +245,19 @@ def _run_stages(run: RunFolder, engine: Engine) -> None:
 
 def _finish(run: RunFolder, engine: Engine, valid: EvalSet) -> None:
     save_checkpoint(run.final, engine.policy, state={"calibration": vars(calibrate(engine, valid))})
+
+
+def _tell_implementations(engine: Engine, journal: Journal) -> None:
+    """Which code computes each part of the steps, on the terminal and in events.jsonl."""
+    config = engine.policy.decoder.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    found = implementations(engine.device, head_dim)
+    journal.event("implementations", device=str(engine.device), **found)
+    parts: dict[str, list[str]] = {}
+    for part, implementation in found.items():
+        parts.setdefault(implementation, []).append(part)
+    for implementation, names in parts.items():
+        _say(f"{implementation} on {engine.device}: {', '.join(names)}")
 
 
 def _say(line: str) -> None:
