@@ -101,14 +101,14 @@ class Ours:
         self.marker = vocabulary.marker("next-dislike")
         self.codes = codes
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-5, fused=True)
-        self.meter = Meter(self.policy, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        self.policy.in_bfloat16 = device.type == "cuda"
+        self.meter = Meter(self.policy)
 
     def step(self) -> float:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            layout = GroupLayout.build(self.cu_seqlens, self.case.targets, self.device)
-            tokens, items = self.tokens.to(self.device), self.items.to(self.device)
-            markers = torch.full_like(items, self.marker)
-            loss = -answer_log_probs(self.engine, layout, tokens, markers, items, None, 0).mean()
+        layout = GroupLayout.build(self.cu_seqlens, self.case.targets, self.device)
+        tokens, items = self.tokens.to(self.device), self.items.to(self.device)
+        markers = torch.full_like(items, self.marker)
+        loss = -answer_log_probs(self.engine, layout, tokens, markers, items, None, 0).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
         self.optimizer.step()

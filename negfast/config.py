@@ -179,6 +179,11 @@ class Train:
     seed: int = setting(0, low=0)
     device: str = setting("auto", help="auto, cpu, cuda, cuda:1, ...")
     threads: int = setting(0, low=0, help="CPU threads; 0: all that the process may use")
+    dtype: str = setting(
+        "auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="of the decoder's products; weights and optimiser are float32. auto: bfloat16 on CUDA",
+    )
     accumulate: int = setting(1, low=1, help="parts of a rank's batch, one after the other; the result is the same")
     checkpoint_every: int = setting(100, low=1, help="steps")
     keep: int = setting(2, low=1, help="checkpoints kept")

@@ -74,17 +74,49 @@ def test_killed_run_goes_on_to_the_same_bits(tiny_run, tiny_data, tmp_path, mome
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_twenty_random_moments_gives_the_same_bits(tiny_run, tiny_data, tmp_path):
-    run = tmp_path / "run"
+def test_a_run_killed_at_twenty_random_moments_gives_the_same_bits(tiny_data, tmp_path):
+    """Each kill comes within a few steps of where the restart began, so they are spread over all stages, and each
+    restart goes on from a checkpoint where one was left."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    steps = {"align__steps": 20, "sft__steps": 20, "grpo__steps": 20}
+    run_cli(*train_arguments(tiny_data, whole, **steps))
     rng = np.random.default_rng()
-    command = [sys.executable, "-m", "negfast", *train_arguments(tiny_data, run)]
+    metrics, checkpoints = run / "metrics.jsonl", run / "checkpoints"
+    stages, resumed = set(), 0
     for _ in range(20):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(rng.uniform(2, 12))
+        left = any(path.name != "initial" and path.name[0] != "." for path in checkpoints.glob("*-*"))
+        before = len(lines(run / "events.jsonl")) if left else 0
+        last = steps_of(metrics)
+        wanted, wait = last + int(rng.integers(1, 6)), rng.uniform(0, 0.2)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "negfast", *train_arguments(tiny_data, run, **steps)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while process.poll() is None and not (started(run, before) and steps_of(metrics) >= min(wanted, 58)):
+            time.sleep(0.01)
+        time.sleep(wait)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    run_cli(*train_arguments(tiny_data, run))
-    assert (run / "metrics.jsonl").read_bytes() == (tiny_run / "metrics.jsonl").read_bytes()
+        if left:
+            start = [line for line in lines(run / "events.jsonl") if line["event"] == "start"][-1]
+            assert start["resumed_from"]["step"] > 0
+            resumed += 1
+        if steps_of(metrics):
+            stages.add(lines(metrics)[-1]["stage"])
+    assert resumed >= 15 and stages == {"align", "sft", "grpo"}
+    run_cli("train", "--out", str(run))
+    assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+def steps_of(metrics: Path) -> int:
+    """Whole lines of a file that may be cut short."""
+    return metrics.read_text().count("\n") if metrics.exists() else 0
+
+
+def started(run: Path, before: int) -> bool:
+    """Whether a process has opened its journal since there were ``before`` events."""
+    return steps_of(run / "events.jsonl") > before
 
 
 def test_interrupt_saves_and_says_how_to_go_on(tiny_data, tmp_path):

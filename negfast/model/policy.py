@@ -62,8 +62,11 @@ class VerdictPrior(nn.Module):
 class Policy(nn.Module):
     """``decoder`` without its head, the code block, and the text head (the decoder's own vocabulary).
 
-    Token ids below ``vocabulary.base`` are the decoder's, the others are rows of the code block.
+    Token ids below ``vocabulary.base`` are the decoder's, the others are rows of the code block. ``in_bfloat16``
+    computes the decoder's products in that type (autocast); weights, head, logits and losses stay what they are.
     """
+
+    in_bfloat16 = False
 
     def __init__(self, model: PreTrainedModel, vocabulary: CodeVocabulary, verdict_features: int = 4) -> None:
         """``verdict_features``: columns of `negfast.data.features.HistoryFeatures.full`."""
@@ -118,14 +121,15 @@ class Policy(nn.Module):
             tokens.append(answer_tokens.reshape(-1))
             positions.append(layout.answer_positions())
         embedded = self.embed(torch.cat(tokens), has_text)
-        with span("prompt" if prompt_tokens is not None else f"level {layout.past_tokens + 2}"):
+        precision = torch.autocast(embedded.device.type, torch.bfloat16, enabled=self.in_bfloat16)
+        with span("prompt" if prompt_tokens is not None else f"level {layout.past_tokens + 2}"), precision:
             out = self.decoder(
                 inputs_embeds=embedded.unsqueeze(0),
                 position_ids=torch.cat(positions).unsqueeze(0),
                 use_cache=False,
                 layout=layout,
             )
-        hidden = out.last_hidden_state[0]
+        hidden = out.last_hidden_state[0].to(embedded.dtype)
         if prompt_tokens is None or prompt_rows == "all" or self.drops_prompt_rows:
             return hidden
         answers = hidden[layout.prompt_tokens :]

@@ -47,6 +47,7 @@ def build_engine(
     config: Config, data: Dataset, policy: Policy, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> Engine:
     """Puts the policy on ``device`` and builds the tables beside it."""
+    policy.in_bfloat16 = config.train.dtype == "bfloat16" or (config.train.dtype == "auto" and device.type == "cuda")
     log, threads = data.log, torch.get_num_threads()
     trie = build_trie(data.codes, int(data.manifest["semantic_ids"]["codebook"]))
     first_day, last_day = int(log.day.min()) - 1, int(log.day.max())

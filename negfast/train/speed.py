@@ -29,13 +29,13 @@ class Meter:
     """Counts the floating-point operations of a policy's decoder and takes the time of steps.
 
     A token costs 2 operations a weight of the layers it goes through, and attention 4 * head width * heads a pair of
-    query and key; twice that again for the backward, where there is one. Heads, norms and the loss are left out. MFU is
-    this over the time and the peak of the device: a GPU's data sheet (bf16 where autocast is on, else tf32), or what a
-    large float32 product reaches on this CPU, measured once.
+    query and key; twice that again for the backward, where there is one. Heads, norms, the loss and the reference's
+    forward are left out. MFU is this over the time and the peak of the device: a GPU's data sheet (bf16 or tf32,
+    whichever the policy computes in), or what a large product in that type reaches on this CPU, measured once.
     """
 
-    def __init__(self, policy: Policy, dtype: torch.dtype = torch.float32) -> None:
-        self.policy, self.dtype, self.operations = policy, dtype, 0.0
+    def __init__(self, policy: Policy) -> None:
+        self.policy, self.operations = policy, 0.0
         layers = policy.decoder.layers
         self.weights = sum(p.numel() for p in layers.parameters() if p.ndim == 2)
         config = policy.decoder.config.get_text_config()
@@ -43,7 +43,7 @@ class Meter:
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
         self.pair = 4 * width * heads * len(layers)
         self.device = next(policy.parameters()).device
-        self.peak = peak_flops(self.device, dtype)
+        self.peak = peak_flops(self.device, torch.bfloat16 if policy.in_bfloat16 else torch.float32)
 
     def __enter__(self) -> "Meter":
         self._hook = self.policy.decoder.register_forward_pre_hook(self._count, with_kwargs=True)

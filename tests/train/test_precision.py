@@ -1,0 +1,37 @@
+"""train.dtype=bfloat16: the decoder computes in bfloat16, everything else stays float32."""
+
+from dataclasses import replace
+
+import torch
+
+from negfast.data.dataset import Dataset
+from negfast.run_folder import RunFolder
+from negfast.train.checkpoint import load_weights
+from negfast.train.engine import build_engine
+from negfast.train.loop import gradients, my_shares
+from negfast.train.sft import SftStage
+from tests.train.rank_gradients import STEP
+
+
+def sft_gradient(run: RunFolder, dtype: str) -> tuple[float, torch.Tensor]:
+    config, dataset = run.config, Dataset.open(run.data)
+    policy, tokenizer = run.load_policy(dataset)
+    config = replace(config, train=replace(config.train, dtype=dtype))
+    engine = build_engine(config, dataset, policy, tokenizer, torch.device("cpu"))
+    load_weights(run.checkpoints / "initial", policy)
+    stage = SftStage(engine)
+    torch.manual_seed(1)
+    torch.nn.init.normal_(policy.block.head.weight, std=0.1)
+    figures, _ = gradients(stage, STEP, policy, my_shares(1))
+    flat = torch.cat([p.grad.flatten() for n, p in policy.named_parameters() if n.startswith("decoder.layers")])
+    assert {p.grad.dtype for p in policy.parameters() if p.grad is not None} == {torch.float32}
+    return figures.loss, flat
+
+
+def test_bfloat16_gives_float32_gradients_that_point_the_same_way(tiny_run):
+    run = RunFolder(tiny_run)
+    exact, wanted = sft_gradient(run, "float32")
+    loss, found = sft_gradient(run, "bfloat16")
+    assert loss != exact and abs(loss - exact) < 0.01 * exact
+    assert torch.nn.functional.cosine_similarity(found, wanted, dim=0) > 0.99
+    assert sft_gradient(run, "auto")[0] == exact  # on a CPU
