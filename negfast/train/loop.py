@@ -54,7 +54,10 @@ def run_stage(
     """
     steps = stage.config.steps
     optimizer = make_optimizer(policy, stage.config)
-    saved = StageCheckpoints(run_dir / "checkpoints", number, stage.name, policy, optimizer, config.keep, journal)
+    background = policy.block.rows.is_cuda
+    saved = StageCheckpoints(
+        run_dir / "checkpoints", number, stage.name, policy, optimizer, config.keep, journal, background
+    )
     start = 0 if resume_from is None else saved.resume(resume_from)
     distributed.share_weights(policy)
     shares, meter, stop = my_shares(config.accumulate), Meter(policy), _StopFlag()
@@ -77,7 +80,7 @@ def run_stage(
                 continue  # within a round: what it reuses is in no checkpoint
             stopping = distributed.any_rank(stop.requested)
             if done % config.checkpoint_every == 0 or stopping:
-                saved.save(done)
+                saved.save(done, wait=stopping)
             if stopping:
                 raise StopRequested(f"stopped at {stage.name} step {done}; the checkpoint is written")
     saved.finish(steps, chosen=validate is not None)
