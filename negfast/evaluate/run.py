@@ -1,5 +1,6 @@
 """`negfast eval`: a finished run's rows beside the baselines on one split."""
 
+import json
 import sys
 from contextlib import redirect_stdout
 from io import StringIO
@@ -80,7 +81,20 @@ def write_report(run: RunFolder, evalset: EvalSet, rows: list[dict[str, Any]]) -
     with atomic_file(run.path / "report.json") as temporary:
         temporary.write_text(to_json(evalset, rows) + "\n")
     with atomic_file(run.report) as temporary:
-        temporary.write_text(f"# {run.path.name}: {evalset.name} split\n\n```\n{text.getvalue()}```\n")
+        table = f"# {run.path.name}: {evalset.name} split\n\n```\n{text.getvalue()}```\n"
+        temporary.write_text(table + alignment_section(run))
+
+
+def alignment_section(run: RunFolder) -> str:
+    """What align's tasks got right on what was held out for them, as Markdown; "" where the stage noted nothing."""
+    found: dict[str, float] = {}
+    for line in (run.path / "events.jsonl").read_text().splitlines():
+        if '"outcome"' in line and '"align"' in line:
+            found = {key: value for key, value in json.loads(line).items() if key not in ("event", "stage")}
+    if not found:
+        return ""
+    rows = "".join(f"| {name} | {value:.3f} |\n" for name, value in found.items())
+    return f"\n## Alignment, on held-out items\n\n| task, figure | |\n|---|---|\n{rows}"
 
 
 def similarity_of(engine: Engine) -> Similarity:

@@ -15,7 +15,7 @@ def beam_search(
     chooser: TrieChooser,
     layout: GroupLayout,
     prompt_tokens: Tensor,
-    prior: RequestPrior,
+    prior: RequestPrior | None,
     branch: int,
     width: int,
     top: int,
@@ -24,7 +24,8 @@ def beam_search(
 
     Returns (items int64 [B, top], log_prob [B, top]), best first; -1 and -inf where fewer unseen items were found.
     ``width`` beams are kept at every level above the last. Items are distinct, exist and are unseen, since only valid
-    codes are followed. Ties go to the lower node. Without a policy the prior alone is searched.
+    codes are followed. Ties go to the lower node. Without a policy the prior alone is searched, without a prior all
+    items are.
     """
     prompts, levels = layout.prompts, chooser.trie.levels
     device = prompt_tokens.device

@@ -1,69 +1,157 @@
-"""Stage 1, align: the item level. Title -> SID, SID -> a co-disliked item, and verdicts.
+"""Stage 1, align: what semantic IDs mean, item by item.
 
-Pairs come from events before an earlier cut (`align.cut` of the train days), so that they do not memorise the futures
-of later train requests.
+Title -> SID, SID -> title, SID -> attributes, SID -> a co-disliked item, and verdicts. Pairs come from events before an
+earlier cut (`align.cut` of the train days), so that they do not memorise the futures of later train requests.
+
+What the stage has learned is measured on a seeded share of the items (`align.held_out`): no task on text and no verdict
+is trained on them, and no pair on the same share of the users.
 """
+
+from typing import Protocol
 
 import numpy as np
 import torch
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from negfast.data.log import DISLIKE, EventLog
+from negfast.errors import InputError
+from negfast.model.beam import beam_search
 from negfast.model.layout import GroupLayout
-from negfast.train.answers import answer_log_probs
+from negfast.sid.prior import NEXT_DISLIKE
+from negfast.train.answers import answer_log_probs, right_codes
 from negfast.train.engine import Engine, epoch_rows, task_rng
 from negfast.train.step import WHOLE, Mean, Share, StepResult
+from negfast.train.text import EXAMPLES_AT_ONCE, SidToText, attribute_examples, encode, title_examples
 from negfast.train.verdict import VerdictTask
 
-TITLE_TOKENS = 48  # of a title are read
+PAIRS_MEASURED = 300
+TOP = 20  # of the generated items that a held-out pair's second item should be among
+
+
+class Task(Protocol):
+    """A task of the stage."""
+
+    def loss(self, step: int, share: Share = WHOLE) -> tuple[Tensor, int]: ...
+
+    def accuracy(self) -> dict[str, float]: ...
 
 
 class TitleToSid:
     """``<|text|> title tokens`` -> ``<|item|> sid``, over the trie without prior."""
 
-    def __init__(self, engine: Engine, batch: int) -> None:
+    def __init__(self, engine: Engine, batch: int, held_out: np.ndarray) -> None:
         texts = engine.data.items.text
-        self.items = np.array([i for i, text in enumerate(texts) if text.strip()], dtype=np.int64)
+        titled = np.array([bool(text.strip()) for text in texts], dtype=bool)
         self.engine, self.batch = engine, batch
-        encoded = engine.tokenizer([texts[i] for i in self.items])["input_ids"] if len(self.items) else []
+        self.items, self.held = np.flatnonzero(titled & ~held_out), np.flatnonzero(titled & held_out)
         marker = engine.policy.vocabulary.marker("text")
-        self.prompts = [np.array([marker, *ids[:TITLE_TOKENS]], dtype=np.int64) for ids in encoded]
+        named = np.flatnonzero(titled)
+        encoded = encode(engine, [texts[i].strip() for i in named])
+        self.prompts = {int(i): np.array([marker, *ids], dtype=np.int64) for i, ids in zip(named, encoded, strict=True)}
 
     def loss(self, step: int, share: Share = WHOLE) -> tuple[Tensor, int]:
         """(the share's part of the mean negative log-likelihood of an item, tokens)."""
         engine = self.engine
         whole = epoch_rows(engine.config.train.seed, "titles", step, len(self.items), self.batch)
-        rows = whole[share.of(len(whole))]
-        prompts = [self.prompts[row] for row in rows]
-        return _item_loss(engine, prompts, "item", self.items[rows], len(whole), has_text=True)
+        items = self.items[whole[share.of(len(whole))]]
+        prompts = [self.prompts[item] for item in items.tolist()]
+        return _item_loss(engine, prompts, "item", items, len(whole), has_text=True)
+
+    @torch.no_grad()
+    def accuracy(self) -> dict[str, float]:
+        """Of the held-out titles: the share whose code the model puts first at each level after the true codes above
+        it, and the share whose item a greedy descent finds; every item of the trie competes."""
+        right = []
+        for start in range(0, len(self.held), EXAMPLES_AT_ONCE):
+            items = self.held[start : start + EXAMPLES_AT_ONCE]
+            layout, tokens, markers, targets = _item_batch(
+                self.engine, [self.prompts[item] for item in items.tolist()], "item", items
+            )
+            right.append(right_codes(self.engine, layout, tokens, markers, targets, has_text=True).cpu())
+        if not right:
+            return {}
+        codes = torch.cat(right)
+        by_level = {f"level{level + 1}": float(codes[:, level].float().mean()) for level in range(codes.shape[1])}
+        return {**by_level, "item": float(codes.all(1).float().mean())}
 
 
 class CoDisliked:
     """``<|item|> sid`` -> ``<|next-dislike|> sid`` of an item that the same user disliked too."""
 
-    def __init__(self, engine: Engine, batch: int, before_day: int) -> None:
+    def __init__(self, engine: Engine, batch: int, before_day: int, held_out: float) -> None:
+        """``held_out``: share of the users whose pairs are only measured."""
         self.engine, self.batch = engine, batch
         self.log_offsets, self.items = disliked_items(engine.log, before_day)
+        users = np.flatnonzero(np.diff(self.log_offsets) >= 2)
+        aside = task_rng(engine.config.train.seed, "held-out pairs", 0).random(len(users)) < held_out
+        self.users, self.held = users[~aside], users[aside]
+
+    def draw(self, users: np.ndarray, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """``count`` pairs of different items that one of ``users`` disliked, each int64 [count]."""
         counts = np.diff(self.log_offsets)
-        self.users = np.flatnonzero(counts >= 2)
         # a user with n dislikes has n (n - 1) pairs; the square root keeps the prolific from drowning the rest
-        self.share = np.sqrt(counts[self.users] * (counts[self.users] - 1.0))
-        self.share /= max(self.share.sum(), 1.0)
+        weight = np.sqrt(counts[users] * (counts[users] - 1.0))
+        chosen = rng.choice(users, count, p=weight / weight.sum())
+        first = rng.integers(0, counts[chosen])
+        second = (first + rng.integers(1, counts[chosen])) % counts[chosen]
+        start = self.log_offsets[chosen]
+        return self.items[start + first], self.items[start + second]
+
+    def prompts(self, items: np.ndarray) -> list[np.ndarray]:
+        marker = self.engine.policy.vocabulary.marker("item")
+        return [np.concatenate([[marker], sid]) for sid in self.engine.prompts.item_tokens[items].astype(np.int64)]
 
     def loss(self, step: int, share: Share = WHOLE) -> tuple[Tensor, int]:
         """(the share's part of the mean negative log-likelihood of the second item of a pair, tokens)."""
-        engine = self.engine
-        rng = task_rng(engine.config.train.seed, "pairs", step)
-        users = rng.choice(self.users, self.batch, p=self.share)
-        counts = np.diff(self.log_offsets)[users]
-        first = rng.integers(0, counts)
-        second = (first + rng.integers(1, counts)) % counts
-        start, mine = self.log_offsets[users], share.of(self.batch)
-        marker = engine.policy.vocabulary.marker("item")
-        sids = engine.prompts.item_tokens[self.items[start + first][mine]].astype(np.int64)
-        prompts = [np.concatenate([[marker], sid]) for sid in sids]
-        targets = self.items[start + second][mine]
-        return _item_loss(engine, prompts, "next-dislike", targets, self.batch, has_text=False)
+        engine, mine = self.engine, share.of(self.batch)
+        first, second = self.draw(self.users, self.batch, task_rng(engine.config.train.seed, "pairs", step))
+        return _item_loss(engine, self.prompts(first[mine]), "next-dislike", second[mine], self.batch, has_text=False)
+
+    @torch.no_grad()
+    def accuracy(self) -> dict[str, float]:
+        """The share of pairs of the held-out users whose second item is among the ``TOP`` that the first one brings."""
+        if not len(self.held):
+            return {}
+        engine, hits = self.engine, []
+        rng = task_rng(engine.config.train.seed, "measured pairs", 0)
+        first, second = self.draw(self.held, PAIRS_MEASURED, rng)
+        asked, which = np.unique(first, return_inverse=True)
+        marker = engine.policy.vocabulary.marker("next-dislike")
+        for start in range(0, len(asked), EXAMPLES_AT_ONCE // 4):
+            items = asked[start : start + EXAMPLES_AT_ONCE // 4]
+            prompts = [np.append(prompt, marker) for prompt in self.prompts(items)]
+            layout = GroupLayout.build(np.arange(len(items) + 1) * len(prompts[0]), 0, engine.device)
+            tokens = torch.from_numpy(np.concatenate(prompts)).to(engine.device)
+            width = max(engine.config.eval.beam, TOP + 1)
+            found, _ = beam_search(engine.policy, engine.chooser, layout, tokens, None, NEXT_DISLIKE, width, TOP + 1)
+            hits.append(found.cpu().numpy())
+        brought = np.concatenate(hits)
+        brought[brought == asked[:, None]] = -1  # a pair is of different items
+        among = (brought[which] == second[:, None]) & (np.cumsum(brought[which] >= 0, axis=1) <= TOP)
+        return {f"hit@{TOP}": float(among.any(1).mean())}
+
+
+class Verdicts(VerdictTask):
+    """Verdicts on items that are not held out, and their AUC on those that are."""
+
+    def __init__(self, engine: Engine, batch: int, held_out: np.ndarray) -> None:
+        super().__init__(engine, batch, ~held_out)
+        self.held = VerdictTask(engine, batch, held_out)
+
+    def accuracy(self) -> dict[str, float]:
+        """AUC of train-day verdicts on held-out items: disliked above liked."""
+        labels = self.held.labels
+        if not 0 < labels.sum() < len(labels):
+            return {}
+        return {"auc": float(roc_auc_score(labels, self.held.logits()))}
+
+
+def held_out_items(engine: Engine) -> np.ndarray:
+    """Which items the stage only measures on, bool [I]."""
+    return task_rng(engine.config.train.seed, "held-out items", 0).random(engine.log.n_items) < (
+        engine.config.align.held_out
+    )
 
 
 def disliked_items(log: EventLog, before_day: int) -> tuple[np.ndarray, np.ndarray]:
@@ -74,38 +162,70 @@ def disliked_items(log: EventLog, before_day: int) -> tuple[np.ndarray, np.ndarr
     return np.concatenate([[0], np.cumsum(counts)]), pairs % log.n_items
 
 
-def _item_loss(
-    engine: Engine, prompts: list[np.ndarray], marker: str, items: np.ndarray, whole: int, has_text: bool
-) -> tuple[Tensor, int]:
-    """(summed negative log-likelihood over the ``whole`` batch's number of items, tokens)."""
+def _item_batch(
+    engine: Engine, prompts: list[np.ndarray], marker: str, items: np.ndarray
+) -> tuple[GroupLayout, Tensor, Tensor, Tensor]:
+    """Layout, prompt tokens, the marker before each answer, and the items to answer with."""
     cu_seqlens = np.concatenate([[0], np.cumsum([len(p) for p in prompts])])
     layout = GroupLayout.build(cu_seqlens, 1, engine.device)
     tokens = torch.from_numpy(np.concatenate(prompts)).to(engine.device)
     targets = torch.from_numpy(items).to(engine.device)
-    markers = torch.full_like(targets, engine.policy.vocabulary.marker(marker))
+    return layout, tokens, torch.full_like(targets, engine.policy.vocabulary.marker(marker)), targets
+
+
+def _item_loss(
+    engine: Engine, prompts: list[np.ndarray], marker: str, items: np.ndarray, whole: int, has_text: bool
+) -> tuple[Tensor, int]:
+    """(summed negative log-likelihood over the ``whole`` batch's number of items, tokens)."""
+    layout, tokens, markers, targets = _item_batch(engine, prompts, marker, items)
     log_p = answer_log_probs(engine, layout, tokens, markers, targets, None, 0, has_text)
     return -log_p.sum() / whole, len(tokens) + len(items) * engine.trie.levels
 
 
 class AlignStage:
-    """The item-level tasks, a batch of each a step; a task without data (no titles, no pairs) is left out."""
+    """The item-level tasks, a batch of each a step; a task of count 0 or without data (no titles, no pairs) is left
+    out. Raises InputError where none is left for the stage's steps."""
 
     name = "align"
 
     def __init__(self, engine: Engine) -> None:
         settings = self.config = engine.config.align
-        first_day = int(engine.log.day.min())
-        before_day = first_day + round((engine.data.valid_day - first_day) * settings.cut)
-        titles, pairs = TitleToSid(engine, settings.titles), CoDisliked(engine, settings.pairs, before_day)
-        self.tasks: dict[str, TitleToSid | CoDisliked | VerdictTask] = {}
-        if settings.titles and len(titles.items):
-            self.tasks["title_nll"] = titles
-        if settings.pairs and len(pairs.users):
-            self.tasks["pair_nll"] = pairs
-        self.tasks["verdict_bce"] = VerdictTask(engine, settings.verdicts)
+        self.policy = engine.policy
+        held_out = held_out_items(engine)
+        train, held = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+        self.tasks: dict[str, Task] = {}
+        if settings.titles:
+            titles = TitleToSid(engine, settings.titles, held_out)
+            if len(titles.items):
+                self.tasks["title_sid"] = titles
+        for name, count, examples in (
+            ("sid_title", settings.sid_titles, title_examples),
+            ("sid_attributes", settings.attributes, attribute_examples),
+        ):
+            if count and (wanted := examples(engine, train)):
+                self.tasks[name] = SidToText(engine, name, count, wanted, examples(engine, held))
+        if settings.pairs:
+            first_day = int(engine.log.day.min())
+            before_day = first_day + round((engine.data.valid_day - first_day) * settings.cut)
+            pairs = CoDisliked(engine, settings.pairs, before_day, settings.held_out)
+            if len(pairs.users):
+                self.tasks["pair"] = pairs
+        if settings.verdicts:
+            verdicts = Verdicts(engine, settings.verdicts, held_out)
+            if len(verdicts.candidates):
+                self.tasks["verdict"] = verdicts
+        if settings.steps and not self.tasks:
+            raise InputError("align: every task is off or without data, expected at least one; or set align.steps=0")
 
     def step(self, step: int, share: Share = WHOLE) -> StepResult:
         losses = {name: task.loss(step, share) for name, task in self.tasks.items()}
         total = torch.stack([loss for loss, _ in losses.values()]).sum()
-        metrics: dict[str, Mean | float | None] = {name: share.part(loss) for name, (loss, _) in losses.items()}
+        metrics: dict[str, Mean | float | None] = {
+            f"{name}_{'bce' if name == 'verdict' else 'nll'}": share.part(loss) for name, (loss, _) in losses.items()
+        }
         return StepResult(total, metrics, sum(tokens for _, tokens in losses.values()))
+
+    def outcome(self) -> dict[str, float]:
+        """The accuracy of every task on what was held out for it, named task_figure."""
+        self.policy.eval()
+        return {f"{name}_{key}": value for name, task in self.tasks.items() for key, value in task.accuracy().items()}

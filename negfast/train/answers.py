@@ -27,22 +27,49 @@ def answer_log_probs(
     ``markers`` int64 [A] are fed before an answer's codes (a branch, or <|item|>), ``items`` int64 [A]. Prompts and
     answers go through the policy in one call.
     """
-    trie, policy = engine.chooser.trie, engine.policy
-    codes = engine.prompts.item_token_ids[items]
-    fed = torch.cat([markers.unsqueeze(1), codes[:, :-1]], dim=1)
-    hidden = policy.hidden(layout, prompt_tokens, fed, has_text, prompt_rows="none")
-    states = hidden.view(*fed.shape, -1)
-    nodes = [torch.zeros_like(items), *(trie.item_nodes[items, level].long() for level in range(trie.levels - 1))]
-    chosen = [codes[:, level] - policy.vocabulary.code_base(level + 1) for level in range(trie.levels)]
+    policy, levels = engine.policy, engine.chooser.trie.levels
+    states, nodes, chosen = _at_true_nodes(engine, layout, prompt_tokens, markers, items, has_text)
     requests = layout.answer_prompt
     with span("loss"):
         if runs_triton(states.device):
-            logits = torch.cat([policy.code_logits(states[:, level], level + 1) for level in range(trie.levels)])
+            logits = torch.cat([policy.code_logits(states[:, level], level + 1) for level in range(levels)])
             tables = compact_tables(engine.chooser, prior)
-            rows = compact_rows(tables, prior, branch, nodes, [requests] * trie.levels)
-            return -sid_cross_entropy(logits, tables, rows, torch.cat(chosen).int()).view(trie.levels, -1).sum(0)
+            rows = compact_rows(tables, prior, branch, nodes, [requests] * levels)
+            return -sid_cross_entropy(logits, tables, rows, torch.cat(chosen).int()).view(levels, -1).sum(0)
         total = torch.zeros(len(items), dtype=states.dtype, device=items.device)
         for level, (node, code) in enumerate(zip(nodes, chosen, strict=True)):
             choice = engine.chooser.choose(policy, states[:, level], level, node, requests, prior, branch)
             total = total + choice.log_probs().gather(1, code.unsqueeze(1))[:, 0]
         return total
+
+
+def right_codes(
+    engine: Engine,
+    layout: GroupLayout,
+    prompt_tokens: Tensor,
+    markers: Tensor,
+    items: Tensor,
+    has_text: bool = False,
+) -> Tensor:
+    """Whether the policy puts an item's code first at each of its nodes, bool [A, L], without prior and pruning; all
+    of a row are true where a greedy descent ends at the item."""
+    states, nodes, chosen = _at_true_nodes(engine, layout, prompt_tokens, markers, items, has_text)
+    right = []
+    for level, (node, code) in enumerate(zip(nodes, chosen, strict=True)):
+        choice = engine.chooser.choose(engine.policy, states[:, level], level, node, layout.answer_prompt, None, 0)
+        right.append(choice.log_probs().argmax(1) == code)
+    return torch.stack(right, dim=1)
+
+
+def _at_true_nodes(
+    engine: Engine, layout: GroupLayout, prompt_tokens: Tensor, markers: Tensor, items: Tensor, has_text: bool
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Hidden states [A, L, d] before each code of ``items``, and of each level their nodes [A] and the codes [A] that
+    follow."""
+    trie, policy = engine.chooser.trie, engine.policy
+    codes = engine.prompts.item_token_ids[items]
+    fed = torch.cat([markers.unsqueeze(1), codes[:, :-1]], dim=1)
+    hidden = policy.hidden(layout, prompt_tokens, fed, has_text, prompt_rows="none")
+    nodes = [torch.zeros_like(items), *(trie.item_nodes[items, level].long() for level in range(trie.levels - 1))]
+    chosen = [codes[:, level] - policy.vocabulary.code_base(level + 1) for level in range(trie.levels)]
+    return hidden.view(*fed.shape, -1), nodes, chosen

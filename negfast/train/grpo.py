@@ -123,6 +123,9 @@ class GrpoStage:
             metrics |= {"sft_loss": share.part(items), "verdict_bce": share.part(verdict)}
         return StepResult(loss, metrics, tokens)
 
+    def outcome(self) -> dict[str, float]:
+        return {}
+
     def sample(self, round_: int, share: Share) -> tuple[PromptBatch, GroupStep]:
         """The share's rollouts of the stage's round ``round_``, with their on-policy loss."""
         engine, settings = self.engine, self.config

@@ -32,6 +32,10 @@ class Stage(Protocol):
 
     def step(self, step: int, share: Share) -> StepResult: ...
 
+    def outcome(self) -> dict[str, float]:
+        """What to note of the finished stage in events.jsonl beside validation."""
+        ...
+
 
 class StopRequested(Exception):
     """SIGINT or SIGTERM arrived; the checkpoint is written."""
@@ -83,6 +87,8 @@ def run_stage(
                 saved.save(done, wait=stopping)
             if stopping:
                 raise StopRequested(f"stopped at {stage.name} step {done}; the checkpoint is written")
+    if outcome := stage.outcome():
+        journal.event("outcome", stage=stage.name, **outcome)
     saved.finish(steps, chosen=validate is not None)
 
 
@@ -95,7 +101,7 @@ def update(
     """
     policy.train()
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["rate_factor"]
+        group["lr"] = rate
     figures, norm = gradients(stage, step, policy, shares)
     faults.require_finite(figures)
     with span("optimiser"):

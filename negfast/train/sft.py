@@ -110,3 +110,6 @@ class SftStage:
         verdict, verdict_tokens = self.verdict.loss(step, share)
         loss = items + self.config.verdict_weight * verdict
         return StepResult(loss, {**metrics, "verdict_bce": share.part(verdict)}, item_tokens + verdict_tokens)
+
+    def outcome(self) -> dict[str, float]:
+        return {}

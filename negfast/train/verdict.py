@@ -5,15 +5,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from negfast.data.log import DISLIKE, EventLog
 from negfast.data.split import first_feedback
 from negfast.model.prompts import MIXED
+from negfast.model.verdict_prior import fit
 from negfast.train.engine import Engine, epoch_rows
 from negfast.train.step import WHOLE, Share
 
+GROUPS_AT_ONCE = 128
 WARM_UP_DAYS = 30  # of the log are left out: rates mean little before (negfast's choice)
 
 
@@ -41,12 +42,16 @@ class Candidates:
         return Candidates(self.user[groups], self.day[groups], offsets, self.items[places]), places
 
 
-def told_candidates(log: EventLog, from_day: int, before_day: int) -> tuple[Candidates, np.ndarray]:
+def told_candidates(
+    log: EventLog, from_day: int, before_day: int, among: np.ndarray | None = None
+) -> tuple[Candidates, np.ndarray]:
     """The first like or dislike of every user-item pair on days [from_day, before_day), grouped by user-day, and
-    whether each is a dislike, float32 [E]."""
+    whether each is a dislike, float32 [E]; of the items of the mask ``among`` bool [I] alone, where given."""
     rows = first_feedback(log)
     days = log.day
     rows = rows[(days[rows] >= from_day) & (days[rows] < before_day)]
+    if among is not None:
+        rows = rows[among[log.item[rows]]]
     return group_candidates(log.user[rows], days[rows], log.item[rows]), (log.feedback[rows] == DISLIKE).astype(
         np.float32
     )
@@ -69,40 +74,30 @@ def verdict_logits(engine: Engine, candidates: Candidates, view: int = MIXED) ->
     answers = F.pad(codes, (0, 1), value=engine.policy.vocabulary.marker("verdict"))
     hidden = engine.policy.hidden(batch.layout, batch.tokens, answers)
     last = hidden[len(batch.tokens) :].view(*answers.shape, -1)[:, -1]
-    features = engine.features.full(candidates.user[owner], candidates.items, candidates.day[owner])
+    features = engine.features.rich(candidates.user[owner], candidates.items, candidates.day[owner])
     return engine.policy.verdict_logit(last, torch.from_numpy(features.astype(np.float32)).to(engine.device))
 
 
 def fit_prior(engine: Engine) -> None:
-    """Fits the verdict's prior on the train days by logistic regression: where training starts from."""
+    """Fits the verdict's prior to the first feedback of the train days: where training starts from."""
     task = VerdictTask(engine, 1)
-    candidates, prior = task.candidates, engine.policy.verdict_prior
+    candidates = task.candidates
     if not 0 < task.labels.sum() < len(task.labels):
         return
     owner = candidates.group_of_item
-    features = engine.features.full(candidates.user[owner], candidates.items, candidates.day[owner])
-    known = ~np.isnan(features)
-    count = np.maximum(known.sum(0), 1)
-    mean = np.where(known, features, 0).sum(0) / count
-    scale = np.sqrt(np.where(known, (features - mean) ** 2, 0).sum(0) / count)
-    with torch.no_grad():
-        prior.mean.copy_(torch.from_numpy(mean))
-        prior.scale.copy_(torch.from_numpy(np.where(scale > 1e-6, scale, 1.0)))
-        inputs = prior.standardise(torch.from_numpy(features).float().to(engine.device)).cpu().numpy()
-        fit = LogisticRegression(C=0.1, max_iter=1000).fit(inputs, task.labels)
-        prior.linear.weight.copy_(torch.from_numpy(fit.coef_))
-        prior.linear.bias.copy_(torch.from_numpy(fit.intercept_))
+    features = engine.features.rich(candidates.user[owner], candidates.items, candidates.day[owner])
+    fit(engine.policy.verdict_prior, features, task.labels, engine.config.train.seed)
 
 
 class VerdictTask:
     """Verdicts on the first feedback of train days."""
 
-    def __init__(self, engine: Engine, batch: int) -> None:
-        """``batch``: user-days a step."""
+    def __init__(self, engine: Engine, batch: int, among: np.ndarray | None = None) -> None:
+        """``batch``: user-days a step; ``among`` bool [I]: of these items alone."""
         first_day = int(engine.log.day.min())
         start = min(first_day + WARM_UP_DAYS, (first_day + engine.data.valid_day) // 2)
         self.engine, self.batch = engine, batch
-        self.candidates, self.labels = told_candidates(engine.log, start, engine.data.valid_day)
+        self.candidates, self.labels = told_candidates(engine.log, start, engine.data.valid_day, among)
 
     def loss(self, step: int, share: Share = WHOLE) -> tuple[Tensor, int]:
         """(the share's part of the mean binary cross entropy over candidates, tokens) of a step's user-days."""
@@ -113,3 +108,12 @@ class VerdictTask:
         logits = verdict_logits(self.engine, candidates)
         tokens = len(candidates.items) * (self.engine.trie.levels + 1)
         return F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / count, tokens
+
+    @torch.no_grad()
+    def logits(self) -> np.ndarray:
+        """Logits [E] of all candidates, without gradients."""
+        parts = [np.zeros(0, dtype=np.float32)]
+        for start in range(0, len(self.candidates), GROUPS_AT_ONCE):
+            groups = np.arange(start, min(start + GROUPS_AT_ONCE, len(self.candidates)))
+            parts.append(verdict_logits(self.engine, self.candidates.take(groups)[0]).float().cpu().numpy())
+        return np.concatenate(parts)

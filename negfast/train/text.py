@@ -1,0 +1,140 @@
+"""Text as an answer: what the model says of an item in its own words, by cross entropy over its whole vocabulary.
+
+``<|item|> sid <|text|>`` -> the title; ``<|item|> sid <|text|> genres:`` -> the values of an attribute.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from negfast.model.layout import GroupLayout
+from negfast.model.policy import Policy
+from negfast.train.engine import Engine, epoch_rows
+from negfast.train.step import WHOLE, Share
+
+TEXT_TOKENS = 48  # of a title or of an attribute's values are read or said
+EXAMPLES_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class TextExample:
+    """What is asked of an item, and the answer."""
+
+    item: int
+    kind: str  # "title", or the attribute's name
+    question: list[int]  # tokens after <|text|>
+    answer: list[int]  # tokens, the end of text included where the tokenizer has one
+
+
+def title_examples(engine: Engine, items: np.ndarray) -> list[TextExample]:
+    """SID -> title, for the ``items`` that have one."""
+    texts = engine.data.items.text
+    named = [int(i) for i in items if texts[i].strip()]
+    answers = encode(engine, [texts[i].strip() for i in named])
+    return [TextExample(i, "title", [], answer + _end(engine)) for i, answer in zip(named, answers, strict=True)]
+
+
+def attribute_examples(engine: Engine, items: np.ndarray) -> list[TextExample]:
+    """SID -> the values of an attribute, sorted: an example for each of the ``items`` and each attribute it has."""
+    examples = []
+    for name, column in engine.data.items.attributes.items():
+        having = [int(i) for i in items if column[i]]
+        [question] = encode(engine, [f"{name}:"])
+        answers = encode(engine, [" " + ", ".join(sorted(column[i])) for i in having])
+        examples += [
+            TextExample(i, name, question, answer + _end(engine)) for i, answer in zip(having, answers, strict=True)
+        ]
+    return examples
+
+
+def encode(engine: Engine, texts: Sequence[str]) -> list[list[int]]:
+    """The first ``TEXT_TOKENS`` tokens of each text, without the tokenizer's own marks."""
+    if not texts:
+        return []
+    encoded = engine.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    return [list(ids)[:TEXT_TOKENS] for ids in encoded]
+
+
+def _end(engine: Engine) -> list[int]:
+    end = engine.tokenizer.eos_token_id
+    return [] if end is None else [int(end)]
+
+
+class SidToText:
+    """``<|item|> sid <|text|> question`` -> answer, packed without padding."""
+
+    def __init__(self, engine: Engine, name: str, batch: int, train: list[TextExample], held: list[TextExample]):
+        """``name`` sets the order of the examples; ``held`` are never trained on."""
+        self.engine, self.name, self.batch, self.train, self.held = engine, name, batch, train, held
+
+    def loss(self, step: int, share: Share = WHOLE) -> tuple[Tensor, int]:
+        """(the share's part of the mean negative log-likelihood of an answer's token, tokens)."""
+        rows = epoch_rows(self.engine.config.train.seed, self.name, step, len(self.train), self.batch)
+        count = sum(len(self.train[row].answer) for row in rows)
+        packed = pack(self.engine, [self.train[row] for row in rows[share.of(len(rows))]])
+        states = answer_states(self.engine, packed)
+        return text_nll(self.engine.policy, states, packed.targets) / count, len(packed.tokens)
+
+    @torch.no_grad()
+    def accuracy(self) -> dict[str, float]:
+        """Of the held-out items: the share of answer tokens that the model puts first after the true ones before them,
+        and of each kind the share of answers it gets right from end to end, as it would say them greedily."""
+        right, kinds = [], []
+        for start in range(0, len(self.held), EXAMPLES_AT_ONCE):
+            examples = self.held[start : start + EXAMPLES_AT_ONCE]
+            packed = pack(self.engine, examples)
+            said = self.engine.policy.text_head(answer_states(self.engine, packed)).argmax(-1)
+            lengths = [len(example.answer) for example in examples]
+            right += (said == packed.targets).cpu().split(lengths)
+            kinds += [example.kind for example in examples]
+        if not kinds:
+            return {}
+        whole = np.array([bool(tokens.all()) for tokens in right])
+        exact = {f"{kind}_exact": float(whole[np.array(kinds) == kind].mean()) for kind in sorted(set(kinds))}
+        return {"token": float(torch.cat(right).float().mean()), **exact}
+
+
+@dataclass(frozen=True)
+class PackedText:
+    """Examples one after the other: ``rows`` are the packed places after which the tokens ``targets`` come."""
+
+    layout: GroupLayout  # prompts without answers
+    tokens: Tensor  # int64 [T]
+    rows: Tensor  # int64 [N]
+    targets: Tensor  # int64 [N]
+
+
+def pack(engine: Engine, examples: Sequence[TextExample]) -> PackedText:
+    """Packs examples; the last token of an answer is a target alone, since nothing comes after it."""
+    vocabulary, item_tokens = engine.policy.vocabulary, engine.prompts.item_tokens
+    item, text = vocabulary.marker("item"), vocabulary.marker("text")
+    tokens = [[item, *item_tokens[e.item].tolist(), text, *e.question, *e.answer[:-1]] for e in examples]
+    ends = np.cumsum([len(sequence) for sequence in tokens])
+    answers = np.array([len(example.answer) for example in examples])
+    before = np.concatenate([[0], np.cumsum(answers)])
+    rows = np.arange(before[-1]) + np.repeat(ends - before[1:], answers)
+
+    def put(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values.astype(np.int64)).to(engine.device)
+
+    return PackedText(
+        GroupLayout.build(np.concatenate([[0], ends]), 0, engine.device),
+        put(np.concatenate(tokens)),
+        put(rows),
+        put(np.concatenate([example.answer for example in examples])),
+    )
+
+
+def answer_states(engine: Engine, packed: PackedText) -> Tensor:
+    """Hidden states [N, d] after which the targets come."""
+    return engine.policy.hidden(packed.layout, packed.tokens, None, has_text=True)[packed.rows]
+
+
+def text_nll(policy: Policy, states: Tensor, targets: Tensor) -> Tensor:
+    """Summed cross entropy of the decoder's own tokens ``targets`` int64 [N] after ``states`` [N, d], over its whole
+    vocabulary."""
+    return F.cross_entropy(policy.text_head(states).float(), targets, reduction="sum")

@@ -1,0 +1,190 @@
+"""The item-level tasks: what they are trained on, what they measure, and that they can be learned."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen3ForCausalLM
+
+from negfast.config import load_config
+from negfast.data.dataset import Dataset
+from negfast.errors import InputError
+from negfast.model.layout import GroupLayout
+from negfast.run_folder import RunFolder
+from negfast.train import text
+from negfast.train.align import AlignStage, CoDisliked, held_out_items
+from negfast.train.answers import answer_log_probs, right_codes
+from negfast.train.engine import build_engine
+from negfast.train.step import Share
+
+
+@pytest.fixture
+def make_engine(tiny_run):
+    """An engine over the tiny log, its weights before the first step but for a random code head."""
+
+    def make(*overrides):
+        run = RunFolder(tiny_run)
+        config = load_config(tiny_run / "config.toml", None, ["align.held_out=0.2", *overrides])
+        dataset = Dataset.open(run.data)
+        torch.manual_seed(5)
+        policy, tokenizer = run.load_policy(dataset)
+        engine = build_engine(config, dataset, policy, tokenizer, torch.device("cpu"))
+        torch.nn.init.normal_(policy.block.head.weight, std=0.3)
+        return engine
+
+    return make
+
+
+def test_text_loss_is_that_of_the_stock_model(make_engine):
+    """Packed examples of several kinds against transformers' own attention, one sequence at a time."""
+    engine = make_engine()
+    policy, items = engine.policy, np.arange(12)
+    examples = text.title_examples(engine, items)[:7] + text.attribute_examples(engine, items)[:6]
+    packed = text.pack(engine, examples)
+    found = text.text_nll(policy, text.answer_states(engine, packed), packed.targets)
+    stock = Qwen3ForCausalLM._from_config(policy.decoder.config, attn_implementation="eager")
+    stock.model.load_state_dict(policy.decoder.state_dict())
+    stock.tie_weights()
+    expected = 0.0
+    for example in examples:
+        codes = [
+            engine.policy.vocabulary.code_base(level + 1) + int(c)
+            for level, c in enumerate(engine.data.codes[example.item])
+        ]
+        prompt = [policy.vocabulary.marker("item"), *codes, policy.vocabulary.marker("text"), *example.question]
+        tokens = torch.tensor(prompt + example.answer)
+        log_p = stock(inputs_embeds=policy.embed(tokens, True)[None]).logits[0].log_softmax(-1)
+        for place, token in enumerate(example.answer):
+            expected -= log_p[len(prompt) + place - 1, token]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_what_is_asked_and_answered(make_engine):
+    engine = make_engine()
+    say = engine.tokenizer.decode
+    titles, genres = (make(engine, np.arange(3)) for make in (text.title_examples, text.attribute_examples))
+    end = engine.tokenizer.eos_token
+    for item, (title, genre) in enumerate(zip(titles, genres, strict=True)):
+        assert say(title.answer) == engine.data.items.text[item] + end and title.question == []
+        assert (say(genre.question), say(genre.answer)) == (
+            "genre:",
+            f" {engine.data.items.attributes['genre'][item][0]}{end}",
+        )
+
+
+def test_nothing_held_out_is_trained_on(make_engine, monkeypatch):
+    engine = make_engine()
+    held = set(np.flatnonzero(held_out_items(engine)).tolist())
+    assert 5 < len(held) < 40
+    stage = AlignStage(engine)
+    assert set(stage.tasks) == {"title_sid", "sid_title", "sid_attributes", "pair", "verdict"}
+    tasks = stage.tasks
+    assert set(tasks["title_sid"].items) | held == set(range(engine.log.n_items))
+    assert set(tasks["title_sid"].held) == held
+    for name in ("sid_title", "sid_attributes"):
+        assert {e.item for e in tasks[name].train}.isdisjoint(held) and {e.item for e in tasks[name].held} == held
+    assert set(tasks["verdict"].candidates.items.tolist()).isdisjoint(held)
+    assert set(tasks["verdict"].held.candidates.items.tolist()) <= held
+    assert len(tasks["pair"].held) and set(tasks["pair"].held).isdisjoint(tasks["pair"].users)
+    assert np.array_equal(held_out_items(engine), held_out_items(make_engine("train.seed=0")))
+    assert not np.array_equal(held_out_items(engine), held_out_items(make_engine("train.seed=9")))
+
+
+def test_right_codes_are_those_of_greedy_descent(make_engine):
+    """A brute-force descent by the probabilities of whole items gives the same answer at every true node."""
+    engine = make_engine()
+    pairs = CoDisliked(engine, 8, 10**6, 0.0)
+    n_items = engine.log.n_items
+    prompts = pairs.prompts(np.array([3]))
+    codes = engine.data.codes
+
+    def batch(items):
+        layout = GroupLayout.build(np.array([0, len(prompts[0])]), len(items), engine.device)
+        markers = torch.full((len(items),), engine.policy.vocabulary.marker("next-dislike"))
+        return layout, torch.from_numpy(prompts[0]), markers, torch.from_numpy(np.asarray(items))
+
+    with torch.no_grad():
+        layout, tokens, markers, items = batch(np.arange(n_items))
+        right = right_codes(engine, layout, tokens, markers, items).numpy()
+        layout, *_ = batch(np.arange(n_items))
+        log_p = answer_log_probs(engine, layout, tokens, markers, items, None, 0).double().numpy()
+    mass = np.exp(log_p)
+    np.testing.assert_allclose(mass.sum(), 1, rtol=1e-4)
+    for item in range(n_items):
+        for level in range(3):
+            siblings = (codes[:, :level] == codes[item, :level]).all(1)
+            by_code = np.bincount(codes[siblings, level], weights=mass[siblings])
+            assert right[item, level] == (by_code.argmax() == codes[item, level])
+    assert right.all(1).sum() == 1 and 0 < right.mean() < 1
+
+
+def test_pair_hits_are_those_of_an_exhaustive_ranking(make_engine):
+    engine = make_engine("eval.beam=90")
+    pairs = CoDisliked(engine, 8, 10**6, 0.1)
+    hits = pairs.accuracy()["hit@20"]
+    first, second = pairs.draw(pairs.held, 100, np.random.default_rng(1))
+    with torch.no_grad():
+        ranks = {}
+        for item in np.unique(first):
+            prompt = pairs.prompts(np.array([item]))[0]
+            layout = GroupLayout.build(np.array([0, len(prompt)]), engine.log.n_items, engine.device)
+            markers = torch.full((engine.log.n_items,), engine.policy.vocabulary.marker("next-dislike"))
+            every = torch.arange(engine.log.n_items)
+            log_p = answer_log_probs(engine, layout, torch.from_numpy(prompt), markers, every, None, 0)
+            log_p[item] = -torch.inf
+            ranks[item] = log_p.argsort(descending=True).argsort().numpy()
+    assert all(a != b for a, b in zip(first, second, strict=True))
+    expected = np.mean([ranks[a][b] < 20 for a, b in zip(first, second, strict=True)])
+    assert 0 < expected < 1 and hits == pytest.approx(expected, abs=0.2)  # two samples of pairs
+
+
+def test_tasks_are_learned_and_speak_of_items_never_trained_on(make_engine):
+    """Titles begin with a word that names the genre, and semantic IDs group them by it."""
+    engine = make_engine("align.pairs=0", "align.verdicts=0")
+    stage = AlignStage(engine)
+    before = stage.outcome()
+    optimizer = torch.optim.AdamW(engine.policy.parameters(), lr=3e-3)
+    for step in range(60):
+        result = stage.step(step)
+        result.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = stage.outcome()
+    assert (
+        after.keys() == before.keys()
+        and {"title_sid_level1", "title_sid_item", "pair_hit@20", "verdict_auc"} <= after.keys()
+    )
+    assert after["sid_attributes_genre_exact"] > 0.6 > 0.3 > before["sid_attributes_genre_exact"]
+    assert after["sid_title_token"] > before["sid_title_token"] + 0.3
+    assert after["title_sid_level1"] > before["title_sid_level1"] + 0.15
+
+
+def test_shares_add_up(make_engine):
+    engine = make_engine()
+    stage = AlignStage(engine)
+    whole = stage.step(2)
+    parts = [stage.step(2, Share(index, 3)) for index in range(3)]
+    torch.testing.assert_close(sum(part.loss for part in parts), whole.loss, rtol=1e-4, atol=1e-5)
+    assert sum(part.tokens for part in parts) == whole.tokens
+
+
+def test_a_count_of_zero_switches_a_task_off(make_engine):
+    off = [f"align.{name}=0" for name in ("titles", "sid_titles", "attributes", "pairs", "verdicts")]
+    assert set(AlignStage(make_engine(*off[:3])).tasks) == {"pair", "verdict"}
+    assert set(AlignStage(make_engine(*off[1:])).tasks) == {"title_sid"}
+    with pytest.raises(InputError, match="every task is off"):
+        AlignStage(make_engine(*off))
+    assert AlignStage(make_engine(*off, "align.steps=0")).tasks == {}
+
+
+def test_without_anything_held_out_nothing_is_measured(make_engine):
+    stage = AlignStage(make_engine("align.held_out=0"))
+    assert stage.outcome() == {}
+
+
+def test_a_run_notes_what_align_learned(tiny_run):
+    events = [json.loads(line) for line in (tiny_run / "events.jsonl").read_text().splitlines()]
+    [outcome] = [event for event in events if event["event"] == "outcome"]
+    assert outcome["stage"] == "align" and 0 <= outcome["title_sid_level1"] <= 1
+    assert f"| title_sid_level1 | {outcome['title_sid_level1']:.3f} |" in (tiny_run / "report.md").read_text()
