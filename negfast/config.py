@@ -98,12 +98,17 @@ class Stage:
 
 @dataclass(frozen=True)
 class Align(Stage):
-    """Item-level SFT: title to SID, co-disliked items, verdicts."""
+    """Item-level SFT; a task with 0 examples a step is switched off."""
 
     steps: int = setting(200, low=0)
-    titles: int = setting(32, low=0, help="title -> SID examples a step")
-    pairs: int = setting(64, low=0, help="co-disliked pairs a step")
-    verdicts: int = setting(32, low=1, help="user-days with verdicts a step")
+    titles: int = setting(24, low=0, help="title -> SID examples a step")
+    sid_titles: int = setting(16, low=0, help="SID -> title examples a step")
+    attributes: int = setting(16, low=0, help="SID -> attribute examples a step")
+    pairs: int = setting(48, low=0, help="co-disliked pairs a step")
+    verdicts: int = setting(24, low=0, help="user-days with verdicts a step")
+    held_out: float = setting(
+        0.05, low=0.0, high=0.5, help="share of the items, and of the pairs' users, to measure on"
+    )
     cut: float = setting(0.5, above=0.0, high=1.0, help="share of the train days that pairs may come from")
 
 
