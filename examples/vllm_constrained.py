@@ -1,0 +1,67 @@
+"""What a user will dislike, by vLLM: beam search on the trie of `negfast export`, a level a call.
+
+Needs `pip install vllm` (0.10.2 or newer) and a GPU; this script is not part of the test suite's runs.
+
+    negfast export runs/quickstart --out exported
+    python examples/vllm_constrained.py exported --liked 1074638 1853728 --disliked 1430132 --top 10
+
+Each level asks for one token among the codes that exist (`allowed_token_ids`); vLLM's prefix cache keeps the prompt.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as parquet
+from transformers import AutoTokenizer
+from transformers_constrained import Trie, prompt
+from vllm import LLM, SamplingParams
+
+
+def beam_search(model: LLM, trie: Trie, start: list[int], beams: int) -> list[tuple[float, list[int]]]:
+    """(log-probability, answer tokens), best first; probabilities are over the codes that exist."""
+    alive: list[tuple[float, list[int]]] = [(0.0, [])]
+    for _ in range(trie.levels):
+        allowed = [trie.children(tokens)[0].tolist() for _, tokens in alive]
+        asked = [
+            SamplingParams(max_tokens=1, temperature=0.0, allowed_token_ids=codes, logprobs=min(len(codes), beams))
+            for codes in allowed
+        ]
+        outputs = model.generate([{"prompt_token_ids": start + tokens} for _, tokens in alive], asked, use_tqdm=False)
+        grown = [
+            (score + entry.logprob, [*tokens, token])
+            for (score, tokens), codes, output in zip(alive, allowed, outputs, strict=True)
+            for token, entry in output.outputs[0].logprobs[0].items()
+            if token in codes
+        ]
+        alive = sorted(grown, key=lambda beam: -beam[0])[:beams]
+    return alive
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="what `negfast export` wrote")
+    parser.add_argument("--liked", nargs="*", default=[], metavar="ITEM")
+    parser.add_argument("--disliked", nargs="*", default=[], metavar="ITEM")
+    parser.add_argument("--top", type=int, default=10)
+    options = parser.parse_args()
+
+    rows = parquet.read_table(options.folder / "sid_table.parquet")
+    items, texts = rows["item"].to_pylist(), rows["text"].to_pylist()
+    tokens = dict(zip(items, rows["tokens"].to_pylist(), strict=True))
+    trie = Trie(options.folder, [items.index(item) for item in options.liked + options.disliked])
+    beams = max(2 * options.top, 20)
+    model = LLM(
+        model=str(options.folder),
+        enable_prefix_caching=True,
+        max_logprobs=beams,
+        logprobs_mode="processed_logprobs",  # after the codes that do not exist were struck out
+    )
+    start = prompt(AutoTokenizer.from_pretrained(options.folder), tokens, options.liked, options.disliked)
+    for score, answer in beam_search(model, trie, start, beams)[: options.top]:
+        row = trie.item(answer)
+        print(f"{np.exp(score):.5f}  {items[row]}  {texts[row]}")
+
+
+if __name__ == "__main__":
+    main()
