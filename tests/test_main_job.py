@@ -237,7 +237,7 @@ def test_prompts_and_prior_do_not_see_the_future(tiny_run, tiny_data, tmp_path):
         row = day - engine.prompts.prior.first_day
         assert torch.equal(left[:, : row + 1], right[:, : row + 1]) and not torch.equal(left, right)
     pairs = (users, np.zeros_like(users), days + 1)
-    assert np.array_equal(engine.features.full(*pairs), other.features.full(*pairs), equal_nan=True)
+    assert np.array_equal(engine.features.rich(*pairs), other.features.rich(*pairs), equal_nan=True)
 
 
 def test_exported_model_opens_in_transformers_and_gives_the_policys_logits(tiny_run, tmp_path):

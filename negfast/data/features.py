@@ -6,30 +6,13 @@ not count, and do not take a like or dislike back (negfast's choice).
 
 import numpy as np
 
+from negfast.data.deviations import Deviations
 from negfast.data.items import ItemTable
 from negfast.data.log import DISLIKE, EXPOSED, EventLog
+from negfast.data.running_sums import RunningSums
 
 PSEUDO_EVENTS = 5  # of the prior rate, mixed into every rate
 _INDICATORS = 32  # most frequent values of an attribute that get a column each
-
-
-class RunningSums:
-    """Sums of columns over the events of a key on days before a given one, for any (key, day) asked."""
-
-    def __init__(self, key: np.ndarray, day: np.ndarray, columns: np.ndarray) -> None:
-        """key int64 [M] >= 0, day int [M], columns float64 [M, C]."""
-        self.low, self.span = int(day.min()), int(day.max() - day.min()) + 2
-        where = key.astype(np.int64) * self.span + (day - self.low)
-        order = np.argsort(where, kind="stable")
-        self.where = where[order]
-        self.total = np.concatenate([np.zeros((1, columns.shape[1])), np.cumsum(columns[order], axis=0)])
-
-    def before(self, key: np.ndarray, day: np.ndarray) -> np.ndarray:
-        """float64 [Q, C] for keys int [Q] and days int [Q]."""
-        base = key.astype(np.int64) * self.span
-        within = np.clip(day.astype(np.int64) - self.low, 0, self.span - 1)
-        stop, start = np.searchsorted(self.where, base + within), np.searchsorted(self.where, base)
-        return self.total[stop] - self.total[start]
 
 
 class HistoryFeatures:
@@ -37,7 +20,8 @@ class HistoryFeatures:
 
     ``simple`` gives the four of the logistic baseline, ``full`` those and what else the log and item table offer:
     with values, the item's and user's mean and the user's spread; with attributes, the user's and everyone's
-    dislike rate among the item's values of each, numbers as they are, and indicators of frequent values.
+    dislike rate among the item's values of each, numbers as they are, and indicators of frequent values. ``rich``
+    adds how user and item deviate from what was to be expected of them, and what is recent: the verdict's features.
     """
 
     def __init__(self, log: EventLog, items: ItemTable, prior_rate: float, prior_value: float) -> None:
@@ -50,11 +34,16 @@ class HistoryFeatures:
         self.attributes = [
             _Attribute(values, user, item, day, changes[:, :2], items.original) for values in items.attributes.values()
         ]
+        kinds = [(changes[:, 0], changes[:, 1], prior_rate)]
+        if self.has_values:
+            kinds.append((changes[:, 2], changes[:, 3], prior_value))
+        self.deviations = Deviations(user, item, day, kinds)
 
     @property
     def width(self) -> int:
-        """Columns of ``full``."""
-        return 4 + 3 * self.has_values + sum(2 + attribute.static.shape[1] for attribute in self.attributes)
+        """Columns of ``rich``."""
+        full = 4 + 3 * self.has_values + sum(2 + attribute.static.shape[1] for attribute in self.attributes)
+        return full + self.deviations.width + self.has_values
 
     def rate(self, sums: np.ndarray) -> np.ndarray:
         """The smoothed dislike rate of sums whose first columns are events and dislikes."""
@@ -82,6 +71,13 @@ class HistoryFeatures:
             columns += [attribute.mean_rate(self, user, item, day), attribute.mean_rate(self, None, item, day)]
             columns += list(attribute.static[item].T)
         return np.stack(columns, axis=1)
+
+    def rich(self, user: np.ndarray, item: np.ndarray, day: np.ndarray) -> np.ndarray:
+        """``full``, `negfast.data.deviations` and with values the item's spread, float64 [Q, width]; NaN as above."""
+        columns = [self.full(user, item, day), self.deviations.columns(user, item, day)]
+        if self.has_values:
+            columns.append(_spread(self.by_item.before(item, day))[:, None])
+        return np.concatenate(columns, axis=1)
 
     def _mean_value(self, sums: np.ndarray) -> np.ndarray:
         return (sums[:, 3] + PSEUDO_EVENTS * self.prior_value) / (sums[:, 2] + PSEUDO_EVENTS)

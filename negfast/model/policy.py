@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from negfast.errors import InputError
 from negfast.model import attention
 from negfast.model.layout import GroupLayout, PromptRows
+from negfast.model.verdict_prior import VerdictPrior
 from negfast.sid.tokens import MARKERS, CodeVocabulary
 from negfast.spans import span
 
@@ -34,31 +35,6 @@ class CodeBlock(nn.Module):
         self.register_buffer("scale", torch.ones(()))
 
 
-class VerdictPrior(nn.Module):
-    """What history alone says of a verdict: a logistic model over standardised features, NaN marked as missing."""
-
-    mean: Tensor
-    scale: Tensor
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("scale", torch.ones(width))
-        self.linear = nn.Linear(2 * width, 1)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-
-    def standardise(self, features: Tensor) -> Tensor:
-        """[R, width], NaN where unknown, to [R, 2 * width]: standardised and 0 where unknown, then 1 where unknown."""
-        unknown = features.isnan()
-        known = ((features - self.mean) / self.scale).masked_fill(unknown, 0.0)
-        return torch.cat([known, unknown.to(known.dtype)], dim=-1)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Logit [R] of P(dislike)."""
-        return self.linear(self.standardise(features)).squeeze(-1)
-
-
 class Policy(nn.Module):
     """``decoder`` without its head, the code block, and the text head (the decoder's own vocabulary).
 
@@ -69,7 +45,7 @@ class Policy(nn.Module):
     in_bfloat16 = False
 
     def __init__(self, model: PreTrainedModel, vocabulary: CodeVocabulary, verdict_features: int = 4) -> None:
-        """``verdict_features``: columns of `negfast.data.features.HistoryFeatures.full`."""
+        """``verdict_features``: columns of `negfast.data.features.HistoryFeatures.rich`."""
         super().__init__()
         reject_unsupported(model)
         model.set_attn_implementation(attention.NAME)

@@ -9,16 +9,14 @@ from negfast.model.policy import Policy
 
 
 def make_optimizer(policy: Policy, config: Stage) -> torch.optim.AdamW:
-    """AdamW; weight decay for the decoder's matrices only, a slower rate for the verdict's prior, which was fitted."""
+    """AdamW; weight decay for the decoder's matrices only."""
     trained = [(n, p) for n, p in policy.named_parameters() if p.requires_grad]
     decayed = [p for n, p in trained if p.ndim == 2 and n.startswith("decoder.layers")]
-    prior = list(policy.verdict_prior.parameters())
-    taken = {id(p) for p in decayed + prior}
+    taken = {id(p) for p in decayed}
     rest = [p for _, p in trained if id(p) not in taken]
     groups = [
-        {"params": decayed, "weight_decay": config.weight_decay, "rate_factor": 1.0},
-        {"params": rest, "weight_decay": 0.0, "rate_factor": 1.0},
-        {"params": prior, "weight_decay": 0.0, "rate_factor": 0.1},
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 

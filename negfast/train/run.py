@@ -130,7 +130,7 @@ def _load_start(run: RunFolder, engine: Engine, done: list[str]) -> None:
     """The weights that the stage after those ``done`` starts from."""
     if done:
         load_weights(run.checkpoints / done[-1], engine.policy)
-    elif run.read()["init"] is None:
+    else:  # also from another run's weights: the log has grown since
         fit_prior(engine)
 
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from negfast.data.log import DISLIKE, EventLog
 from negfast.data.split import first_feedback
 from negfast.model.prompts import MIXED
+from negfast.model.verdict_prior import fit
 from negfast.train.engine import Engine, epoch_rows
 from negfast.train.step import WHOLE, Share
 
@@ -74,29 +74,19 @@ def verdict_logits(engine: Engine, candidates: Candidates, view: int = MIXED) ->
     answers = F.pad(codes, (0, 1), value=engine.policy.vocabulary.marker("verdict"))
     hidden = engine.policy.hidden(batch.layout, batch.tokens, answers)
     last = hidden[len(batch.tokens) :].view(*answers.shape, -1)[:, -1]
-    features = engine.features.full(candidates.user[owner], candidates.items, candidates.day[owner])
+    features = engine.features.rich(candidates.user[owner], candidates.items, candidates.day[owner])
     return engine.policy.verdict_logit(last, torch.from_numpy(features.astype(np.float32)).to(engine.device))
 
 
 def fit_prior(engine: Engine) -> None:
-    """Fits the verdict's prior on the train days by logistic regression: where training starts from."""
+    """Fits the verdict's prior to the first feedback of the train days: where training starts from."""
     task = VerdictTask(engine, 1)
-    candidates, prior = task.candidates, engine.policy.verdict_prior
+    candidates = task.candidates
     if not 0 < task.labels.sum() < len(task.labels):
         return
     owner = candidates.group_of_item
-    features = engine.features.full(candidates.user[owner], candidates.items, candidates.day[owner])
-    known = ~np.isnan(features)
-    count = np.maximum(known.sum(0), 1)
-    mean = np.where(known, features, 0).sum(0) / count
-    scale = np.sqrt(np.where(known, (features - mean) ** 2, 0).sum(0) / count)
-    with torch.no_grad():
-        prior.mean.copy_(torch.from_numpy(mean))
-        prior.scale.copy_(torch.from_numpy(np.where(scale > 1e-6, scale, 1.0)))
-        inputs = prior.standardise(torch.from_numpy(features).float().to(engine.device)).cpu().numpy()
-        fit = LogisticRegression(C=0.1, max_iter=1000).fit(inputs, task.labels)
-        prior.linear.weight.copy_(torch.from_numpy(fit.coef_))
-        prior.linear.bias.copy_(torch.from_numpy(fit.intercept_))
+    features = engine.features.rich(candidates.user[owner], candidates.items, candidates.day[owner])
+    fit(engine.policy.verdict_prior, features, task.labels, engine.config.train.seed)
 
 
 class VerdictTask:

@@ -1,0 +1,84 @@
+"""What history alone says of a verdict: a wide and deep model over piecewise-linear features."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BINS = 16  # quantile bins of a feature
+WIDTH = 128  # of the deep part's two layers
+DROPOUT = 0.5
+EPOCHS, BATCH, RATE, WEIGHT_DECAY = 8, 512, 2e-3, 0.1
+
+
+class VerdictPrior(nn.Module):
+    """logit P(dislike) = wide(z) + deep(z), z the piecewise-linear encoding of the features.
+
+    A feature becomes one number a quantile bin: 0 below the bin, 1 above, linear within (Gorishniy et al.,
+    arXiv 2203.05556), and one that says whether it is unknown (NaN). So the linear part is an additive model of
+    piecewise-linear curves, to which the deep part adds what features say together. Fitted once by `fit` and constant
+    from there on; it answers 0 before.
+    """
+
+    edges: Tensor
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.register_buffer("edges", torch.arange(BINS + 1.0).repeat(features, 1))  # [features, BINS + 1], ascending
+        encoded = features * (BINS + 1)
+        self.wide = nn.Linear(encoded, 1)
+        self.deep = nn.ModuleList([nn.Linear(encoded, WIDTH), nn.Linear(WIDTH, WIDTH)])
+        self.last = nn.Linear(WIDTH, 1, bias=False)
+        for parameter in (self.wide.weight, self.wide.bias, self.last.weight):
+            nn.init.zeros_(parameter)
+        self.requires_grad_(False)
+
+    def encode(self, features: Tensor) -> Tensor:
+        """[R, features * (BINS + 1)] of features [R, features]; bins of no width, and all of an unknown one, are 0."""
+        unknown = features.isnan()
+        low, width = self.edges[:, :-1], self.edges.diff(dim=1)
+        place = (features.unsqueeze(-1) - low) / width.where(width > 0, torch.inf)
+        place = place.clamp(0.0, 1.0).masked_fill(unknown.unsqueeze(-1), 0.0)
+        return torch.cat([place, unknown.to(place.dtype).unsqueeze(-1)], dim=-1).flatten(1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logit [R] of P(dislike) for features [R, features], NaN where unknown."""
+        return self.logit(self.encode(features))
+
+    def logit(self, encoded: Tensor, dropout: float = 0.0) -> Tensor:
+        """Logit [R] of encoded features; ``dropout`` is the share of the deep part's units left out."""
+        hidden = encoded
+        for layer in self.deep:
+            hidden = F.dropout(F.relu(layer(hidden)), dropout)
+        return (self.wide(encoded) + self.last(hidden)).squeeze(-1)
+
+
+def fit(prior: VerdictPrior, features: np.ndarray, labels: np.ndarray, seed: int) -> None:
+    """Fits ``prior`` to features float [R, C] (NaN unknown) and labels [R] in {0, 1}, by AdamW with a one-cycle rate.
+
+    The same seed gives the same weights; on the CPU, wherever ``prior`` lies. Needs both labels.
+    """
+    device = prior.edges.device
+    prior.cpu().requires_grad_(True)
+    prior.edges.copy_(torch.from_numpy(_quantiles(features)))
+    inputs, wanted = prior.encode(torch.from_numpy(features).float()), torch.from_numpy(labels).float()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        optimizer = torch.optim.AdamW(prior.parameters(), lr=RATE, weight_decay=WEIGHT_DECAY)
+        steps = EPOCHS * -(-len(wanted) // BATCH)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=max(steps, 2))
+        nn.init.constant_(prior.wide.bias, float(torch.logit(wanted.mean())))
+        for _ in range(EPOCHS):
+            for rows in torch.randperm(len(wanted)).split(BATCH):
+                loss = F.binary_cross_entropy_with_logits(prior.logit(inputs[rows], DROPOUT), wanted[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+    prior.requires_grad_(False).to(device)
+
+
+def _quantiles(features: np.ndarray) -> np.ndarray:
+    """float32 [C, BINS + 1]; those of a feature that is never known are 0."""
+    known = np.where(np.isfinite(features).any(0), features, 0.0)
+    return np.nanquantile(known, np.linspace(0, 1, BINS + 1), axis=0).T.astype(np.float32)
