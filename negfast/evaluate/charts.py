@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 420, 250
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 44
+WIDTH, HEIGHT = 360, 230
+LEFT, RIGHT, TOP, BOTTOM = 48, 18, 12, 42
 
 Format = Callable[[float], str]
 
@@ -46,19 +46,18 @@ def line_chart(
     from_zero: bool = False,
     diagonal: bool = False,
 ) -> str:
-    """Lines over one pair of axes, with a legend where there is more than one name."""
+    """Lines over one pair of axes, with a legend where there is more than one name; ``diagonal`` draws y = x."""
     points = [(x, y) for line in lines for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)]
     if not points:
         return '<p class="none">nothing to show</p>'
     bounds = [y for line in lines for part in (line.low, line.high) if part for y in part if math.isfinite(y)]
-    xs, ys = [x for x, _ in points], [y for _, y in points] + bounds + ([0.0] if from_zero else [])
-    if diagonal:
-        xs = ys = [*xs, *ys, 0.0]
+    zero = [0.0] if from_zero else []
+    xs, ys = [x for x, _ in points] + (zero if diagonal else []), [y for _, y in points] + bounds + zero
     x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
     frame = _Frame(x_ticks, y_ticks)
     parts = [frame.grid(x_label, y_label, x_format, y_format)]
     if diagonal:
-        low, high = max(x_ticks[0], y_ticks[0]), min(x_ticks[-1], y_ticks[-1])
+        low, high = max(x_ticks[0], y_ticks[0]), max(min(x_ticks[-1], y_ticks[-1]), max(x_ticks[0], y_ticks[0]))
         ends = f'x1="{frame.x(low)}" y1="{frame.y(low)}" x2="{frame.x(high)}" y2="{frame.y(high)}"'
         parts.append(f'<line class="diagonal" {ends}/>')
     for line in lines:

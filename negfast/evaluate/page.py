@@ -133,7 +133,7 @@ def _cell(row: Mapping[str, Any], metric: str, best: float | None) -> str:
     if not _known(row, metric):
         return ""
     value = row[metric]
-    text = percent(value["mean"]) if metric == "filter_reduction" else f"{value['mean']:.3f}"
+    text = f"{value['mean']:.1%}" if metric == "filter_reduction" else f"{value['mean']:.3f}"
     text = f"<b>{text}</b>" if value["mean"] == best else text
     if value["low"] is None:
         return text
