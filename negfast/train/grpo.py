@@ -29,6 +29,7 @@ from negfast.model.prompts import PromptBatch
 from negfast.sid.prior import NEXT_DISLIKE
 from negfast.sid.tokens import CodeVocabulary
 from negfast.spans import span
+from negfast.train import distributed
 from negfast.train.engine import Engine, epoch_rows, task_rng
 from negfast.train.reward import COLLABORATIVE, HIT, LIKED, build_reward_table
 from negfast.train.rollout import Rollout, replay_hidden, replay_logits, rollout
@@ -164,6 +165,12 @@ def check_combinations(config: Config) -> None:
     if config.train.checkpoint_every % settings.epochs:
         found = config.train.checkpoint_every
         raise InputError(f"train.checkpoint_every: found {found}, expected a multiple of grpo.epochs={settings.epochs}")
+    shares = config.train.accumulate * distributed.planned_size()
+    if settings.loss == "dapo" and shares > 1:
+        raise InputError(
+            f"grpo.loss: found dapo with {shares} shares of a batch (ranks x train.accumulate), expected grpo or dr_grpo: "
+            "a share does not know how many tokens the others count"
+        )
     if settings.objective == "full":
         if settings.beta and settings.kl != "k3":
             raise InputError(f"grpo.objective=full: found grpo.kl={settings.kl}, expected k3")

@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from negfast.config import load_config
 from negfast.errors import InputError
 from negfast.run_folder import RunFolder
 from negfast.train import distributed
+from negfast.train.grpo import check_combinations
 from negfast.train.step import Share
 from tests.tiny import run_cli, train_arguments
 from tests.train.rank_gradients import stage_gradients
@@ -103,6 +105,13 @@ def test_a_batch_smaller_than_its_shares_is_refused():
     assert [list(range(7))[part] for part in parts] == [[0, 1], [2, 3], [4, 5, 6]]
     with pytest.raises(InputError, match="found a batch of 2 rows for 3 shares"):
         Share(0, 3).of(2)
+
+
+def test_a_loss_over_all_counted_tokens_is_refused_in_shares():
+    config = load_config(None, "smoke", ["grpo.loss=dapo", "train.accumulate=2"])
+    with pytest.raises(InputError, match="found dapo with 2 shares"):
+        check_combinations(config)
+    check_combinations(load_config(None, "smoke", ["grpo.loss=dapo"]))
 
 
 def test_gradients_fill_buckets_of_one_type_in_order():
