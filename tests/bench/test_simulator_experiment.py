@@ -1,0 +1,63 @@
+"""What the simulator experiments measure, in worlds where the answer is known."""
+
+import numpy as np
+import pytest
+
+from bench.experiments.simulator import filter_effects, later_dislikes, simulated_targets, told_to_true
+from negfast.data.log import DISLIKE
+from negfast.data.simulate import FIRST_DAY, SimulationSettings, simulate
+
+SIZES = {"users": 700, "items": 300, "days": 50, "impressions": 3.0, "topics": 10}
+INDIFFERENT = {"personal": 0.0, "suppression": 0.0, "popularity": 0.0, "freshness": 1e9, "false_dislike": 0.0}
+
+
+def test_later_dislikes_are_in_order_and_unseen() -> None:
+    log = simulate(SimulationSettings(**SIZES)).log
+    found_any = False
+    for user in range(0, 200, 7):
+        mine = slice(log.user_offsets[user], log.user_offsets[user + 1])
+        columns = (log.item[mine].tolist(), log.feedback[mine].tolist(), log.day[mine].tolist())
+        own = list(zip(*columns, strict=True))
+        for day in (FIRST_DAY + 5, FIRST_DAY + 25):
+            seen = {item for item, _, when in own if when <= day}
+            expected = [i for i, f, when in own if when > day and f == DISLIKE and i not in seen]
+            assert later_dislikes(log, user, day).tolist() == expected
+            found_any |= len(expected) > 1
+    assert found_any
+
+
+def test_told_to_true_undoes_the_reporting() -> None:
+    settings = SimulationSettings()
+    p = np.linspace(0.01, 0.99, 50)
+    told_dislikes = p * settings.report_dislike + (1 - p) * settings.false_dislike
+    told = told_dislikes / (told_dislikes + (1 - p) * settings.report_like)
+    np.testing.assert_allclose(told_to_true(told, settings), p)
+
+
+def test_targets_are_the_truth_where_nobody_chooses_what_is_shown() -> None:
+    """An indifferent recommender shows dislikes in proportion to their true probability; the usual one does not."""
+    found = {
+        name: simulated_targets(simulate(SimulationSettings(**SIZES, **changes)), sample=600)
+        for name, changes in (("indifferent", INDIFFERENT), ("usual", {}))
+    }
+    gap = {name: rows["window-random_true/true_rank"] for name, rows in found.items()}
+    assert abs(gap["indifferent"]["mean"]) < 0.03
+    assert gap["usual"]["high"] < -0.05
+    for (
+        rows
+    ) in found.values():  # the window covers more than the next item because it is larger, and for no other reason
+        assert rows["window-next/covers_true_interests"]["low"] > 0.03
+        assert abs(rows["window-random_later/covers_true_interests"]["mean"]) < 0.03
+
+
+def test_propensities_find_the_true_effect_of_a_filter() -> None:
+    settings = SimulationSettings(**SIZES, dislike_rate=0.3)
+    result = filter_effects(simulate(settings), user_days=1_000)
+    reduction, truth = result["reduction"], result["reduction"]["truth, slots filled"]["mean"]
+    assert truth > 0.03
+    assert result["share_withheld"] == pytest.approx(0.1, abs=0.06)
+    for name in ("IPS, slots filled", "doubly robust, slots filled"):
+        assert reduction[name]["low"] < truth < reduction[name]["high"]
+        assert abs(reduction[name]["mean"] - truth) < 0.05
+    widths = {name: interval["high"] - interval["low"] for name, interval in reduction.items()}
+    assert widths["truth, slots filled"] < widths["IPS, slots filled"]
