@@ -243,14 +243,14 @@ def test_a_log_without_values_and_attributes(random_log: MakeLog) -> None:
     valid, test = baseline_predictions(log, bare, evalsets, VALID)
     assert list(test) == [
         *("popularity", "recent-7d", "recent-14d", "decay-4d", "recent-all-14d", "knn-dislikes", "knn-all"),
-        *("item-rate", "user-rate", "logistic", "boosted"),
+        *("item-rate", "user-rate", "logistic", "boosted", "boosted-plus"),
     ]
-    for name in ("item-rate", "user-rate", "logistic", "boosted"):
+    for name in ("item-rate", "user-rate", "logistic", "boosted", "boosted-plus"):
         score = valid[name].filter_score
         assert score is not None and ((score > 0) & (score < 1)).all()
         assert valid[name].filter_threshold is None
         assert test[name].filter_threshold == threshold_for_share(score)
-    assert len(evaluate_rows(evalsets[1], test, resamples=10)) == 11
+    assert len(evaluate_rows(evalsets[1], test, resamples=10)) == 12
 
 
 def test_a_log_without_likes_leaves_the_fitted_baselines_out(random_log: MakeLog, random_items: MakeItems) -> None:

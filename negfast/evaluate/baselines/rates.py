@@ -1,6 +1,7 @@
 """Baselines that score a user-item pair: smoothed rates, a logistic and a boosted model on histories."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from sklearn.ensemble import HistGradientBoostingClassifier
@@ -18,18 +19,32 @@ from negfast.evaluate.sets import EvalSet
 
 WARM_UP = 40  # days at the start of the log that are not fitted on, as histories are still short
 
+# The design's boosted ranker. With all features, settings were tried on MovieTweetings' valid split: trees of 7 to 31
+# leaves, 200 to 400 of them, larger leaves, fewer features a split. All AUCs lay within .7955 and .7982.
+BOOSTED: dict[str, Any] = {
+    "learning_rate": 0.05,
+    "max_iter": 200,
+    "max_leaf_nodes": 15,
+    "min_samples_leaf": 50,
+    "l2_regularization": 1.0,
+}
+BOOSTED_PLUS = BOOSTED | {"max_iter": 300, "max_leaf_nodes": 7, "min_samples_leaf": 200, "max_features": 0.3}
+
 _SMALL = 500_000  # rows
 
 Scorer = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # users, items, days -> probability
+Features = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # users, items, days -> columns [Q, C]
 
 
 def rate_predictions(
     log: EventLog, items: ItemTable, evalsets: Sequence[EvalSet], fit_until: int
 ) -> list[dict[str, Predictions]]:
-    """``item-rate``, ``user-rate``, ``logistic`` and ``boosted``: filter scores and, save for user-rate, pools.
+    """``item-rate``, ``user-rate``, ``logistic``, ``boosted``, ``boosted-plus``: filter scores and, save for user-rate,
+    pools.
 
-    Rates are smoothed with 5 pseudo-events at the dislike rate before ``fit_until``. The fitted two are left out
-    when the events to fit on hold one class only.
+    Rates are smoothed with 5 pseudo-events at the dislike rate before ``fit_until``. ``boosted`` has the features of
+    the design, ``boosted-plus`` all that the model's verdict sees. The fitted ones are left out when the events to fit
+    on hold one class only.
     """
     scorers = fit_scorers(log, items, fit_until)
     return [
@@ -71,25 +86,25 @@ def fit_scorers(log: EventLog, items: ItemTable, fit_until: int) -> dict[str, Sc
     asked = (log.user[events], log.item[events], days[events])
     logistic = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     logistic.fit(features.simple(*asked), dislike)
-    boosted = HistGradientBoostingClassifier(
-        learning_rate=0.05,
-        max_iter=200,
-        max_leaf_nodes=15,
-        min_samples_leaf=50,
-        l2_regularization=1.0,
-        early_stopping=False,
-        random_state=0,
-    )
-    with _threads(len(events)):
-        boosted.fit(features.full(*asked), dislike)
-
-    def boosted_score(user: np.ndarray, item: np.ndarray, day: np.ndarray) -> np.ndarray:
-        with _threads(len(user)):
-            return boosted.predict_proba(features.full(user, item, day))[:, 1]
-
     scorers["logistic"] = lambda *pair: logistic.predict_proba(features.simple(*pair))[:, 1]
-    scorers["boosted"] = boosted_score
+    scorers["boosted"] = _boosted(BOOSTED, features.full, asked, dislike)
+    scorers["boosted-plus"] = _boosted(BOOSTED_PLUS, features.rich, asked, dislike)
     return scorers
+
+
+def _boosted(
+    settings: dict[str, Any], columns: Features, asked: tuple[np.ndarray, np.ndarray, np.ndarray], dislike: np.ndarray
+) -> Scorer:
+    """Boosted trees on the feature columns of the (user, item, day) asked."""
+    model = HistGradientBoostingClassifier(**settings, early_stopping=False, random_state=0)
+    with _threads(len(dislike)):
+        model.fit(columns(*asked), dislike)
+
+    def score(user: np.ndarray, item: np.ndarray, day: np.ndarray) -> np.ndarray:
+        with _threads(len(user)):
+            return model.predict_proba(columns(user, item, day))[:, 1]
+
+    return score
 
 
 def _threads(rows: int) -> threadpool_limits:
