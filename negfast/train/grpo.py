@@ -168,8 +168,8 @@ def check_combinations(config: Config) -> None:
     shares = config.train.accumulate * distributed.planned_size()
     if settings.loss == "dapo" and shares > 1:
         raise InputError(
-            f"grpo.loss: found dapo with {shares} shares of a batch (ranks x train.accumulate), expected grpo or dr_grpo: "
-            "a share does not know how many tokens the others count"
+            f"grpo.loss: found dapo with {shares} shares of a batch (ranks x train.accumulate), expected dr_grpo or "
+            "grpo: a share does not know how many tokens the others count"
         )
     if settings.objective == "full":
         if settings.beta and settings.kl != "k3":
