@@ -77,13 +77,16 @@ def main(
 ) -> None:
     """Trains and measures the ablations and keeps their rows in the result file."""
     seeded = f"train.seed={seed}"
+    names = [name for name in only or ABLATIONS if data is None or not other_data(name)]
+    if data is not None and len(names) < len(only):
+        raise click.UsageError(f"--only {', '.join(set(only) - set(names))}: needs the embedded data set, found --data")
     default = trained(runs / f"{DEFAULT}-{seed}", config, preset, data, (seeded,))
     engine = default.finished_engine(None)
     valid = evaluation_set(engine.log, engine.split, "valid")
     similarity = similarity_of(engine)
     reference = measured(default, valid, engine.config)
     results: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
-    for name in (DEFAULT, *(only or ABLATIONS)):
+    for name in (DEFAULT, *names):
         run = default
         if name != DEFAULT:
             overrides = ABLATIONS[name]
@@ -91,8 +94,8 @@ def main(
             settings = load_config(config, preset, (seeded, *overrides))
             if all(key.startswith(GRPO_ONLY) for key in overrides):
                 branch(default, folder, settings)
-            own_data = any(key.startswith("sid.") for key in overrides)  # other semantic IDs, another data set
-            run = trained(folder, config, preset, data if own_data else default.data, (seeded, *overrides))
+            source = None if other_data(name) else default.data
+            run = trained(folder, config, preset, source, (seeded, *overrides))
         results[f"{name}-{seed}"] = {
             "name": name,
             "seed": seed,
@@ -102,6 +105,11 @@ def main(
         print_row(results[f"{name}-{seed}"])
         with atomic_file(out) as temporary:
             temporary.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+
+
+def other_data(name: str) -> bool:
+    """Whether an ablation has other semantic IDs, so a data set of its own."""
+    return any(key.startswith("sid.") for key in ABLATIONS[name])
 
 
 def branch(default: RunFolder, folder: Path, settings: Config) -> None:
