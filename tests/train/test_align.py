@@ -141,20 +141,17 @@ def test_pair_hits_are_those_of_an_exhaustive_ranking(make_engine):
 
 def test_tasks_are_learned_and_speak_of_items_never_trained_on(make_engine):
     """Titles begin with a word that names the genre, and semantic IDs group them by it."""
-    engine = make_engine("align.pairs=0", "align.verdicts=0")
+    engine = make_engine("align.pairs=0", "align.verdicts=0", "align.titles=16")
     stage = AlignStage(engine)
     before = stage.outcome()
-    optimizer = torch.optim.AdamW(engine.policy.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(engine.policy.parameters(), lr=5e-3)
     for step in range(60):
         result = stage.step(step)
         result.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     after = stage.outcome()
-    assert (
-        after.keys() == before.keys()
-        and {"title_sid_level1", "title_sid_item", "pair_hit@20", "verdict_auc"} <= after.keys()
-    )
+    assert after.keys() == before.keys()
     assert after["sid_attributes_genre_exact"] > 0.6 > 0.3 > before["sid_attributes_genre_exact"]
     assert after["sid_title_token"] > before["sid_title_token"] + 0.3
     assert after["title_sid_level1"] > before["title_sid_level1"] + 0.15
