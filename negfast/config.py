@@ -128,6 +128,8 @@ class Sft(Stage):
     verdict_weight: float = setting(1.0, low=0.0)
     negative_view: float = setting(0.2, low=0.0, high=1.0, help="share of prompts that show no likes")
     positive_view: float = setting(0.05, low=0.0, high=1.0, help="share of prompts that show no dislikes")
+    context_dropout: float = setting(0.0, low=0.0, high=1.0, help="chance of a history item to be left out of a prompt")
+    varied_horizon: bool = setting(False, help="cut each request's futures at a random horizon, at most the data's")
 
 
 @dataclass(frozen=True)

@@ -66,10 +66,13 @@ class PromptBuilder:
         answers_per_prompt: np.ndarray | int,
         tail: str | None = None,
         trending: bool = True,
+        dropout: tuple[float, np.ndarray] | None = None,
     ) -> PromptBatch:
         """Prompts of ``users`` int [B] at the end of ``days`` int [B], each seen through its view.
 
-        ``tail`` names the marker that ends every prompt; ``trending`` says whether the trending segment is shown.
+        ``tail`` names the marker that ends every prompt; ``trending`` says whether the trending segment is shown;
+        ``dropout`` is the probability with which a history item is left out, and a seed int [B] of each prompt.
+        Pruning and prior know the whole history all the same.
         """
         size = len(users)
         rows = np.asarray(days, dtype=np.int64) - self.prior.first_day
@@ -92,13 +95,37 @@ class PromptBuilder:
             tail=np.full(size, -1 if tail is None else self.vocabulary.marker(tail), dtype=np.int32),
             threads=self.threads,
         )
-        tokens = torch.from_numpy(packed.tokens).to(self.device, non_blocking=True).long()
-        layout = GroupLayout.build(packed.cu_seqlens, answers_per_prompt, self.device)
+        shown_tokens, cu_seqlens = packed.tokens, packed.cu_seqlens
+        if dropout is not None:
+            shown_tokens, cu_seqlens = drop_history(shown_tokens, cu_seqlens, self.vocabulary, *dropout)
+        tokens = torch.from_numpy(shown_tokens).to(self.device, non_blocking=True).long()
+        layout = GroupLayout.build(cu_seqlens, answers_per_prompt, self.device)
 
         def make_prior() -> RequestPrior:
             return self.prior.for_requests(days, SeenNodes.from_packed(packed, self.trie, self.device))
 
         return PromptBatch(tokens, layout, make_prior)
+
+
+def drop_history(
+    tokens: np.ndarray, cu_seqlens: np.ndarray, vocabulary: CodeVocabulary, share: float, seeds: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Packed prompts (tokens int32 [T], offsets [B + 1]) without a random ``share`` of their liked and disliked items.
+
+    Each of the B prompts draws by its own seed, so that what it loses depends on no other. Markers and the trending
+    segment stay.
+    """
+    first = vocabulary.code_base(1)
+    starts = np.flatnonzero((tokens >= first) & (tokens < first + vocabulary.codebook))
+    markers = np.flatnonzero(tokens < first)
+    segment = tokens[markers[np.searchsorted(markers, starts) - 1]]  # the marker that an item follows
+    history = starts[segment != vocabulary.marker("trending")]
+    counts = np.diff(np.searchsorted(history, cu_seqlens))
+    draws = [np.random.default_rng(int(seed)).random(int(n)) for seed, n in zip(seeds, counts, strict=True)]
+    dropped = history[np.concatenate(draws) < share]
+    keep = np.ones(len(tokens), dtype=bool)
+    keep[dropped[:, None] + np.arange(vocabulary.levels)] = False
+    return tokens[keep], np.concatenate([[0], np.cumsum(keep)])[cu_seqlens]
 
 
 def trending_items(dislike_mass: np.ndarray, top: int) -> np.ndarray:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from negfast import spans
 from negfast.config import Sft
-from negfast.data.split import Requests, only_next
+from negfast.data.split import Requests, cut_futures, days_ahead, only_next
 from negfast.model.prompts import MIXED, NEGATIVE_ONLY, POSITIVE_ONLY
 from negfast.sid.prior import NEXT_DISLIKE, NEXT_LIKE
 from negfast.train.answers import answer_log_probs
@@ -27,6 +27,7 @@ class NextItems:
         has_future = (np.diff(requests.dislike_offsets) > 0) | (np.diff(requests.like_offsets) > 0)
         self.engine, self.settings = engine, settings
         self.requests = requests.take(has_future)
+        self.ahead = days_ahead(engine.log, self.requests) if settings.varied_horizon else None
 
     def loss(self, step: int, share: Share = WHOLE) -> tuple[Tensor, dict[str, Mean], int]:
         """(the share's part of the loss, metrics, tokens). An item of F weighs 1/|F drawn|, of P like_weight/|P drawn|;
@@ -36,14 +37,24 @@ class NextItems:
         rows = epoch_rows(seed, "next-items", step, size, settings.requests)
         rng = task_rng(seed, "targets", step)
         requests = self.requests.take(rows)
+        if self.ahead is not None:
+            horizons = rng.integers(1, engine.split.horizon + 1, len(rows))
+            requests = cut_futures(requests, self.ahead.take(rows), horizons)
         request, item, branch, weight = draw_targets(requests, settings.targets, settings.like_weight, rng)
         views = draw_views(len(rows), settings.negative_view, settings.positive_view, rng)
+        drop = (settings.context_dropout, rng.integers(2**32, size=len(rows))) if settings.context_dropout else None
 
         mine = share.of(len(rows))
         drawn = (request >= mine.start) & (request < mine.stop)
         request, item, branch, weight = (column[drawn] for column in (request - mine.start, item, branch, weight))
         counts = np.bincount(request, minlength=mine.stop - mine.start)
-        batch = engine.prompts.build(requests.user[mine], requests.day[mine], views[mine], counts)
+        batch = engine.prompts.build(
+            requests.user[mine],
+            requests.day[mine],
+            views[mine],
+            counts,
+            dropout=None if drop is None else (drop[0], drop[1][mine]),
+        )
         names = {NEXT_DISLIKE: "next-dislike", NEXT_LIKE: "next-like"}
         marker_ids = np.array([engine.policy.vocabulary.marker(names[b]) for b in (NEXT_DISLIKE, NEXT_LIKE)])
 

@@ -1,0 +1,55 @@
+"""Settings of SFT's context: varied horizons and dropped history, the same whatever the shares."""
+
+import numpy as np
+import pytest
+import torch
+
+from negfast.config import load_config
+from negfast.data.dataset import Dataset
+from negfast.data.log import DISLIKE, LIKE
+from negfast.data.split import cut_futures, days_ahead
+from negfast.run_folder import RunFolder
+from negfast.train.engine import build_engine
+from negfast.train.sft import NextItems
+from negfast.train.step import Share
+
+
+def test_futures_cut_at_a_horizon_against_a_search_of_the_log(tiny_data):
+    data = Dataset.open(tiny_data)
+    log, requests = data.log, data.split().train
+    ahead = days_ahead(log, requests)
+    horizons = np.random.default_rng().integers(1, data.horizon + 1, len(requests))
+    cut = cut_futures(requests, ahead, horizons)
+    assert ahead.dislikes.min() >= 1 and ahead.likes.max() <= data.horizon
+    for row in range(0, len(requests), 7):
+        user, day = requests.user[row], requests.day[row]
+        near = (log.user == user) & (log.day > day) & (log.day <= day + horizons[row])
+        for offsets, items, whole_offsets, whole, kind in (
+            (cut.dislike_offsets, cut.dislikes, requests.dislike_offsets, requests.dislikes, DISLIKE),
+            (cut.like_offsets, cut.likes, requests.like_offsets, requests.likes, LIKE),
+        ):
+            future = set(whole[whole_offsets[row] : whole_offsets[row + 1]].tolist())
+            expected = future & set(log.item[near & (log.feedback == kind)].tolist())
+            assert items[offsets[row] : offsets[row + 1]].tolist() == sorted(expected)
+    assert 0 < len(cut.dislikes) < len(requests.dislikes)
+
+
+@pytest.mark.parametrize("setting", ["sft.context_dropout=0.5", "sft.varied_horizon=true"])
+def test_a_context_setting_changes_the_loss_and_shares_add_up(tiny_run, setting):
+    run = RunFolder(tiny_run)
+    dataset = Dataset.open(run.data)
+    losses, tokens = {}, {}
+    for name, overrides in (("off", []), ("on", [setting])):
+        config = load_config(tiny_run / "config.toml", None, overrides)
+        policy, tokenizer = run.load_policy(dataset)
+        engine = build_engine(config, dataset, policy, tokenizer, torch.device("cpu"))
+        torch.manual_seed(0)
+        for weight in policy.parameters():
+            torch.nn.init.normal_(weight, std=0.1)
+        task = NextItems(engine, config.sft)
+        whole, _, tokens[name] = task.loss(1)
+        parts = [task.loss(1, Share(index, 3)) for index in range(3)]
+        torch.testing.assert_close(sum(part[0] for part in parts), whole, rtol=1e-4, atol=1e-5)
+        assert sum(part[2] for part in parts) == tokens[name]
+        losses[name] = whole.item()
+    assert losses["on"] != losses["off"] and tokens["on"] < tokens["off"]
