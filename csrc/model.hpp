@@ -20,6 +20,10 @@ struct NumberCode {
   uint64_t bits = 0;  // what the counted numbers cost, extra bits included
 };
 
+// A number as it is written: its bits, lowest first, and in the highest byte how many there are, at most 43.
+using Encoded = uint64_t;
+inline constexpr unsigned kLengthShift = 56;
+
 // What encoding needs of a NumberCode, small enough for registers: stores to a byte stream may alias
 // anything that is reached through a pointer.
 struct Encoder {
@@ -29,16 +33,16 @@ struct Encoder {
   explicit Encoder(const NumberCode& code) : codes(code.codes.data()), head_bits(code.head_bits) {}
 
   template <unsigned kTags>
-  void put(BitWriter& writer, uint64_t value, unsigned tag) const {
+  Encoded encode(uint64_t value, unsigned tag) const {
     const Symbol symbol = to_symbol(value, head_bits);
     const Code code = codes[symbol.index * kTags + tag];
-    writer.put(code.bits | symbol.extra << code.length, code.length + symbol.extra_bits);
+    return code.bits | symbol.extra << code.length | uint64_t{code.length + symbol.extra_bits} << kLengthShift;
   }
 };
 
 struct ShardModel {
   std::vector<uint32_t> item_of_rank;  // items with events, most frequent first, ties by index
-  std::vector<uint32_t> rank_of_item;
+  std::vector<Encoded> item_codes;     // feedback * items + item
   int64_t time_base = 0;  // units
   int64_t time_last = 0;
   uint32_t time_unit = 1;

@@ -3,7 +3,6 @@
 // for, and m = bit_length(v) - h extra bits.
 #pragma once
 
-#include <algorithm>
 #include <bit>
 #include <cstdint>
 
@@ -15,9 +14,10 @@ struct Symbol {
   uint64_t extra;
 };
 
-// Without branches: which values are small is what no branch predictor can know.
+// Without branches: which values are small is what no branch predictor can know. (A maximum of two widths
+// becomes a branch.)
 inline Symbol to_symbol(uint64_t value, unsigned head_bits) {
-  const unsigned extra_bits = std::max<unsigned>(std::bit_width(value), head_bits) - head_bits;
+  const unsigned extra_bits = std::bit_width(value | uint64_t{1} << (head_bits - 1)) - head_bits;
   const auto index = static_cast<uint32_t>((uint64_t{extra_bits} << (head_bits - 1)) + (value >> extra_bits));
   return {index, extra_bits, value & ((uint64_t{1} << extra_bits) - 1)};
 }

@@ -2,6 +2,7 @@
 
 #include <condition_variable>
 #include <cstring>
+#include <memory>
 #include <mutex>
 #include <vector>
 
@@ -16,48 +17,79 @@ namespace negfast {
 namespace {
 
 struct EncodedStripe {
-  std::vector<uint8_t> items, times;
+  std::unique_ptr<uint8_t[]> items, times;  // never filled with zeros: most of the room is never touched
+  size_t room = 0;
   std::vector<WideIndex> blocks;  // offsets of the rows within every block
   size_t item_bytes = 0, time_bytes = 0;
 };
 
-uint8_t* encode_items(const ShardModel& model, const Histories& h, uint64_t row, uint8_t* out) {
+inline void put(BitWriter& writer, Encoded code) {
+  writer.put(low_bits(code, kLengthShift), code >> kLengthShift);
+}
+
+// Two at once where they fit, which is nearly always: a put waits for the one before it.
+inline void put(BitWriter& writer, Encoded a, Encoded b) {
+  const unsigned length_a = a >> kLengthShift, length = length_a + (b >> kLengthShift);
+  if (length <= kLengthShift) [[likely]]
+    return writer.put(low_bits(a, kLengthShift) | low_bits(b, kLengthShift) << length_a, length);
+  put(writer, a);
+  put(writer, b);
+}
+
+// The codes that next() gives, n of them.
+template <class Next>
+inline void put_all(BitWriter& writer, int64_t n, Next&& next) {
+  for (; n >= 2; n -= 2) {
+    const Encoded a = next(), b = next();
+    put(writer, a, b);
+  }
+  if (n > 0) put(writer, next());
+}
+
+uint8_t* encode_items(const ShardModel& model, uint64_t items, const Histories& h, uint64_t row, uint8_t* out) {
   BitWriter writer(out);
-  const Encoder code(model.item);
-  const uint32_t* rank_of_item = model.rank_of_item.data();
-  const int32_t* item = h.item;
-  const uint8_t* feedback = h.feedback;
-  const int64_t end = h.offsets[row + 1];
-  for (int64_t i = h.offsets[row]; i < end; ++i) code.put<kFeedbacks>(writer, rank_of_item[item[i]], feedback[i]);
+  const Encoded* codes = model.item_codes.data();
+  const int32_t* item = h.item + h.offsets[row];
+  const uint8_t* feedback = h.feedback + h.offsets[row];
+  put_all(writer, h.offsets[row + 1] - h.offsets[row], [&] { return codes[*feedback++ * items + *item++]; });
   return writer.flush();
 }
 
 uint8_t* encode_times(const ShardModel& model, const Histories& h, uint64_t row, uint8_t* out) {
   BitWriter writer(out);
   const Encoder delta(model.delta), run(model.run);
-  const int64_t* time = h.time;
   const uint32_t unit = model.time_unit;
-  const bool runs = model.time_runs;
-  const int64_t end = h.offsets[row + 1];
+  const int64_t *time = h.time + h.offsets[row], *end = h.time + h.offsets[row + 1];
   int64_t previous = model.time_base;
-  for (int64_t i = h.offsets[row]; i < end;) {
-    const int64_t now = to_units(time[i], unit), start = i++;
-    delta.put<1>(writer, static_cast<uint64_t>(now - previous), 0);
+  auto next_delta = [&] {
+    const int64_t now = to_units(*time++, unit), before = previous;
     previous = now;
-    if (!runs) continue;
-    const int64_t next = (now + 1) * static_cast<int64_t>(unit);  // first second of the next unit
-    while (i < end && time[i] < next) ++i;
-    run.put<1>(writer, static_cast<uint64_t>(i - start - 1), 0);
+    return delta.encode<1>(static_cast<uint64_t>(now - before), 0);
+  };
+  if (!model.time_runs) {
+    put_all(writer, end - time, next_delta);
+    return writer.flush();
+  }
+  while (time < end) {
+    const int64_t* start = time;
+    const Encoded a = next_delta();
+    const int64_t next = (previous + 1) * static_cast<int64_t>(unit);  // first second of the next unit
+    while (time < end && *time < next) ++time;
+    put(writer, a, run.encode<1>(static_cast<uint64_t>(time - start - 1), 0));
   }
   return writer.flush();
 }
 
-void encode_stripe(const ShardModel& model, const Histories& h, EncodedStripe& out) {
+void encode_stripe(const ShardModel& model, uint64_t items, const Histories& h, EncodedStripe& out) {
   // No event takes more than 11 bytes of either stream: 42 bits a delta, 42 a run length.
   const size_t room = 11 * static_cast<size_t>(h.offsets.back() - h.offsets.front()) + 16;
-  if (out.items.size() < room) out.items.resize(room), out.times.resize(room);
+  if (out.room < room) {
+    out.items = std::make_unique_for_overwrite<uint8_t[]>(room);
+    out.times = std::make_unique_for_overwrite<uint8_t[]>(room);
+    out.room = room;
+  }
   out.blocks.assign((h.rows() + kBlockUsers - 1) / kBlockUsers, WideIndex{});
-  uint8_t *item = out.items.data(), *time = out.times.data();
+  uint8_t *item = out.items.get(), *time = out.times.get();
   for (size_t b = 0; b < out.blocks.size(); ++b) {
     WideIndex& block = out.blocks[b];
     const uint8_t *item_start = item, *time_start = time;
@@ -66,7 +98,7 @@ void encode_stripe(const ShardModel& model, const Histories& h, EncodedStripe& o
       uint64_t events = 0;
       if (row < h.rows()) {
         events = static_cast<uint64_t>(h.offsets[row + 1] - h.offsets[row]);
-        item = encode_items(model, h, row, item);
+        item = encode_items(model, items, h, row, item);
         time = encode_times(model, h, row, time);
       }
       block.event[k + 1] = block.event[k] + events;
@@ -74,8 +106,8 @@ void encode_stripe(const ShardModel& model, const Histories& h, EncodedStripe& o
       block.time[k + 1] = static_cast<uint64_t>(time - time_start);
     }
   }
-  out.item_bytes = static_cast<size_t>(item - out.items.data());
-  out.time_bytes = static_cast<size_t>(time - out.times.data());
+  out.item_bytes = static_cast<size_t>(item - out.items.get());
+  out.time_bytes = static_cast<size_t>(time - out.times.get());
 }
 
 BlockIndex narrow(const WideIndex& block, std::vector<WideIndex>& wide) {
@@ -183,10 +215,10 @@ void write_shard(const std::string& path, const EventSource& source, const Write
       const uint64_t first = s * kStripeUsers;
       const uint64_t rows = std::min<uint64_t>(kStripeUsers, source.rows() - first);
       EncodedStripe& stripe = encoded[worker];
-      encode_stripe(model, source.read(first, rows, buffers[worker]), stripe);
+      encode_stripe(model, options.items, source.read(first, rows, buffers[worker]), stripe);
       std::vector<BlockIndex> blocks;
       std::vector<uint32_t> crcs;
-      const uint8_t *item = stripe.items.data(), *time = stripe.times.data();
+      const uint8_t *item = stripe.items.get(), *time = stripe.times.get();
       for (const WideIndex& block : stripe.blocks) {
         crcs.push_back(crc32c(item, block.item[kBlockUsers]));
         crcs.push_back(crc32c(time, block.time[kBlockUsers]));
@@ -208,8 +240,8 @@ void write_shard(const std::string& path, const EventSource& source, const Write
           events_before += block.event[kBlockUsers];
           index.push_back(entry);
         }
-        file.append(stripe.items.data(), stripe.item_bytes);
-        file.append(stripe.times.data(), stripe.time_bytes);
+        file.append(stripe.items.get(), stripe.item_bytes);
+        file.append(stripe.times.get(), stripe.time_bytes);
       });
     } catch (...) {
       turnstile.break_open();
