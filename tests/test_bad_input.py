@@ -234,9 +234,14 @@ def test_output_that_is_something_else(folder):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["prepare"], "Missing argument 'EVENTS'"),
+        (["prepare"], "Missing argument 'FILES...'"),
         (["prepare", "log.csv", "--out", "x"], "Missing option '--dislike'"),
         (["prepare", "log.csv", "--out", "x", "--dislike", "rating=5"], "rule 'rating=5'"),
+        (["prepare", "a.csv", "b.csv", "--out", "x", "--dislike", "rating<=5"], "found 2 files, expected one"),
+        (["prepare", "log.csv", "--out", "x", "--recipe", "netflix"], "expected one of kuairand, yambda"),
+        (["prepare", "a", "--out", "x", "--recipe", "yambda", "--user-column", "u"], "--user-column has no place"),
+        (["prepare", "a", "--out", "x", "--recipe", "movielens", "--dislike", "rating=1"], "rule 'rating=1'"),
+        (["prepare", "a", "--out", "x", "--like", "d", "--recipe", "yambda"], "--recipe has no place beside --like"),
         (["prepare", "log.csv", "--out", "x", "--dislike", "a", "--horizon", "x"], "'x' is not a valid integer"),
         (["prepare", "log.csv", "--out", "x", "--dislike", "a", "--wrong"], "No such option"),
         (["wrong"], "No such command 'wrong'"),

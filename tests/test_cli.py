@@ -14,7 +14,7 @@ from negfast.cli import main
 from negfast.data.dataset import Dataset
 from negfast.errors import InputError, TrainingError
 
-COMMANDS = ["prepare", "inspect", "train", "eval", "predict", "score", "export"]
+COMMANDS = ["prepare", "inspect", "train", "eval", "report", "predict", "score", "user-profiles", "export", "doctor"]
 DAY = 86_400
 
 
@@ -88,7 +88,7 @@ def test_help_has_an_example(command):
     for flag in ("-h", "--help"):
         result = invoke(command, flag)
         assert result.exit_code == 0
-        assert f"negfast {command} " in result.stdout.split("Usage:")[1].split("\n", 1)[1]
+        assert f"  negfast {command}" in result.stdout.split("Usage:")[1].split("\n", 1)[1]
 
 
 def test_help_and_bad_input_do_not_wait_for_torch(tmp_path):
@@ -141,9 +141,15 @@ def fake(monkeypatch, module, function, behaviour):
             },
         ),
         (
-            "eval r --split valid --data d --json",
+            "eval r --split valid --data d --json --all-baselines",
             *("negfast.evaluate.run", "evaluate_run"),
-            {0: Path("r"), "split": "valid", "data": Path("d"), "as_json": True},
+            {0: Path("r"), "split": "valid", "data": Path("d"), "as_json": True, "all_baselines": True},
+        ),
+        ("report r --out p.html", "negfast.evaluate.page", "write_page", {0: Path("r"), 1: Path("p.html")}),
+        (
+            "user-profiles r --attribute genres --at 2013-08-01 --out f",
+            *("negfast.serve.profiles", "profile_users"),
+            {0: Path("r"), 1: "genres", "data": None, "at": "2013-08-01", "out": Path("f")},
         ),
         (
             "predict r --at 2013-08-01 --top 7 --out f",
