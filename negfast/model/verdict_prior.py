@@ -75,6 +75,7 @@ def fit(prior: VerdictPrior, features: np.ndarray, labels: np.ndarray, seed: int
                 loss.backward()
                 optimizer.step()
                 schedule.step()
+        optimizer.zero_grad()  # no norm of later steps is to count these
     prior.requires_grad_(False).to(device)
 
 

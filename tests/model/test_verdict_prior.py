@@ -62,7 +62,7 @@ def test_the_same_seed_fits_the_same_weights_and_leaves_the_generator_alone() ->
     for of_first, of_second in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
         assert torch.equal(of_first, of_second)
     assert not torch.equal(first.wide.weight, other.wide.weight)
-    assert not any(parameter.requires_grad for parameter in first.parameters())
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in first.parameters())
 
 
 def test_features_that_are_never_known_or_constant_do_no_harm() -> None:
