@@ -102,8 +102,8 @@ def trie_grpo(
 @torch.library.custom_op("negfast::trie_grpo", mutates_args=())
 def _op(
     logits: Tensor,
-    first_child: Tensor,
     child_bits: Tensor,
+    word_first: Tensor,
     log_mass: Tensor | None,
     node: Tensor,
     mass_row: Tensor | None,
@@ -124,7 +124,7 @@ def _op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, log_prob, kl, entropy, clipped, dlogits); a custom operator takes no objects, so the settings are JSON."""
     given = json.loads(settings)
-    rows = RowInputs(first_child, child_bits, log_mass, node, mass_row, seen_begin, seen_end, seen_node, seen_log)
+    rows = RowInputs(child_bits, word_first, log_mass, node, mass_row, seen_begin, seen_end, seen_node, seen_log)
     tokens = token_start, token, token_answer
     objective = GRPOObjective(**given["objective"])
     optional = (reference, given["reference_kind"], old_log_prob, answer_weight)

@@ -2,14 +2,17 @@
 
 import triton
 import triton.language as tl
+from negfast.kernels import dispatch
+
+INTERPRETED = tl.constexpr(dispatch.INTERPRETED)
 
 
 @triton.jit
 def load_log_mass(
     row,
     codes,
-    first_child,
     child_bits,
+    word_first,
     log_mass,
     node,
     mass_row,
@@ -25,12 +28,7 @@ def load_log_mass(
     A code is valid if its child exists and the row's seen entries do not prune it. Log mass is 0 without a prior.
     """
     here = tl.load(node + row)
-    inside = codes // 32 < tl.where(here >= 0, words, 0)
-    here = tl.maximum(here, 0).to(tl.int64)
-    word = tl.load(child_bits + here * words + codes // 32, mask=inside, other=0)
-    bit = word >> (codes % 32) & 1
-    valid = bit != 0
-    child = tl.load(first_child + here) - 1 + tl.cumsum(bit, 0)
+    valid, child = load_children(here, child_bits, word_first, words, codes.shape[0])
     prior = tl.zeros(codes.shape, tl.float32)
     if log_mass is not None:
         day = tl.load(mass_row + row).to(tl.int64)
@@ -42,6 +40,33 @@ def load_log_mass(
         prior = tl.load(seen_log + entry, mask=found, other=0.0) + tl.where(found, 0.0, prior)
         valid = valid & (prior > -float("inf"))
     return valid, prior
+
+
+@triton.jit
+def load_children(here, child_bits, word_first, words, BLOCK_K: tl.constexpr):
+    """(exists [BLOCK_K], child id) of every code of a node; none where ``here`` < 0.
+
+    A word of 32 codes is loaded once for all of them, and a child's place within it is a count of the bits below.
+    """
+    word = tl.arange(0, BLOCK_K // 32)
+    inside = word < tl.where(here >= 0, words, 0)
+    at = tl.maximum(here, 0).to(tl.int64) * words + word
+    bits = tl.load(child_bits + at, mask=inside, other=0)[:, None]
+    first = tl.load(word_first + at, mask=inside, other=0)[:, None]
+    place = tl.arange(0, 32)[None, :]
+    child = first + count_bits(bits & ((1 << place) - 1))
+    exists = (bits >> place) & 1
+    return tl.reshape(exists, [BLOCK_K]) != 0, tl.reshape(child, [BLOCK_K])
+
+
+@triton.jit
+def count_bits(x):
+    """Set bits of int32. The compiler knows this idiom and makes it the hardware's instruction."""
+    x = x.to(tl.uint32, bitcast=True)
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24).to(tl.int32)
 
 
 @triton.jit
@@ -71,16 +96,27 @@ def log2_softmax_row(scores, valid):
     """
     scores = tl.where(valid, scores, -1e30)
     top = tl.max(scores, 0)
-    p = tl.exp2(scores - top)
+    p = exp2(scores - top)
     total = tl.sum(p, 0)
     return scores - (top + tl.log2(total)), p * (1 / total)
 
 
 @triton.jit
-def sampled_log_prob(log2_p, sampled):
-    """Natural log-probability of each code in ``sampled``, gathered from a row's log2_p; -inf where not valid."""
-    found = tl.gather(log2_p, sampled, 0)
+def sampled_log_prob(log2_p, codes, sampled):
+    """Natural log-probability of each code in ``sampled`` [T], from a row's log2_p [K]; -inf where not valid."""
+    if sampled.shape[0] == 1:
+        found = tl.zeros_like(sampled) + tl.sum(tl.where(codes == sampled, log2_p, 0.0), 0)
+    else:
+        found = tl.gather(log2_p, sampled, 0)
     return tl.where(found > -1e29, 0.6931471805599453 * found, -float("inf"))
+
+
+@triton.jit
+def exp2(x):
+    """2^x with results below 2^-126 flushed to zero: one instruction, where the compiler's own spends four."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 def row_block(codebook: int) -> dict[str, int]:

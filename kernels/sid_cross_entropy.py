@@ -54,8 +54,8 @@ def eager(logits: Tensor, tables: TrieTables, rows: TrieRows, code: Tensor) -> T
 def _forward(
     logits: Tensor,
     code: Tensor,
-    first_child: Tensor,
     child_bits: Tensor,
+    word_first: Tensor,
     log_mass: Tensor | None,
     node: Tensor,
     mass_row: Tensor | None,
@@ -67,7 +67,7 @@ def _forward(
 ) -> Tensor:
     """nll float32 [R]"""
     nll = logits.new_empty(len(logits), dtype=torch.float32)
-    rows = RowInputs(first_child, child_bits, log_mass, node, mass_row, seen_begin, seen_end, seen_node, seen_log)
+    rows = RowInputs(child_bits, word_first, log_mass, node, mass_row, seen_begin, seen_end, seen_node, seen_log)
     _launch(logits, code, rows, prior_weight, nll, None, None)
     return nll
 
@@ -82,8 +82,8 @@ def _backward(
     grad: Tensor,
     logits: Tensor,
     code: Tensor,
-    first_child: Tensor,
     child_bits: Tensor,
+    word_first: Tensor,
     log_mass: Tensor | None,
     node: Tensor,
     mass_row: Tensor | None,
@@ -95,7 +95,7 @@ def _backward(
 ) -> Tensor:
     """dlogits"""
     dlogits = torch.empty_like(logits)
-    rows = RowInputs(first_child, child_bits, log_mass, node, mass_row, seen_begin, seen_end, seen_node, seen_log)
+    rows = RowInputs(child_bits, word_first, log_mass, node, mass_row, seen_begin, seen_end, seen_node, seen_log)
     _launch(logits, code, rows, prior_weight, None, grad, dlogits)
     return dlogits
 
@@ -140,8 +140,8 @@ def sid_cross_entropy_kernel(
     nll,
     grad,
     dlogits,
-    first_child,
     child_bits,
+    word_first,
     log_mass,
     node,
     mass_row,
@@ -162,13 +162,13 @@ def sid_cross_entropy_kernel(
     first_code = row.to(tl.int64) * codebook
     z = tl.load(logits + first_code + codes, mask=codes < codebook, other=0.0).to(tl.float32)
     valid, prior = load_log_mass(
-        row, codes, first_child, child_bits, log_mass, node, mass_row, seen_begin, seen_end, seen_node, seen_log,
+        row, codes, child_bits, word_first, log_mass, node, mass_row, seen_begin, seen_end, seen_node, seen_log,
         words, nodes,
     )  # fmt: skip
     log_p, p = log2_softmax_row((z + prior * prior_weight) / LN2, valid)
     target = tl.load(code + row)
     if nll is not None:
-        loss = -sampled_log_prob(log_p, tl.full((1,), 0, tl.int32) + target)
+        loss = -sampled_log_prob(log_p, codes, tl.full((1,), 0, tl.int32) + target)
         loss = tl.where(tl.max(valid.to(tl.int32), 0) != 0, loss, 0.0)
         tl.store(nll + row + tl.arange(0, 1), loss)
     if dlogits is not None:

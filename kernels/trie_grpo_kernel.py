@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from negfast.kernels.row_kernels import load_log_mass, log2_softmax_row, sampled_log_prob
+from negfast.kernels.row_kernels import exp2, load_log_mass, log2_softmax_row, sampled_log_prob
 
 
 @triton.jit
@@ -24,8 +24,8 @@ def trie_grpo_kernel(
     rewards,
     answer_weight,
     shares,
-    first_child,
     child_bits,
+    word_first,
     log_mass,
     node,
     mass_row,
@@ -76,7 +76,7 @@ def trie_grpo_kernel(
         return
     z = tl.load(logits + first_code + codes, mask=codes < codebook, other=0.0).to(tl.float32)
     valid, prior = load_log_mass(
-        row, codes, first_child, child_bits, log_mass, node, mass_row, seen_begin, seen_end, seen_node, seen_log,
+        row, codes, child_bits, word_first, log_mass, node, mass_row, seen_begin, seen_end, seen_node, seen_log,
         words, nodes,
     )  # fmt: skip
     scale = inverse_temperature / LN2
@@ -98,6 +98,7 @@ def trie_grpo_kernel(
     group_rewards = rewards + first_answer // GROUP * GROUP
     peers = tl.load(group_rewards + members, mask=members < GROUP, other=0.0)
     mean = tl.sum(peers, 0) / GROUP
+    spread, share, denominator = 1.0, 0.0, 1.0
     if SCALE_REWARDS:
         deviation = tl.where(members < GROUP, peers - mean, 0.0)
         spread = tl.sqrt(tl.sum(deviation * deviation, 0) / max(GROUP - 1, 1))
@@ -112,69 +113,136 @@ def trie_grpo_kernel(
     elif LOSS == "dr_grpo":
         denominator = weights_total * levels
 
+    h = tl.zeros_like(z)
     row_loss = 0.0
     slope_total = 0.0
     kl_weight = 0.0
-    h = tl.zeros_like(z)
-    for first in range(begin, end, BLOCK_T):
-        slot = tl.arange(0, BLOCK_T)
-        live = slot < end - first
-        token = tl.load(tokens + first + slot, mask=live, other=0)
-        on = tl.load(counted + token, mask=live, other=0) != 0
-        answer = tl.load(token_answer + first + slot, mask=live, other=0)
-        sampled = tl.load(code + token, mask=on, other=0)
-        lp = tl.where(on, sampled_log_prob(log_p, sampled), 0.0)
+    if end - begin == 1:  # most rows: no vector of tokens, none of its sums
+        row_loss, kl_weight, slope_total, h = serve_tokens(
+            begin, end, codes, log_p, log_ref, row_entropy, row_kl, members, peers, mean, spread, share,
+            weights_total, denominator, log_prob, kl, entropy, clipped, tokens, token_answer, code, counted,
+            old_log_prob, rewards, answer_weight, clip_low, clip_high, beta, answers, levels, reference is not
+            None, LOSS, EXACT_KL, SCALE_REWARDS, BASELINE, GROUP, BLOCK_T=1,
+        )  # fmt: skip
+    else:
+        for first in range(begin, end, BLOCK_T):
+            part_loss, part_kl_weight, part_slope, part_h = serve_tokens(
+                first, end, codes, log_p, log_ref, row_entropy, row_kl, members, peers, mean, spread, share,
+                weights_total, denominator, log_prob, kl, entropy, clipped, tokens, token_answer, code, counted,
+                old_log_prob, rewards, answer_weight, clip_low, clip_high, beta, answers, levels, reference is
+                not None, LOSS, EXACT_KL, SCALE_REWARDS, BASELINE, GROUP, BLOCK_T=BLOCK_T,
+            )  # fmt: skip
+            row_loss += part_loss
+            slope_total += part_slope
+            kl_weight += part_kl_weight
+            h += part_h
 
-        reward = tl.load(rewards + answer, mask=on, other=0.0)
-        if BASELINE == "set":
-            lead = reward[:, None] - peers[None, :]
-            advantage = tl.sum(tl.where((lead > 0) & (members < GROUP)[None, :], lead * share[None, :], 0.0), 1)
-        elif BASELINE == "others":
-            advantage = reward - (mean * GROUP - reward) / max(GROUP - 1, 1)
-        elif BASELINE == "none":
-            advantage = reward
-        elif SCALE_REWARDS:
-            advantage = (reward - mean) / (spread + 1e-4)
+    # Zero where not valid without being told: p and h are. p is made anew, to hold a vector less through the loop.
+    gradient = h + exp2(log_p) * (kl_weight * (LN2 * (log_p - log_ref) - row_kl) - slope_total)
+    tl.store(dlogits + first_code + codes, gradient * inverse_temperature, mask=codes < codebook)
+    tl.store(loss + row, row_loss)
+
+
+@triton.jit
+def serve_tokens(
+    first,
+    end,
+    codes,
+    log_p,
+    log_ref,
+    row_entropy,
+    row_kl,
+    members,
+    peers,
+    mean,
+    spread,
+    share,
+    weights_total,
+    denominator,
+    log_prob,
+    kl,
+    entropy,
+    clipped,
+    tokens,
+    token_answer,
+    code,
+    counted,
+    old_log_prob,
+    rewards,
+    answer_weight,
+    clip_low,
+    clip_high,
+    beta,
+    answers,
+    levels,
+    HAS_REFERENCE: tl.constexpr,
+    LOSS: tl.constexpr,
+    EXACT_KL: tl.constexpr,
+    SCALE_REWARDS: tl.constexpr,
+    BASELINE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Up to BLOCK_T tokens of a row from entry ``first`` on: stores their terms and returns what they give to the row's
+    loss, to the weight of the exact KL's gradient, their slopes' sum, and h [BLOCK_K], the slopes at their codes."""
+    slot = tl.arange(0, BLOCK_T)
+    live = slot < end - first
+    token = tl.load(tokens + first + slot, mask=live, other=0)
+    on = tl.load(counted + token, mask=live, other=0) != 0
+    answer = tl.load(token_answer + first + slot, mask=live, other=0)
+    sampled = tl.load(code + token, mask=on, other=0)
+    lp = tl.where(on, sampled_log_prob(log_p, codes, sampled), 0.0)
+
+    reward = tl.load(rewards + answer, mask=on, other=0.0)
+    if BASELINE == "set":
+        lead = reward[:, None] - peers[None, :]
+        advantage = tl.sum(tl.where((lead > 0) & (members < GROUP)[None, :], lead * share[None, :], 0.0), 1)
+    elif BASELINE == "others":
+        advantage = reward - (mean * GROUP - reward) / max(GROUP - 1, 1)
+    elif BASELINE == "none":
+        advantage = reward
+    elif SCALE_REWARDS:
+        advantage = (reward - mean) / (spread + 1e-4)
+    else:
+        advantage = reward - mean
+
+    w = tl.where(on, 1.0, 0.0)
+    if answer_weight is not None:
+        w *= tl.load(answer_weight + answer, mask=on, other=0.0)
+    if LOSS == "grpo":
+        w /= tl.maximum(answer_length(counted, answer, on, answers, levels), 1.0) * weights_total
+    else:
+        w /= denominator
+
+    ratio = tl.full((BLOCK_T,), 1.0, tl.float32)
+    if old_log_prob is not None:
+        ratio = tl.exp(lp - tl.load(old_log_prob + token, mask=on, other=0.0))
+    bounded = tl.minimum(tl.maximum(ratio, 1 - clip_low), 1 + clip_high)
+    is_clipped = on & (bounded * advantage < ratio * advantage)
+    slope = tl.where(is_clipped, 0.0, -w * ratio * advantage)
+    token_kl = tl.where(on, row_kl, 0.0)
+    kl_weight = 0.0
+    if HAS_REFERENCE:
+        if EXACT_KL:
+            kl_weight = beta * tl.sum(w, 0)
         else:
-            advantage = reward - mean
-
-        w = tl.where(on, 1.0, 0.0)
-        if answer_weight is not None:
-            w *= tl.load(answer_weight + answer, mask=on, other=0.0)
-        if LOSS == "grpo":
-            w /= tl.maximum(answer_length(counted, answer, on, answers, levels), 1.0) * weights_total
-        else:
-            w /= denominator
-
-        ratio = tl.full((BLOCK_T,), 1.0, tl.float32)
-        if old_log_prob is not None:
-            ratio = tl.exp(lp - tl.load(old_log_prob + token, mask=on, other=0.0))
-        bounded = tl.minimum(tl.maximum(ratio, 1 - clip_low), 1 + clip_high)
-        is_clipped = on & (bounded * advantage < ratio * advantage)
-        slope = tl.where(is_clipped, 0.0, -w * ratio * advantage)
-        token_kl = tl.where(on, row_kl, 0.0)
-        if reference is not None:
-            if EXACT_KL:
-                kl_weight += beta * tl.sum(w, 0)
-            else:
-                d = tl.where(on, sampled_log_prob(log_ref, sampled) - lp, 0.0)
-                token_kl = tl.exp(d) - d - 1
-                slope += w * beta * (1 - tl.exp(d))
-        row_loss += tl.sum(w * (beta * token_kl - tl.minimum(ratio * advantage, bounded * advantage)), 0)
-        slope_total += tl.sum(slope, 0)
+            d = tl.where(on, sampled_log_prob(log_ref, codes, sampled) - lp, 0.0)
+            token_kl = tl.exp(d) - d - 1
+            slope += w * beta * (1 - tl.exp(d))
+    part_loss = tl.sum(w * (beta * token_kl - tl.minimum(ratio * advantage, bounded * advantage)), 0)
+    h = tl.zeros_like(log_p)
+    if BLOCK_T == 1:
+        h += tl.where(codes == sampled, slope, 0.0)
+    else:
         for other in range(0, tl.minimum(end - first, BLOCK_T)):
             its_code = tl.load(code + tl.load(tokens + first + other))
             h += tl.where(codes == its_code, tl.sum(tl.where(slot == other, slope, 0.0), 0), 0.0)
 
-        tl.store(log_prob + token, lp, mask=live)
-        tl.store(kl + token, token_kl, mask=live)
-        tl.store(entropy + token, tl.where(on, row_entropy, 0.0), mask=live)
-        tl.store(clipped + token, is_clipped.to(tl.float32), mask=live)
-
-    # Zero where not valid without being told: p and h are. p is made anew, to hold a vector less through the loop.
-    gradient = h + tl.exp2(log_p) * (kl_weight * (LN2 * (log_p - log_ref) - row_kl) - slope_total)
-    tl.store(dlogits + first_code + codes, gradient * inverse_temperature, mask=codes < codebook)
-    tl.store(loss + row, row_loss)
+    tl.store(log_prob + token, lp, mask=live)
+    tl.store(kl + token, token_kl, mask=live)
+    tl.store(entropy + token, tl.where(on, row_entropy, 0.0), mask=live)
+    tl.store(clipped + token, is_clipped.to(tl.float32), mask=live)
+    return part_loss, kl_weight, tl.sum(slope, 0), h
 
 
 @triton.jit

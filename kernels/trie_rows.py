@@ -7,6 +7,7 @@ level (root 0), so that the rows of all levels fit one launch.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -74,6 +75,15 @@ class TrieTables:
             weight=weight,
             epsilon=epsilon,
         )
+
+    @cached_property
+    def word_first(self) -> Tensor:
+        """int32 of the shape of child_bits: id of the first child in each word of 32 codes."""
+        x = self.child_bits.long() & 0xFFFFFFFF
+        x = x - ((x >> 1) & 0x55555555)
+        x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+        counts = (((x + (x >> 4)) & 0x0F0F0F0F) * 0x01010101 >> 24) & 0xFF
+        return (self.first_child[:-1, None] + counts.cumsum(-1) - counts).int()
 
     def seen_log_mass(self, seen_node: Tensor, seen_count: Tensor, unseen_mass: Tensor | None) -> Tensor:
         """log_mass [M] of nodes after their seen leaves are taken off; -inf where none is left unseen.
@@ -186,8 +196,8 @@ class RowTokens:
 class RowInputs(NamedTuple):
     """What kernels read of tables and rows, in the order of their arguments."""
 
-    first_child: Tensor
     child_bits: Tensor
+    word_first: Tensor
     log_mass: Tensor | None
     node: Tensor
     mass_row: Tensor | None
@@ -210,8 +220,8 @@ def row_inputs(logits: Tensor, tables: TrieTables, rows: TrieRows) -> RowInputs:
     if tables.log_mass is not None and rows.mass_row is None:
         raise ValueError("mass_row: found None, expected a tensor since the tables hold a prior")
     inputs = RowInputs(
-        tables.first_child,
         tables.child_bits,
+        tables.word_first,
         tables.log_mass,
         rows.node,
         rows.mass_row,
@@ -220,15 +230,13 @@ def row_inputs(logits: Tensor, tables: TrieTables, rows: TrieRows) -> RowInputs:
         rows.seen_node,
         rows.seen_log,
     )
-    inner, nodes, row = len(tables.first_child) - 1, len(tables.leaf_count), (count,)
+    nodes, row, entries = len(tables.leaf_count), (count,), tuple(rows.seen_node.shape)
+    bits = (len(tables.first_child) - 1, -(-codebook // 32))
     days = 0 if tables.log_mass is None else len(tables.log_mass)
-    shapes = RowInputs(
-        (inner + 1,), (inner, -(-codebook // 32)), (days, nodes), row, row, row, row, rows.seen_node.shape,
-        rows.seen_node.shape,
-    )  # fmt: skip
+    shapes = RowInputs(bits, bits, (days, nodes), row, row, row, row, entries, entries)
     floats = ("log_mass", "seen_log")
     expected = {
-        name: (tensor, tuple(shape), torch.float32 if name in floats else torch.int32)
+        name: (tensor, shape, torch.float32 if name in floats else torch.int32)
         for name, tensor, shape in zip(RowInputs._fields, inputs, shapes, strict=True)
     }
     check_tensors(expected, logits.device)

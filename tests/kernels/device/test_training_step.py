@@ -5,11 +5,13 @@ there is one, else in Triton's interpreter.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from cases import relative_error
 from negfast.kernels import dispatch, fused_trie_grpo, sid_cross_entropy
 from negfast.kernels.trie_grpo import GRPOObjective
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -23,6 +25,7 @@ from negfast.model.prompts import PromptBatch
 from negfast.sid.prior import NEXT_DISLIKE, DevicePrior
 from negfast.sid.tokens import CodeVocabulary
 from negfast.sid.trie import SeenNodes, build_trie
+from negfast.train import grpo
 from negfast.train.answers import answer_log_probs
 from negfast.train.grpo import freeze, group_loss, reuse_loss
 from tests.sid.reference import random_codes, seen_nodes_reference
@@ -91,7 +94,7 @@ def make_job(seed: int, device: torch.device, prior_weight: float = 0.7) -> Job:
 
 def gradients(job: Job, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     """Of every parameter that the loss reaches."""
-    named = dict(job.policy.named_parameters())
+    named = {name: parameter for name, parameter in job.policy.named_parameters() if parameter.requires_grad}
     found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     return {name: grad for name, grad in zip(named, found, strict=True) if grad is not None}
 
@@ -169,6 +172,23 @@ def test_grpo(name: str, device: torch.device, seed: int, calls: dict[str, int])
         check(found, (again, gradients(job, again)))
 
 
+def test_grpo_that_carries_forced_answers_along(device: torch.device, seed: int, monkeypatch: pytest.MonkeyPatch):
+    """As a rollout on a GPU does, whose shapes are static: the same loss, in which they do not count."""
+    job, objective = make_job(seed, device), GRPOObjective(beta=0.1)
+    ids = torch.arange(PROMPTS, device=device)
+
+    def step() -> torch.Tensor:
+        given = (job.policy, job.reference, job.chooser, job.batch(GROUP), ids)
+        return group_loss(*given, lambda x: (x % 3 / 2).unsqueeze(-1), objective, GROUP, 1, seed).result.loss
+
+    with dispatch.eager():
+        expected = step()
+        expected = expected, gradients(job, expected)
+    monkeypatch.setattr(grpo, "rollout", partial(grpo.rollout, keep_forced=True))
+    found = step()
+    check((found, gradients(job, found)), expected)
+
+
 @pytest.mark.parametrize("with_prior", [True, False], ids=["sft", "align"])
 def test_sft(with_prior: bool, device: torch.device, seed: int, calls: dict[str, int]):
     """Different numbers of answers a prompt, of both branches; align has neither prior nor pruning."""
@@ -196,6 +216,30 @@ def test_sft(with_prior: bool, device: torch.device, seed: int, calls: dict[str,
     assert calls["cross entropy"] == 1 and calls["prompt"] >= 1 and calls["answer"] == 2
     with dispatch.eager():
         check(found, loss())
+
+
+def test_sft_in_bfloat16(device: torch.device, seed: int):
+    """Under autocast: no further from float32 than eager code under autocast is."""
+    job = make_job(seed, device)
+    items = torch.from_numpy(np.random.default_rng(seed).integers(0, ITEMS, 6)).to(device)
+    engine = SimpleNamespace(
+        chooser=job.chooser, policy=job.policy, prompts=SimpleNamespace(item_token_ids=job.item_token_ids)
+    )
+    markers = torch.full_like(items, job.policy.vocabulary.marker("next-dislike"))
+
+    def log_probs(autocast: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = job.batch(2)
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            log_p = answer_log_probs(engine, batch.layout, batch.tokens, markers, items, None, 0)
+        gradient = torch.cat([g.flatten() for g in gradients(job, -log_p.float().sum()).values()])
+        return log_p.detach(), gradient
+
+    found = log_probs(True)
+    with dispatch.eager():
+        rounded, exact = log_probs(True), log_probs(False)
+    for kernel, eager, right in zip(found, rounded, exact, strict=True):
+        assert relative_error(kernel, right) <= 1.5 * relative_error(eager, right) + 1e-3
+        assert relative_error(kernel, right) < 0.05
 
 
 def leaves_of(job: Job, seen: SeenNodes, request: int) -> np.ndarray:
