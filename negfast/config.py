@@ -43,7 +43,11 @@ class Sample:
 class Sid:
     """The semantic IDs of the embedded MovieTweetings; other data gets its own from `negfast prepare`."""
 
-    quantizer: str = setting("rq-kmeans", choices=("rq-kmeans", "balanced", "rq-vae", "random"))
+    quantizer: str = setting(
+        "rq-kmeans",
+        choices=("rq-kmeans", "balanced", "rq-vae", "random"),
+        help="of the item embeddings; random: a control",
+    )
 
 
 @dataclass(frozen=True)

