@@ -24,7 +24,7 @@ from negfast.data.log import DISLIKE, EventLog
 from negfast.data.simulate import FIRST_DAY, Simulation, SimulationSettings, exposure_policy, simulate
 from negfast.data.split import Requests, all_requests
 from negfast.evaluate.baselines.rates import fit_scorers
-from negfast.evaluate.bootstrap import interval, ratio, resample_users, weighted_sums
+from negfast.evaluate.bootstrap import interval, ranked_totals, ratio, resample_users, weighted_sums
 from negfast.evaluate.metrics import FILTER_SHARE
 from negfast.files import atomic_file
 
@@ -241,7 +241,8 @@ def filter_effects(simulation: Simulation, user_days: int = 4_000) -> Result:
             1.0,
         )
     told = log.feedback[rows] > 0
-    cut = score(log.user[rows], log.item[rows], day[rows]) >= threshold
+    scored = score(log.user[rows], log.item[rows], day[rows])
+    cut = scored >= threshold
     disliked = log.feedback[rows] == DISLIKE
     observed = np.stack([told, told & disliked, told & ~cut, told & ~cut & disliked], axis=1).astype(float)
     users, owner = np.unique(log.user[rows], return_inverse=True)
@@ -250,6 +251,10 @@ def filter_effects(simulation: Simulation, user_days: int = 4_000) -> Result:
     now, filled_rate, left, passing_, shown_, ips, robust, impressions = sums[:, :8].T
     told_, told_dislikes, kept_told, kept_dislikes = sums[:, 8:].T
     true_filled = 1 - ratio(filled_rate, now)
+    aucs = {
+        name: ranked_totals(weights, owner[told], values[told], disliked[told], FILTER_SHARE).auc
+        for name, values in (("score", scored), ("truth", truth.dislike_probability(log.user[rows], log.item[rows])))
+    }
     estimates = {
         "truth, slots filled": true_filled,
         "truth, slots left empty": 1 - ratio(ratio(left, passing_), ratio(now, impressions)),
@@ -263,6 +268,7 @@ def filter_effects(simulation: Simulation, user_days: int = 4_000) -> Result:
         "true_dislike_rate": float(columns[:, 0].mean()),
         "told_dislike_rate": float(disliked[told].mean()),
         "share_withheld": float(1 - columns[:, 3].mean()),
+        "told_auc": {name: interval(auc) for name, auc in aucs.items()},  # the truth's is the ceiling of any score
         "reduction": {name: interval(values) for name, values in estimates.items()},
         "reduction_minus_truth_filled": {
             name: interval(values - true_filled) for name, values in estimates.items() if not name.startswith("truth")

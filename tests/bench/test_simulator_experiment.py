@@ -56,6 +56,8 @@ def test_propensities_find_the_true_effect_of_a_filter() -> None:
     reduction, truth = result["reduction"], result["reduction"]["truth, slots filled"]["mean"]
     assert truth > 0.03
     assert result["share_withheld"] == pytest.approx(0.1, abs=0.06)
+    auc = result["told_auc"]
+    assert 0.5 < auc["score"]["low"] < auc["score"]["high"] < auc["truth"]["low"] < 1
     for name in ("IPS, slots filled", "doubly robust, slots filled"):
         assert reduction[name]["low"] < truth < reduction[name]["high"]
         assert abs(reduction[name]["mean"] - truth) < 0.05
