@@ -193,6 +193,8 @@ def write_dataset(
     """Fills an empty directory; ``semantic_ids`` holds codes, embedding and the quantiser's tensors.
 
     ``manifest`` is what is said of the data; the format version and the files' sizes and checksums are added.
+    The shard is written from the log in memory, which split and semantic IDs need whole; a log that does not fit is
+    for `negfast.data.shards.ShardBuilder`, and days that come later for `negfast.data.append.append_events`.
     """
     write_shard(directory / EVENTS, log)
     if log.value is not None:
