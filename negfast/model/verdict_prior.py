@@ -75,7 +75,7 @@ def fit(prior: VerdictPrior, features: np.ndarray, labels: np.ndarray, seed: int
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-        optimizer.zero_grad()  # no norm of later steps is to count these
+    prior.zero_grad(set_to_none=True)  # what is left here would count in the norm that clips the policy's gradients
     prior.requires_grad_(False).to(device)
 
 
