@@ -29,19 +29,23 @@ class Meter:
     """Counts the floating-point operations of a policy's decoder and takes the time of steps.
 
     A token costs 2 operations a weight of the layers it goes through, and attention 4 * head width * heads a pair of
-    query and key; twice that again for the backward, where there is one. Heads, norms, the loss and the reference's
-    forward are left out. MFU is this over the time and the peak of the device: a GPU's data sheet (bf16 or tf32,
-    whichever the policy computes in), or what a large product in that type reaches on this CPU, measured once.
+    query and key; twice that again for the backward, where there is one. Of prompt rows that nobody asks for, the last
+    layer makes keys and values only. Heads, norms, the loss and the reference's forward are left out. MFU is this over
+    the time and the peak of the device: a GPU's data sheet (bf16 or tf32, whichever the policy computes in), or what a
+    large product in that type reaches on this CPU, measured once.
     """
 
     def __init__(self, policy: Policy) -> None:
         self.policy, self.operations = policy, 0.0
         layers = policy.decoder.layers
-        self.weights = sum(p.numel() for p in layers.parameters() if p.ndim == 2)
+        self.layers = len(layers)
+        products = {name: p.numel() for name, p in layers[-1].named_parameters() if p.ndim == 2}
+        self.weights = sum(products.values())  # of a layer
+        self.key_weights = sum(size for name, size in products.items() if "k_proj" in name or "v_proj" in name)
         config = policy.decoder.config.get_text_config()
         heads = config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        self.pair = 4 * width * heads * len(layers)
+        self.pair = 4 * width * heads  # operations of a layer
         self.device = next(policy.parameters()).device
         self.peak = peak_flops(self.device, torch.bfloat16 if policy.in_bfloat16 else torch.float32)
 
@@ -53,8 +57,16 @@ class Meter:
         self._hook.remove()
 
     def _count(self, _: nn.Module, __: tuple, inputs: dict) -> None:
-        tokens = inputs["inputs_embeds"].shape[1]
-        once = 2.0 * self.weights * tokens + self.pair * attention_pairs(inputs["layout"])
+        rows, layout = inputs["inputs_embeds"].shape[1], inputs["layout"]
+        prompts, answers = attention_pairs(layout)
+        once = (self.layers - 1) * (2.0 * self.weights * rows + self.pair * (prompts + answers))
+        if layout.holds_prompts and layout.prompt_rows != "all" and self.policy.drops_prompt_rows:
+            last = layout.prompts if layout.prompt_rows == "last" else 0
+            rows_kept = rows - layout.prompt_tokens + last
+            once += 2.0 * (self.key_weights * rows + (self.weights - self.key_weights) * rows_kept)
+            once += self.pair * (answers + last * layout.prompt_tokens / layout.prompts)
+        else:
+            once += 2.0 * self.weights * rows + self.pair * (prompts + answers)
         self.operations += once * (3 if torch.is_grad_enabled() else 1)
 
     @contextmanager
@@ -78,13 +90,13 @@ class Meter:
         }
 
 
-def attention_pairs(layout: GroupLayout) -> float:
-    """Pairs of query and key of one layer in the layout's current call, prompts of a bucket taken as equally long."""
+def attention_pairs(layout: GroupLayout) -> tuple[float, float]:
+    """Pairs of query and key of one layer in the layout's current call: of the prompts' queries, taken as equally long
+    within a bucket, and of the answers'."""
     lengths = [(bucket.prompts, bucket.tokens / bucket.prompts) for bucket in layout.buckets]
     prompts = sum(count * length * (length + 1) / 2 for count, length in lengths) if layout.holds_prompts else 0.0
-    tokens = sum(bucket.tokens for bucket in layout.buckets)
-    mean = tokens / layout.prompts + layout.past_tokens + (layout.new_tokens + 1) / 2
-    return prompts + layout.answers * layout.new_tokens * mean
+    mean = layout.prompt_tokens / layout.prompts + layout.past_tokens + (layout.new_tokens + 1) / 2
+    return prompts, layout.answers * layout.new_tokens * mean
 
 
 def peak_memory(device: torch.device) -> float:

@@ -1,0 +1,49 @@
+"""What the meter counts against PyTorch's own count of matrix products."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from negfast import spans
+from negfast.train import speed
+from negfast.train.speed import Meter
+from tests.train.small import make_small
+
+
+@pytest.mark.parametrize("prompt_rows", ["all", "last", "none"])
+def test_operations_are_those_of_the_decoders_products(prompt_rows):
+    """PyTorch counts every product; attention, which it may not know on every device, is taken out of both counts."""
+    small = make_small(0)
+    meter = Meter(small.policy)
+    meter.pair = 0
+    batch = small.batch(2)
+    answers = torch.full((6, 2), 9)
+    counter = FlopCounterMode(display=False)
+    with meter, meter.step(), counter:
+        small.policy.hidden(batch.layout, small.tokens, answers, prompt_rows=prompt_rows).sum().backward()
+    products = sum(
+        count for name, count in counter.get_flop_counts()["Global"].items() if str(name) in ("aten.mm", "aten.addmm")
+    )
+    # forward and backward are three equal parts; the last layer projects some prompt rows that it then drops
+    assert meter.operations <= products and meter.operations == pytest.approx(products, rel=0.04)
+
+
+def test_pairs_of_a_causal_prompt_and_of_answers_that_share_it():
+    layout = make_small(0).batch(2).layout
+    layout.new_tokens = 2
+    lengths = layout.lengths.tolist()
+    prompts = sum(n * (n + 1) / 2 for n in lengths)
+    answers = sum(2 * (n + 1) + 2 * (n + 2) for n in lengths)
+    found = speed.attention_pairs(layout)
+    assert found[0] == pytest.approx(prompts, rel=0.1) and found[1] == pytest.approx(answers)
+
+
+def test_figures_of_a_step(monkeypatch):
+    now = iter([10.0, 10.5, 10.75, 12.0])  # step begins, data begins and ends, step ends
+    meter = Meter(make_small(0).policy)
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    with meter.step(), spans.data():
+        meter.operations = 1e9
+    figures = meter.figures(tokens=300)
+    assert figures["seconds"] == 2.0 and figures["tokens_per_s"] == 150 and figures["data_wait"] == 0.125
+    assert figures["mfu"] == pytest.approx(1e9 / 2.0 / meter.peak) and figures["peak_mib"] > 10
