@@ -20,6 +20,7 @@ from tests.tiny import SETTINGS, run_cli, write_log
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUNNABLE = [page for page in PAGES if "```sh" in page.read_text()]
+HAS_DATA = {"daily.md": "data/yesterday", "configuration.md": "data"}  # where a page takes a data set for granted
 SHELL_ONLY = (".", ".venv/bin/pip", "pip", "git", "cd", "docker", "nsys")  # of a reader's shell, nothing to run here
 TINY = [word for key, value in SETTINGS.items() for word in ("--set", f"{key}={value}")]
 TINY += ["--set", "grpo.steps=2", "--set", "sft.steps=2", "--set", "align.steps=1"]
@@ -32,41 +33,48 @@ def commands(page: Path) -> list[list[str]]:
     return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
 
 
-@pytest.fixture
-def desk(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder as a reader would have it: the files that the pages name, and a finished run of each name."""
-    events, items = write_log(tmp_path)
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as a reader would have it: the files that the pages name, and finished runs of the names in them."""
+    folder = tmp_path_factory.mktemp("reader")
+    events, items = write_log(folder)
     header, *rows = events.read_text().splitlines()
     cut = max(int(row.split(",")[3]) for row in rows) - 3 * 86_400
-    (tmp_path / "log-today.csv").write_text(
-        "\n".join([header, *(r for r in rows if int(r.split(",")[3]) > cut)]) + "\n"
-    )
-    early = "\n".join([header, *(r for r in rows if int(r.split(",")[3]) <= cut)]) + "\n"
-    (tmp_path / "early.csv").write_text(early)
-    events.rename(tmp_path / "log.csv")
-    (tmp_path / "items.csv").write_text(items.read_text().replace("genre\n", "genres\n", 1))
-    shutil.copy(tmp_path / "items.csv", tmp_path / "items-today.csv")
-    fields = (
+    for name, late in (("early.csv", False), ("log-today.csv", True)):
+        some = [row for row in rows if (int(row.split(",")[3]) > cut) == late]
+        (folder / name).write_text("\n".join([header, *some]) + "\n")
+    events.rename(folder / "log.csv")
+    items.write_text(items.read_text().replace("genre\n", "genres\n", 1))
+    shutil.copy(items, folder / "items-today.csv")
+    fields = [
         "--dislike",
         "rating<=2",
         "--value-column",
         "rating",
         "--items",
-        "items.csv",
+        str(items),
         "--item-text-column",
         "title",
-    )
-    small = ("--item-attributes", "genres", "--encoder", "tfidf", "--codebook", "16", "--horizon", "5")
-    monkeypatch.chdir(tmp_path)
-    run_cli("prepare", "early.csv", *fields, *small, "--out", "data/yesterday")
-    run_cli("train", "--preset", "smoke", "--data", "data/yesterday", "--out", "runs/yesterday", *TINY)
-    shutil.copytree("runs/yesterday", "runs/quickstart")
-    (tmp_path / "my.toml").write_text("[grpo]\nbeta = 0.05\n")
+    ]
+    small = ["--item-attributes", "genres", "--encoder", "tfidf", "--codebook", "16", "--horizon", "5"]
+    run_cli("prepare", str(folder / "early.csv"), *fields, *small, "--out", str(folder / "base"))
+    run = folder / "runs" / "yesterday"
+    run_cli("train", "--preset", "smoke", "--data", str(folder / "base"), "--out", str(run), *TINY)
+    shutil.copytree(run, run.with_name("quickstart"))
+    (folder / "my.toml").write_text("[grpo]\nbeta = 0.05\n")
     rng = np.random.default_rng(0)
-    write_movielens(tmp_path, rng)
+    write_movielens(folder, rng)
     pairs = {"user": [f"u{i}" for i in rng.integers(0, 120, 30)], "item": [f"i{i}" for i in rng.integers(0, 90, 30)]}
-    parquet.write_table(pa.table(pairs), "candidates.parquet")
-    return tmp_path
+    parquet.write_table(pa.table(pairs), folder / "candidates.parquet")
+    return folder
+
+
+@pytest.fixture
+def desk(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that folder, as the place where commands are typed."""
+    copy = shutil.copytree(prepared, tmp_path / "desk")
+    monkeypatch.chdir(copy)
+    return copy
 
 
 def write_movielens(folder: Path, rng: np.random.Generator) -> None:
@@ -96,7 +104,7 @@ def follow(words: list[str], desk: Path) -> None:
     elif program == "negfast":
         if rest[0] == "train":
             assert "--init" not in rest or "nightly" in rest
-            rest += TINY if "--data" in rest else [*TINY, "--data", "data/yesterday"]
+            rest += TINY if "--data" in rest else [*TINY, "--data", "base"]
         if rest[0] == "prepare" and "--like" not in rest:
             rest += ["--encoder", "tfidf", "--codebook", "16", "--horizon", "5", "--force"]
         result = CliRunner().invoke(main, rest)
@@ -107,6 +115,8 @@ def follow(words: list[str], desk: Path) -> None:
 
 @pytest.mark.parametrize("page", RUNNABLE, ids=[page.name for page in RUNNABLE])
 def test_the_commands_of_a_page_run(page: Path, desk: Path) -> None:
+    if page.name in HAS_DATA:
+        shutil.copytree("base", HAS_DATA[page.name])
     for words in commands(page):
         follow(words, desk)
     if page.name == "daily.md":
