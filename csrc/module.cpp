@@ -35,14 +35,6 @@ void same_length(size_t found, size_t expected, const char* name) {
                      std::to_string(expected));
 }
 
-// A vector as a numpy array that keeps it alive: no copy.
-template <class T>
-nb::object to_numpy(std::vector<T>&& values) {
-  auto* owned = new std::vector<T>(std::move(values));
-  nb::capsule owner(owned, [](void* p) noexcept { delete static_cast<std::vector<T>*>(p); });
-  return nb::cast(nb::ndarray<nb::numpy, T, nb::ndim<1>>(owned->data(), {owned->size()}, owner));
-}
-
 void write_histories(const std::string& path, Column<int64_t> offsets, Column<int32_t> item, Column<uint8_t> feedback,
                      Column<int64_t> time, Column<uint32_t> user_list, uint64_t users, uint64_t items,
                      uint32_t time_unit, unsigned threads) {
@@ -108,7 +100,7 @@ void shard_read_rows(const Shard& shard, Column<int32_t> users, Column<int64_t> 
   shard.read_rows(view(users), offsets.data(), table.data(), table.shape(1), out.data(), threads);
 }
 
-nb::tuple shard_pack(const Shard& shard, Column<int32_t> users, Column<int64_t> cut, Column<uint8_t> views,
+PackedParts shard_pack(const Shard& shard, Column<int32_t> users, Column<int64_t> cut, Column<uint8_t> views,
                      int64_t like_cap, int64_t dislike_cap, Table<int32_t> item_tokens, Table<int32_t> item_nodes,
                      std::vector<int32_t> markers, Table<int32_t> trending, Column<int32_t> trending_row,
                      Column<int32_t> tail, unsigned threads) {
@@ -132,21 +124,21 @@ nb::tuple shard_pack(const Shard& shard, Column<int32_t> users, Column<int64_t> 
                           trending.data(),
                           static_cast<int64_t>(trending.shape(0)),
                           static_cast<int64_t>(trending.shape(1))};
-  Packed packed;
-  {
-    nb::gil_scoped_release release;
-    packed = pack(shard, requests, layout, threads);
-  }
-  nb::list node, request, count, slot;
-  for (SeenLevel& level : packed.seen) {
-    node.append(to_numpy(std::move(level.node)));
-    request.append(to_numpy(std::move(level.request)));
-    count.append(to_numpy(std::move(level.count)));
-    slot.append(to_numpy(std::move(level.slot)));
-  }
-  return nb::make_tuple(to_numpy(std::move(packed.tokens)), to_numpy(std::move(packed.cu_seqlens)),
-                        to_numpy(std::move(packed.seen_item)), to_numpy(std::move(packed.seen_cu)), node, request,
-                        count, slot);
+  nb::gil_scoped_release release;
+  return pack(shard, requests, layout, threads);
+}
+
+void write_packed(const PackedParts& parts, Output<int32_t> tokens, Output<int32_t> cu_seqlens,
+                  Output<int32_t> seen_item, Output<int32_t> seen_cu, std::vector<Output<int32_t>> node,
+                  std::vector<Output<int32_t>> request, std::vector<Output<int32_t>> count,
+                  std::vector<Output<int32_t>> slot, unsigned threads) {
+  auto room = [](const Output<int32_t>& array) { return std::span<int32_t>(array.data(), array.size()); };
+  PackedRoom all{room(tokens), room(cu_seqlens), room(seen_item), room(seen_cu), {}};
+  for (const auto* arrays : {&node, &request, &count, &slot}) same_length(arrays->size(), parts.nodes().size(), "levels");
+  for (size_t level = 0; level < node.size(); ++level)
+    all.seen.push_back({room(node[level]), room(request[level]), room(count[level]), room(slot[level])});
+  nb::gil_scoped_release release;
+  parts.write(all, threads);
 }
 
 // What every file of a shard holds, in bytes a part.
@@ -198,6 +190,14 @@ NB_MODULE(_core, m) {
       .def(nb::init<std::string, uint64_t, uint64_t, uint64_t>(), "folder"_a, "users"_a, "items"_a, "memory_bytes"_a)
       .def("add", &add_events, "user"_a, "item"_a, "feedback"_a, "time"_a)
       .def("write", &write_sorted, "path"_a, "users"_a, "items"_a, "time_unit"_a, "threads"_a);
+
+  nb::class_<PackedParts>(m, "PackedParts")
+      .def_prop_ro("requests", &PackedParts::requests)
+      .def_prop_ro("tokens", &PackedParts::tokens)
+      .def_prop_ro("seen", &PackedParts::seen)
+      .def_prop_ro("nodes", &PackedParts::nodes)
+      .def("write", &write_packed, "tokens"_a, "cu_seqlens"_a, "seen_item"_a, "seen_cu"_a, "seen_node"_a,
+           "seen_request"_a, "seen_count"_a, "seen_slot"_a, "threads"_a);
 
   nb::class_<Shard>(m, "Shard")
       .def(nb::init<const std::vector<std::string>&>(), "paths"_a, nb::call_guard<nb::gil_scoped_release>())

@@ -170,17 +170,76 @@ Packed pack_chunk(const Shard& shard, const PackRequests& r, size_t first, size_
   return out;
 }
 
-template <class T>
-void append(std::vector<T>& to, const std::vector<T>& from, T shift = 0, size_t skip = 0) {
-  const size_t at = to.size();
-  to.insert(to.end(), from.begin() + static_cast<std::ptrdiff_t>(skip), from.end());
-  if (shift != 0)
-    for (size_t i = at; i < to.size(); ++i) to[i] += shift;
+void copy(const std::vector<int32_t>& from, std::span<int32_t> to, uint64_t at, uint64_t shift = 0, size_t skip = 0) {
+  const auto by = static_cast<int32_t>(shift);
+  std::transform(from.begin() + static_cast<std::ptrdiff_t>(skip), from.end(), to.begin() + static_cast<std::ptrdiff_t>(at),
+                 [by](int32_t value) { return value + by; });
 }
 
 }  // namespace
 
-Packed pack(const Shard& shard, const PackRequests& requests, const PackLayout& layout, unsigned threads) {
+PackedParts::PackedParts(std::vector<Packed> parts, uint64_t requests, int levels)
+    : parts_(std::move(parts)), requests_(requests), nodes_(static_cast<size_t>(levels), 0) {
+  for (const Packed& part : parts_) {
+    tokens_ += part.tokens.size();
+    seen_ += part.seen_item.size();
+    for (size_t level = 0; level < nodes_.size(); ++level) nodes_[level] += part.seen[level].node.size();
+  }
+  if (tokens_ > INT32_MAX || seen_ > INT32_MAX)
+    throw ShardError("pack: found a batch of more than 2^31 tokens or seen items, expected a smaller one");
+}
+
+void PackedParts::write(const PackedRoom& room, unsigned threads) const {
+  auto check = [](const char* name, size_t found, uint64_t expected) {
+    if (found != expected)
+      throw ShardError(std::string(name) + ": found room for " + std::to_string(found) + ", expected " +
+                       std::to_string(expected));
+  };
+  check("tokens", room.tokens.size(), tokens_);
+  check("cu_seqlens", room.cu_seqlens.size(), requests_ + 1);
+  check("seen_item", room.seen_item.size(), seen_);
+  check("seen_cu", room.seen_cu.size(), requests_ + 1);
+  check("levels", room.seen.size(), nodes_.size());
+  for (size_t level = 0; level < nodes_.size(); ++level) {
+    check("seen_node", room.seen[level].node.size(), nodes_[level]);
+    check("seen_request", room.seen[level].request.size(), nodes_[level]);
+    check("seen_count", room.seen[level].count.size(), nodes_[level]);
+    check("seen_slot", room.seen[level].slot.size(), seen_);
+  }
+
+  struct Start {
+    uint64_t request = 0, token = 0, seen = 0;
+    std::vector<uint64_t> node;
+  };
+  std::vector<Start> starts;
+  Start at{0, 0, 0, std::vector<uint64_t>(nodes_.size(), 0)};
+  for (const Packed& part : parts_) {
+    starts.push_back(at);
+    at.request += part.cu_seqlens.size() - 1;
+    at.token += part.tokens.size();
+    at.seen += part.seen_item.size();
+    for (size_t level = 0; level < nodes_.size(); ++level) at.node[level] += part.seen[level].node.size();
+  }
+  room.cu_seqlens[0] = room.seen_cu[0] = 0;
+  parallel_for(parts_.size(), threads, [&](size_t p, unsigned) {
+    const Packed& part = parts_[p];
+    const Start& start = starts[p];
+    copy(part.tokens, room.tokens, start.token);
+    copy(part.cu_seqlens, room.cu_seqlens, start.request + 1, start.token, 1);
+    copy(part.seen_item, room.seen_item, start.seen);
+    copy(part.seen_cu, room.seen_cu, start.request + 1, start.seen, 1);
+    for (size_t level = 0; level < nodes_.size(); ++level) {
+      const SeenLevel& from = part.seen[level];
+      const PackedRoom::Level& to = room.seen[level];
+      copy(from.node, to.node, start.node[level]);
+      copy(from.request, to.request, start.node[level]);
+      copy(from.count, to.count, start.node[level]);
+      copy(from.slot, to.slot, start.seen, start.node[level]);
+    }
+  });
+}
+
+PackedParts pack(const Shard& shard, const PackRequests& requests, const PackLayout& layout, unsigned threads) {
   check_requests(requests, layout);
   if (layout.items < shard.items())
     throw ShardError("item tokens: found " + std::to_string(layout.items) + " rows, expected " +
@@ -192,27 +251,7 @@ Packed pack(const Shard& shard, const PackRequests& requests, const PackLayout& 
     const size_t first = chunk * kChunkRequests, n = std::min(kChunkRequests, requests.users.size() - first);
     parts[chunk] = pack_chunk(shard, requests, first, n, layout, scratch[worker]);
   });
-
-  Packed all;
-  all.cu_seqlens.push_back(0);
-  all.seen_cu.push_back(0);
-  all.seen.resize(layout.levels);
-  for (const Packed& part : parts) {
-    if (all.tokens.size() + part.tokens.size() > INT32_MAX || all.seen_item.size() + part.seen_item.size() > INT32_MAX)
-      throw ShardError("pack: found a batch of more than 2^31 tokens or seen items, expected a smaller one");
-    append(all.cu_seqlens, part.cu_seqlens, static_cast<int32_t>(all.tokens.size()), 1);
-    append(all.tokens, part.tokens);
-    append(all.seen_cu, part.seen_cu, static_cast<int32_t>(all.seen_item.size()), 1);
-    append(all.seen_item, part.seen_item);
-    for (int level = 0; level < layout.levels; ++level) {
-      SeenLevel& to = all.seen[level];
-      append(to.slot, part.seen[level].slot, static_cast<int32_t>(to.node.size()));
-      append(to.node, part.seen[level].node);
-      append(to.request, part.seen[level].request);
-      append(to.count, part.seen[level].count);
-    }
-  }
-  return all;
+  return {std::move(parts), requests.users.size(), layout.levels};
 }
 
 }  // namespace negfast

@@ -42,7 +42,35 @@ struct Packed {
   std::vector<SeenLevel> seen;     // [levels]
 };
 
+// Room for a Packed in memory of the caller's.
+struct PackedRoom {
+  struct Level {
+    std::span<int32_t> node, request, count, slot;
+  };
+  std::span<int32_t> tokens, cu_seqlens, seen_item, seen_cu;
+  std::vector<Level> seen;
+};
+
+// Packed requests, in the parts that tasks made of them: how large they are is known before they are put together.
+class PackedParts {
+ public:
+  PackedParts(std::vector<Packed> parts, uint64_t requests, int levels);
+
+  uint64_t requests() const { return requests_; }
+  uint64_t tokens() const { return tokens_; }
+  uint64_t seen() const { return seen_; }
+  const std::vector<uint64_t>& nodes() const { return nodes_; }  // of every level
+
+  // Throws ShardError where the room has not exactly these sizes.
+  void write(const PackedRoom& room, unsigned threads) const;
+
+ private:
+  std::vector<Packed> parts_;
+  uint64_t requests_, tokens_ = 0, seen_ = 0;
+  std::vector<uint64_t> nodes_;
+};
+
 // Throws ShardError for requests that do not fit the shard or the tables, and for a damaged shard.
-Packed pack(const Shard& shard, const PackRequests& requests, const PackLayout& layout, unsigned threads);
+PackedParts pack(const Shard& shard, const PackRequests& requests, const PackLayout& layout, unsigned threads);
 
 }  // namespace negfast

@@ -22,6 +22,30 @@ class EventSorter:
     ) -> None: ...
     def write(self, path: str, users: int, items: int, time_unit: int, threads: int) -> None: ...
 
+class PackedParts:
+    """Packed requests whose sizes are known and that `write` puts together in arrays of exactly these sizes."""
+
+    @property
+    def requests(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def seen(self) -> int: ...
+    @property
+    def nodes(self) -> list[int]: ...
+    def write(
+        self,
+        tokens: NDArray[np.int32],
+        cu_seqlens: NDArray[np.int32],
+        seen_item: NDArray[np.int32],
+        seen_cu: NDArray[np.int32],
+        seen_node: list[NDArray[np.int32]],
+        seen_request: list[NDArray[np.int32]],
+        seen_count: list[NDArray[np.int32]],
+        seen_slot: list[NDArray[np.int32]],
+        threads: int,
+    ) -> None: ...
+
 class Shard:
     """Files of one data set, oldest first, read as one."""
 
@@ -66,7 +90,7 @@ class Shard:
         trending_row: NDArray[np.int32],
         tail: NDArray[np.int32],
         threads: int,
-    ) -> tuple[Any, ...]: ...
+    ) -> PackedParts: ...
 
 def write_histories(
     path: str,

@@ -71,7 +71,17 @@ void read_everything(const std::string& path) {
         std::vector<int32_t> none(users.size(), -1), tokens(3 * shard.items());
         std::iota(tokens.begin(), tokens.end(), 0);
         const PackLayout layout{9, 9, tokens.data(), tokens.data(), 3, shard.items(), 1, 2, 3, nullptr, 0, 0};
-        pack(shard, {users, cut.data(), views.data(), none.data(), none.data()}, layout, 1);
+        const PackedParts parts = pack(shard, {users, cut.data(), views.data(), none.data(), none.data()}, layout, 1);
+        std::vector<int32_t> token(parts.tokens()), cu(users.size() + 1), seen(parts.seen()), seen_cu(users.size() + 1);
+        std::vector<std::vector<int32_t>> levels;  // node, request, count, slot of each
+        PackedRoom room{token, cu, seen, seen_cu, {}};
+        levels.reserve(4 * parts.nodes().size());
+        auto make = [&](uint64_t n) { return std::span<int32_t>(levels.emplace_back(n)); };
+        for (uint64_t n : parts.nodes()) {
+          const auto node = make(n), request = make(n), count = make(n), slot = make(parts.seen());
+          room.seen.push_back({node, request, count, slot});
+        }
+        parts.write(room, 1);
       }
     } catch (const ShardError&) {
     }

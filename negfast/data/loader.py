@@ -5,6 +5,7 @@ and costs no shuffle buffer. Steps are counted over all ranks: a run that stops 
 ranks or workers and sees the rest of the same stream.
 """
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 
+from negfast.data.shards import PackedPrompts, PackSizes
 from negfast.errors import InputError
 
 Batch = TypeVar("Batch")
@@ -110,11 +112,40 @@ class Loader(Generic[Batch]):
             pool.shutdown(cancel_futures=True)
 
 
+class PackBuffers:
+    """Arrays for ``Shard.pack(..., out=buffers)``, made once and used in turn; pinned where there is a CUDA device.
+
+    What a call of ``pack`` returned is overwritten by the ``count``-th call after it. A loader that reads ``prefetch``
+    batches ahead needs prefetch + 1 of them, and one more for each batch that is still being copied to the device.
+    May be called from several threads. Arrays grow, by half as much again, when a batch does not fit.
+    """
+
+    def __init__(self, count: int, pin: bool | None = None) -> None:
+        """``pin``: None for pinned memory where there is a CUDA device."""
+        if count < 1:
+            raise InputError(f"buffers: found {count}, expected 1 or more")
+        self.pin = torch.cuda.is_available() if pin is None else pin
+        self._turns: deque[tuple[PackSizes, PackedPrompts] | None] = deque([None] * count)
+        self._lock = threading.Lock()
+
+    def __call__(self, sizes: PackSizes) -> PackedPrompts:
+        with self._lock:
+            kept = self._turns.popleft()
+            if kept is None or not _holds(kept[0], sizes):
+                room = _half_more(sizes)
+                kept = room, room.arrays(self._new)
+            self._turns.append(kept)
+        return kept[1]
+
+    def _new(self, length: int) -> np.ndarray:
+        return torch.empty(length, dtype=torch.int32, pin_memory=self.pin).numpy()
+
+
 def to_tensors(batch: Any) -> Any:
     """The same dataclass, list or tuple with a tensor for every array, in pinned memory where there is a CUDA device.
 
-    For the end of a loader's ``read``: the copy is made by its thread, and the trainer's ``.to(device,
-    non_blocking=True)`` returns at once.
+    For the end of a loader's ``read``: what is not pinned yet (`PackBuffers`) is copied by its thread, and the
+    trainer's ``.to(device, non_blocking=True)`` returns at once.
     """
     if isinstance(batch, np.ndarray):
         tensor = torch.from_numpy(batch)
@@ -124,6 +155,18 @@ def to_tensors(batch: Any) -> Any:
     if is_dataclass(batch) and not isinstance(batch, type):
         return replace(batch, **{f.name: to_tensors(getattr(batch, f.name)) for f in fields(batch)})
     return batch
+
+
+def _holds(room: PackSizes, sizes: PackSizes) -> bool:
+    have, want = ([s.requests, s.tokens, s.seen, *s.nodes] for s in (room, sizes))
+    return len(have) == len(want) and all(h >= w for h, w in zip(have, want, strict=True))
+
+
+def _half_more(sizes: PackSizes) -> PackSizes:
+    def more(n: int) -> int:
+        return n + n // 2
+
+    return PackSizes(more(sizes.requests), more(sizes.tokens), more(sizes.seen), [more(n) for n in sizes.nodes])
 
 
 def _mix(x: Any) -> Any:

@@ -3,7 +3,7 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,23 @@ class PackedPrompts:
     seen_request: list[np.ndarray]  # [M_l]
     seen_count: list[np.ndarray]  # [M_l] seen leaves under the node
     seen_slot: list[np.ndarray]  # [S] which of the M_l a seen item is under
+
+
+@dataclass(frozen=True)
+class PackSizes:
+    """How long the arrays of `PackedPrompts` are: B, T, S and M_l of every level."""
+
+    requests: int
+    tokens: int
+    seen: int
+    nodes: list[int]
+
+    def arrays(self, empty: Callable[[int], np.ndarray]) -> PackedPrompts:
+        """`PackedPrompts` of what ``empty(length)`` gives for each array."""
+        b, s = self.requests, self.seen
+        node, request, count = ([empty(m) for m in self.nodes] for _ in range(3))
+        slot = [empty(s) for _ in self.nodes]
+        return PackedPrompts(empty(self.tokens), empty(b + 1), empty(s), empty(b + 1), node, request, count, slot)
 
 
 class Shard:
@@ -123,6 +140,7 @@ class Shard:
         trending_row: np.ndarray,
         tail: np.ndarray,
         threads: int = 1,
+        out: Callable[[PackSizes], PackedPrompts] | None = None,
     ) -> PackedPrompts:
         """The prompts of B requests: ``[<likes> sid*] [<dislikes> sid*] [<trending> sid*] [tail]``.
 
@@ -133,24 +151,58 @@ class Shard:
         ``markers`` are the tokens of likes, dislikes, trending; trending int32 [D, T]: items, -1 padded;
         trending_row int32 [B]: its row, -1 for no segment; tail int32 [B]: the last token, -1 for none.
 
-        Raises InputError for requests outside the tables and for a damaged shard.
+        ``out`` is told the sizes and gives C-contiguous int32 arrays of at least these lengths to write to, e.g.
+        pinned ones (`negfast.data.loader.PackBuffers`); slices of them are returned. Without it they are new.
+
+        Raises InputError for requests outside the tables, arrays that are too short or of another kind, and for a
+        damaged shard.
         """
-        return PackedPrompts(
-            *self._core.pack(
-                users=users,
-                cut=cut,
-                views=views,
-                like_cap=like_cap,
-                dislike_cap=dislike_cap,
-                item_tokens=item_tokens,
-                item_nodes=item_nodes,
-                markers=list(markers),
-                trending=trending,
-                trending_row=trending_row,
-                tail=tail,
-                threads=threads,
-            )
+        parts = self._core.pack(
+            users=users,
+            cut=cut,
+            views=views,
+            like_cap=like_cap,
+            dislike_cap=dislike_cap,
+            item_tokens=item_tokens,
+            item_nodes=item_nodes,
+            markers=list(markers),
+            trending=trending,
+            trending_row=trending_row,
+            tail=tail,
+            threads=threads,
         )
+        sizes = PackSizes(parts.requests, parts.tokens, parts.seen, parts.nodes)
+        room = sizes.arrays(_new_int32) if out is None else _fitted(out(sizes), sizes)
+        parts.write(**vars(room), threads=threads)
+        return room
+
+
+def _new_int32(length: int) -> np.ndarray:
+    return np.empty(length, np.int32)
+
+
+def _fitted(room: PackedPrompts, sizes: PackSizes) -> PackedPrompts:
+    """Slices of the caller's arrays. InputError for one that cannot hold what is to be written."""
+
+    def fit(name: str, array: np.ndarray, length: int) -> np.ndarray:
+        if array.dtype != np.int32 or array.ndim != 1 or not array.flags.c_contiguous or not array.flags.writeable:
+            raise InputError(
+                f"out.{name}: found {array.dtype} {list(array.shape)}, expected a writeable, contiguous int32 array"
+            )
+        if len(array) < length:
+            raise InputError(f"out.{name}: found room for {len(array)}, expected {length} or more")
+        return array[:length]
+
+    fitted: dict[str, Any] = {}
+    for name, wanted in vars(sizes.arrays(lambda length: np.broadcast_to(np.int32(0), length))).items():
+        given = getattr(room, name)
+        if isinstance(wanted, list):
+            if len(given) != len(wanted):
+                raise InputError(f"out.{name}: found {len(given)} levels, expected {len(wanted)}")
+            fitted[name] = [fit(name, g, len(w)) for g, w in zip(given, wanted, strict=True)]
+        else:
+            fitted[name] = fit(name, given, len(wanted))
+    return PackedPrompts(**fitted)
 
 
 class ShardBuilder:

@@ -51,7 +51,7 @@ def write(path, events: Events) -> None:
         "counts": counts | {"exposed": exposed, "likes": likes, "dislikes": dislikes},
         "days": {"first": "1970-01-01", "last": "1970-01-01"},
         "split": {"horizon": 1, "valid": "1970-01-02", "test": "1970-01-03"},
-        "semantic_ids": {"levels": 1, "codebook": 1, "method": "none", "report": {}},
+        "semantic_ids": {"levels": 1, "codebook": 1, "quantizer": "none", "report": {}},
     }
     write_dataset(path, events.log, events.user_ids, ItemTable(ITEMS, [""] * 3, {}), sids, manifest)
 
