@@ -44,7 +44,9 @@ struct Counts {
 };
 
 // Wraps instead of overflowing: what it is given may be nonsense.
-inline uint64_t unsigned_difference(int64_t a, int64_t b) { return static_cast<uint64_t>(a) - static_cast<uint64_t>(b); }
+inline uint64_t unsigned_difference(int64_t a, int64_t b) {
+  return static_cast<uint64_t>(a) - static_cast<uint64_t>(b);
+}
 
 // Throws for the first event of the row that cannot be stored.
 void check_row(const Histories& h, uint64_t r, uint64_t user, uint64_t items, uint32_t unit, int64_t base) {

@@ -134,7 +134,8 @@ void write_packed(const PackedParts& parts, Output<int32_t> tokens, Output<int32
                   std::vector<Output<int32_t>> slot, unsigned threads) {
   auto room = [](const Output<int32_t>& array) { return std::span<int32_t>(array.data(), array.size()); };
   PackedRoom all{room(tokens), room(cu_seqlens), room(seen_item), room(seen_cu), {}};
-  for (const auto* arrays : {&node, &request, &count, &slot}) same_length(arrays->size(), parts.nodes().size(), "levels");
+  for (const auto* arrays : {&node, &request, &count, &slot})
+    same_length(arrays->size(), parts.nodes().size(), "levels");
   for (size_t level = 0; level < node.size(); ++level)
     all.seen.push_back({room(node[level]), room(request[level]), room(count[level]), room(slot[level])});
   nb::gil_scoped_release release;

@@ -172,8 +172,8 @@ Packed pack_chunk(const Shard& shard, const PackRequests& r, size_t first, size_
 
 void copy(const std::vector<int32_t>& from, std::span<int32_t> to, uint64_t at, uint64_t shift = 0, size_t skip = 0) {
   const auto by = static_cast<int32_t>(shift);
-  std::transform(from.begin() + static_cast<std::ptrdiff_t>(skip), from.end(), to.begin() + static_cast<std::ptrdiff_t>(at),
-                 [by](int32_t value) { return value + by; });
+  std::transform(from.begin() + static_cast<std::ptrdiff_t>(skip), from.end(),
+                 to.begin() + static_cast<std::ptrdiff_t>(at), [by](int32_t value) { return value + by; });
 }
 
 }  // namespace
