@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 FOLDER = "failed"  # of a run, where failed steps are kept
 CPU_OUT_OF_MEMORY = re.compile(r"(?:not enough memory|can't allocate memory): you tried to allocate (\d+) bytes")
 SIZES = {  # what a stage's batch is made of, the setting to lower where its shares cannot be made smaller
-    "align": ("titles", "pairs", "verdicts"),
+    "align": ("titles", "sid_titles", "attributes", "pairs", "verdicts"),
     "sft": ("requests", "verdicts"),
     "grpo": ("requests", "group"),
 }
@@ -74,8 +74,8 @@ def memory_advice(error: BaseException, stage: "Stage", shares: list[Share]) -> 
     else:
         return None
     accumulate = len(shares)
-    sizes = {name: getattr(stage.config, name) for name in SIZES[stage.name]}
-    most = min(size for name, size in sizes.items() if size and name != "group") // distributed.size()
+    sizes = {name: size for name in SIZES[stage.name] if (size := getattr(stage.config, name))}  # 0: switched off
+    most = min(size for name, size in sizes.items() if name != "group") // distributed.size()
     if accumulate * factor <= most:
         return (
             f"out of memory: asked for {found}; set train.accumulate={accumulate * factor} (now {accumulate}): "
