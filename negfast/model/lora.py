@@ -19,9 +19,10 @@ def add_adapters(policy: Policy, config: Model) -> None:
 
 
 def merge_adapters(policy: Policy) -> None:
-    """Adds the adapters, if there are any, to the weights beside them and removes them; everything trains again."""
+    """Adds the adapters, if there are any, to the weights beside them and removes them; the decoder trains again."""
     for name, layer in list(policy.decoder.named_modules()):
         if hasattr(layer, "lora_A"):
             layer.merge()  # a layer of peft
             policy.decoder.set_submodule(name, layer.get_base_layer())
-    policy.requires_grad_(True)
+    policy.decoder.requires_grad_(True)
+    policy.text_head.requires_grad_(True)

@@ -72,8 +72,8 @@ def verdict_logits(engine: Engine, candidates: Candidates, view: int = MIXED) ->
     batch = engine.prompts.build(candidates.user, before, view, counts, trending=False)
     codes = engine.prompts.item_token_ids[torch.from_numpy(candidates.items).to(engine.device).long()]
     answers = F.pad(codes, (0, 1), value=engine.policy.vocabulary.marker("verdict"))
-    hidden = engine.policy.hidden(batch.layout, batch.tokens, answers)
-    last = hidden[len(batch.tokens) :].view(*answers.shape, -1)[:, -1]
+    hidden = engine.policy.hidden(batch.layout, batch.tokens, answers, prompt_rows="none")
+    last = hidden.view(*answers.shape, -1)[:, -1]
     features = engine.features.rich(candidates.user[owner], candidates.items, candidates.day[owner])
     return engine.policy.verdict_logit(last, torch.from_numpy(features.astype(np.float32)).to(engine.device))
 

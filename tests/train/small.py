@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from negfast.model.choice import TrieChooser
 from negfast.model.layout import GroupLayout
@@ -78,7 +79,9 @@ def make_small(seed: int, items: int = 40, levels: int = 3, codebook: int = 6, p
         head_dim=8,
         pad_token_id=None,
     )
-    policy = Policy(Qwen3ForCausalLM(config), vocabulary).double().eval()
+    policy = Policy(Qwen3ForCausalLM(config), vocabulary)
+    take_norms_in_their_own_dtype(policy)
+    policy.double().eval()
     torch.nn.init.normal_(policy.block.head.weight, std=0.3)
     torch.nn.init.normal_(policy.block.rows, std=0.5)
     seen = [sorted(rng.choice(items, int(rng.integers(0, items // 2)), replace=False).tolist()) for _ in range(prompts)]
@@ -90,3 +93,11 @@ def make_small(seed: int, items: int = 40, levels: int = 3, codebook: int = 6, p
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
     tokens = torch.from_numpy(rng.integers(BASE, BASE + vocabulary.size, cu_seqlens[-1]))
     return Small(policy, TrieChooser(trie.to("cpu"), 1.0), trie, seen, tokens, cu_seqlens, request_prior)
+
+
+def take_norms_in_their_own_dtype(policy: Policy) -> None:
+    """transformers' RMSNorm rounds to float32 on its way, and where it does so hangs on the last bit of its input."""
+    for name, norm in list(policy.decoder.named_modules()):
+        if isinstance(norm, Qwen3RMSNorm):
+            exact = torch.nn.RMSNorm(norm.weight.shape, eps=norm.variance_epsilon)
+            policy.decoder.set_submodule(name, exact)

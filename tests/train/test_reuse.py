@@ -64,7 +64,7 @@ def test_a_moved_policy_is_weighed_by_clipped_ratios(move):
         for g, item in enumerate(items):
             for level in range(3):
                 step = [conditional(small.trie.codes, logs[b], item, level) for logs in (before, after)]
-                ratio = torch.tensor(step[1] - step[0]).exp()
+                ratio = torch.tensor(step[1] - step[0], dtype=torch.float64).exp()
                 bounded = ratio.clamp(0.9, 1.3)
                 clipped += int(bounded * advantage[b, g] < ratio * advantage[b, g])
                 total -= min(ratio * advantage[b, g], bounded * advantage[b, g])
@@ -107,10 +107,10 @@ def test_an_interrupt_within_a_round_waits_for_its_end(reusing_run, tiny_data, t
     settings, whole = reusing_run
     run, take_step = tmp_path / "run", GrpoStage.step
 
-    def interrupted(stage, number):
+    def interrupted(stage, number, share):
         if number == 4:
             os.kill(os.getpid(), signal.SIGINT)
-        return take_step(stage, number)
+        return take_step(stage, number, share)
 
     with monkeypatch.context() as patch:
         patch.setattr(GrpoStage, "step", interrupted)
