@@ -36,10 +36,15 @@ class Trie:
             self.unseen.insert(0, np.add.reduceat(self.unseen[0], first[:-1]))
 
     def children(self, tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens that may follow the answer ``tokens``, and the nodes that they lead to."""
+        """The tokens that may follow the answer ``tokens``, and the nodes that they lead to.
+
+        Where fewer codes exist than beams, beam search goes on with beams of no probability: those get a token too.
+        """
         node = 0
         for level, token in enumerate(tokens):
             codes, nodes = self._below(level, node)
+            if token not in codes:
+                return np.array([self.first_code]), np.array([0])
             node = int(nodes[codes == token][0])
         codes, nodes = self._below(len(tokens), node)
         open_ = self.unseen[len(tokens) + 1][nodes] > 0
@@ -94,6 +99,8 @@ def main() -> None:
         pad_token_id=tokenizer.pad_token_id or 0,
     )
     for answer, score in zip(found.sequences[:, ids.shape[1] :].tolist(), found.sequences_scores.tolist(), strict=True):
+        if score == -np.inf:
+            continue
         row = trie.item(answer)
         print(f"{np.exp(score):.5f}  {items[row]}  {texts[row]}")
 
