@@ -33,13 +33,28 @@ class MetItems {
   uint32_t request_ = 0;
 };
 
+// Sorts by the low half of the keys, a byte at a time: quicker than comparisons for a request's hundred or so items.
+void radix_sort(std::vector<uint64_t>& keys, std::vector<uint64_t>& other) {
+  uint32_t used = 0;
+  for (const uint64_t key : keys) used |= static_cast<uint32_t>(key);
+  other.resize(keys.size());
+  for (int shift = 0; shift < 32 && used >> shift != 0; shift += 8) {
+    uint32_t next[257] = {};
+    for (const uint64_t key : keys) ++next[((key >> shift) & 255) + 1];
+    for (int digit = 0; digit < 256; ++digit) next[digit + 1] += next[digit];
+    for (const uint64_t key : keys) other[next[(key >> shift) & 255]++] = key;
+    keys.swap(other);
+  }
+}
+
 struct Scratch {
   std::vector<int64_t> offsets, time;
   std::vector<int32_t> item;
   std::vector<uint8_t> feedback;
   MetItems seen, told;
   std::vector<int32_t> likes, dislikes;  // most recent first
-  std::vector<uint64_t> by_leaf;  // leaf * 2^32 + place among the request's items
+  std::vector<uint64_t> by_item, by_leaf;  // by_leaf: place among the request's items * 2^32 + leaf
+  std::vector<uint64_t> other;             // of the sort
 };
 
 void check_requests(const PackRequests& r, const PackLayout& layout) {
@@ -70,15 +85,16 @@ void collect_context(const int32_t* item, const uint8_t* feedback, int64_t event
   s.told.start(layout.items);
   s.likes.clear();
   s.dislikes.clear();
-  const size_t first_seen = seen_item.size();
+  s.by_item.clear();
   for (int64_t i = events - 1; i >= 0; --i) {
-    if (s.seen.meet(static_cast<uint32_t>(item[i]))) seen_item.push_back(item[i]);
+    if (s.seen.meet(static_cast<uint32_t>(item[i]))) s.by_item.push_back(static_cast<uint64_t>(item[i]));
     if (feedback[i] == 0 || !s.told.meet(static_cast<uint32_t>(item[i]))) continue;
     if (feedback[i] == kLike && static_cast<int64_t>(s.likes.size()) < layout.like_cap) s.likes.push_back(item[i]);
     if (feedback[i] == kDislike && static_cast<int64_t>(s.dislikes.size()) < layout.dislike_cap)
       s.dislikes.push_back(item[i]);
   }
-  std::sort(seen_item.begin() + static_cast<std::ptrdiff_t>(first_seen), seen_item.end());
+  radix_sort(s.by_item, s.other);
+  for (const uint64_t seen : s.by_item) seen_item.push_back(static_cast<int32_t>(seen));
 }
 
 void append_prompt(const PackRequests& r, size_t i, const PackLayout& layout, const Scratch& s,
@@ -109,16 +125,16 @@ void append_seen_nodes(std::span<const int32_t> items, int32_t request, const Pa
   s.by_leaf.clear();
   for (size_t k = 0; k < items.size(); ++k) {
     const int32_t leaf = layout.item_nodes[static_cast<size_t>(items[k] + 1) * layout.levels - 1];
-    s.by_leaf.push_back(uint64_t{static_cast<uint32_t>(leaf)} << 32 | k);
+    s.by_leaf.push_back(uint64_t{k} << 32 | static_cast<uint32_t>(leaf));
   }
-  std::sort(s.by_leaf.begin(), s.by_leaf.end());
+  radix_sort(s.by_leaf, s.other);
   for (int level = 0; level < layout.levels; ++level) {
     SeenLevel& out = seen[level];
     const size_t first_slot = out.slot.size();
     out.slot.resize(first_slot + items.size());
     int32_t last = -1;
     for (const uint64_t key : s.by_leaf) {
-      const auto k = static_cast<uint32_t>(key);
+      const auto k = static_cast<uint32_t>(key >> 32);
       const int32_t node = layout.item_nodes[static_cast<size_t>(items[k]) * layout.levels + level];
       if (node < last || node < 0)
         throw ShardError("item nodes: level " + std::to_string(level + 1) +
