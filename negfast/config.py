@@ -106,8 +106,8 @@ class Align(Stage):
 
     steps: int = setting(200, low=0)
     titles: int = setting(24, low=0, help="title -> SID examples a step")
-    sid_titles: int = setting(16, low=0, help="SID -> title examples a step")
-    attributes: int = setting(16, low=0, help="SID -> attribute examples a step")
+    sid_titles: int = setting(8, low=0, help="SID -> title examples a step")
+    attributes: int = setting(8, low=0, help="SID -> attribute examples a step")
     pairs: int = setting(48, low=0, help="co-disliked pairs a step")
     verdicts: int = setting(24, low=0, help="user-days with verdicts a step")
     held_out: float = setting(
