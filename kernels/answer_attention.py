@@ -213,7 +213,7 @@ def forward_blocks(queries: int, dim: int, dtype: torch.dtype, target: int) -> d
         return {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1, "maxnreg": 255}
     most = 128 if target in (90, 100) or dim < 128 else 64
     block = min(max(triton.next_power_of_2(queries), 16), most)
-    return {"BLOCK_M": block, "BLOCK_N": 64, "num_warps": 8 if block == 128 else 4, "num_stages": 3}
+    return {"BLOCK_M": block, "BLOCK_N": 64, "num_warps": 8 if block == most else 4, "num_stages": 3}
 
 
 def backward_blocks(queries: int, dim: int, dtype: torch.dtype, target: int) -> dict[str, int]:

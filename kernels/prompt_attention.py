@@ -117,10 +117,12 @@ def _backward(
     dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     delta = row_dots(out, grad)
     tensors = (query, key, value, grad, lse, delta)
-    blocks = backward_blocks(dim, query.dtype, capability(query.device))
+    shape = dim, query.dtype, capability(query.device)
+    blocks = query_blocks(*shape)
     prompt_dq_kernel[(triton.cdiv(longest, blocks["BLOCK_M"]), heads, prompts)](
         *tensors, dq, cu_seqlens, scale, scale * LOG2E, heads, kv_heads, DIM=dim, **blocks
     )
+    blocks = key_blocks(*shape)
     prompt_dkdv_kernel[(triton.cdiv(longest, blocks["BLOCK_N"]), kv_heads, prompts)](
         *tensors, dk, dv, cu_seqlens, scale, scale * LOG2E, heads, kv_heads, DIM=dim, **blocks
     )
@@ -151,14 +153,22 @@ def forward_blocks(dim: int, dtype: torch.dtype, target: int) -> dict[str, int]:
         return {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1, "maxnreg": 255}
     if target in (90, 100) or dim < 128:
         return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
-    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
 
 
-def backward_blocks(dim: int, dtype: torch.dtype, target: int) -> dict[str, int]:
+def query_blocks(dim: int, dtype: torch.dtype, target: int) -> dict[str, int]:
     if dtype == torch.float32:
         return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1, "maxnreg": 255}
     rows = 64 if target == 90 else 32
     return {"BLOCK_M": rows, "BLOCK_N": 64, "num_warps": 8 if dim == 128 else 4, "num_stages": 2}
+
+
+def key_blocks(dim: int, dtype: torch.dtype, target: int) -> dict[str, int]:
+    """Of the kernel that holds dk and dv of a block of keys."""
+    if dtype == torch.float32:
+        return query_blocks(dim, dtype, target)
+    rows, warps = (64, 8) if target == 100 and dim < 128 else (32, 8 if target == 90 or dim == 128 else 4)
+    return {"BLOCK_M": rows, "BLOCK_N": 64, "num_warps": warps, "num_stages": 2}
 
 
 def _softmax_dtype(x: Tensor) -> torch.dtype:
