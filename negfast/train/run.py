@@ -186,7 +186,7 @@ def _check_init(source: RunFolder, dataset: Dataset, model: Path | None, verdict
 def _check_same_run(run: RunFolder, settings: Config, data: Path | None, model: Path | None, init: Path | None) -> Path:
     """The data directory of a run that goes on; InputError where it was started otherwise."""
     description = run.read()
-    if (run.path / "config.toml").read_text() != to_toml(settings):
+    if run.config != settings:  # read, not as text: a setting that came later has its default in an older run
         raise InputError(f"{run.path}: was started with other settings than asked for; see its config.toml, or --out")
     for name, given in (("model", model), ("init", init)):
         if given is not None and str(given) != description[name]:
