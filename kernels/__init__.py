@@ -6,8 +6,6 @@ prompt_attention   prompt_attention.py   group attention of packed prompts, caus
 answer_attention   answer_attention.py   and of the answers over their shared prompts and their own tokens
 """
 
-from importlib.metadata import PackageNotFoundError, version
-
 import torch
 from negfast.kernels.dispatch import HEAD_DIMS, runs_triton
 
@@ -28,13 +26,4 @@ def implementations(device: torch.device | str, head_dim: int | None = None) -> 
     if head_dim is not None and head_dim not in HEAD_DIMS:
         taken = ", ".join(map(str, HEAD_DIMS))
         found |= dict.fromkeys(ATTENTION, f"{EAGER} (heads of {head_dim} dimensions; the kernels take {taken})")
-    liger = liger_version()
-    return found | {FULL_VOCABULARY: f"liger-kernel {liger}" if liger else f"{EAGER} (liger-kernel is not installed)"}
-
-
-def liger_version() -> str | None:
-    """Of the installed liger-kernel."""
-    try:
-        return version("liger-kernel")
-    except PackageNotFoundError:
-        return None
+    return found | {FULL_VOCABULARY: EAGER}
