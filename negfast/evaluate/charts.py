@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 360, 230
-LEFT, RIGHT, TOP, BOTTOM = 48, 18, 12, 42
+LEFT, RIGHT, TOP, BOTTOM = 56, 18, 12, 42
 
-Format = Callable[[float], str]
+Format = Callable[[float, float], str]  # (value, distance between ticks)
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,16 @@ class Line:
     dots: bool = False
 
 
-def number(value: float) -> str:
-    """1,200 or 0.35: as many digits as a tick needs."""
-    if value == 0 or abs(value) >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
+def number(value: float, step: float = 0.001) -> str:
+    """1,200 or 0.35: as many digits as tell values ``step`` apart; powers of ten where these are too many."""
+    digits = next((d for d in range(6) if abs(round(step, d) - step) < step * 1e-6), 6)
+    if digits == 6:
+        return f"{value:.1e}" if value else "0"
+    return f"{value:,.{digits}f}"
 
 
-def percent(value: float) -> str:
-    return f"{value * 100:.3g} %"
+def percent(value: float, step: float = 0.001) -> str:
+    return f"{number(value * 100, step * 100)} %"
 
 
 def line_chart(
@@ -79,7 +80,7 @@ def bar_chart(
         gap = width * 0.15 if width > 4 else 0
         parts.append(
             f'<rect class="bar c{color}" x="{x + gap:.1f}" y="{y}" width="{width - 2 * gap:.2f}" '
-            f'height="{max(frame.y(0) - y, 0):.1f}"><title>{escape(label)}: {number(value)}</title></rect>'
+            f'height="{max(frame.y(0) - y, 0):.1f}"><title>{escape(label)}: {value:.4g}</title></rect>'
         )
         if show and i % show == 0:
             parts.append(
@@ -114,13 +115,16 @@ class _Frame:
 
     def grid(self, x_label: str, y_label: str, x_format: Format | None, y_format: Format) -> str:
         out = []
+        x_step, y_step = self.x_ticks[1] - self.x_ticks[0], self.y_ticks[1] - self.y_ticks[0]
         for value in self.y_ticks:
             y = self.y(value)
             out.append(f'<line class="grid" x1="{LEFT}" y1="{y}" x2="{WIDTH - RIGHT}" y2="{y}"/>')
-            out.append(f'<text class="tick end" x="{LEFT - 6}" y="{y + 4}">{y_format(value)}</text>')
+            out.append(f'<text class="tick end" x="{LEFT - 6}" y="{y + 4}">{y_format(value, y_step)}</text>')
         for value in self.x_ticks if x_format else []:
             assert x_format is not None
-            out.append(f'<text class="tick" x="{self.x(value)}" y="{HEIGHT - BOTTOM + 15}">{x_format(value)}</text>')
+            out.append(
+                f'<text class="tick" x="{self.x(value)}" y="{HEIGHT - BOTTOM + 15}">{x_format(value, x_step)}</text>'
+            )
         bottom = HEIGHT - BOTTOM
         out.append(f'<line class="axis" x1="{LEFT}" y1="{bottom}" x2="{WIDTH - RIGHT}" y2="{bottom}"/>')
         middle = (LEFT + WIDTH - RIGHT) / 2
