@@ -63,7 +63,7 @@ def test_two_days_of_a_tiny_log(tiny_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "predicted.parquet"
     run_cli("predict", str(run), "--top", "5", "--out", str(out))
     users = set(parquet.read_table(out)["user"].to_pylist())
-    assert {"new1", "new2", "u0"} <= users
+    assert {"unew1", "unew2", "u0"} <= users
     run_cli(
         "predict", str(tiny_run), "--data", str(data), "--top", "5", "--out", str(out)
     )  # frozen weights, today's log
