@@ -17,7 +17,7 @@ are bit-equal.
 
 Bytes: logits, reference and dlogits are touched once, 3 R K elements (6 R K bytes in bf16), plus K / 4 bytes of tables
 a row, 4 bytes a row and child, 29 bytes a token; the backward multiplies dlogits by a scalar, 2 R K elements more. A
-row of forced tokens only writes its zeros. FLOPs: about 25 a code. The sm_90 code issues about 95 instructions a code, so
+row of forced tokens only writes its zeros. FLOPs: about 25 a code. The sm_90 code issues about 95 instructions a code:
 wide bf16 rows wait for instructions about twice as long as for memory (float32 rows do not), and below about 1,000 rows
 of 256 the launch is all. The loss "dapo" reads all T counted flags in every row, max@k makes G^2 comparisons a row.
 """
