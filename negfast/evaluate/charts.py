@@ -91,7 +91,7 @@ def bar_chart(
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers from at most ``low`` to at least ``high``."""
-    if high <= low:
+    if high - low <= max(abs(low), abs(high)) * 1e-9 or high - low < 1e-30:  # one value: give it room
         low, high = low - (abs(low) or 1) * 0.1, high + (abs(high) or 1) * 0.1
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
