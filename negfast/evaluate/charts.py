@@ -91,8 +91,9 @@ def bar_chart(
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers from at most ``low`` to at least ``high``."""
-    if high - low <= max(abs(low), abs(high)) * 1e-9 or high - low < 1e-30:  # one value: give it room
-        low, high = low - (abs(low) or 1) * 0.1, high + (abs(high) or 1) * 0.1
+    if high - low <= max(abs(low), abs(high), 0.1) * 1e-9:  # one value: give it room
+        room = abs(low) * 0.1 if abs(low) > 1e-9 else 0.1
+        low, high = low - room, high + room
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= raw * 0.999)
