@@ -292,7 +292,9 @@ def test_refusals(tiny_run, tiny_data, tmp_path):
     assert "sliding" not in refused("predict", str(tiny_run), "--at", "yesterday", "--out", str(tmp_path / "x.parquet"))
     asked = tmp_path / "asked.parquet"
     parquet.write_table(pa.table({"user": ["nobody", "else"], "item": ["i1", "i2"]}), asked)
-    assert "no user is known, the first is 'nobody'" in refused("score", str(tiny_run), str(asked), "--out", str(tmp_path / "y"))
+    assert "no user is known, the first is 'nobody'" in refused(
+        "score", str(tiny_run), str(asked), "--out", str(tmp_path / "y")
+    )
     assert "cuda" in refused(*train_arguments(tiny_data, nowhere, train__device="cuda")) or torch.cuda.is_available()
 
 
