@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install train smoke test test-slow fuzz lint wheel clean
+.PHONY: help install train smoke test test-slow fuzz soak lint docs wheel clean
 
 help:
 	@echo "make train      install, then the whole job on the embedded sample -> runs/quickstart"
@@ -12,7 +12,9 @@ help:
 	@echo "make test       install, then the test suite"
 	@echo "make test-slow  the tests too long for CI"
 	@echo "make fuzz       mutated shards under sanitisers, FUZZ_SECONDS=600"
+	@echo "make soak       an hour of training steps with flat memory"
 	@echo "make lint       ruff and mypy"
+	@echo "make docs       docs/configuration.md from the settings' types"
 	@echo "make wheel      a wheel in dist/"
 
 install: $(INSTALLED)
@@ -50,10 +52,16 @@ fuzz:
 		$(FUZZED:%=csrc/%.cpp) -o build/fuzz_shard
 	build/fuzz_shard $(FUZZ_SECONDS) $(GOLDEN)/seconds.nfs $(GOLDEN)/days.nfs $(GOLDEN)/days.nfs.000001
 
+soak: install
+	$(BIN)/python tools/soak.py
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: install
+	$(BIN)/python tools/write_configuration.py
 
 wheel: install
 	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
