@@ -275,15 +275,18 @@ def train(gpus: int | None, replay: Path | None, **options: Any) -> None:
     negfast train --gpus 8 --data data --model Qwen3-0.6B --out runs/a
     negfast train --replay runs/a/failed/sft-000120
     """
-    from negfast.train import run
     from negfast.train.distributed import launch_gpus, planned_size
 
     if replay is not None:
-        run.replay(replay)
+        from negfast.train.run import replay as find_the_cause
+
+        find_the_cause(replay)
     elif gpus is not None and gpus > 1 and planned_size() == 1:
         sys.exit(launch_gpus(gpus, sys.argv[1:]))
     else:
-        run.train(**options)
+        from negfast.train.run import train as run
+
+        run(**options)
 
 
 @main.command()
