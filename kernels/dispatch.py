@@ -1,9 +1,11 @@
 """Where Triton kernels run: on CUDA, and on the CPU under Triton's interpreter, which only tests ask for."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -34,6 +36,19 @@ def runs_triton(device: torch.device) -> bool:
 def attention_runs_triton(query: Tensor) -> bool:
     """The same for attention; heads of another dimension than the kernels take go to the reference."""
     return runs_triton(query.device) and query.shape[-1] in HEAD_DIMS
+
+
+def runs_liger(device: torch.device) -> bool:
+    """Whether rows over a whole vocabulary go to liger-kernel."""
+    return runs_triton(device) and find_spec("liger_kernel") is not None
+
+
+@cache
+def liger_cross_entropy() -> Callable[[Tensor, Tensor], Tensor]:
+    """Liger's cross entropy, a loss a row; ImportError where the installed liger-kernel does not work."""
+    from liger_kernel.transformers import LigerCrossEntropyLoss
+
+    return LigerCrossEntropyLoss(reduction="none")
 
 
 def capability(device: torch.device) -> int:

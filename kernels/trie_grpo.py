@@ -173,34 +173,52 @@ def trie_grpo_reference(
     if objective.beta > 0 and reference_log_policy is None:
         raise ValueError("reference_log_policy: found None, expected log-probabilities since beta > 0")
     log_p = log_policy(logits, valid, log_prior, objective.temperature)
-    log_prob = log_p[tokens.row, tokens.code]
-    counted = tokens.counted.to(log_p.dtype)
-    log_prob = torch.where(tokens.counted, log_prob, 0.0)
-    old = log_prob.detach() if old_log_prob is None else torch.where(tokens.counted, old_log_prob, 0.0)
-
-    advantage = group_advantage(rewards, objective).reshape(-1)[tokens.answer].to(log_p.dtype)
-    ratio = (log_prob - old).exp()
-    bounded = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
-    gain = torch.minimum(ratio * advantage, bounded * advantage)
-    clipped = (bounded * advantage < ratio * advantage).to(log_p.dtype) * counted
+    log_prob = torch.where(tokens.counted, log_p[tokens.row, tokens.code], 0.0)
 
     # 0 * log 0 = 0: masked codes hold -inf
     finite = log_p.masked_fill(~valid, 0.0)
     p = finite.exp().masked_fill(~valid, 0.0)
-    entropy = -(p * finite).sum(-1)[tokens.row] * counted
+    entropy = -(p * finite).sum(-1)[tokens.row]
     kl = torch.zeros_like(log_prob)
     if reference_log_policy is not None and objective.beta > 0:
         reference = reference_log_policy.masked_fill(~valid, 0.0)
         if objective.kl == "exact":
             kl = (p * (finite - reference)).sum(-1)[tokens.row]
         else:
-            log_ratio = torch.where(tokens.counted, reference[tokens.row, tokens.code], 0.0) - log_prob
-            kl = log_ratio.exp() - log_ratio - 1
-        kl = torch.where(tokens.counted, kl, 0.0)
+            kl = k3(log_prob, torch.where(tokens.counted, reference[tokens.row, tokens.code], 0.0))
+    return grpo_terms(log_prob, kl, entropy, tokens, rewards, objective, levels, old_log_prob, answer_weight)
 
-    weight = token_weight(tokens, rewards.numel(), levels, objective, log_p.dtype, answer_weight)
+
+def k3(log_prob: Tensor, reference: Tensor) -> Tensor:
+    """Schulman's estimator of KL(policy || reference) from the log-probabilities of sampled tokens alone."""
+    log_ratio = reference - log_prob
+    return log_ratio.exp() - log_ratio - 1
+
+
+def grpo_terms(
+    log_prob: Tensor,
+    kl: Tensor,
+    entropy: Tensor,
+    tokens: SampledTokens,
+    rewards: Tensor,
+    objective: GRPOObjective,
+    levels: int,
+    old_log_prob: Tensor | None = None,
+    answer_weight: Tensor | None = None,
+) -> GRPOTerms:
+    """The objective from what is known of each token, [T]: its log-probability (0 where not counted), the KL and the
+    entropy at its row; the rest as ``trie_grpo_reference``."""
+    dtype = log_prob.dtype
+    old = log_prob.detach() if old_log_prob is None else torch.where(tokens.counted, old_log_prob, 0.0)
+    advantage = group_advantage(rewards, objective).reshape(-1)[tokens.answer].to(dtype)
+    ratio = (log_prob - old).exp()
+    bounded = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
+    gain = torch.minimum(ratio * advantage, bounded * advantage)
+    clipped = (bounded * advantage < ratio * advantage).to(dtype) * tokens.counted
+    kl = torch.where(tokens.counted, kl, 0.0)
+    weight = token_weight(tokens, rewards.numel(), levels, objective, dtype, answer_weight)
     loss = (weight * (objective.beta * kl - gain)).sum()
-    return GRPOTerms(loss, log_prob.detach(), kl.detach(), entropy.detach(), clipped.detach())
+    return GRPOTerms(loss, log_prob.detach(), kl.detach(), (entropy * tokens.counted).detach(), clipped.detach())
 
 
 def token_weight(

@@ -16,21 +16,15 @@ from negfast.collab import co_dislike_neighbours, content_neighbours
 from negfast.config import Config
 from negfast.data.split import only_next
 from negfast.errors import InputError
-from negfast.kernels.trie_grpo import (
-    GRPOObjective,
-    GRPOTerms,
-    SampledTokens,
-    log_policy,
-    trie_grpo_reference,
-)
+from negfast.kernels.trie_grpo import GRPOObjective, GRPOTerms
 from negfast.model.choice import TrieChooser
 from negfast.model.policy import Policy
 from negfast.model.prompts import PromptBatch
 from negfast.sid.prior import NEXT_DISLIKE
-from negfast.sid.tokens import CodeVocabulary
 from negfast.spans import span
 from negfast.train import distributed
 from negfast.train.engine import Engine, epoch_rows, task_rng
+from negfast.train.full_loss import full_loss
 from negfast.train.reward import COLLABORATIVE, HIT, LIKED, build_reward_table
 from negfast.train.rollout import Rollout, replay_hidden, replay_logits, rollout
 from negfast.train.sampling import distinct_loss, rollout_without_replacement
@@ -250,27 +244,6 @@ def reuse_loss(policy: Policy, batch: PromptBatch, taken: GroupStep) -> GRPOTerm
     """The loss of an earlier rollout under the policy as it is now, by a second pass, with ratios against then."""
     assert taken.objective is not None, "config refuses epochs > 1 with what has no second pass"
     return taken.objective(replay_logits(policy, batch, taken.rollout), taken.result.log_prob)
-
-
-def full_loss(
-    policy: Policy, sampled: Rollout, rewards: Tensor, objective: GRPOObjective, reference: Tensor | None
-) -> GRPOTerms:
-    """The objective over the whole vocabulary, at hidden states of a rollout; ``reference`` [R, V] logits."""
-    tokens, logits = vocabulary_tokens(policy.vocabulary, sampled), policy.full_logits(sampled.hidden)
-    valid = torch.ones_like(logits, dtype=torch.bool)
-    if reference is not None:
-        reference = log_policy(reference, valid, None, objective.temperature)
-    levels = sampled.codes.shape[1]
-    return trie_grpo_reference(logits, valid, None, tokens, rewards, objective, levels, reference)
-
-
-def vocabulary_tokens(vocabulary: CodeVocabulary, sampled: Rollout) -> SampledTokens:
-    """The tokens of a rollout as choices among the whole vocabulary: ids instead of codes, all of them counted."""
-    tokens, (answers, levels) = sampled.tokens, sampled.codes.shape
-    first = torch.tensor([vocabulary.code_base(level + 1) for level in range(levels)], device=tokens.code.device)
-    return SampledTokens(
-        tokens.row, tokens.code + first.repeat_interleave(answers), tokens.answer, torch.ones_like(tokens.counted)
-    )
 
 
 def gradient_shares(terms: Tensor) -> dict[str, Mean]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from negfast.kernels.vocabulary import vocabulary_nll
 from negfast.model.layout import GroupLayout
 from negfast.model.policy import Policy
 from negfast.train.engine import Engine, epoch_rows
@@ -137,4 +137,4 @@ def answer_states(engine: Engine, packed: PackedText) -> Tensor:
 def text_nll(policy: Policy, states: Tensor, targets: Tensor) -> Tensor:
     """Summed cross entropy of the decoder's own tokens ``targets`` int64 [N] after ``states`` [N, d], over its whole
     vocabulary."""
-    return F.cross_entropy(policy.text_head(states).float(), targets, reduction="sum")
+    return vocabulary_nll(policy.text_head(states), targets).sum()

@@ -1,6 +1,7 @@
 """The eager references against slower truths: enumeration, finite differences, full sequences; and bad input."""
 
 import itertools
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -131,7 +132,7 @@ def test_operator_on_the_cpu_is_the_reference(seed: int):
         torch.testing.assert_close(ours, right)
 
 
-def test_implementations_name_every_part():
+def test_implementations_name_every_part(monkeypatch: pytest.MonkeyPatch):
     parts = {"trie_grpo", "sid_cross_entropy", "prompt_attention", "answer_attention", "full_vocabulary"}
     found = kernels.implementations("cpu")
     assert set(found) == parts and set(found.values()) == {"eager reference"}
@@ -142,6 +143,8 @@ def test_implementations_name_every_part():
     assert odd["trie_grpo"].startswith("triton ")
     assert odd["answer_attention"] == odd["prompt_attention"]
     assert odd["prompt_attention"] == "eager reference (heads of 80 dimensions; the kernels take 32, 64, 128)"
-    assert found["full_vocabulary"] == "eager reference"
+    assert found["full_vocabulary"] == f"liger-kernel {version('liger-kernel')}"
+    monkeypatch.setattr(dispatch, "find_spec", lambda _: None)
+    assert kernels.implementations("cuda")["full_vocabulary"] == "eager reference (liger-kernel is not installed)"
     with dispatch.eager():
         assert set(kernels.implementations("cuda").values()) == {"eager reference"}

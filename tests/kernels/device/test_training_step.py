@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from cases import relative_error
-from negfast.kernels import dispatch, fused_trie_grpo, sid_cross_entropy
-from negfast.kernels.trie_grpo import GRPOObjective
+from negfast.kernels import dispatch, fused_trie_grpo, sid_cross_entropy, vocabulary
+from negfast.kernels.trie_grpo import GRPOObjective, GRPOTerms
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from negfast.model import packed_attention
@@ -110,7 +110,7 @@ def check(kernel: tuple[torch.Tensor, dict], eager: tuple[torch.Tensor, dict]) -
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often each part is computed by its kernel."""
-    counted = dict.fromkeys(("grpo", "cross entropy", "prompt", "last", "answer"), 0)
+    counted = dict.fromkeys(("grpo", "cross entropy", "vocabulary", "prompt", "last", "answer"), 0)
 
     def count(module, function: str, part: str) -> None:
         original = getattr(module, function)
@@ -123,6 +123,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
     count(fused_trie_grpo, "_op", "grpo")
     count(sid_cross_entropy, "_forward", "cross entropy")
+    count(vocabulary, "liger_cross_entropy", "vocabulary")
     for part in ("prompt", "answer"):
         count(packed_attention, f"{part}_attention", part)
     count(packed_attention, "last_token_attention", "last")
@@ -187,6 +188,34 @@ def test_grpo_that_carries_forced_answers_along(device: torch.device, seed: int,
     monkeypatch.setattr(grpo, "rollout", partial(grpo.rollout, keep_forced=True))
     found = step()
     check((found, gradients(job, found)), expected)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [GRPOObjective(beta=0.1, kl="k3", temperature=0.7), GRPOObjective(beta=0.0, loss="grpo", scale_rewards=True)],
+    ids=["k3", "no-kl"],
+)
+def test_grpo_over_the_whole_vocabulary(
+    objective: GRPOObjective, device: torch.device, seed: int, calls: dict[str, int]
+):
+    """By liger-kernel; what is told of each token is the same too."""
+    job = make_job(seed, device, prior_weight=0.0)
+    reference = job.reference if objective.beta else None
+    ids = torch.arange(PROMPTS, device=device)
+
+    def step() -> GRPOTerms:
+        given = (job.policy, reference, job.chooser, job.batch(GROUP), ids)
+        return group_loss(*given, lambda x: (x % 3 / 2).unsqueeze(-1), objective, GROUP, 1, seed, full=True).result
+
+    found = step()
+    assert calls["vocabulary"] == 1 and calls["grpo"] == 0
+    kernel = found.loss, gradients(job, found.loss)
+    with dispatch.eager():
+        expected = step()
+        check(kernel, (expected.loss, gradients(job, expected.loss)))
+    assert calls["vocabulary"] == 1, "the reference used a kernel"
+    for ours, right in zip(found.per_token, expected.per_token, strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("with_prior", [True, False], ids=["sft", "align"])
