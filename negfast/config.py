@@ -205,7 +205,7 @@ class Train:
 class Eval:
     beam: int = setting(64, low=1, help="beams kept above the last level")
     batch: int = setting(64, low=1, help="requests scored at once")
-    valid_requests: int = setting(400, low=1, help="requests of the validation during training")
+    valid_requests: int = setting(1250, low=1, help="requests of the validation during training")
     resamples: int = setting(1000, low=1, help="of the paired bootstrap over users")
 
 
