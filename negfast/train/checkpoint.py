@@ -95,10 +95,14 @@ def load_weights(folder: Path, policy: nn.Module) -> None:
 
 
 def load_optimizer(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Loads the optimiser's moments and step counts of a checkpoint."""
+    """Loads the optimiser's moments and step counts of a checkpoint, each to where its parameter lies."""
     tensors = _read(folder / OPTIMIZER)
     for name, parameter in policy.named_parameters():
-        entry = {key.rpartition("|")[2]: value for key, value in tensors.items() if key.rpartition("|")[0] == name}
+        entry = {
+            key.rpartition("|")[2]: value.to(parameter.device)
+            for key, value in tensors.items()
+            if key.rpartition("|")[0] == name
+        }
         if entry:
             optimizer.state[parameter] = entry
 

@@ -7,7 +7,7 @@ import torch
 
 from negfast.errors import TrainingError
 from negfast.train import checkpoint
-from negfast.train.checkpoint import StageCheckpoints, load_weights, read_state, step_checkpoints
+from negfast.train.checkpoint import StageCheckpoints, load_optimizer, load_weights, read_state, step_checkpoints
 
 
 class Journal:
@@ -75,3 +75,14 @@ def test_what_goes_wrong_in_the_background_is_raised_by_the_next_call(tmp_path, 
     saved.save(2, wait=False)
     with pytest.raises(TrainingError, match="No space left on device; what was there before is good"):
         saved.save(4, wait=False)
+
+
+def test_an_optimiser_comes_back_to_where_its_parameters_lie(tmp_path):
+    """The file is read into this machine's memory; AdamW wants its moments beside the weights."""
+    saved = stage_checkpoints(tmp_path, background=False)
+    saved.save(2, wait=True)
+    (found,) = step_checkpoints(tmp_path)
+    elsewhere = torch.nn.Linear(3, 3, device="meta")
+    optimizer = torch.optim.AdamW(elsewhere.parameters())
+    load_optimizer(found, elsewhere, optimizer)
+    assert {value.device.type for entry in optimizer.state.values() for value in entry.values()} == {"meta"}
