@@ -10,7 +10,7 @@ from negfast.data.dataset import Dataset
 from negfast.data.log import DISLIKE, EXPOSED, EventLog
 from negfast.evaluate.metrics import future_hits
 from negfast.evaluate.predictions import Predictions
-from negfast.evaluate.sets import EvalSet, history_ends
+from negfast.evaluate.sets import EvalSet, history_ends, past_dislikes
 
 PAST_BINS = ((0, 0), (1, 2), (3, 5), (6, 15), (16, None))  # numbers of past dislikes, both ends included
 SHARES = np.concatenate([np.arange(1, 21) / 100, np.arange(25, 55, 5) / 100])  # of events filtered
@@ -73,12 +73,6 @@ def strata(log: EventLog, evalset: EvalSet, answer: Predictions) -> list[Stratum
         fhr = float(hit[rows].mean()) if len(rows) else None
         out.append(Stratum(label, len(events), auc, len(rows), fhr))
     return out
-
-
-def past_dislikes(log: EventLog, user: np.ndarray, day: np.ndarray) -> np.ndarray:
-    """Dislikes of each user up to the end of each day, int64."""
-    dislikes = np.concatenate([[0], np.cumsum(log.feedback == DISLIKE)])
-    return dislikes[history_ends(log, user, day)] - dislikes[log.user_offsets[user]]
 
 
 def examples(data: Dataset, evalset: EvalSet, answer: Predictions, seed: int) -> list[Example]:

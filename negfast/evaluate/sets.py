@@ -75,18 +75,29 @@ def evaluation_set(log: EventLog, split: Split, name: str, seed: int = 0) -> Eva
         requests=requests,
         primary=first_of_week(requests, start),
         next_dislike=next_dislikes(log, requests),
-        past_dislike=_has_past_dislike(log, requests.user, requests.day),
+        past_dislike=past_dislikes(log, requests.user, requests.day) > 0,
         cold_item=cold,
         filter_user=log.user[events],
         filter_item=log.item[events],
         filter_day=days[events],
         filter_dislike=log.feedback[events] == DISLIKE,
-        filter_past_dislike=_has_past_dislike(log, log.user[events], days[events] - 1),
+        filter_past_dislike=past_dislikes(log, log.user[events], days[events] - 1) > 0,
         pool_request=pool_request,
         pool_items=pool_items,
         pools_redrawn=redrawn,
         pools_dropped=dropped,
     )
+
+
+def check_choosable(valid: EvalSet) -> None:
+    """InputError where valid cannot choose weights and calibrate: it needs likes, dislikes, and a request with F."""
+    dislikes, events = int(valid.filter_dislike.sum()), len(valid.filter_dislike)
+    if not 0 < dislikes < events or not len(valid.requests):
+        raise InputError(
+            f"{valid.name}: found {dislikes} dislikes among {events} first likes and dislikes, and "
+            f"{len(valid.requests)} requests with a dislike ahead; expected both kinds and a request: prepare the data "
+            "with other --valid and --test dates"
+        )
 
 
 def history_ends(log: EventLog, user: np.ndarray, day: np.ndarray) -> np.ndarray:
@@ -98,9 +109,10 @@ def history_ends(log: EventLog, user: np.ndarray, day: np.ndarray) -> np.ndarray
     return np.searchsorted(keys, user.astype(np.int64) * span + within, side="right")
 
 
-def _has_past_dislike(log: EventLog, user: np.ndarray, day: np.ndarray) -> np.ndarray:
+def past_dislikes(log: EventLog, user: np.ndarray, day: np.ndarray) -> np.ndarray:
+    """Dislikes of each user up to the end of each day, int64."""
     dislikes = np.concatenate([[0], np.cumsum(log.feedback == DISLIKE)])
-    return dislikes[history_ends(log, user, day)] > dislikes[log.user_offsets[user]]
+    return dislikes[history_ends(log, user, day)] - dislikes[log.user_offsets[user]]
 
 
 def _pools(log: EventLog, requests: Requests, seed: int) -> tuple[np.ndarray, np.ndarray, int, int]:

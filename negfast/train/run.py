@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from negfast.config import Config, load_config, to_toml
+from negfast.config import Config, Sid, load_config, to_toml
 from negfast.data.dataset import Dataset
 from negfast.data.prepare import SemanticIdSettings
 from negfast.data.samples import prepare_movietweetings
 from negfast.errors import InputError
 from negfast.evaluate.model import Validation, calibrate
 from negfast.evaluate.run import evaluate_folder, write_report
-from negfast.evaluate.sets import EvalSet, evaluation_set
+from negfast.evaluate.sets import EvalSet, check_choosable, evaluation_set
 from negfast.files import atomic_file, check_output
 from negfast.kernels import implementations
 from negfast.model.load import build_policy, check_model_folder, save_model_files
@@ -91,6 +91,7 @@ def replay(folder: Path) -> None:
     """Runs a step again that was not finite, from what it left in RUN/failed/, and prints where numbers go wrong."""
     path, name = faults.read_failed(folder)
     run = RunFolder(path)
+    run.read()  # raises where there is none, which `open_stage` would start
     _, engine, stage = open_stage(name, None, None, None, None, None, run.path, ())
     load_weights(folder, engine.policy)
     print("\n".join(faults.replay(folder, stage, engine.policy)))
@@ -144,6 +145,7 @@ def _start_run(run: RunFolder, settings: Config, data: Path | None, model: Path 
         semantic_ids = SemanticIdSettings(quantizer=settings.sid.quantizer, encoder=settings.sample.encoder)
         prepare_movietweetings(data_dir, semantic_ids=semantic_ids, report=_say)
     dataset = Dataset.open(data_dir)
+    _check_quantizer(dataset, settings.sid.quantizer, data is None)
     torch.manual_seed(settings.train.seed)
     shape = dataset.codes.shape[1], int(dataset.manifest["semantic_ids"]["codebook"])
     verdict_features = history_features(dataset).width
@@ -160,7 +162,8 @@ def _start_run(run: RunFolder, settings: Config, data: Path | None, model: Path 
     run.path.mkdir(parents=True, exist_ok=True)
     save_model_files(policy, tokenizer, run.model)
     save_checkpoint(run.initial, policy)
-    (run.path / "config.toml").write_text(to_toml(settings))
+    with atomic_file(run.path / "config.toml") as temporary:
+        temporary.write_text(to_toml(settings))
     description = {
         "data": os.path.relpath(data_dir, run.path),
         "semantic_ids": run.fingerprint(dataset),
@@ -170,6 +173,14 @@ def _start_run(run: RunFolder, settings: Config, data: Path | None, model: Path 
     }
     with atomic_file(run.description) as temporary:
         temporary.write_text(json.dumps(description, indent=1) + "\n")
+
+
+def _check_quantizer(dataset: Dataset, wanted: str, embedded: bool) -> None:
+    """InputError where a setting asks for other semantic IDs than the data set has; of a given one the default asks
+    nothing."""
+    found = dataset.manifest["semantic_ids"]["quantizer"]
+    if wanted != found and (embedded or wanted != Sid().quantizer):
+        raise InputError(f"sid.quantizer: found {wanted}, but {dataset.path} was prepared with {found}")
 
 
 def _check_init(source: RunFolder, dataset: Dataset, model: Path | None, verdict_features: int) -> None:
@@ -218,6 +229,7 @@ def _run_stages(run: RunFolder, engine: Engine) -> None:
     _tell_implementations(engine, journal)
     _load_start(run, engine, done)
     valid = evaluation_set(engine.log, engine.split, "valid")
+    check_choosable(valid)
     validations = {"align": None, "sft": Validation(engine, valid, SCALES), "grpo": Validation(engine, valid)}
     for number, name in enumerate(names):
         if name in done:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from negfast.data.log import DAY, DISLIKE, EXPOSED, LIKE, EventLog
 from negfast.data.split import Split, split_requests
 from negfast.errors import InputError
-from negfast.evaluate.sets import POOL, EvalSet, evaluation_set, first_feedback, history_ends
+from negfast.evaluate.sets import POOL, EvalSet, check_choosable, evaluation_set, first_feedback, history_ends
 
 MakeLog = Callable[..., EventLog]
 FIRST_DAY = 15_000
@@ -52,6 +53,17 @@ def test_filter_events_are_first_feedback(random_log: MakeLog, seed: int) -> Non
             any(d <= day for d in dislike_days[user])
             for user, day in zip(evalset.requests.user.tolist(), evalset.requests.day.tolist(), strict=True)
         ]
+
+
+def test_a_valid_split_that_chooses_nothing_is_refused(random_log: MakeLog) -> None:
+    """Before the first step of training, not when weights are to be chosen and the score calibrated."""
+    _, valid, _ = sets_of(random_log(0))
+    check_choosable(valid)
+    for dislike in (False, True):
+        with pytest.raises(InputError, match="expected both kinds"):
+            check_choosable(replace(valid, filter_dislike=np.full_like(valid.filter_dislike, dislike)))
+    with pytest.raises(InputError, match="and 0 requests with a dislike ahead"):
+        check_choosable(replace(valid, requests=valid.requests.take(np.zeros(0, np.int64))))
 
 
 @pytest.mark.parametrize("seed", range(3))
