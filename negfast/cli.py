@@ -146,7 +146,7 @@ def prepare(context: click.Context, files: tuple[Path, ...], out: Path, **option
     if options["like"] is not None:
         from negfast.data.daily import prepare_like
 
-        _refuse_others(context, "--like", ("like", "items", "valid", "test"))
+        _refuse_others(context, "--like", ("files", "out", "force", "like", "items", "valid", "test"))
         prepare_like(
             files, options["like"], out, items_path=options["items"], split=(options["valid"], options["test"]),
             force=options["force"], report=click.echo,
@@ -159,7 +159,8 @@ def prepare(context: click.Context, files: tuple[Path, ...], out: Path, **option
     if options["recipe"] is not None:
         from negfast.data.recipes import prepare_recipe
 
-        _refuse_others(context, "--recipe", ("recipe", "dislike", "horizon", "valid", "test", *names))
+        allowed = ("files", "out", "force", "recipe", "dislike", "horizon", "valid", "test", *names)
+        _refuse_others(context, "--recipe", allowed)
         prepare_recipe(
             options["recipe"], files, out, dislike=dislike, split=split, semantic_ids=semantic_ids,
             force=options["force"], report=click.echo,
@@ -216,7 +217,7 @@ def _refuse_others(context: click.Context, option: str, allowed: tuple[str, ...]
     for parameter in context.command.params:
         name = parameter.name or ""
         given = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
-        if given and name not in (*allowed, "files", "out", "force"):
+        if given and name not in allowed:
             raise click.UsageError(f"{parameter.opts[-1]} has no place beside {option}, which settles it", context)
 
 
@@ -246,7 +247,7 @@ def inspect(path: Path) -> None:
 
 TRAIN_OPTIONS = (
     click.argument("config", required=False, type=EXISTING),
-    click.option("--preset", metavar="NAME", help="quickstart or smoke (the whole job in about a minute)."),
+    click.option("--preset", metavar="NAME", help="quickstart, smoke (the whole job in about a minute) or nightly."),
     click.option("--data", type=EXISTING, help="Prepared data set; the built-in MovieTweetings by default."),
     click.option("--model", type=EXISTING, help="Local directory of any HF decoder; a small Qwen3 by default."),
     click.option("--init", type=EXISTING, metavar="RUN", help="Start from the weights of a finished run."),
@@ -265,7 +266,8 @@ def train_options(command: Callable[..., None]) -> Callable[..., None]:
 @train_options
 @click.option("--gpus", type=click.IntRange(min=1), help="GPUs of this machine to train on; torchrun works too.")
 @click.option("--replay", type=EXISTING, metavar="RUN/failed/STEP", help="Look for the cause of a NaN or inf.")
-def train(gpus: int | None, replay: Path | None, **options: Any) -> None:
+@click.pass_context
+def train(context: click.Context, gpus: int | None, replay: Path | None, **options: Any) -> None:
     """Train: align, sft, grpo, then the table on the test split.
 
     \b
@@ -280,9 +282,12 @@ def train(gpus: int | None, replay: Path | None, **options: Any) -> None:
     if replay is not None:
         from negfast.train.run import replay as find_the_cause
 
+        _refuse_others(context, "--replay", ("replay",))
         find_the_cause(replay)
     elif gpus is not None and gpus > 1 and planned_size() == 1:
         sys.exit(launch_gpus(gpus, sys.argv[1:]))
+    elif gpus is not None and gpus != planned_size():
+        raise click.UsageError(f"--gpus {gpus}: found {planned_size()} ranks started by torchrun", context)
     else:
         from negfast.train.run import train as run
 

@@ -244,6 +244,8 @@ def test_output_that_is_something_else(folder):
         (["prepare", "a", "--out", "x", "--like", "d", "--recipe", "yambda"], "--recipe has no place beside --like"),
         (["prepare", "log.csv", "--out", "x", "--dislike", "a", "--horizon", "x"], "'x' is not a valid integer"),
         (["prepare", "log.csv", "--out", "x", "--dislike", "a", "--wrong"], "No such option"),
+        (["train", "--replay", "r/failed/sft-000001", "--set", "sft.lr=1"], "--set has no place beside --replay"),
+        (["train", "--replay", "r/failed/sft-000001", "--out", "r"], "--out has no place beside --replay"),
         (["wrong"], "No such command 'wrong'"),
         (["inspect", "none"], "none: no such file or directory"),
     ],
@@ -281,3 +283,19 @@ def test_settings_of_training(arguments, said, tmp_path, monkeypatch):
     assert said in result.stderr
     assert result.stderr.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_ranks_that_torchrun_started_are_as_many_as_asked_for(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = CliRunner().invoke(main, ["train", "--gpus", "4"])
+    assert result.exit_code == 2 and "--gpus 4: found 2 ranks started by torchrun" in result.stderr
+
+
+def test_semantic_ids_of_settings_are_those_of_the_data(tiny_data, tmp_path):
+    """A setting that a given data set cannot follow is refused, and one that it follows is not."""
+    run = tmp_path / "run"
+    arguments = ["train", "--data", str(tiny_data), "--out", str(run), "--set", "sid.quantizer=random"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2, (result.output, result.exception)
+    assert "sid.quantizer: found random, but" in result.stderr and "was prepared with rq-kmeans" in result.stderr
+    assert not run.exists()
