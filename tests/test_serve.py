@@ -11,6 +11,7 @@ from negfast.data.dataset import Dataset
 from negfast.data.log import DISLIKE, EXPOSED, LIKE, EventLog
 from negfast.run_folder import RunFolder
 from negfast.serve import predict
+from negfast.serve.context import context_day
 from negfast.serve.parts import write_in_parts
 from negfast.serve.profiles import category_matrix, feedback_matrices
 from negfast.serve.score import knows
@@ -69,6 +70,14 @@ def test_predict_in_batches_is_predict_at_once(tiny_run, tmp_path, monkeypatch):
     assert np.allclose(once["score"].to_numpy(), parts["score"].to_numpy(), rtol=1e-4)
 
 
+def test_a_time_with_a_zone_is_a_day_of_utc():
+    """Nothing after the moment is looked at, wherever the caller's clock hangs."""
+    day = 86_400
+    log = EventLog(np.array([0, 2]), np.array([0, 1]), np.array([LIKE, LIKE]), np.array([0, 30 * day]), None, 2)
+    for at, last in (("1970-01-11", 9), ("1970-01-11T12:00", 9), ("1970-01-11T01:00+05:00", 8)):
+        assert context_day(log, at) == last
+
+
 def test_knows():
     log = EventLog(  # user 0: an exposure to item 0 on day 1, a like of item 1 on day 3; user 1: nothing before day 5
         np.array([0, 2, 3]), np.array([0, 1, 2]), np.array([EXPOSED, LIKE, DISLIKE], np.uint8),
@@ -94,6 +103,9 @@ def test_score_abstains_where_nothing_is_known(tiny_run, tmp_path):
         True,
     ]
     assert "abstained: 2 of 3 pairs" in said
+    parquet.write_table(pa.table({"user": [[user]], "item": [item]}), asked)
+    message = run_cli("score", str(tiny_run), str(asked), "--out", str(out), code=2)
+    assert "column 'user': found list" in message and "expected strings or integers" in message
     parquet.write_table(pa.table({"user": ["nobody"], "item": [item]}), asked)
     assert "no user is known, the first is 'nobody'" in run_cli(
         "score", str(tiny_run), str(asked), "--out", str(out), code=2

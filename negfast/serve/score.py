@@ -76,7 +76,12 @@ def _read(path: Path) -> pa.Table:
 
 def _index(table: pa.Table, column: str, known: list[str], path: Path) -> np.ndarray:
     """The index of each value of a column in ``known``, int64 [E], -1 where it is not there."""
-    values = table[column].cast(pa.string())
+    try:
+        values = table[column].cast(pa.string())
+    except pa.ArrowException as error:
+        raise InputError(
+            f"{path}: column {column!r}: found {table[column].type}, expected strings or integers"
+        ) from error
     found = compute.index_in(values, pa.array(known, pa.string())).fill_null(-1).to_numpy().astype(np.int64)
     if len(found) and (found < 0).all():
         raise InputError(f"{path}: no {column} is known, the first is {values[0].as_py()!r}")
