@@ -1,17 +1,25 @@
 """LoRA through peft: low-rank adapters on the decoder's linear layers; all else of the decoder is frozen.
 
-The code block and the verdict's prior are no part of the decoder and stay fully trained.
+The code block is no part of the decoder and stays fully trained.
 """
 
 from negfast.config import Model
+from negfast.errors import InputError
 from negfast.model.policy import Policy
 
 
 def add_adapters(policy: Policy, config: Model) -> None:
-    """Adapters of rank ``config.lora_rank``, which change nothing until they are trained; none where it is 0."""
+    """Adapters of rank ``config.lora_rank``, which change nothing until they are trained; none where it is 0.
+
+    InputError where they are asked for and peft is not installed.
+    """
     if not config.lora_rank:
         return
-    from peft import LoraConfig, inject_adapter_in_model  # a second of imports that few runs need
+    try:
+        from peft import LoraConfig, inject_adapter_in_model  # a second of imports that few runs need
+    except ImportError as error:
+        found = f"model.lora_rank: found {config.lora_rank}, but peft is not installed (pip install 'negfast[lora]')"
+        raise InputError(found) from error
 
     policy.text_head.requires_grad_(False)
     settings = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules="all-linear")

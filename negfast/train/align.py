@@ -4,7 +4,8 @@ Title -> SID, SID -> title, SID -> attributes, SID -> a co-disliked item, and ve
 earlier cut (`align.cut` of the train days), so that they do not memorise the futures of later train requests.
 
 What the stage has learned is measured on a seeded share of the items (`align.held_out`): no task on text and no verdict
-is trained on them, and no pair on the same share of the users.
+is trained on them, and no pair on the same share of the users. The verdict's prior, which knows items by what was
+counted of them and not by name, is fitted to all.
 """
 
 from typing import Protocol
