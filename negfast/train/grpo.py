@@ -93,6 +93,8 @@ class GrpoStage:
         part = len(terms) / min(settings.requests, len(self.requests))  # of the batch's groups
         loss, tokens = part * result.loss, len(batch.tokens) + sum(len(rows) for rows in sampled.rows[1:])
         counted = sampled.tokens.counted
+        if settings.objective == "full":
+            counted = torch.ones_like(counted)  # forced tokens too
 
         def mean(values: Tensor) -> Mean:
             return Mean(part * sampled.mean(values), part)
