@@ -172,7 +172,7 @@ def _joined_log(old: Dataset, day: NewDay, items: ItemTable, report: Report) -> 
     if log.value is not None or new.log.value is not None:
         of = [np.full(len(part), np.nan, np.float32) if part.value is None else part.value for part in (log, new.log)]
         value = np.concatenate(of)
-    _refuse_known(old, len(log), user, item, time, len(items), len(user_ids))
+    _refuse_known(old, len(log), user, item, time, len(items))
     order = np.lexsort((time, user))
     offsets = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=len(user_ids)))]).astype(np.int64)
     joined = EventLog(
@@ -184,9 +184,7 @@ def _joined_log(old: Dataset, day: NewDay, items: ItemTable, report: Report) -> 
     return joined, user_ids
 
 
-def _refuse_known(
-    old: Dataset, n_old: int, user: np.ndarray, item: np.ndarray, time: np.ndarray, n_items: int, n_users: int
-) -> None:
+def _refuse_known(old: Dataset, n_old: int, user: np.ndarray, item: np.ndarray, time: np.ndarray, n_items: int) -> None:
     """InputError if a new event has user, item and time of an old one: a job that runs twice must not count twice."""
     since = time[n_old:].min()
     rows = np.flatnonzero(time >= since)  # the old events that can be meant are few

@@ -56,7 +56,7 @@ def line_chart(
     xs, ys = [x for x, _ in points] + (zero if diagonal else []), [y for _, y in points] + bounds + zero
     x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
     frame = _Frame(x_ticks, y_ticks)
-    parts = [frame.grid(x_label, y_label, x_format, y_format)]
+    parts = [frame.grid(x_label, x_format, y_format)]
     if diagonal:
         low, high = max(x_ticks[0], y_ticks[0]), max(min(x_ticks[-1], y_ticks[-1]), max(x_ticks[0], y_ticks[0]))
         ends = f'x1="{frame.x(low)}" y1="{frame.y(low)}" x2="{frame.x(high)}" y2="{frame.y(high)}"'
@@ -73,7 +73,7 @@ def bar_chart(
     if not values:
         return '<p class="none">nothing to show</p>'
     frame = _Frame([0.0, float(len(values))], ticks(0.0, max(values)))
-    parts = [frame.grid(x_label, y_label, None, number)]
+    parts = [frame.grid(x_label, None, number)]
     width = (WIDTH - LEFT - RIGHT) / len(values)
     for i, (label, value) in enumerate(zip(labels, values, strict=True)):
         x, y = LEFT + i * width, frame.y(value)
@@ -114,7 +114,7 @@ class _Frame:
         share = (value - self.y_ticks[0]) / (self.y_ticks[-1] - self.y_ticks[0])
         return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
 
-    def grid(self, x_label: str, y_label: str, x_format: Format | None, y_format: Format) -> str:
+    def grid(self, x_label: str, x_format: Format | None, y_format: Format) -> str:
         out = []
         x_step, y_step = self.x_ticks[1] - self.x_ticks[0], self.y_ticks[1] - self.y_ticks[0]
         for value in self.y_ticks:
