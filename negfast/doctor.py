@@ -13,7 +13,12 @@ from negfast.kernels import implementations
 from negfast.sid.embed import minilm_folder
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "numpy", "pyarrow", "faiss-cpu", "scikit-learn", "numba")
-OPTIONAL = {"flash-attn": "packed attention", "liger-kernel": "fused text losses", "trl": "the GRPO benchmark's peer"}
+OPTIONAL = {
+    "liger-kernel": "losses over the whole vocabulary",
+    "peft": "LoRA adapters",
+    "tensorboard": "train.tensorboard",
+    "trl": "the GRPO benchmark's peer",
+}
 
 
 def findings() -> list[tuple[str, str]]:
