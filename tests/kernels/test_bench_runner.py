@@ -22,6 +22,7 @@ def test_without_a_gpu_floors_are_predicted(tmp_path, monkeypatch):
         "sid_cross_entropy",
         "prompt_attention",
         "answer_attention",
+        "full_vocabulary",
     }
     for row in result["rows"]:
         assert row["status"] == "predicted" and "p50_s" not in row

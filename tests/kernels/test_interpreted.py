@@ -1,4 +1,4 @@
-"""The tests under device/ in Triton's interpreter, a process each, started together; no GPU needed."""
+"""The tests under device/ in Triton's interpreter, in a process for each of CI's two cores; no GPU needed."""
 
 import os
 import subprocess
@@ -10,28 +10,29 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent / "device"
-MODULES = sorted(path.stem for path in FOLDER.glob("test_*.py"))
+PROCESSES = 2
 
 
 @pytest.fixture(scope="module")
-def runs() -> Iterator[dict[str, tuple[subprocess.Popen, Path]]]:
+def runs() -> Iterator[list[tuple[subprocess.Popen, Path]]]:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    modules = sorted(map(str, FOLDER.glob("test_*.py")))
     with tempfile.TemporaryDirectory() as folder:
-        started = {}
-        for module in MODULES:
-            log = Path(folder) / module
-            command = [sys.executable, "-m", "pytest", str(FOLDER / f"{module}.py"), "--durations=3"]
+        started = []
+        for number in range(PROCESSES):
+            log = Path(folder) / str(number)
+            command = [sys.executable, "-m", "pytest", *modules[number::PROCESSES], "--durations=3"]
             with log.open("w") as file:
                 process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-            started[module] = process, log
+            started.append((process, log))
         yield started
-        for process, _ in started.values():
+        for process, _ in started:
             process.kill()
             process.wait()
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_interpreted(module: str, runs: dict[str, tuple[subprocess.Popen, Path]]):
-    process, log = runs[module]
+@pytest.mark.parametrize("number", range(PROCESSES))
+def test_interpreted(number: int, runs: list[tuple[subprocess.Popen, Path]]):
+    process, log = runs[number]
     code = process.wait(timeout=600)
     assert code == 0, log.read_text()

@@ -1,28 +1,24 @@
 """The benchmark's systems do the same work: what each returns is compared at small sizes."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 from cases import relative_error
 
-ROOT = Path(__file__).parents[3]
-spec = importlib.util.spec_from_file_location("bench_kernels", ROOT / "bench" / "kernels.py")
-bench = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(bench)
+from bench.attention_cases import answer_case, prompt_case
+from bench.row_cases import cross_entropy_case, trie_grpo_case, vocabulary_case
 
 
 @pytest.mark.parametrize(
     "case",
     [
-        bench.trie_grpo_case(64, 256, torch.float32),
-        bench.trie_grpo_case(32, 100, torch.bfloat16),
-        bench.cross_entropy_case(32, 256, torch.float32),
-        bench.prompt_case(2, 40, 4, 2, 32, False),
-        bench.prompt_case(2, 40, 4, 2, 32, True),
-        bench.answer_case(2, 3, 40, 1, 4, 2, 32, False),
-        bench.answer_case(2, 3, 40, 3, 4, 2, 32, True),
+        trie_grpo_case(32, 256, torch.float32),
+        trie_grpo_case(32, 100, torch.bfloat16),
+        cross_entropy_case(32, 256, torch.float32),
+        vocabulary_case(5, 3001),
+        prompt_case(2, 40, 4, 2, 32, False),
+        prompt_case(2, 40, 4, 2, 32, True),
+        answer_case(2, 3, 40, 1, 4, 2, 32, False),
+        answer_case(2, 3, 40, 3, 4, 2, 32, True),
     ],
     ids=lambda case: f"{case.kernel}-{case.shape.get('pass', case.shape.get('dtype'))}",
 )

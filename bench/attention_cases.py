@@ -1,0 +1,122 @@
+"""Cases of group attention: packed prompts, and answers over their shared prompts."""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from negfast.kernels.answer_attention import answer_attention
+from negfast.kernels.prompt_attention import prompt_attention
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from bench.kernel_case import Case, compiled, inputs
+
+
+def prompt_case(prompts: int, length: int, heads: int, kv_heads: int, dim: int, backward: bool) -> Case:
+    """Causal attention of equally long prompts, as padded peers like them best."""
+
+    def build(device: torch.device) -> dict[str, Callable[[], Any]]:
+        dtype = torch.bfloat16
+        data = inputs.attention_case(3, device, (length,) * prompts, heads, kv_heads, dim, dtype=dtype).prompts()
+
+        def padded(x: Tensor) -> Tensor:
+            return x.unflatten(0, (prompts, length)).transpose(1, 2)
+
+        def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out = F.scaled_dot_product_attention(padded(q), padded(k), padded(v), is_causal=True, enable_gqa=True)
+            return out.transpose(1, 2).flatten(0, 1)
+
+        calls: dict[str, Callable[..., Tensor]] = {
+            "negfast": lambda q, k, v: prompt_attention(q, k, v, *data.offsets, *data.sizes),
+            "sdpa": sdpa,
+        }
+        if device.type == "cuda" and find_spec("flash_attn"):
+            from flash_attn import flash_attn_varlen_func
+
+            (offsets,) = data.offsets
+            calls["flash-attn"] = lambda q, k, v: flash_attn_varlen_func(
+                q, k, v, offsets, offsets, length, length, causal=True
+            )
+        return _attention_systems(calls, data, backward)
+
+    products = 2 if not backward else 2 + 5
+    flops = products * 2 * heads * dim * prompts * length * (length + 1) // 2
+    tensors = (2 if not backward else 5) * prompts * length * (heads + kv_heads) * dim
+    shape: dict[str, Any] = {"prompts": prompts, "length": length, "heads": heads, "kv_heads": kv_heads, "dim": dim}
+    shape["pass"] = "forward + backward" if backward else "forward"
+    return Case("prompt_attention", shape, tensors * 2, flops, build)
+
+
+def answer_case(
+    prompts: int, group: int, length: int, new: int, heads: int, kv_heads: int, dim: int, backward: bool
+) -> Case:
+    """G answers of ``new`` tokens a prompt, all asked at once; ``new`` = 1 is the decode step."""
+
+    def build(device: torch.device) -> dict[str, Callable[[], Any]]:
+        dtype, lengths = torch.bfloat16, (length,) * prompts
+        sizes = {"group": group, "new": new, "seen": new}
+        data = inputs.attention_case(4, device, lengths, heads, kv_heads, dim, **sizes, dtype=dtype).answers()
+
+        def copied(q: Tensor, *keys: Tensor) -> Tensor:
+            """As libraries without groups hold it: the prompt's keys and values once an answer."""
+            prompt = (x.unflatten(0, (prompts, 1, length)).expand(-1, group, -1, -1, -1) for x in keys[:2])
+            k, v = (
+                torch.cat([p.flatten(0, 1), own], 1).transpose(1, 2) for p, own in zip(prompt, keys[2:], strict=True)
+            )
+            step = torch.arange(new, device=device)[:, None]
+            seen = torch.arange(length + new, device=device) <= length + step
+            q = q.transpose(1, 2)
+            return F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True).transpose(1, 2).view(data.grad.shape)
+
+        def visible(_b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            own = j - length
+            return (own < 0) | ((own // new == i // new) & (own % new <= i % new))
+
+        mask = create_block_mask(visible, None, None, group * new, length + group * new, device=str(device))
+        flex = compiled(flex_attention)
+
+        def shared(q: Tensor, *keys: Tensor) -> Tensor:
+            prompt = (x.unflatten(0, (prompts, length)) for x in keys[:2])
+            k, v = (
+                torch.cat([p, own.reshape(prompts, group * new, kv_heads, dim)], 1).transpose(1, 2)
+                for p, own in zip(prompt, keys[2:], strict=True)
+            )
+            out = flex(
+                q.reshape(prompts, group * new, heads, dim).transpose(1, 2), k, v, block_mask=mask, enable_gqa=True
+            )
+            return out.transpose(1, 2).reshape(data.grad.shape)
+
+        calls = {
+            "negfast": lambda *tensors: answer_attention(*tensors, *data.offsets, *data.sizes),
+            "sdpa, prompt copied per answer": copied,
+        }
+        if device.type == "cuda" or not backward:  # FlexAttention has no backward on the CPU
+            calls["flex attention"] = shared
+        return _attention_systems(calls, data, backward)
+
+    queries = prompts * group * new * heads * dim
+    prompt_keys = 2 * prompts * length * kv_heads * dim
+    own_keys = 2 * prompts * group * new * kv_heads * dim
+    elements = 2 * queries + prompt_keys + own_keys
+    if backward:
+        elements += 4 * queries + 2 * (prompt_keys + own_keys)
+    flops = (2 if not backward else 7) * 2 * queries * length
+    shape: dict[str, Any] = {
+        "prompts": prompts,
+        "group": group,
+        "length": length,
+        "new": new,
+        "heads": heads,
+        "kv_heads": kv_heads,
+    }
+    shape |= {"dim": dim, "pass": "forward + backward" if backward else "forward"}
+    return Case("answer_attention", shape, elements * 2, flops, build)
+
+
+def _attention_systems(calls: dict[str, Callable[..., Tensor]], data: Any, backward: bool) -> dict[str, Callable]:
+    leaves = [tensor.detach().requires_grad_(backward) for tensor in data.tensors]
+    if not backward:
+        return {name: lambda c=call: c(*leaves) for name, call in calls.items()}
+    return {name: lambda c=call: torch.autograd.grad(c(*leaves), leaves, data.grad)[0] for name, call in calls.items()}

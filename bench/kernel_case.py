@@ -1,0 +1,49 @@
+"""One size of one kernel as the benchmark times it, and what the makers of cases share."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+
+
+def _load_cases() -> Any:
+    spec = importlib.util.spec_from_file_location("cases", ROOT / "tests" / "kernels" / "cases.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault("cases", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+inputs = _load_cases()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One size of one kernel, the least it must move and compute, and how to make its inputs on a device.
+
+    ``build`` returns systems by name, calls that return the main result, to be compared with negfast's.
+    """
+
+    kernel: str
+    shape: dict[str, Any]
+    bytes: int
+    flops: int
+    build: Callable[[torch.device], dict[str, Callable[[], Any]]]
+
+
+def gradient(function: Callable[..., Tensor], tensor: Tensor, *rest: Tensor) -> Callable[[], Tensor]:
+    leaf = tensor.detach().requires_grad_()
+    return lambda: torch.autograd.grad(function(leaf, *rest), leaf)[0]
+
+
+def compiled(function: Callable) -> Callable:
+    """torch.compile on a GPU; on the CPU, where tests only compare results, the function itself."""
+    return torch.compile(function, dynamic=False) if torch.cuda.is_available() else function
