@@ -63,7 +63,7 @@ class Case:
 
 
 class Ours:
-    """negfast's step on a case: loss dr_grpo, beta 0.04, AdamW; float32, on a GPU with bf16 autocast."""
+    """negfast's step on a case: loss dr_grpo, beta 0.04, AdamW; float32, on a GPU the decoder in bf16 as in training."""
 
     def __init__(self, case: Case, shape: Model = SHAPE, device: torch.device | str = "cpu") -> None:
         torch.manual_seed(0)
@@ -74,6 +74,7 @@ class Ours:
         self.policy = Policy(small_qwen3(shape, TEXT_TOKENS), vocabulary).train()
         torch.nn.init.normal_(self.policy.block.head.weight, std=shape.hidden**-0.5)
         self.policy.to(device)
+        self.policy.in_bfloat16 = self.device.type == "cuda"
         self.reference = freeze(self.policy)
         self.chooser = TrieChooser(self.trie.to(device), 0.0 if self.full else 1.0)
         self.objective = GRPOObjective(loss="dr_grpo", beta=0.04, kl="k3" if self.full else "exact")
@@ -99,20 +100,19 @@ class Ours:
 
     def loss(self) -> GroupStep:
         """All of a step before its backward."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            return group_loss(
-                self.policy,
-                self.reference,
-                self.chooser,
-                self.batch(),
-                torch.arange(len(self.case.lengths), device=self.device),
-                lambda items: dummy_reward(items).unsqueeze(-1),
-                self.objective,
-                self.case.group,
-                seed=0,
-                step=self.steps,
-                full=self.full,
-            )
+        return group_loss(
+            self.policy,
+            self.reference,
+            self.chooser,
+            self.batch(),
+            torch.arange(len(self.case.lengths), device=self.device),
+            lambda items: dummy_reward(items).unsqueeze(-1),
+            self.objective,
+            self.case.group,
+            seed=0,
+            step=self.steps,
+            full=self.full,
+        )
 
     def update(self) -> None:
         torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
