@@ -108,6 +108,7 @@ def beam_rows(device: torch.device, sizes: Sizes, seconds: float) -> list[dict[s
     policy = ours.policy.eval()
     if device.type == "cuda":
         policy.to(torch.bfloat16)
+        policy.in_bfloat16 = False  # nothing is left to cast
 
     def search() -> torch.Tensor:
         batch = ours.batch()

@@ -14,6 +14,7 @@ from negfast.sid.embed import minilm_folder
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "numpy", "pyarrow", "faiss-cpu", "scikit-learn", "numba")
 OPTIONAL = {
+    "flash-attn": "a peer of bench kernels",
     "liger-kernel": "losses over the whole vocabulary",
     "peft": "LoRA adapters",
     "tensorboard": "train.tensorboard",
