@@ -63,7 +63,7 @@ class Case:
 
 
 class Ours:
-    """negfast's step on a case: loss dr_grpo, beta 0.04, AdamW; float32, on a GPU the decoder in bf16 as training is."""
+    """negfast's step on a case: loss dr_grpo, beta 0.04, AdamW; float32, on a GPU the decoder in bf16 as in `train`."""
 
     def __init__(self, case: Case, shape: Model = SHAPE, device: torch.device | str = "cpu") -> None:
         torch.manual_seed(0)
