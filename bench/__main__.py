@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench.machine import write_result
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -35,7 +37,7 @@ def main(arguments: list[str]) -> int:
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         result = run(**options)
     if "out" not in options:
-        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        write_result(RESULTS / f"{name}.json", result)
     if as_json:
         print(json.dumps(result))
     return 0

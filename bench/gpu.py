@@ -7,7 +7,6 @@ as it is known. The correctness tests hold every kernel against float64, and who
 against eager code. Kernels that are wrong are not timed. Without a GPU it says so and measures nothing.
 """
 
-import json
 import os
 import re
 import shutil
@@ -22,7 +21,7 @@ import torch
 
 from bench import gpu_steps, kernels
 from bench.gpu_steps import TARGETS, Sizes, ratios_of
-from bench.machine import versions
+from bench.machine import versions, write_result
 
 BUDGET_S = 520.0  # of the nine minutes; the rest is for starting and writing
 CORRECTNESS_S = 200.0
@@ -41,7 +40,7 @@ def run(out: Path) -> dict[str, Any]:
     correctness = check_kernels(CORRECTNESS_S)
     if correctness["status"] == "ok":
         correctness["sanitizer"] = sanitize(SANITIZER_S)
-    _write(out / "gpu-correctness.json", correctness)
+    write_result(out / "gpu-correctness.json", correctness)
     if correctness["status"] != "ok":
         raise RuntimeError(f"bench gpu: kernels failed their tests, see {out / 'gpu-correctness.json'}")
     timed_kernels = kernels.run(out=out / "kernels.json", seconds=KERNELS_S)
@@ -76,7 +75,7 @@ def whole_steps(out: Path, device: torch.device, sizes: Sizes, deadline: float) 
                 found = [{"system": "negfast", "case": {"bench": name}, "status": status}]
         name_of_device = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
         result = {"bench": f"gpu-{name}", "device": name_of_device, "versions": versions(*PACKAGES), "rows": found}
-        _write(out / f"gpu-{name}.json", result | {"ratios": ratios_of(found), "floor": {}})
+        write_result(out / f"gpu-{name}.json", result | {"ratios": ratios_of(found), "floor": {}})
         rows += found
     return rows
 
@@ -121,7 +120,3 @@ def sanitize(seconds: float) -> str:
 def _text(captured: bytes | str | None) -> str:
     """What a process that ran out of time had printed; bytes even where text was asked for."""
     return captured.decode(errors="replace") if isinstance(captured, bytes) else captured or ""
-
-
-def _write(path: Path, result: dict[str, Any]) -> None:
-    path.write_text(json.dumps(result, indent=1) + "\n")

@@ -5,7 +5,6 @@ same loss (dr_grpo, beta 0.04, one update a rollout, AdamW). Steps alternate wit
 the peer's objective, log-probabilities over the whole vocabulary; "trie" the one it trains with.
 """
 
-import json
 import multiprocessing
 import statistics
 from dataclasses import asdict, replace
@@ -16,7 +15,7 @@ import torch
 
 from bench.grpo_phases import breakdown
 from bench.grpo_step import SHAPE, Case, Ours, floor_seconds, quickstart_lengths, seconds_of
-from bench.machine import device_name, resident_mib, versions
+from bench.machine import device_name, resident_mib, versions, write_result
 
 PACKAGES = "negfast", "torch", "transformers", "trl", "accelerate"
 CASES = "G16", "G64", "quickstart"
@@ -54,7 +53,7 @@ def run(
             continue
         measure(name, make_case(name, prompts), repeats, peer, result)
         if out is not None:
-            out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+            write_result(out, result)
     return result
 
 

@@ -16,7 +16,7 @@ import torch
 
 from bench.attention_cases import answer_case, prompt_case
 from bench.kernel_case import Case, inputs
-from bench.machine import versions
+from bench.machine import versions, write_result
 from bench.row_cases import cross_entropy_case, trie_grpo_case, vocabulary_case
 
 H100_COPY = 3.0e12  # bytes/s, read plus written; about 90 % of the datasheet's 3.35e12. Predictions only
@@ -70,7 +70,7 @@ def run(out: Path | None = None, seconds: float = 240.0) -> dict[str, Any]:
         "floor": floor,
     }
     if out is not None:
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(out, result)
     return result
 
 

@@ -1,10 +1,14 @@
-"""What a result says about the machine it was made on."""
+"""What a result says about the machine it was made on, and how it is kept."""
 
+import json
 import os
 import platform
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
+
+from negfast.files import atomic_file
 
 
 def device_name() -> str:
@@ -32,3 +36,9 @@ def resident_mib(peak: bool = False) -> float:
         if line.startswith(name):
             return int(line.split()[1]) / 1024
     raise RuntimeError(f"/proc/self/status: found no {name}")
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Writes a result as JSON, whole or not at all; a figure that is not finite raises ValueError."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", "utf-8")

@@ -6,7 +6,6 @@ are paired: both sides under the same resamples. Settings are chosen with ``--sp
 end.
 """
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.machine import device_name, versions
+from bench.machine import device_name, versions, write_result
 from bench.runs import data_of, trained
 from negfast.collab import co_dislike_neighbours, content_neighbours
 from negfast.config import Reward
@@ -28,7 +27,6 @@ from negfast.evaluate.predictions import Predictions
 from negfast.evaluate.report import HEADLINE, metric_samples, paired_differences, print_table, summary
 from negfast.evaluate.run import check_predictions, model_predictions, similarity_of
 from negfast.evaluate.sets import EvalSet, evaluation_set
-from negfast.files import atomic_file
 from negfast.model.prompts import MIXED
 from negfast.run_folder import RunFolder
 from negfast.sid.prior import NEXT_DISLIKE
@@ -112,8 +110,7 @@ def run(
     for line in difference_lines(result["differences"]):
         print(line)
     if out is not None:
-        with atomic_file(out) as temporary:
-            temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+        write_result(out, result)
     return result
 
 

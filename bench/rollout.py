@@ -5,7 +5,6 @@ allowed tokens, as negfast does (left alone it takes them over the whole vocabul
 otherwise), and with ``length_penalty`` 0 their sum is the score. The community prior is off, and nothing is seen.
 """
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 
 from bench.grpo import PACKAGES
 from bench.grpo_step import Case, Ours, seconds_of
-from bench.machine import device_name, versions
+from bench.machine import device_name, versions, write_result
 from negfast.model.beam import beam_search
 from negfast.serve.export import merged_model
 from negfast.sid.prior import NEXT_DISLIKE
@@ -57,7 +56,7 @@ def run(
         "floor": {},
     }
     if out is not None:
-        out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        write_result(out, result)
     return result
 
 

@@ -9,7 +9,6 @@ bf16 autocast.
 ``floor`` counts operations and bytes of a step at the Qwen3-0.6B shape and says what MFU they allow on an H100.
 """
 
-import json
 import statistics
 import tempfile
 import time
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import PrinterCallback, Qwen3Config, Qwen3ForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from bench.machine import device_name, versions
+from bench.machine import device_name, versions, write_result
 from negfast.model.choice import TrieChooser
 from negfast.model.layout import GroupLayout
 from negfast.model.policy import Policy
@@ -235,7 +234,7 @@ def run(
         "floor": floor,
     }
     if out is not None:
-        out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        write_result(out, result)
     return result
 
 

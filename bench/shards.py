@@ -13,8 +13,6 @@ import json
 import logging
 import mmap
 import multiprocessing
-import os
-import platform
 import shutil
 import statistics
 import sys
@@ -25,12 +23,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bench.machine import device_name, versions, write_result
 from bench.sequences import Sequences, make_sequences
 from bench.shard_peers import Columns, Peer, installed_peers
 from negfast.data.log import DAY, EventLog
@@ -101,15 +99,15 @@ def run(users: int = 200_000, repeats: int = 5, out: Path | None = None) -> dict
                 rows += measure(bench, contenders, repeats)
         result = {
             "bench": "shards",
-            "device": _device(),
-            "versions": {"python": platform.python_version(), **_versions()},
+            "device": device_name(),
+            "versions": versions(*PACKAGES),
             "rows": rows,
             "ratios": _ratios(rows),
             "floor": _floors(bench, repeats),
         }
     print(json.dumps(result["floor"], indent=1))
     if out is not None:
-        out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        write_result(out, result)
     return result
 
 
@@ -344,22 +342,6 @@ def _line(row: dict[str, Any]) -> str:
         f"  sequential {row['sequential_mev_s']:6.1f} Mev/s  random {row['random_users_s']:9.0f} users/s"
         f"  packed {row['packed_mtok_s']:6.0f} Mtok/s"
     )
-
-
-def _device() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return f"{line.split(':', 1)[1].strip()}, {os.cpu_count()} cores"
-    return platform.processor() or platform.machine()
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 
 from negfast.data.split import Requests
 from negfast.evaluate.predictions import TOP, Predictions, threshold_for_share
-from negfast.evaluate.sets import POOL, EvalSet, history_ends
+from negfast.evaluate.sets import POOL, EvalSet, check_choosable, history_ends
 from negfast.model.beam import beam_search
 from negfast.model.prompts import MIXED
 from negfast.sid.prior import NEXT_DISLIKE
@@ -96,7 +96,8 @@ def pool_logits(engine: Engine, evalset: EvalSet) -> np.ndarray:
 
 
 def calibrate(engine: Engine, valid: EvalSet) -> Calibration:
-    """Fits the scaling and the threshold on the valid filter events."""
+    """Fits the scaling and the threshold on the valid filter events; InputError where they are of one kind."""
+    check_choosable(valid)
     logit = filter_logits(engine, valid)
     fit = LogisticRegression(C=1e6).fit(logit[:, None], valid.filter_dislike)
     scaling = Calibration(float(fit.coef_[0, 0]), float(fit.intercept_[0]), 0.5)

@@ -16,7 +16,7 @@ from negfast.evaluate.facts import SHARES, Example, Stratum, Tradeoff, examples,
 from negfast.evaluate.model import predict_set
 from negfast.evaluate.report import HEADLINE
 from negfast.evaluate.run import evaluate_folder, write_report
-from negfast.evaluate.sets import evaluation_set
+from negfast.evaluate.sets import check_choosable, evaluation_set
 from negfast.files import atomic_file, check_output
 from negfast.run_folder import RunFolder
 
@@ -29,7 +29,7 @@ def write_page(run: Path, out: Path | None) -> Path:
     """Writes the page to ``out`` (default RUN/report.html) and returns its path.
 
     The run's own table is read from RUN/report.json, and made where it is not there. Raises InputError as
-    `RunFolder.finished_engine` does.
+    `RunFolder.finished_engine` does, and where a split has likes or dislikes only.
     """
     folder = RunFolder(run)
     out = out or folder.path / "report.html"
@@ -40,6 +40,8 @@ def write_page(run: Path, out: Path | None) -> Path:
     table = json.loads((folder.path / "report.json").read_text())
     data, log = engine.data, engine.log
     sets = [evaluation_set(log, engine.split, name) for name in ("valid", "test")]
+    for evalset in sets:
+        check_choosable(evalset)  # curves and rates of one kind of event say nothing
     predictions = dict(rate_predictions(log, data.items, sets, data.valid_day)[1])
     predictions["grpo"] = predict_set(engine, sets[1], folder.calibration)
     final = predictions["grpo"]
