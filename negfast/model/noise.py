@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+BITS = 23
 _MIX = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _SIGNED = [c - (1 << 64) if c >= 1 << 63 else c for c in _MIX]
 
@@ -15,8 +16,16 @@ def keyed_gumbel(seed: int, step: int, request: Tensor, answer: Tensor, level: i
     """
     row = _mix(_mix(_mix(_mix(torch.full_like(request, seed)) + step) + request) + answer)
     column = torch.arange(width, device=request.device)
-    bits = _mix(_mix(row + level)[:, None] + column) >> 40 & 0xFFFFFF  # 24 of them: what a float32 holds exactly
-    uniform = (bits.to(torch.float32) + 0.5) * 2.0**-24
+    return gumbel_of_bits(_mix(_mix(row + level)[:, None] + column) >> 41 & (1 << BITS) - 1)
+
+
+def gumbel_of_bits(bits: Tensor) -> Tensor:
+    """Standard Gumbel numbers float32 from ``BITS`` uniform bits in int64, finite for every one of them.
+
+    bits + 1/2 must be exact: with a bit more the largest rounds to a uniform number of 1 and infinite noise, which
+    would choose even a code that does not exist.
+    """
+    uniform = (bits.to(torch.float32) + 0.5) * 2.0**-BITS
     return -torch.log(-torch.log(uniform))
 
 

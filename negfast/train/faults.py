@@ -170,7 +170,7 @@ def replay(folder: Path, stage: "Stage", policy: Policy) -> list[str]:
     step, shares = state["step"], [Share(number, state["shares"]) for number in range(state["shares"])]
     lines = [f"{stage.name} step {step + 1}, {len(shares)} share{'s' * (len(shares) > 1)}"]
     wrong = [name for name, p in policy.named_parameters() if not p.isfinite().all()]
-    lines += [f"weights that are not finite: {', '.join(wrong)}"] if wrong else []
+    lines += [f"weights that are not finite: {_some(wrong)}"] if wrong else []
     policy.train()
     for share in shares:
         policy.zero_grad()
@@ -181,8 +181,13 @@ def replay(folder: Path, stage: "Stage", policy: Policy) -> list[str]:
         norm = torch.nn.utils.get_total_norm([p.grad for p in policy.parameters() if p.grad is not None])
         lines.append(f"share {share.index}: loss {result.loss.item():.6g}, gradient norm {norm.item():.6g}")
         lines += [f"  first output that is not finite: {recorder.first}"] if recorder.first else []
-        lines += [f"  gradients that are not finite: {', '.join(bad)}"] if bad else []
+        lines += [f"  gradients that are not finite: {_some(bad)}"] if bad else []
     return lines
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def read_failed(folder: Path) -> tuple[Path, str]:

@@ -2,7 +2,7 @@ import numpy as np
 import torch
 from scipy.stats import gumbel_r, kstest
 
-from negfast.model.noise import keyed_gumbel
+from negfast.model.noise import BITS, gumbel_of_bits, keyed_gumbel
 
 
 def test_is_gumbel_and_independent_of_neighbours():
@@ -28,3 +28,11 @@ def test_every_part_of_the_key_counts():
     ]
     assert all((base != other).all() for other in others)
     assert (keyed_gumbel(1, 2, request, answer, 0, 16)[:, :8] == base).all()
+
+
+def test_noise_is_finite_for_every_draw():
+    bits = torch.tensor([0, 1, (1 << BITS) // 2, (1 << BITS) - 2, (1 << BITS) - 1])
+    noise = gumbel_of_bits(bits)
+    assert noise.isfinite().all() and (noise.diff() > 0).all()
+    exact = -np.log(-np.log((bits.double().numpy() + 0.5) / 2.0**BITS))
+    np.testing.assert_allclose(noise.numpy(), exact, rtol=1e-6)
