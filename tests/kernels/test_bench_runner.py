@@ -2,6 +2,7 @@
 
 import json
 import time
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -70,7 +71,8 @@ def test_whole_steps_are_timed_beside_their_peers(tmp_path):
     assert systems >= {
         (name, system) for name in ("grpo", "rollout", "sft") for system in ("negfast", "negfast, eager")
     }
-    assert ("grpo", "trl") in systems and ("sft", "transformers Trainer") in systems
+    assert ("sft", "transformers Trainer") in systems
+    assert (("grpo", "trl") in systems) == (find_spec("trl") is not None)  # a peer that only `bench` installs
     for name in ("grpo", "rollout", "sft"):
         written = json.loads((tmp_path / f"gpu-{name}.json").read_text())
         assert written["rows"] and written["ratios"]
