@@ -8,12 +8,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from negfast.data.split import Requests
+from negfast.evaluate.expected import item_log_probs
 from negfast.evaluate.predictions import TOP, Predictions, threshold_for_share
 from negfast.evaluate.sets import POOL, EvalSet, check_choosable, history_ends
 from negfast.model.beam import beam_search
 from negfast.model.prompts import MIXED
 from negfast.sid.prior import NEXT_DISLIKE
-from negfast.train.answers import answer_log_probs
 from negfast.train.engine import Engine
 from negfast.train.verdict import Candidates, group_candidates, verdict_logits
 
@@ -124,24 +124,9 @@ def hit_rate(requests: Requests, generated: np.ndarray) -> float:
     return float(hit.mean())
 
 
-@torch.no_grad()
 def future_log_probs(engine: Engine, requests: Requests) -> np.ndarray:
     """log p(item | context, next-dislike) of every item of every F, exact on the trie, float64 [len(dislikes)]."""
-    out = np.empty(len(requests.dislikes))
-    counts = np.diff(requests.dislike_offsets)
-    marker = engine.policy.vocabulary.marker("next-dislike")
-    order, size = np.argsort(counts, kind="stable"), engine.config.eval.batch
-    for start in range(0, len(order), size):
-        rows = np.sort(order[start : start + size])
-        part = requests.take(rows)
-        batch = engine.prompts.build(part.user, part.day, MIXED, counts[rows])
-        items = torch.from_numpy(part.dislikes).to(engine.device).long()
-        markers = torch.full_like(items, marker)
-        log_p = answer_log_probs(engine, batch.layout, batch.tokens, markers, items, batch.prior, NEXT_DISLIKE)
-        first = requests.dislike_offsets[:-1][rows] - part.dislike_offsets[:-1]
-        places = np.arange(len(part.dislikes)) + np.repeat(first, counts[rows])
-        out[places] = log_p.double().cpu().numpy()
-    return out
+    return item_log_probs(engine, requests.user, requests.day, requests.dislike_offsets, requests.dislikes)
 
 
 class Validation:
