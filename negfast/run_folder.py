@@ -14,6 +14,7 @@ from negfast.model.load import rebuild_policy
 from negfast.model.policy import Policy
 from negfast.train.checkpoint import load_weights, read_state
 from negfast.train.engine import Engine, build_engine, choose_device, use_threads
+from negfast.train.refit import Refit
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,12 @@ class RunFolder:
     def calibration(self) -> Calibration:
         return Calibration(**read_state(self.final)["calibration"])
 
+    @property
+    def refit(self) -> Refit | None:
+        """What the run repeats, where it is a final refit."""
+        description = self.read().get("refit")
+        return None if description is None else Refit.from_json(description)
+
     def read(self) -> dict:
         if not self.exists:
             raise InputError(f"{self.path}: found no run.json, expected a run directory")
@@ -99,7 +106,8 @@ class RunFolder:
         config = self.config
         use_threads(config.train.threads)
         policy, tokenizer = self.load_policy(dataset)
-        engine = build_engine(config, dataset, policy, tokenizer, choose_device(config.train.device))
+        until = None if self.refit is None else self.refit.until
+        engine = build_engine(config, dataset, policy, tokenizer, choose_device(config.train.device), until)
         load_weights(self.final, engine.policy)
         engine.policy.eval().requires_grad_(False)
         return engine

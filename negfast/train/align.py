@@ -207,7 +207,7 @@ class AlignStage:
                 self.tasks[name] = SidToText(engine, name, count, wanted, examples(engine, held))
         if settings.pairs:
             first_day = int(engine.log.day.min())
-            before_day = first_day + round((engine.data.valid_day - first_day) * settings.cut)
+            before_day = first_day + round((engine.fit_until - first_day) * settings.cut)
             pairs = CoDisliked(engine, settings.pairs, before_day, settings.held_out)
             if len(pairs.users):
                 self.tasks["pair"] = pairs

@@ -13,7 +13,7 @@ from negfast.data.dataset import Dataset
 from negfast.data.features import HistoryFeatures
 from negfast.data.loader import Permutation
 from negfast.data.log import DISLIKE, EXPOSED, LIKE, EventLog
-from negfast.data.split import Split
+from negfast.data.split import Requests, Split, all_requests
 from negfast.errors import InputError
 from negfast.model.choice import TrieChooser
 from negfast.model.policy import Policy
@@ -37,16 +37,32 @@ class Engine:
     prompts: PromptBuilder
     features: HistoryFeatures
     device: torch.device
+    fit_until: int  # days since 1970: what is learned or counted for training comes from events of days before
 
     @cached_property
     def split(self) -> Split:
         return self.data.split()
 
+    @cached_property
+    def train_requests(self) -> Requests:
+        """Every active user-day whose future ends before ``fit_until``."""
+        if self.fit_until == self.data.valid_day:
+            return self.split.train
+        requests = all_requests(self.log, self.data.horizon)
+        return requests.take(requests.day.astype(np.int64) + self.data.horizon < self.fit_until)
+
 
 def build_engine(
-    config: Config, data: Dataset, policy: Policy, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    config: Config,
+    data: Dataset,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    fit_until: int | None = None,
 ) -> Engine:
-    """Puts the policy on ``device`` and builds the tables beside it."""
+    """Puts the policy on ``device`` and builds the tables beside it. ``fit_until`` (days since 1970) is T_valid by
+    default, later for a final refit."""
+    fit_until = data.valid_day if fit_until is None else fit_until
     policy.in_bfloat16 = config.train.dtype == "bfloat16" or (config.train.dtype == "auto" and device.type == "cuda")
     log, threads = data.log, torch.get_num_threads()
     trie = build_trie(data.codes, int(data.manifest["semantic_ids"]["codebook"]))
@@ -74,15 +90,16 @@ def build_engine(
         trie,
         TrieChooser(trie.to(device), config.prior.weight),
         prompts,
-        history_features(data),
+        history_features(data, fit_until),
         device,
+        fit_until,
     )
 
 
-def history_features(data: Dataset) -> HistoryFeatures:
-    """Features of the verdict's prior, smoothed towards the rates and values of the events before T_valid."""
+def history_features(data: Dataset, fit_until: int) -> HistoryFeatures:
+    """Features of the verdict's prior, smoothed towards the rates and values of the events before ``fit_until``."""
     log = data.log
-    early = (log.day < data.valid_day) & (log.feedback != EXPOSED)
+    early = (log.day < fit_until) & (log.feedback != EXPOSED)
     rate = float((log.feedback[early] == DISLIKE).mean()) if early.any() else 0.5
     value = np.zeros(0) if log.value is None else log.value[early]
     known = value[np.isfinite(value)]

@@ -57,7 +57,7 @@ class GrpoStage:
         settings = self.config = engine.config.grpo
         self.engine = engine
         self.kept: dict[Share, tuple[PromptBatch, GroupStep]] = {}  # rollouts that later steps of their round reuse
-        train = engine.split.train
+        train = engine.train_requests
         if engine.config.reward.target == "next":
             train = only_next(engine.log, train)
         self.rows = np.flatnonzero(train.has_dislikes)  # a request's number in ``train`` keys its noise
@@ -73,7 +73,7 @@ class GrpoStage:
             kl=settings.kl,
             temperature=settings.temperature,
         )
-        self.neighbours = co_dislike_neighbours(engine.log, engine.data.valid_day)
+        self.neighbours = co_dislike_neighbours(engine.log, engine.fit_until)
         self.content = content_neighbours(engine.data.embedding, engine.config.reward.content_threshold)
         self.next_items = NextItems(engine, engine.config.sft)
         self.verdict = VerdictTask(engine, engine.config.sft.verdicts)

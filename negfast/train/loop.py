@@ -16,6 +16,7 @@ from negfast.train import distributed, faults
 from negfast.train.checkpoint import StageCheckpoints
 from negfast.train.journal import Journal
 from negfast.train.optimizer import learning_rate, make_optimizer
+from negfast.train.refit import Chosen
 from negfast.train.speed import Meter
 from negfast.train.step import Figures, Share, StepResult, add_up
 
@@ -50,13 +51,15 @@ def run_stage(
     journal: Journal,
     resume_from: Path | None,
     validate: Callable[[], dict[str, float]] | None,
+    refit: Chosen | None = None,
 ) -> None:
     """Runs ``stage`` to its end and leaves its weights in RUN/checkpoints/<stage>.
 
     ``validate`` gives metrics of which "score" chooses the weights that are kept (higher is better); None keeps the
-    last. Raises TrainingError on a loss or gradient that is not finite, StopRequested after SIGINT or SIGTERM.
+    last. With ``refit`` the stage ends at the step chosen there, on the learning rates of all its steps, and leaves the
+    scale chosen there. Raises TrainingError on a loss or gradient that is not finite, StopRequested after SIGINT or SIGTERM.
     """
-    steps = stage.config.steps
+    steps = stage.config.steps if refit is None else refit.step
     optimizer = make_optimizer(policy, stage.config)
     background = policy.block.rows.is_cuda
     saved = StageCheckpoints(
@@ -89,6 +92,8 @@ def run_stage(
                 raise StopRequested(f"stopped at {stage.name} step {done}; the checkpoint is written")
     if outcome := stage.outcome():
         journal.event("outcome", stage=stage.name, **outcome)
+    if refit is not None:
+        policy.block.scale.fill_(refit.scale)
     saved.finish(steps, chosen=validate is not None)
 
 

@@ -148,7 +148,7 @@ def _start_run(run: RunFolder, settings: Config, data: Path | None, model: Path 
     _check_quantizer(dataset, settings.sid.quantizer, data is None)
     torch.manual_seed(settings.train.seed)
     shape = dataset.codes.shape[1], int(dataset.manifest["semantic_ids"]["codebook"])
-    verdict_features = history_features(dataset).width
+    verdict_features = history_features(dataset, dataset.valid_day).width
     if init is None:
         texts = [text for text in dataset.items.text if text.strip()]
         policy, tokenizer = build_policy(settings.model, model, texts, *shape, verdict_features)

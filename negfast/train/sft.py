@@ -21,7 +21,7 @@ class NextItems:
     """The next-item task: both branches of a request share its prompt in one group."""
 
     def __init__(self, engine: Engine, settings: Sft) -> None:
-        requests = engine.split.train
+        requests = engine.train_requests
         if settings.target == "next":
             requests = only_next(engine.log, requests)
         has_future = (np.diff(requests.dislike_offsets) > 0) | (np.diff(requests.like_offsets) > 0)

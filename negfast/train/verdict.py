@@ -95,9 +95,9 @@ class VerdictTask:
     def __init__(self, engine: Engine, batch: int, among: np.ndarray | None = None) -> None:
         """``batch``: user-days a step; ``among`` bool [I]: of these items alone."""
         first_day = int(engine.log.day.min())
-        start = min(first_day + WARM_UP_DAYS, (first_day + engine.data.valid_day) // 2)
+        start = min(first_day + WARM_UP_DAYS, (first_day + engine.fit_until) // 2)
         self.engine, self.batch = engine, batch
-        self.candidates, self.labels = told_candidates(engine.log, start, engine.data.valid_day, among)
+        self.candidates, self.labels = told_candidates(engine.log, start, engine.fit_until, among)
 
     def loss(self, step: int, share: Share = WHOLE) -> tuple[Tensor, int]:
         """(the share's part of the mean binary cross entropy over candidates, tokens) of a step's user-days."""
