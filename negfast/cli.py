@@ -266,8 +266,12 @@ def train_options(command: Callable[..., None]) -> Callable[..., None]:
 @train_options
 @click.option("--gpus", type=click.IntRange(min=1), help="GPUs of this machine to train on; torchrun works too.")
 @click.option("--replay", type=EXISTING, metavar="RUN/failed/STEP", help="Look for the cause of a NaN or inf.")
+@click.option(
+    "--refit", type=EXISTING, metavar="RUN",
+    help="Train a finished run again on everything before the test day, with what it chose on valid.",
+)  # fmt: skip
 @click.pass_context
-def train(context: click.Context, gpus: int | None, replay: Path | None, **options: Any) -> None:
+def train(context: click.Context, gpus: int | None, replay: Path | None, refit: Path | None, **options: Any) -> None:
     """Train: align, sft, grpo, then the table on the test split.
 
     \b
@@ -275,6 +279,7 @@ def train(context: click.Context, gpus: int | None, replay: Path | None, **optio
     negfast train --preset smoke --out runs/smoke
     negfast train my.toml --data data --model Qwen3-0.6B --out runs/a --set grpo.steps=500
     negfast train --gpus 8 --data data --model Qwen3-0.6B --out runs/a
+    negfast train --refit runs/a --out runs/a-refit
     negfast train --replay runs/a/failed/sft-000120
     """
     from negfast.train.distributed import launch_gpus, planned_size
@@ -291,7 +296,9 @@ def train(context: click.Context, gpus: int | None, replay: Path | None, **optio
     else:
         from negfast.train.run import train as run
 
-        run(**options)
+        if refit is not None:
+            _refuse_others(context, "--refit", ("refit", "out", "gpus"))
+        run(**options, refit=refit)
 
 
 @main.command()

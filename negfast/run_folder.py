@@ -1,20 +1,54 @@
 """A run directory: where things lie in it, and how a policy comes back out of it."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Self
 
 from transformers import PreTrainedTokenizerBase
 
 from negfast.config import Config, load_config
-from negfast.data.dataset import Dataset
+from negfast.data.dataset import Dataset, date_of, day_of
 from negfast.errors import InputError
 from negfast.evaluate.model import Calibration
 from negfast.model.load import rebuild_policy
 from negfast.model.policy import Policy
 from negfast.train.checkpoint import load_weights, read_state
 from negfast.train.engine import Engine, build_engine, choose_device, use_threads
-from negfast.train.refit import Refit
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a stage of a finished run left that training data cannot tell: it was chosen on valid."""
+
+    step: int  # of the weights that were kept
+    scale: float  # of code logits
+    calibration: Calibration | None  # of verdicts; None after align, which answers none
+
+
+@dataclass(frozen=True)
+class Refit:
+    """What a final refit repeats: it trains on more data and never looks at valid (`negfast.train.refit`)."""
+
+    of: str  # the finished run, relative to this one
+    until: int  # days since 1970: trained on events of days before
+    stages: dict[str, Chosen]
+
+    def calibration(self, stage: str) -> Calibration:
+        calibration = self.stages[stage].calibration
+        assert calibration is not None, f"{stage} answers no verdicts"
+        return calibration
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"until": date_of(self.until)}
+
+    @classmethod
+    def from_json(cls, read: dict[str, Any]) -> Self:
+        stages = {}
+        for name, chosen in read["stages"].items():
+            calibration = None if chosen["calibration"] is None else Calibration(**chosen["calibration"])
+            stages[name] = Chosen(chosen["step"], chosen["scale"], calibration)
+        return cls(read["of"], day_of(read["until"]), stages)
 
 
 @dataclass(frozen=True)

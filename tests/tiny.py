@@ -62,7 +62,11 @@ def write_log(folder: Path, seed: int = 0) -> tuple[Path, Path]:
 
 def prepare(folder: Path) -> Path:
     """A prepared data set of `write_log`."""
-    events, items = write_log(folder)
+    return prepare_log(folder, *write_log(folder))
+
+
+def prepare_log(folder: Path, events: Path, items: Path) -> Path:
+    """A prepared data set of such files."""
     out = folder / "data"
     command = ["prepare", str(events), "--items", str(items), "--dislike", "rating<=2", "--value-column", "rating"]
     command += ["--item-text-column", "title", "--item-attributes", "genre", "--encoder", "tfidf", "--levels", "3"]

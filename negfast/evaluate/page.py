@@ -42,7 +42,7 @@ def write_page(run: Path, out: Path | None) -> Path:
     sets = [evaluation_set(log, engine.split, name) for name in ("valid", "test")]
     for evalset in sets:
         check_choosable(evalset)  # curves and rates of one kind of event say nothing
-    predictions = dict(rate_predictions(log, data.items, sets, data.valid_day)[1])
+    predictions = dict(rate_predictions(log, data.items, sets, engine.fit_until)[1])
     predictions["grpo"] = predict_set(engine, sets[1], folder.calibration)
     final = predictions["grpo"]
     sections = [

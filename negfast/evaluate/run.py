@@ -3,6 +3,7 @@
 import json
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import numpy as np
 
 from negfast.collab import co_dislike_neighbours, content_neighbours, soft_similarity
+from negfast.data.dataset import date_of
 from negfast.data.log import EventLog
 from negfast.data.split import Requests
+from negfast.errors import InputError
 from negfast.evaluate.baselines import baseline_predictions
 from negfast.evaluate.metrics import Similarity
 from negfast.evaluate.model import calibrate, generate, predict_set
@@ -41,18 +44,42 @@ def evaluate_folder(
 ) -> tuple[EvalSet, list[dict[str, Any]]]:
     """The rows of every baseline, of `prior`, and of the run's `sft` and `grpo` weights."""
     engine = run.finished_engine(data)
+    check_unseen(run, engine, split)
     sets = {name: evaluation_set(engine.log, engine.split, name) for name in ("valid", "test")}
     evalset = sets[split]
-    _say("baselines")
-    log, items, fit_until = engine.log, engine.data.items, engine.data.valid_day
-    baselines = baseline_predictions(log, items, list(sets.values()), fit_until, trained=all_baselines)
-    predictions: dict[str, Predictions] = dict(baselines[list(sets).index(split)])
+    predictions = baselines_of(engine, sets, split, all_baselines)
     predictions |= model_predictions(run, engine, evalset, sets["valid"])
-    check_predictions(log, evalset, predictions)
+    check_predictions(engine.log, evalset, predictions)
     rows = evaluate_rows(
         evalset, predictions, similarity_of(engine), engine.config.eval.resamples, engine.config.train.seed
     )
     return evalset, rows
+
+
+def check_unseen(run: RunFolder, engine: Engine, split: str) -> None:
+    """InputError where a final refit was trained on what ``split`` asks."""
+    start = {"valid": engine.split.valid_day, "test": engine.split.test_day}[split]
+    if start < engine.fit_until:
+        until = date_of(engine.fit_until)
+        raise InputError(f"{run.path}: is a refit on everything before {until}, so {split} tells nothing of it")
+
+
+def baselines_of(engine: Engine, sets: dict[str, EvalSet], split: str, trained: bool) -> dict[str, Predictions]:
+    """What the baselines answer to ``split``, fitted to the same events as the engine's policy.
+
+    Their thresholds are chosen on valid, so by a fit that ends there; ``trained`` as for `baseline_predictions`.
+    """
+    _say("baselines")
+    log, items, frozen = engine.log, engine.data.items, engine.data.valid_day
+    place = list(sets).index(split)
+    if engine.fit_until == frozen:
+        return dict(baseline_predictions(log, items, list(sets.values()), frozen, trained=trained)[place])
+    chosen = baseline_predictions(log, items, list(sets.values()), frozen)[place]
+    fitted = baseline_predictions(log, items, [sets[split]], engine.fit_until, trained=trained)[0]
+    return {
+        name: replace(answer, filter_threshold=chosen[name].filter_threshold) if name in chosen else answer
+        for name, answer in fitted.items()
+    }
 
 
 def model_predictions(run: RunFolder, engine: Engine, evalset: EvalSet, valid: EvalSet) -> dict[str, Predictions]:
@@ -62,7 +89,8 @@ def model_predictions(run: RunFolder, engine: Engine, evalset: EvalSet, valid: E
     for name, folder in (("sft", run.checkpoints / "sft"), ("grpo", run.final)):
         _say(name)
         load_weights(folder, engine.policy)
-        predictions[name] = predict_set(engine, evalset, calibrate(engine, valid))
+        calibration = calibrate(engine, valid) if run.refit is None else run.refit.calibration(name)
+        predictions[name] = predict_set(engine, evalset, calibration)
     return predictions
 
 

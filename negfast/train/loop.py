@@ -11,12 +11,12 @@ from negfast.config import Stage as StageSettings
 from negfast.config import Train
 from negfast.model.policy import Policy
 from negfast.progress import Progress
+from negfast.run_folder import Chosen
 from negfast.spans import span
 from negfast.train import distributed, faults
 from negfast.train.checkpoint import StageCheckpoints
 from negfast.train.journal import Journal
 from negfast.train.optimizer import learning_rate, make_optimizer
-from negfast.train.refit import Chosen
 from negfast.train.speed import Meter
 from negfast.train.step import Figures, Share, StepResult, add_up
 
@@ -57,7 +57,8 @@ def run_stage(
 
     ``validate`` gives metrics of which "score" chooses the weights that are kept (higher is better); None keeps the
     last. With ``refit`` the stage ends at the step chosen there, on the learning rates of all its steps, and leaves the
-    scale chosen there. Raises TrainingError on a loss or gradient that is not finite, StopRequested after SIGINT or SIGTERM.
+    scale chosen there. Raises TrainingError on a loss or gradient that is not finite, StopRequested after SIGINT or
+    SIGTERM.
     """
     steps = stage.config.steps if refit is None else refit.step
     optimizer = make_optimizer(policy, stage.config)

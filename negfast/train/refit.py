@@ -1,37 +1,48 @@
-"""A final refit: what a finished run chose on valid, for training again on everything before T_test."""
+"""A final refit: a finished run's training again, on everything before T_test, with all that was chosen on valid."""
 
-from dataclasses import asdict, dataclass
-from typing import Any, Self
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
 
-from negfast.data.dataset import date_of, day_of
-from negfast.evaluate.model import Calibration
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """What a stage of the finished run left that the training data cannot tell: it was chosen on valid."""
-
-    step: int  # of the weights that were kept
-    scale: float  # of code logits
-    calibration: Calibration | None  # of verdicts; None after align, which nobody asks
+from negfast.errors import InputError
+from negfast.evaluate.model import calibrate
+from negfast.evaluate.sets import evaluation_set
+from negfast.files import atomic_directory, check_output
+from negfast.run_folder import Chosen, Refit, RunFolder
+from negfast.train.checkpoint import load_weights, read_state
 
 
-@dataclass(frozen=True)
-class Refit:
-    """How a run is trained that repeats another one on more data, without looking at valid again."""
+def start_refit(run: RunFolder, source: RunFolder, stages: Sequence[str], report: Callable[[str], None]) -> None:
+    """Makes ``run`` a refit of the finished ``source``, at its first step; one that is there already is left as it is.
 
-    of: str  # the finished run
-    until: int  # days since 1970: trained on events of days before
-    stages: dict[str, Chosen]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"until": date_of(self.until)}
-
-    @classmethod
-    def from_json(cls, read: dict[str, Any]) -> Self:
-        stages = {}
-        for name, chosen in read["stages"].items():
-            calibration = chosen["calibration"]
-            calibration = None if calibration is None else Calibration(**calibration)
-            stages[name] = Chosen(chosen["step"], chosen["scale"], calibration)
-        return cls(read["of"], day_of(read["until"]), stages)
+    It has ``source``'s first weights and settings and, of each of ``stages``, the step, scale and calibration that were
+    chosen on valid; semantic IDs are those of the data set. InputError where ``source`` is unfinished or a refit
+    itself, or ``run`` something else.
+    """
+    source.require_finished()
+    if run.exists:
+        if run.refit is None or (run.path / run.refit.of).resolve() != source.path.resolve():
+            raise InputError(f"{run.path}: found another run, expected nothing or the refit of {source.path}")
+        return
+    if run.path.exists():
+        raise InputError(f"{run.path}: exists and is no run, expected nothing or the refit of {source.path}")
+    if source.refit is not None:
+        raise InputError(f"--refit {source.path}: is a refit itself, expected a run that chose on valid")
+    check_output(run.path)
+    report(f"reading what {source.path} chose on valid")
+    engine = source.finished_engine(None)
+    valid = evaluation_set(engine.log, engine.split, "valid")
+    chosen: dict[str, Chosen] = {}
+    for stage in stages:
+        folder = source.checkpoints / stage
+        load_weights(folder, engine.policy)
+        calibration = None if stage == "align" else calibrate(engine, valid)
+        chosen[stage] = Chosen(read_state(folder)["step"], float(engine.policy.block.scale), calibration)
+    refit = Refit(os.path.relpath(source.path, run.path), engine.data.test_day, chosen)
+    description = source.read() | {"data": os.path.relpath(source.data, run.path), "refit": refit.to_json()}
+    with atomic_directory(run.path) as made:
+        shutil.copytree(source.model, made / "model")
+        shutil.copytree(source.initial, made / "checkpoints" / "initial")
+        shutil.copy(source.path / "config.toml", made)
+        (made / "run.json").write_text(json.dumps(description, indent=1) + "\n")

@@ -15,7 +15,7 @@ from negfast.data.samples import prepare_movietweetings
 from negfast.errors import InputError
 from negfast.evaluate.model import Validation, calibrate
 from negfast.evaluate.run import evaluate_folder, write_report
-from negfast.evaluate.sets import EvalSet, check_choosable, evaluation_set
+from negfast.evaluate.sets import check_choosable, evaluation_set
 from negfast.files import atomic_file, check_output
 from negfast.kernels import implementations
 from negfast.model.load import build_policy, check_model_folder, save_model_files
@@ -28,6 +28,7 @@ from negfast.train.engine import Engine, build_engine, choose_device, history_fe
 from negfast.train.grpo import GrpoStage, check_combinations
 from negfast.train.journal import Journal
 from negfast.train.loop import Stage, StopRequested, run_stage
+from negfast.train.refit import start_refit
 from negfast.train.sft import SCALES, SftStage
 from negfast.train.verdict import fit_prior
 
@@ -43,16 +44,26 @@ def train(
     out: Path | None,
     overrides: tuple[str, ...],
     table: bool = True,
+    refit: Path | None = None,
 ) -> None:
     """Runs all stages and leaves RUN with its table; an unfinished RUN is continued from its last checkpoint.
 
     Without ``data`` the embedded MovieTweetings is prepared into RUN/data. Without ``table`` the test split is left
-    alone, as is right while settings are compared. Raises InputError on bad settings or on
+    alone, as is right while settings are compared. ``refit`` is a finished run to train again on everything before
+    T_test, from the same first weights and with all that was chosen on valid; ``out`` is the only other option then
+    (default: RUN-refit beside it). Raises InputError on bad settings or on
     a RUN that was started with others, TrainingError where training cannot go on.
     """
-    run, settings = _asked_for(config, preset, out, overrides)
+    if refit is None:
+        run, settings = _asked_for(config, preset, out, overrides)
+    else:
+        refit = refit.resolve()
+        run, settings = RunFolder(out or refit.with_name(f"{refit.name}-refit")), RunFolder(refit).config
     device = distributed.local_device(choose_device(settings.train.device))
     with distributed.group(device):
+        if refit is not None:
+            source = RunFolder(refit)
+            distributed.first_does(lambda: start_refit(run, source, list(STAGES), _say))
         engine = _open_run(run, settings, data, model, init, device)
         _run_stages(run, engine)
         first = distributed.rank() == 0
@@ -122,7 +133,8 @@ def _open_run(
         distributed.first_does(lambda: _start_run(run, settings, data, model, init))
     dataset = Dataset.open(_check_same_run(run, settings, data, model, init))
     policy, tokenizer = run.load_policy(dataset)
-    engine = build_engine(settings, dataset, policy, tokenizer, device)
+    until = None if run.refit is None else run.refit.until
+    engine = build_engine(settings, dataset, policy, tokenizer, device, until)
     load_weights(run.initial, engine.policy)
     return engine
 
@@ -210,32 +222,34 @@ def _check_same_run(run: RunFolder, settings: Config, data: Path | None, model: 
 
 
 def _run_stages(run: RunFolder, engine: Engine) -> None:
-    names = list(STAGES)
+    names, refit = list(STAGES), run.refit
     done = [name for name in names if (run.checkpoints / name).is_dir()]
     resume = latest_checkpoint(run.checkpoints, warn=_say)
     if resume is not None and read_state(resume)["stage"] in done:
         resume = None
     if len(done) == len(names) and run.final.is_dir():
         return
+    steps = {name: getattr(engine.config, name).steps if refit is None else refit.stages[name].step for name in names}
     resumed_from = None
     if resume is not None:
         resumed_from = {key: read_state(resume)[key] for key in ("stage", "step")}
     elif done:
-        resumed_from = {"stage": done[-1], "step": getattr(engine.config, done[-1]).steps}
-    steps = {name: getattr(engine.config, name).steps for name in names}
+        resumed_from = {"stage": done[-1], "step": steps[done[-1]]}
     journal = Journal(run.path, steps, resumed_from, engine.config.train.tensorboard)
     if resumed_from is not None:
         _say(f"going on from {resumed_from['stage']} step {resumed_from['step']}")
     _tell_implementations(engine, journal)
     _load_start(run, engine, done)
-    valid = evaluation_set(engine.log, engine.split, "valid")
-    check_choosable(valid)
-    validations = {"align": None, "sft": Validation(engine, valid, SCALES), "grpo": Validation(engine, valid)}
+    validations: dict[str, Validation] = {}
+    if refit is None:
+        valid = evaluation_set(engine.log, engine.split, "valid")
+        check_choosable(valid)
+        validations = {"sft": Validation(engine, valid, SCALES), "grpo": Validation(engine, valid)}
     for number, name in enumerate(names):
         if name in done:
             continue
         stage = STAGES[name](engine)
-        _say(f"stage {number + 1} of {len(names)}: {name}, {stage.config.steps} steps")
+        _say(f"stage {number + 1} of {len(names)}: {name}, {steps[name]} steps")
         try:
             run_stage(
                 stage,
@@ -245,18 +259,23 @@ def _run_stages(run: RunFolder, engine: Engine) -> None:
                 engine.config.train,
                 journal,
                 resume,
-                validations[name],
+                validations.get(name),
+                None if refit is None else refit.stages[name],
             )
         except StopRequested as stopped:
             _say(f"{stopped}; `negfast train --out {run.path}` goes on")
             sys.exit(130)
         resume = None
-    distributed.first_does(lambda: _finish(run, engine, valid))
+    distributed.first_does(lambda: _finish(run, engine))
     journal.event("finished")
 
 
-def _finish(run: RunFolder, engine: Engine, valid: EvalSet) -> None:
-    save_checkpoint(run.final, engine.policy, state={"calibration": vars(calibrate(engine, valid))})
+def _finish(run: RunFolder, engine: Engine) -> None:
+    if run.refit is None:
+        calibration = calibrate(engine, evaluation_set(engine.log, engine.split, "valid"))
+    else:
+        calibration = run.refit.calibration(list(STAGES)[-1])
+    save_checkpoint(run.final, engine.policy, state={"calibration": vars(calibration)})
 
 
 def _tell_implementations(engine: Engine, journal: Journal) -> None:

@@ -1,0 +1,113 @@
+"""A final refit: everything before T_test, nothing from there on, and nothing chosen again."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from negfast.data.dataset import Dataset, date_of
+from negfast.data.log import DISLIKE
+from negfast.data.split import all_requests
+from negfast.run_folder import RunFolder
+from negfast.train.checkpoint import read_state
+from negfast.train.run import train
+from tests import tiny
+from tests.tiny import run_cli
+
+
+@pytest.fixture(scope="module")
+def refitted(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, str]:
+    out = tmp_path_factory.mktemp("refit") / "run"
+    said = run_cli("train", "--refit", str(tiny_run), "--out", str(out))
+    return RunFolder(out), said
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_it_repeats_what_was_chosen_on_valid(tiny_run, refitted):
+    run, said = refitted
+    source = RunFolder(tiny_run)
+    assert run.config == source.config
+    steps = {stage: read_state(source.checkpoints / stage)["step"] for stage in ("align", "sft", "grpo")}
+    assert {stage: chosen.step for stage, chosen in run.refit.stages.items()} == steps
+    done = [line["stage"] for line in lines(run.path / "metrics.jsonl")]
+    assert {stage: done.count(stage) for stage in steps} == steps
+    rates = {(line["stage"], line["step"]): line["lr"] for line in lines(tiny_run / "metrics.jsonl")}
+    assert all(line["lr"] == rates[line["stage"], line["step"]] for line in lines(run.path / "metrics.jsonl"))
+    assert not [line for line in lines(run.path / "events.jsonl") if line["event"] in ("valid", "chosen")]
+    engines = [folder.finished_engine(None) for folder in (source, run)]
+    scales = [float(engine.policy.block.scale) for engine in engines]
+    assert scales[0] == scales[1] == run.refit.stages["grpo"].scale
+    slopes = [folder.calibration.slope for folder in (source, run)]
+    assert slopes[0] == pytest.approx(slopes[1])
+    assert run.calibration == run.refit.calibration("grpo")
+    states = [(folder / "policy.safetensors").read_bytes() for folder in (source.final, run.final)]
+    assert states[0] != states[1]
+    assert "boosted" in said and "grpo" in said and run.report.exists()  # the table on test
+
+
+def test_it_is_trained_on_every_future_that_ends_before_test(tiny_run, refitted):
+    source, engine = (folder.finished_engine(None) for folder in (RunFolder(tiny_run), refitted[0]))
+    log, data = engine.log, engine.data
+    assert engine.fit_until == data.test_day and source.fit_until == data.valid_day
+    found = all_requests(log, data.horizon)
+    wanted = [(u, d) for u, d in zip(found.user, found.day, strict=True) if d + data.horizon < data.test_day]
+    requests = engine.train_requests
+    assert list(zip(requests.user, requests.day, strict=True)) == wanted
+    assert len(source.train_requests) < len(wanted)
+    early = log.day < data.test_day
+    assert engine.features.prior_rate == pytest.approx((log.feedback[early] == DISLIKE).mean())
+
+
+def test_nothing_from_the_test_day_on_is_learned(tiny_run, tiny_data, refitted, tmp_path):
+    """The same source over a log that tells another story from T_test on gives the same weights."""
+    data = Dataset.open(tiny_data)
+    events, items = tiny.write_log(tmp_path)
+    rng = np.random.default_rng()
+    told = ["user,item,rating,time"]
+    changed = 0
+    for line in events.read_text().splitlines()[1:]:
+        user, item, rating, time = line.split(",")
+        if int(time) // 86_400 >= data.test_day:
+            item, rating = f"i{rng.integers(tiny.ITEMS)}", str(6 - int(rating))
+            changed += 1
+        told.append(f"{user},{item},{rating},{time}")
+    assert changed > 100
+    events.write_text("\n".join(told) + "\n")
+    other = tiny.prepare_log(tmp_path, events, items)
+    assert Dataset.open(other).test_day == data.test_day and Dataset.open(other).lineage == data.lineage
+    copied = tmp_path / "source"
+    shutil.copytree(tiny_run, copied)
+    description = RunFolder(tiny_run).read() | {"data": str(other)}
+    (copied / "run.json").write_text(json.dumps(description))
+    train(None, None, None, None, None, tmp_path / "refit", (), table=False, refit=copied)
+    again = RunFolder(tmp_path / "refit")
+    assert again.refit.stages == refitted[0].refit.stages
+    weights = [(folder.final / "policy.safetensors").read_bytes() for folder in (refitted[0], again)]
+    assert weights[0] == weights[1]
+
+
+def test_it_cannot_be_asked_about_what_it_was_trained_on(refitted):
+    run = refitted[0]
+    until = date_of(Dataset.open(run.data).test_day)
+    assert f"everything before {until}" in run_cli("eval", str(run.path), "--split", "valid", code=2)
+    rows = {row["name"]: row for row in json.loads(run_cli("eval", str(run.path), "--json").splitlines()[-1])["rows"]}
+    share = rows["boosted"]["filter_at_threshold_share"]["mean"]  # chosen by a fit before valid
+    assert 0 < share < 1 and "filter_at_threshold_share" in rows["grpo"]
+
+
+def test_the_same_call_finds_it_and_others_are_refused(tiny_run, refitted, tmp_path):
+    run = refitted[0]
+    before = (run.path / "events.jsonl").read_bytes()
+    run_cli("train", "--refit", str(tiny_run), "--out", str(run.path))
+    assert (run.path / "events.jsonl").read_bytes() == before
+    assert "is a refit itself" in run_cli("train", "--refit", str(run.path), "--out", str(tmp_path / "x"), code=2)
+    assert "found another run" in run_cli("train", "--refit", str(tiny_run), "--out", str(tiny_run), code=2)
+    assert "exists and is no run" in run_cli("train", "--refit", str(tiny_run), "--out", str(tmp_path), code=2)
+    unfinished = run_cli("train", "--refit", str(tmp_path / "none"), "--out", str(tmp_path / "x"), code=2)
+    assert "expected a run directory" in unfinished
+    assert "--preset has no place" in run_cli("train", "--refit", str(tiny_run), "--preset", "smoke", code=2)
