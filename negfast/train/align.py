@@ -5,7 +5,8 @@ earlier cut (`align.cut` of the train days), so that they do not memorise the fu
 
 What the stage has learned is measured on a seeded share of the items (`align.held_out`): no task on text and no verdict
 is trained on them, and no pair on the same share of the users. The verdict's prior, which knows items by what was
-counted of them and not by name, is fitted to all.
+counted of them and not by name, is fitted to all: its own AUC on the same verdicts stands beside the policy's, and only
+what lies between the two was learned here.
 """
 
 from typing import Protocol
@@ -20,13 +21,14 @@ from negfast.errors import InputError
 from negfast.model.beam import beam_search
 from negfast.model.layout import GroupLayout
 from negfast.sid.prior import NEXT_DISLIKE
-from negfast.train.answers import answer_log_probs, right_codes
+from negfast.train.answers import answer_log_probs, code_ranks
 from negfast.train.engine import Engine, epoch_rows, task_rng
 from negfast.train.step import WHOLE, Mean, Share, StepResult
 from negfast.train.text import EXAMPLES_AT_ONCE, SidToText, attribute_examples, encode, title_examples
-from negfast.train.verdict import VerdictTask
+from negfast.train.verdict import VerdictTask, prior_logits
 
 PAIRS_MEASURED = 300
+CLOSE = 10  # of the first level's codes that a held-out title's own should be among
 TOP = 20  # of the generated items that a held-out pair's second item should be among
 
 
@@ -59,22 +61,35 @@ class TitleToSid:
         prompts = [self.prompts[item] for item in items.tolist()]
         return _item_loss(engine, prompts, "item", items, len(whole), has_text=True)
 
-    @torch.no_grad()
     def accuracy(self) -> dict[str, float]:
         """Of the held-out titles: the share whose code the model puts first at each level after the true codes above
-        it, and the share whose item a greedy descent finds; every item of the trie competes."""
-        right = []
-        for start in range(0, len(self.held), EXAMPLES_AT_ONCE):
-            items = self.held[start : start + EXAMPLES_AT_ONCE]
-            layout, tokens, markers, targets = _item_batch(
-                self.engine, [self.prompts[item] for item in items.tolist()], "item", items
-            )
-            right.append(right_codes(self.engine, layout, tokens, markers, targets, has_text=True).cpu())
-        if not right:
+        it, or among the first `CLOSE` at the first level, and the share whose item a greedy descent finds; every item
+        of the trie competes. Beside them the first level's share for the commonest code of the trained items
+        (``level1_chance``), and the same shares of as many titles that the stage saw first (``train_``)."""
+        if not len(self.held):
             return {}
-        codes = torch.cat(right)
-        by_level = {f"level{level + 1}": float(codes[:, level].float().mean()) for level in range(codes.shape[1])}
-        return {**by_level, "item": float(codes.all(1).float().mean())}
+        seen = epoch_rows(self.engine.config.train.seed, "titles", 0, len(self.items), len(self.held))
+        held, trained = self.ranks(self.held), self.ranks(self.items[seen])
+        first = self.engine.data.codes[:, 0]
+        commonest = np.bincount(first[self.items]).argmax()
+        return {
+            **{f"level{level + 1}": float((held[:, level] == 0).mean()) for level in range(held.shape[1])},
+            f"level1_top{CLOSE}": float((held[:, 0] < CLOSE).mean()),
+            "level1_chance": float((first[self.held] == commonest).mean()),
+            "item": float((held == 0).all(1).mean()),
+            "train_level1": float((trained[:, 0] == 0).mean()),
+            "train_item": float((trained == 0).all(1).mean()),
+        }
+
+    @torch.no_grad()
+    def ranks(self, items: np.ndarray) -> np.ndarray:
+        """`code_ranks` int64 [N, L] of ``items`` after their titles."""
+        parts = []
+        for start in range(0, len(items), EXAMPLES_AT_ONCE):
+            part = items[start : start + EXAMPLES_AT_ONCE]
+            batch = _item_batch(self.engine, [self.prompts[item] for item in part.tolist()], "item", part)
+            parts.append(code_ranks(self.engine, *batch, has_text=True).cpu().numpy())
+        return np.concatenate(parts)
 
 
 class CoDisliked:
@@ -141,11 +156,15 @@ class Verdicts(VerdictTask):
         self.held = VerdictTask(engine, batch, held_out)
 
     def accuracy(self) -> dict[str, float]:
-        """AUC of train-day verdicts on held-out items: disliked above liked."""
+        """AUC of train-day verdicts on held-out items, disliked above liked, by the policy and by its prior alone. Both
+        flatter, as the prior is fitted to these verdicts too; the difference is what the stage added."""
         labels = self.held.labels
         if not 0 < labels.sum() < len(labels):
             return {}
-        return {"auc": float(roc_auc_score(labels, self.held.logits()))}
+        return {
+            "auc": float(roc_auc_score(labels, self.held.logits())),
+            "prior_auc": float(roc_auc_score(labels, prior_logits(self.engine, self.held.candidates))),
+        }
 
 
 def held_out_items(engine: Engine) -> np.ndarray:
@@ -219,6 +238,7 @@ class AlignStage:
             raise InputError("align: every task is off or without data, expected at least one; or set align.steps=0")
 
     def step(self, step: int, share: Share = WHOLE) -> StepResult:
+        self.policy.block.scale.fill_(1.0)  # the weights of --init come with the one that their valid days wanted
         losses = {name: task.loss(step, share) for name, task in self.tasks.items()}
         total = torch.stack([loss for loss, _ in losses.values()]).sum()
         metrics: dict[str, Mean | float | None] = {

@@ -43,7 +43,7 @@ def answer_log_probs(
         return total
 
 
-def right_codes(
+def code_ranks(
     engine: Engine,
     layout: GroupLayout,
     prompt_tokens: Tensor,
@@ -51,14 +51,17 @@ def right_codes(
     items: Tensor,
     has_text: bool = False,
 ) -> Tensor:
-    """Whether the policy puts an item's code first at each of its nodes, bool [A, L], without prior and pruning; all
-    of a row are true where a greedy descent ends at the item."""
+    """How many codes the policy puts before an item's own at each of its nodes, int64 [A, L], without prior and
+    pruning, the lower code first where two are equal; a row is 0 throughout where a greedy descent ends at the item."""
     states, nodes, chosen = _at_true_nodes(engine, layout, prompt_tokens, markers, items, has_text)
-    right = []
+    ranks = []
     for level, (node, code) in enumerate(zip(nodes, chosen, strict=True)):
         choice = engine.chooser.choose(engine.policy, states[:, level], level, node, layout.answer_prompt, None, 0)
-        right.append(choice.log_probs().argmax(1) == code)
-    return torch.stack(right, dim=1)
+        log_p, own = choice.log_probs(), code.unsqueeze(1)
+        at_own = log_p.gather(1, own)
+        lower = torch.arange(log_p.shape[1], device=log_p.device) < own
+        ranks.append(((log_p > at_own) | ((log_p == at_own) & lower)).sum(1))
+    return torch.stack(ranks, dim=1)
 
 
 def _at_true_nodes(

@@ -66,7 +66,6 @@ def group_candidates(user: np.ndarray, day: np.ndarray, items: np.ndarray) -> Ca
 
 def verdict_logits(engine: Engine, candidates: Candidates, view: int = MIXED) -> Tensor:
     """Logit [E] of P(dislike) for every candidate: one prompt a user-day, its candidates as answers."""
-    owner = candidates.group_of_item
     before = candidates.day - 1
     counts = np.diff(candidates.offsets)
     batch = engine.prompts.build(candidates.user, before, view, counts, trending=False)
@@ -74,8 +73,23 @@ def verdict_logits(engine: Engine, candidates: Candidates, view: int = MIXED) ->
     answers = F.pad(codes, (0, 1), value=engine.policy.vocabulary.marker("verdict"))
     hidden = engine.policy.hidden(batch.layout, batch.tokens, answers, prompt_rows="none")
     last = hidden.view(*answers.shape, -1)[:, -1]
-    features = engine.features.rich(candidates.user[owner], candidates.items, candidates.day[owner])
-    return engine.policy.verdict_logit(last, torch.from_numpy(features.astype(np.float32)).to(engine.device))
+    return engine.policy.verdict_logit(last, _on_device(engine, prior_features(engine, candidates)))
+
+
+def prior_features(engine: Engine, candidates: Candidates) -> np.ndarray:
+    """What the verdict's prior looks at, float64 [E, verdict_features]."""
+    owner = candidates.group_of_item
+    return engine.features.rich(candidates.user[owner], candidates.items, candidates.day[owner])
+
+
+@torch.no_grad()
+def prior_logits(engine: Engine, candidates: Candidates) -> np.ndarray:
+    """Logits [E] of the verdict's prior alone."""
+    return engine.policy.verdict_prior(_on_device(engine, prior_features(engine, candidates))).cpu().numpy()
+
+
+def _on_device(engine: Engine, features: np.ndarray) -> Tensor:
+    return torch.from_numpy(features.astype(np.float32)).to(engine.device)
 
 
 def fit_prior(engine: Engine) -> None:
@@ -84,8 +98,7 @@ def fit_prior(engine: Engine) -> None:
     candidates = task.candidates
     if not 0 < task.labels.sum() < len(task.labels):
         return
-    owner = candidates.group_of_item
-    features = engine.features.rich(candidates.user[owner], candidates.items, candidates.day[owner])
+    features = prior_features(engine, candidates)
     fit(engine.policy.verdict_prior, features, task.labels, engine.config.train.seed)
 
 

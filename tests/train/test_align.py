@@ -14,9 +14,10 @@ from negfast.model.layout import GroupLayout
 from negfast.run_folder import RunFolder
 from negfast.train import text
 from negfast.train.align import AlignStage, CoDisliked, held_out_items
-from negfast.train.answers import answer_log_probs, right_codes
+from negfast.train.answers import answer_log_probs, code_ranks
 from negfast.train.engine import build_engine
 from negfast.train.step import Share
+from negfast.train.verdict import fit_prior
 
 
 @pytest.fixture
@@ -91,8 +92,8 @@ def test_nothing_held_out_is_trained_on(make_engine, monkeypatch):
     assert not np.array_equal(held_out_items(engine), held_out_items(make_engine("train.seed=9")))
 
 
-def test_right_codes_are_those_of_greedy_descent(make_engine):
-    """A brute-force descent by the probabilities of whole items gives the same answer at every true node."""
+def test_code_ranks_are_those_of_whole_items(make_engine):
+    """The probabilities of whole items, summed by brute force, rank the codes of every true node alike."""
     engine = make_engine()
     pairs = CoDisliked(engine, 8, 10**6, 0.0)
     n_items = engine.log.n_items
@@ -106,7 +107,7 @@ def test_right_codes_are_those_of_greedy_descent(make_engine):
 
     with torch.no_grad():
         layout, tokens, markers, items = batch(np.arange(n_items))
-        right = right_codes(engine, layout, tokens, markers, items).numpy()
+        ranks = code_ranks(engine, layout, tokens, markers, items).numpy()
         layout, *_ = batch(np.arange(n_items))
         log_p = answer_log_probs(engine, layout, tokens, markers, items, None, 0).double().numpy()
     mass = np.exp(log_p)
@@ -115,8 +116,18 @@ def test_right_codes_are_those_of_greedy_descent(make_engine):
         for level in range(3):
             siblings = (codes[:, :level] == codes[item, :level]).all(1)
             by_code = np.bincount(codes[siblings, level], weights=mass[siblings])
-            assert right[item, level] == (by_code.argmax() == codes[item, level])
-    assert right.all(1).sum() == 1 and 0 < right.mean() < 1
+            assert ranks[item, level] == (by_code > by_code[codes[item, level]]).sum()
+    assert (ranks == 0).all(1).sum() == 1 and ranks[:, 0].mean() > 0
+
+
+def test_equal_codes_are_ranked_in_their_order(make_engine):
+    """A head of zeros says nothing, so it finds nothing: only the trie's lowest codes come first."""
+    engine = make_engine()
+    torch.nn.init.zeros_(engine.policy.block.head.weight)
+    stage = AlignStage(engine)
+    ranks = stage.tasks["title_sid"].ranks(np.arange(engine.log.n_items))
+    used = np.unique(engine.data.codes[:, 0])
+    assert np.array_equal(ranks[:, 0], np.searchsorted(used, engine.data.codes[:, 0]))
 
 
 def test_pair_hits_are_those_of_an_exhaustive_ranking(make_engine):
@@ -155,6 +166,28 @@ def test_tasks_are_learned_and_speak_of_items_never_trained_on(make_engine):
     assert after["sid_attributes_genre_exact"] > 0.6 > 0.3 > before["sid_attributes_genre_exact"]
     assert after["sid_title_token"] > before["sid_title_token"] + 0.3
     assert after["title_sid_level1"] > before["title_sid_level1"] + 0.15
+    assert after["title_sid_level1"] > after["title_sid_level1_chance"]
+    assert after["title_sid_train_item"] > before["title_sid_train_item"]
+
+
+def test_verdicts_are_measured_beside_their_prior(make_engine):
+    """A policy that says nothing of its own has the AUC of its prior."""
+    engine = make_engine("align.titles=0", "align.sid_titles=0", "align.attributes=0", "align.pairs=0")
+    fit_prior(engine)
+    torch.nn.init.zeros_(engine.policy.block.head.weight)
+    found = AlignStage(engine).outcome()
+    assert found["verdict_auc"] == found["verdict_prior_auc"] > 0.5
+    torch.nn.init.normal_(engine.policy.block.head.weight)
+    speaking = AlignStage(engine).outcome()
+    assert speaking["verdict_prior_auc"] == found["verdict_prior_auc"] != speaking["verdict_auc"]
+
+
+def test_the_scale_of_another_run_is_not_kept(make_engine):
+    """--init brings the scale that its valid days chose; align learns codes at their full scale."""
+    stage, other = AlignStage(make_engine()), AlignStage(make_engine())
+    other.policy.block.scale.fill_(0.1)
+    assert other.step(0).loss.item() == stage.step(0).loss.item()
+    assert float(other.policy.block.scale) == 1
 
 
 def test_shares_add_up(make_engine):
