@@ -145,7 +145,7 @@ class Grpo(Stage):
     warmup: int = setting(10, low=0, help="steps")
     validate_every: int = setting(50, low=1, help="steps; the best weights on valid are kept")
     requests: int = setting(32, low=1, help="requests (groups) a step")
-    group: int = setting(16, low=2, help="answers a request")
+    group: int = setting(64, low=2, help="answers a request")
     epochs: int = setting(1, low=1, help="updates from one rollout; more than 1 need a second pass each")
     objective: str = setting("trie", choices=("trie", "full"), help="what log-probabilities are taken over")
     loss: str = setting("dr_grpo", choices=("grpo", "dr_grpo", "dapo"))
@@ -154,20 +154,21 @@ class Grpo(Stage):
     normalised_weights: bool = setting(
         True, help="without replacement: divide the weights by their sum; biased, steadier"
     )
-    set_size: int = setting(0, low=0, help="k of the max@k advantage; 0: each answer for itself")
+    set_size: int = setting(4, low=0, help="k of the max@k advantage; 0: each answer for itself")
     clip_low: float = setting(0.2, low=0.0, high=0.99)
     clip_high: float = setting(0.2, low=0.0)
     beta: float = setting(0.04, low=0.0, help="weight of the KL to the SFT policy")
     kl: str = setting("exact", choices=("exact", "k3"))
     temperature: float = setting(1.0, above=0.0)
     schedule: str = setting(
-        "progressive",
+        "mixed",
         choices=("progressive", "mixed", "static"),
         help="of mixed prompts: rising to mixed_share, all of them from the first step, or mixed_share throughout",
     )
     negative_phase: float = setting(0.4, low=0.0, high=1.0, help="share of the steps on negative-only prompts")
     mixed_share: float = setting(0.7, low=0.0, high=1.0, help="share of mixed prompts at the end of the second phase")
-    sft_weight: float = setting(0.3, low=0.0, help="of the SFT loss on both branches and the verdict")
+    sft_weight: float = setting(0.0, low=0.0, help="of the SFT loss on both branches")
+    verdict_weight: float = setting(1.0, low=0.0, help="of the SFT loss on verdicts")
 
     @property
     def round_steps(self) -> int:

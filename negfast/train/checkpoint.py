@@ -204,7 +204,7 @@ class StageCheckpoints:
             self.best_score, self.best_step = metrics["score"], step
             state = {"stage": self.stage, "step": step, **metrics}
             distributed.first_does(lambda: save_checkpoint(self.best, self.policy, state=state))
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         return f"{self.stage}: valid at step {step}: {shown}"
 
     def finish(self, steps: int, chosen: bool) -> None:

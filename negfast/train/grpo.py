@@ -1,7 +1,7 @@
 """Stage 3, progressive GRPO on the trie: sample a group of items for each request, reward them, one update.
 
-The reference policy is the frozen policy that the stage starts from; an SFT term on both branches and the verdict
-stays in the loss.
+The reference policy is the frozen policy that the stage starts from; the verdict's loss stays, that on both branches
+may (`grpo.sft_weight`).
 """
 
 import copy
@@ -114,10 +114,12 @@ class GrpoStage:
         }
         if settings.sft_weight:
             items, _, item_tokens = self.next_items.loss(step, share)
+            loss, tokens = loss + settings.sft_weight * items, tokens + item_tokens
+            metrics["sft_loss"] = share.part(items)
+        if settings.verdict_weight:
             verdict, verdict_tokens = self.verdict.loss(step, share)
-            loss = loss + settings.sft_weight * (items + verdict)
-            tokens += item_tokens + verdict_tokens
-            metrics |= {"sft_loss": share.part(items), "verdict_bce": share.part(verdict)}
+            loss, tokens = loss + settings.verdict_weight * verdict, tokens + verdict_tokens
+            metrics["verdict_bce"] = share.part(verdict)
         return StepResult(loss, metrics, tokens)
 
     def outcome(self) -> dict[str, float]:

@@ -98,7 +98,7 @@ def test_what_the_full_objective_cannot_be_combined_with():
 
 @pytest.mark.parametrize(
     "override,key",
-    [("grpo.set_size=17", "grpo.set_size"), ("grpo.scale_rewards=true", "grpo.scale_rewards")],
+    [("grpo.set_size=65", "grpo.set_size"), ("grpo.scale_rewards=true", "grpo.scale_rewards")],
 )
 def test_settings_that_contradict_each_other_are_refused(override, key):
     config = load_config(overrides=("grpo.set_size=4", override))

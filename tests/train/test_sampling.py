@@ -215,9 +215,8 @@ def test_the_stage_draws_without_replacement(normalised):
 
 @pytest.mark.parametrize("other", ["objective=full", "loss=dapo", "set_size=2", "scale_rewards=true"])
 def test_settings_that_it_cannot_be_combined_with(other):
-    config = load_config(
-        overrides=("grpo.sampling=without_replacement", "grpo.kl=k3", "prior.weight=0", f"grpo.{other}")
-    )
+    alone = ("grpo.sampling=without_replacement", "grpo.set_size=0")
+    config = load_config(overrides=(*alone, "grpo.kl=k3", "prior.weight=0", f"grpo.{other}"))
     with pytest.raises(InputError, match="without_replacement"):
         check_combinations(config)
-    check_combinations(load_config(overrides=("grpo.sampling=without_replacement",)))
+    check_combinations(load_config(overrides=alone))

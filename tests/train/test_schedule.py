@@ -9,7 +9,7 @@ from negfast.train.schedule import mixed_share, schedule_views
 
 
 def test_progressive_is_negative_only_and_then_rises_to_the_share() -> None:
-    settings = Grpo(steps=100, negative_phase=0.4, mixed_share=0.6)
+    settings = Grpo(steps=100, schedule="progressive", negative_phase=0.4, mixed_share=0.6)
     shares = [mixed_share(step, settings) for step in range(100)]
     assert shares[:40] == [0.0] * 40
     assert np.diff(shares[39:]) == pytest.approx(np.full(60, 0.01))
