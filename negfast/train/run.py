@@ -244,7 +244,7 @@ def _run_stages(run: RunFolder, engine: Engine) -> None:
     if refit is None:
         valid = evaluation_set(engine.log, engine.split, "valid")
         check_choosable(valid)
-        validations = {"sft": Validation(engine, valid, SCALES), "grpo": Validation(engine, valid)}
+        validations = {"sft": Validation(engine, valid, SCALES), "grpo": Validation(engine, valid, by_reward=True)}
     for number, name in enumerate(names):
         if name in done:
             continue
