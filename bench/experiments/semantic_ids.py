@@ -2,6 +2,7 @@
 
 What can be said of semantic IDs before a model is trained on them: codes in use and perplexity by level, collisions
 before one-to-one assignment, reconstruction error, and how many of an item's nearest neighbours share its prefix.
+With ``--runs`` also what follows: a short training run on each quantizer's, measured on valid.
 """
 
 import importlib.metadata
@@ -14,6 +15,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from bench.experiments.semantic_id_runs import METRICS, downstream, short_run
 from negfast.data.dataset import Dataset
 from negfast.data.prepare import SemanticIdSettings
 from negfast.data.samples import prepare_movietweetings
@@ -28,8 +30,25 @@ RESULT = Path(__file__).parents[1] / "results" / "semantic_ids.json"
 @click.option("--data", type=click.Path(path_type=Path), help="Prepared data set; the built-in MovieTweetings else.")
 @click.option("--encoders", default="minilm,tfidf", show_default=True)
 @click.option("--seed", default=0, show_default=True)
+@click.option("--runs", type=click.Path(path_type=Path), help="Train short runs here on the built-in MovieTweetings.")
+@click.option("--quantizers", default="rq-kmeans,balanced,rq-vae,random", show_default=True, help="Of --runs.")
+@click.option("--seeds", default="0", show_default=True, help="Of --runs.")
+@click.option("--steps", default=150, show_default=True, help="Of SFT in --runs.")
+@click.option("--align-steps", default=0, show_default=True, help="Of --runs.")
+@click.option("--preset", default="quickstart", show_default=True, help="Of --runs.")
 @click.option("--out", default=RESULT, type=click.Path(path_type=Path), show_default=True)
-def main(data: Path | None, encoders: str, seed: int, out: Path) -> None:
+def main(
+    data: Path | None,
+    encoders: str,
+    seed: int,
+    runs: Path | None,
+    quantizers: str,
+    seeds: str,
+    steps: int,
+    align_steps: int,
+    preset: str,
+    out: Path,
+) -> None:
     """Compares the quantizers of semantic IDs."""
     with TemporaryDirectory() as folder:
         if data is None:
@@ -38,10 +57,16 @@ def main(data: Path | None, encoders: str, seed: int, out: Path) -> None:
         dataset = Dataset.open(data or Path(folder) / "data")
         rows = [row for encoder in encoders.split(",") for row in rows_of(dataset, encoder, seed)]
     packages = ("negfast", "faiss-cpu", "torch", "numpy")
-    result = {"versions": {name: importlib.metadata.version(name) for name in packages}, "seed": seed, "rows": rows}
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    result: dict[str, Any] = {"versions": versions, "seed": seed, "rows": rows}
+    if runs is not None:
+        settings, numbers = short_run(steps, align_steps), [int(number) for number in seeds.split(",")]
+        result["downstream"] = downstream(quantizers.split(","), runs, settings, numbers, preset)
     with atomic_file(out) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
     show(rows)
+    if runs is not None:
+        show_downstream(result["downstream"])
 
 
 def rows_of(dataset: Dataset, encoder: str, seed: int) -> list[dict[str, Any]]:
@@ -74,6 +99,21 @@ def show(rows: list[dict[str, Any]]) -> None:
         "assignment, as a share of the embedding's; neighbours: share of the 10 nearest items with the same prefix of\n"
         "1, 2, ... codes; seconds: fitting and assignment on this machine, not a benchmark"
     )
+
+
+def show_downstream(found: dict[str, Any]) -> None:
+    table = Table("quantizer", *METRICS)
+    for row in found["rows"]:
+        table.add_row(row["quantizer"], *(f"{row[metric]['mean']:.4f}" for metric in METRICS))
+    table.add_section()
+    first = found["rows"][0]["quantizer"]
+    for row in found["rows"][1:]:
+        mine = {d["metric"]: d for d in found["differences"] if d["a"] == row["quantizer"]}
+        cells = (f"{d['mean']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}]" for d in map(mine.__getitem__, METRICS))
+        table.add_row(f"{row['quantizer']} - {first}", *cells)
+    console = Console(width=160)
+    console.print(table)
+    console.print("on valid; intervals over its users, the same resamples for all; nll: nats of a future dislike")
 
 
 def _quiet(_: str) -> None:
