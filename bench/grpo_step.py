@@ -18,6 +18,7 @@ from negfast.kernels.trie_grpo import GRPOObjective
 from torch import Tensor
 
 from negfast.config import Config, Model
+from negfast.data.loader import epoch_rows
 from negfast.data.prepare import SemanticIdSettings
 from negfast.data.samples import prepare_movietweetings
 from negfast.model.choice import TrieChooser
@@ -28,7 +29,7 @@ from negfast.model.prompts import MIXED, PromptBatch
 from negfast.sid.prior import DevicePrior, RequestPrior
 from negfast.sid.tokens import CodeVocabulary
 from negfast.sid.trie import SeenNodes, Trie, build_trie
-from negfast.train.engine import build_engine, epoch_rows
+from negfast.train.engine import build_engine
 from negfast.train.grpo import GroupStep, freeze, group_loss
 
 SHAPE = Model(hidden=256, intermediate=1024, layers=4, heads=4, kv_heads=2, head_dim=64)

@@ -99,6 +99,11 @@ class Stage:
         """Steps that belong together: a checkpoint lies between rounds, where nothing but weights is carried on."""
         return 1
 
+    @property
+    def can_be_split(self) -> bool:
+        """Whether a part of a batch may fall into smaller ones (`train.token_budget`)."""
+        return True
+
 
 @dataclass(frozen=True)
 class Align(Stage):
@@ -174,6 +179,12 @@ class Grpo(Stage):
     def round_steps(self) -> int:
         return self.epochs
 
+    @property
+    def can_be_split(self) -> bool:
+        """dapo divides by the tokens of the whole batch; the steps of a round, whose SFT terms differ in length, share
+        one rollout."""
+        return self.loss != "dapo" and self.epochs == 1
+
 
 @dataclass(frozen=True)
 class Reward:
@@ -197,6 +208,12 @@ class Train:
         help="of the decoder's products; weights and optimiser are float32. auto: bfloat16 on CUDA",
     )
     accumulate: int = setting(1, low=1, help="parts of a rank's batch, one after the other; the result is the same")
+    token_budget: int = setting(
+        0, low=0, help="most tokens of a part; larger ones are halved, with the same result. 0: no bound"
+    )
+    prefetch: str = setting(
+        "auto", choices=("auto", "on", "off"), help="read a step's batch while the one before computes. auto: on CUDA"
+    )
     checkpoint_every: int = setting(100, low=1, help="steps")
     keep: int = setting(2, low=1, help="checkpoints kept")
     tensorboard: bool = setting(False, help="write RUN/tensorboard too; needs the package tensorboard")

@@ -21,7 +21,7 @@ def span(name: str) -> AbstractContextManager:
 
 @contextmanager
 def data() -> Iterator[None]:
-    """The range "data": the host prepares a batch; its time is always counted."""
+    """The range "data": a step waits for its batch, read by itself or by another thread; its time is always counted."""
     global _waited
     began = time.perf_counter()
     with span("data"):

@@ -76,7 +76,7 @@ def test_killed_run_goes_on_to_the_same_bits(tiny_run, tiny_data, tmp_path, mome
 @pytest.mark.slow
 def test_a_run_killed_at_twenty_random_moments_gives_the_same_bits(tiny_data, tmp_path):
     """Each kill comes within a few steps of where the restart began, so they are spread over all stages, and each
-    restart goes on from a checkpoint where one was left."""
+    restart goes on from a checkpoint where one was left. The killed one reads ahead, the other does not."""
     run, whole = tmp_path / "run", tmp_path / "whole"
     steps = {"align__steps": 20, "sft__steps": 20, "grpo__steps": 20}
     run_cli(*train_arguments(tiny_data, whole, **steps))
@@ -89,7 +89,7 @@ def test_a_run_killed_at_twenty_random_moments_gives_the_same_bits(tiny_data, tm
         last = steps_of(metrics)
         wanted, wait = last + int(rng.integers(1, 6)), rng.uniform(0, 0.2)
         process = subprocess.Popen(
-            [sys.executable, "-m", "negfast", *train_arguments(tiny_data, run, **steps)],
+            [sys.executable, "-m", "negfast", *train_arguments(tiny_data, run, **steps, train__prefetch="on")],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )

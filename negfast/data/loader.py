@@ -7,9 +7,11 @@ ranks or workers and sees the rest of the same stream.
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields, is_dataclass, replace
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -18,6 +20,7 @@ import torch
 from negfast.data.shards import PackedPrompts, PackSizes
 from negfast.errors import InputError
 
+Place = TypeVar("Place")
 Batch = TypeVar("Batch")
 
 ROUNDS = 6  # of the Feistel network; four already pass for random, two more cost nothing here
@@ -57,6 +60,43 @@ class Permutation:
         return left << self.half_bits | right
 
 
+def epoch_rows(seed: int, task: str, step: int, size: int, count: int) -> np.ndarray:
+    """The rows, of ``size``, that step ``step`` of a task visits when each step takes ``count``: permutations one
+    after the other, so that every row comes once an epoch and any step is reached at once."""
+    count = min(count, size)
+    places = np.arange(step * count, (step + 1) * count)
+    task_seed = int(task_rng(seed, task, 0).integers(2**63))
+    rows = [
+        Permutation(size, task_seed, int(epoch))[places[places // size == epoch] % size]
+        for epoch in np.unique(places // size)
+    ]
+    return np.concatenate(rows)
+
+
+def task_rng(seed: int, task: str, step: int) -> np.random.Generator:
+    """A generator of its own for (seed, task, step)."""
+    return np.random.default_rng([seed, step, *task.encode()])
+
+
+def read_ahead(
+    read: Callable[[Place], Batch], places: Iterable[Place], workers: int, ahead: int
+) -> Generator[Batch, None, None]:
+    """``read(place)`` of every place in order, by ``workers`` threads that are at most ``ahead`` places further on.
+
+    What a read raises comes out in its turn. Close the iterator to end the threads.
+    """
+    rest, pending = iter(places), deque[Future[Batch]]()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="negfast-reader")
+    try:
+        while True:
+            pending.extend(pool.submit(read, place) for place in islice(rest, ahead - len(pending)))
+            if not pending:
+                return
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 class Loader(Generic[Batch]):
     """Gives ``read(rows)`` for batches of rows of 0..size-1, each row once an epoch, read ahead in order.
 
@@ -92,24 +132,17 @@ class Loader(Generic[Batch]):
         seed, epoch = self.state.seed, self.state.epoch
         permutation = Permutation(self.size, seed, epoch)
         step = self.batch_size * self.world_size
-        starts = iter(range(self.state.position, self.size, step))
-        pending: deque[tuple[int, Future[Batch]]] = deque()
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="negfast-loader")
-        try:
-            while True:
-                while len(pending) < self.prefetch and (start := next(starts, None)) is not None:
-                    places = np.arange(start, min(start + step, self.size))
-                    mine = np.array_split(places, self.world_size)[self.rank]
-                    pending.append((int(places[-1]) + 1, pool.submit(self.read, permutation[mine])))
-                if not pending:
-                    break
-                end, future = pending.popleft()
-                batch = future.result()
-                self.state = LoaderState(seed, epoch, end)
+        starts = range(self.state.position, self.size, step)
+
+        def read(start: int) -> Batch:
+            places = np.arange(start, min(start + step, self.size))
+            return self.read(permutation[np.array_split(places, self.world_size)[self.rank]])
+
+        with closing(read_ahead(read, starts, self.workers, self.prefetch)) as batches:
+            for start, batch in zip(starts, batches, strict=True):
+                self.state = LoaderState(seed, epoch, min(start + step, self.size))
                 yield batch
-            self.state = LoaderState(seed, epoch + 1, 0)
-        finally:
-            pool.shutdown(cancel_futures=True)
+        self.state = LoaderState(seed, epoch + 1, 0)
 
 
 class PackBuffers:
@@ -139,22 +172,6 @@ class PackBuffers:
 
     def _new(self, length: int) -> np.ndarray:
         return torch.empty(length, dtype=torch.int32, pin_memory=self.pin).numpy()
-
-
-def to_tensors(batch: Any) -> Any:
-    """The same dataclass, list or tuple with a tensor for every array, in pinned memory where there is a CUDA device.
-
-    For the end of a loader's ``read``: what is not pinned yet (`PackBuffers`) is copied by its thread, and the
-    trainer's ``.to(device, non_blocking=True)`` returns at once.
-    """
-    if isinstance(batch, np.ndarray):
-        tensor = torch.from_numpy(batch)
-        return tensor.pin_memory() if torch.cuda.is_available() else tensor
-    if isinstance(batch, list | tuple):
-        return type(batch)(to_tensors(part) for part in batch)
-    if is_dataclass(batch) and not isinstance(batch, type):
-        return replace(batch, **{f.name: to_tensors(getattr(batch, f.name)) for f in fields(batch)})
-    return batch
 
 
 def _holds(room: PackSizes, sizes: PackSizes) -> bool:

@@ -15,7 +15,7 @@ from negfast.model.beam import beam_search
 from negfast.model.prompts import MIXED
 from negfast.sid.prior import NEXT_DISLIKE
 from negfast.train.engine import Engine
-from negfast.train.verdict import Candidates, group_candidates, verdict_logits
+from negfast.train.verdict import Candidates, group_candidates, read_candidates, verdict_logits
 
 CANDIDATES_AT_ONCE = 512
 
@@ -72,7 +72,7 @@ def candidate_logits(engine: Engine, candidates: Candidates) -> np.ndarray:
     batch_of = (np.cumsum(counts) - counts) // CANDIDATES_AT_ONCE
     for batch in np.unique(batch_of):
         part, places = candidates.take(order[batch_of == batch])
-        out[places] = verdict_logits(engine, part).double().cpu().numpy()
+        out[places] = verdict_logits(engine.policy, read_candidates(engine, part)).double().cpu().numpy()
     return out
 
 

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from negfast import staging
+
 FILL = 0.75  # a bucket's shortest prompt is at least this share of its longest
 CROWD = 4.0  # a bucket's numbers of answers differ by less than this factor
 
@@ -95,7 +97,7 @@ class GroupLayout:
             raise ValueError(f"prompt lengths: found {lengths.min() if len(lengths) else 'none'}, expected at least 1")
 
         def put(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+            return staging.put(array, device)
 
         counts = np.broadcast_to(np.asarray(answers_per_prompt, dtype=np.int64), len(lengths))
         crowd = np.log(np.maximum(counts, 1)) // np.log(CROWD)

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from negfast import spans
 from negfast.config import Prompt
 from negfast.data.log import DAY
 from negfast.model.layout import GroupLayout
 from negfast.sid.prior import DevicePrior, RequestPrior
 from negfast.sid.tokens import CodeVocabulary
 from negfast.sid.trie import SeenNodes, Trie
+from negfast.staging import put
 
 if TYPE_CHECKING:
     from negfast.data.shards import Shard
@@ -35,6 +35,11 @@ class PromptBatch:
     def prior(self) -> RequestPrior:
         """Pruning and prior of the requests, made when first asked for (verdicts need neither)."""
         return self.make_prior()
+
+    def with_prior(self) -> "PromptBatch":
+        """The same with its prior made."""
+        assert self.prior is not None
+        return self
 
 
 class PromptBuilder:
@@ -57,7 +62,6 @@ class PromptBuilder:
         self.item_tokens = vocabulary.item_tokens(trie.codes)  # int32 [I, L], for the packer
         self.item_token_ids = torch.from_numpy(self.item_tokens).to(device).long()
 
-    @spans.data()
     def build(
         self,
         users: np.ndarray,
@@ -98,7 +102,7 @@ class PromptBuilder:
         shown_tokens, cu_seqlens = packed.tokens, packed.cu_seqlens
         if dropout is not None:
             shown_tokens, cu_seqlens = drop_history(shown_tokens, cu_seqlens, self.vocabulary, *dropout)
-        tokens = torch.from_numpy(shown_tokens).to(self.device, non_blocking=True).long()
+        tokens = put(shown_tokens, self.device).long()
         layout = GroupLayout.build(cu_seqlens, answers_per_prompt, self.device)
 
         def make_prior() -> RequestPrior:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from negfast.data.log import EventLog
 from negfast.sid.trie import DeviceTrie, SeenNodes, Trie
+from negfast.staging import put
 
 NEXT_DISLIKE, NEXT_LIKE = 0, 1  # branches: rows of the mass tables
 
@@ -88,7 +89,7 @@ class DevicePrior:
         if len(rows) and (rows.min() < 0 or rows.max() >= n_days):
             found = f"{rows.min() + self.first_day}..{rows.max() + self.first_day}"
             raise ValueError(f"days {found} are outside {self.first_day}..{self.first_day + n_days - 1}")
-        day_row = torch.as_tensor(rows).to(seen.leaf.device, non_blocking=True)
+        day_row = put(rows, seen.leaf.device)
         of_leaf = self.mass[-1][:, day_row[seen.request], seen.leaf].double()  # [2, S]
         seen_mass = []
         for key, slot in zip(seen.key, seen.slot, strict=True):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from negfast import staging
 from negfast.errors import InputError
 
 
@@ -184,7 +185,7 @@ class SeenNodes:
         leaf = trie.item_nodes[packed.seen_item, -1].astype(np.int64)
 
         def put(array: np.ndarray) -> Tensor:
-            return torch.as_tensor(array).to(device, non_blocking=True)
+            return staging.put(array, device)
 
         return cls(
             [put(a) for a in key], [put(a) for a in count], [put(a) for a in slot], put(leaf), put(request_of_item)

@@ -9,35 +9,55 @@ counted of them and not by name, is fitted to all: its own AUC on the same verdi
 what lies between the two was learned here.
 """
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
+from negfast.data.loader import epoch_rows, task_rng
 from negfast.data.log import DISLIKE, EventLog
 from negfast.errors import InputError
 from negfast.model.beam import beam_search
 from negfast.model.layout import GroupLayout
 from negfast.sid.prior import NEXT_DISLIKE
+from negfast.staging import put
 from negfast.train.answers import answer_log_probs, code_ranks
-from negfast.train.engine import Engine, epoch_rows, task_rng
+from negfast.train.engine import Engine
 from negfast.train.step import WHOLE, Mean, Share, StepResult
 from negfast.train.text import EXAMPLES_AT_ONCE, SidToText, attribute_examples, encode, title_examples
 from negfast.train.verdict import VerdictTask, prior_logits
+
+B = TypeVar("B")  # of what a task reads
 
 PAIRS_MEASURED = 300
 CLOSE = 10  # of the first level's codes that a held-out title's own should be among
 TOP = 20  # of the generated items that a held-out pair's second item should be among
 
 
-class Task(Protocol):
+class Task(Protocol[B]):
     """A task of the stage."""
 
-    def loss(self, step: int, share: Share = WHOLE) -> tuple[Tensor, int]: ...
+    def read(self, step: int, share: Share = WHOLE) -> B: ...
+
+    def loss(self, batch: B) -> Tensor: ...
 
     def accuracy(self) -> dict[str, float]: ...
+
+
+@dataclass(frozen=True)
+class SidBatch:
+    """Prompts, and the item that each is to be answered with."""
+
+    layout: GroupLayout
+    token_ids: Tensor  # int64 [T], of the prompts
+    markers: Tensor  # int64 [B], before each answer
+    items: Tensor  # int64 [B]
+    has_text: bool  # whether any of the prompts' tokens is the decoder's own
+    whole: int  # items of the whole batch, of which these may be a share
+    tokens: int
 
 
 class TitleToSid:
@@ -53,13 +73,19 @@ class TitleToSid:
         encoded = encode(engine, [texts[i].strip() for i in named])
         self.prompts = {int(i): np.array([marker, *ids], dtype=np.int64) for i, ids in zip(named, encoded, strict=True)}
 
-    def loss(self, step: int, share: Share = WHOLE) -> tuple[Tensor, int]:
-        """(the share's part of the mean negative log-likelihood of an item, tokens)."""
+    def read(self, step: int, share: Share = WHOLE) -> SidBatch:
+        """The share's titles of a step."""
         engine = self.engine
         whole = epoch_rows(engine.config.train.seed, "titles", step, len(self.items), self.batch)
-        items = self.items[whole[share.of(len(whole))]]
-        prompts = [self.prompts[item] for item in items.tolist()]
-        return _item_loss(engine, prompts, "item", items, len(whole), has_text=True)
+        return self.of(self.items[whole[share.of(len(whole))]], len(whole))
+
+    def of(self, items: np.ndarray, whole: int) -> SidBatch:
+        """The titles of ``items``, int64 [B]."""
+        return sid_batch(self.engine, [self.prompts[item] for item in items.tolist()], "item", items, whole, True)
+
+    def loss(self, batch: SidBatch) -> Tensor:
+        """The share's part of the mean negative log-likelihood of an item."""
+        return sid_nll(self.engine, batch)
 
     def accuracy(self) -> dict[str, float]:
         """Of the held-out titles: the share whose code the model puts first at each level after the true codes above
@@ -87,8 +113,9 @@ class TitleToSid:
         parts = []
         for start in range(0, len(items), EXAMPLES_AT_ONCE):
             part = items[start : start + EXAMPLES_AT_ONCE]
-            batch = _item_batch(self.engine, [self.prompts[item] for item in part.tolist()], "item", part)
-            parts.append(code_ranks(self.engine, *batch, has_text=True).cpu().numpy())
+            batch = self.of(part, len(part))
+            given = batch.layout, batch.token_ids, batch.markers, batch.items
+            parts.append(code_ranks(self.engine, *given, has_text=True).cpu().numpy())
         return np.concatenate(parts)
 
 
@@ -118,11 +145,15 @@ class CoDisliked:
         marker = self.engine.policy.vocabulary.marker("item")
         return [np.concatenate([[marker], sid]) for sid in self.engine.prompts.item_tokens[items].astype(np.int64)]
 
-    def loss(self, step: int, share: Share = WHOLE) -> tuple[Tensor, int]:
-        """(the share's part of the mean negative log-likelihood of the second item of a pair, tokens)."""
+    def read(self, step: int, share: Share = WHOLE) -> SidBatch:
+        """The share's pairs of a step."""
         engine, mine = self.engine, share.of(self.batch)
         first, second = self.draw(self.users, self.batch, task_rng(engine.config.train.seed, "pairs", step))
-        return _item_loss(engine, self.prompts(first[mine]), "next-dislike", second[mine], self.batch, has_text=False)
+        return sid_batch(engine, self.prompts(first[mine]), "next-dislike", second[mine], self.batch, False)
+
+    def loss(self, batch: SidBatch) -> Tensor:
+        """The share's part of the mean negative log-likelihood of the second item of a pair."""
+        return sid_nll(self.engine, batch)
 
     @torch.no_grad()
     def accuracy(self) -> dict[str, float]:
@@ -182,24 +213,39 @@ def disliked_items(log: EventLog, before_day: int) -> tuple[np.ndarray, np.ndarr
     return np.concatenate([[0], np.cumsum(counts)]), pairs % log.n_items
 
 
-def _item_batch(
-    engine: Engine, prompts: list[np.ndarray], marker: str, items: np.ndarray
-) -> tuple[GroupLayout, Tensor, Tensor, Tensor]:
-    """Layout, prompt tokens, the marker before each answer, and the items to answer with."""
-    cu_seqlens = np.concatenate([[0], np.cumsum([len(p) for p in prompts])])
-    layout = GroupLayout.build(cu_seqlens, 1, engine.device)
-    tokens = torch.from_numpy(np.concatenate(prompts)).to(engine.device)
-    targets = torch.from_numpy(items).to(engine.device)
-    return layout, tokens, torch.full_like(targets, engine.policy.vocabulary.marker(marker)), targets
-
-
-def _item_loss(
+def sid_batch(
     engine: Engine, prompts: list[np.ndarray], marker: str, items: np.ndarray, whole: int, has_text: bool
-) -> tuple[Tensor, int]:
-    """(summed negative log-likelihood over the ``whole`` batch's number of items, tokens)."""
-    layout, tokens, markers, targets = _item_batch(engine, prompts, marker, items)
-    log_p = answer_log_probs(engine, layout, tokens, markers, targets, None, 0, has_text)
-    return -log_p.sum() / whole, len(tokens) + len(items) * engine.trie.levels
+) -> SidBatch:
+    """``prompts`` int64 each, to be answered with ``items`` int64 [B] after ``marker``."""
+    cu_seqlens = np.concatenate([[0], np.cumsum([len(p) for p in prompts])])
+    targets = put(items, engine.device)
+    return SidBatch(
+        GroupLayout.build(cu_seqlens, 1, engine.device),
+        put(np.concatenate(prompts), engine.device),
+        torch.full_like(targets, engine.policy.vocabulary.marker(marker)),
+        targets,
+        has_text,
+        whole,
+        int(cu_seqlens[-1]) + len(items) * engine.trie.levels,
+    )
+
+
+def sid_nll(engine: Engine, batch: SidBatch) -> Tensor:
+    """Summed negative log-likelihood of a share's items over the whole batch's number of them."""
+    log_p = answer_log_probs(engine, batch.layout, batch.token_ids, batch.markers, batch.items, None, 0, batch.has_text)
+    return -log_p.sum() / batch.whole
+
+
+@dataclass(frozen=True)
+class AlignBatch:
+    """What a share of a step reads, by task."""
+
+    share: Share
+    of: dict[str, Any]
+
+    @property
+    def tokens(self) -> int:
+        return sum(batch.tokens for batch in self.of.values())
 
 
 class AlignStage:
@@ -213,7 +259,7 @@ class AlignStage:
         self.policy = engine.policy
         held_out = held_out_items(engine)
         train, held = np.flatnonzero(~held_out), np.flatnonzero(held_out)
-        self.tasks: dict[str, Task] = {}
+        self.tasks: dict[str, Task[Any]] = {}
         if settings.titles:
             titles = TitleToSid(engine, settings.titles, held_out)
             if len(titles.items):
@@ -237,14 +283,16 @@ class AlignStage:
         if settings.steps and not self.tasks:
             raise InputError("align: every task is off or without data, expected at least one; or set align.steps=0")
 
-    def step(self, step: int, share: Share = WHOLE) -> StepResult:
+    def read(self, step: int, share: Share = WHOLE) -> AlignBatch:
+        return AlignBatch(share, {name: task.read(step, share) for name, task in self.tasks.items()})
+
+    def step(self, batch: AlignBatch) -> StepResult:
         self.policy.block.scale.fill_(1.0)  # the weights of --init come with the one that their valid days wanted
-        losses = {name: task.loss(step, share) for name, task in self.tasks.items()}
-        total = torch.stack([loss for loss, _ in losses.values()]).sum()
+        losses = {name: task.loss(batch.of[name]) for name, task in self.tasks.items()}
         metrics: dict[str, Mean | float | None] = {
-            f"{name}_{'bce' if name == 'verdict' else 'nll'}": share.part(loss) for name, (loss, _) in losses.items()
+            f"{name}_{'bce' if name == 'verdict' else 'nll'}": batch.share.part(loss) for name, loss in losses.items()
         }
-        return StepResult(total, metrics, sum(tokens for _, tokens in losses.values()))
+        return StepResult(torch.stack(list(losses.values())).sum(), metrics, batch.tokens)
 
     def outcome(self) -> dict[str, float]:
         """The accuracy of every task on what was held out for it, named task_figure."""

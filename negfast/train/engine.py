@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerBase
 from negfast.config import Config
 from negfast.data.dataset import Dataset
 from negfast.data.features import HistoryFeatures
-from negfast.data.loader import Permutation
 from negfast.data.log import DISLIKE, EXPOSED, LIKE, EventLog
 from negfast.data.split import Requests, Split, all_requests
 from negfast.errors import InputError
@@ -124,21 +123,3 @@ def choose_device(name: str) -> torch.device:
 def use_threads(count: int) -> None:
     """Sets the CPU threads of `train.threads`; 0 takes all that the process may use, shared with the other ranks."""
     torch.set_num_threads(count or max(1, len(os.sched_getaffinity(0)) // distributed.local_size()))
-
-
-def epoch_rows(seed: int, task: str, step: int, size: int, count: int) -> np.ndarray:
-    """The rows, of ``size``, that step ``step`` of a task visits when each step takes ``count``: the loader's
-    permutations one after the other, so that every row comes once an epoch and any step is reached at once."""
-    count = min(count, size)
-    places = np.arange(step * count, (step + 1) * count)
-    task_seed = int(task_rng(seed, task, 0).integers(2**63))
-    rows = [
-        Permutation(size, task_seed, int(epoch))[places[places // size == epoch] % size]
-        for epoch in np.unique(places // size)
-    ]
-    return np.concatenate(rows)
-
-
-def task_rng(seed: int, task: str, step: int) -> np.random.Generator:
-    """A generator of its own for (seed, task, step)."""
-    return np.random.default_rng([seed, step, *task.encode()])

@@ -14,6 +14,7 @@ from negfast.errors import InputError, TrainingError
 from negfast.model.policy import Policy
 from negfast.train import distributed
 from negfast.train.checkpoint import BATCH, read_state, save_checkpoint
+from negfast.train.reader import read_step
 from negfast.train.step import Figures, Share
 
 if TYPE_CHECKING:
@@ -42,29 +43,36 @@ def require_finite(figures: Figures) -> None:
 
 
 @contextmanager
-def explained(stage: "Stage", step: int, policy: Policy, shares: list[Share], run_dir: Path) -> Iterator[None]:
-    """Turns what may go wrong in a step into a TrainingError of one line; a step that is not finite is saved first."""
+def explained(
+    stage: "Stage", step: int, policy: Policy, shares: list[Share], budget: int, run_dir: Path
+) -> Iterator[list[int]]:
+    """Turns what may go wrong in a step into a TrainingError of one line; a step that is not finite is saved first.
+
+    Gives a list for the tokens of each part of the step, once they are known.
+    """
+    parts: list[int] = []
     try:
-        yield
+        yield parts
     except NotFinite as error:
         where = run_dir / FOLDER / f"{stage.name}-{step + 1:06d}"
-        distributed.first_does(lambda: save_failed(where, stage, step, policy, shares))
+        distributed.first_does(lambda: save_failed(where, stage, step, policy, shares, budget))
         raise TrainingError(
             f"{stage.name} step {step + 1}: {error}, expected finite numbers; nothing was updated. "
             f"The batch is in {where}: `negfast train --replay {where}` looks for the cause"
         ) from None
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        advice = memory_advice(error, stage, shares)
+        advice = memory_advice(error, stage, parts)
         if advice is None:
             raise
         raise TrainingError(f"{stage.name} step {step + 1}: {advice}") from error
 
 
-def memory_advice(error: BaseException, stage: "Stage", shares: list[Share]) -> str | None:
+def memory_advice(error: BaseException, stage: "Stage", parts: list[int]) -> str | None:
     """Which setting to change, and to what, so that the step fits; None if ``error`` is not about memory.
 
-    Memory above that of weights and optimiser grows with a share's rows. Where it is known what was asked for and what
-    was there, the number of shares grows until the whole would have fitted, else it doubles.
+    Memory above that of weights and optimiser grows with the tokens of the largest of this rank's ``parts`` of a step.
+    Where it is known what was asked for and what was there, they shrink until the whole would have fitted, else to
+    half.
     """
     asked = CPU_OUT_OF_MEMORY.search(str(error))
     if isinstance(error, torch.OutOfMemoryError):
@@ -73,13 +81,12 @@ def memory_advice(error: BaseException, stage: "Stage", shares: list[Share]) -> 
         found, factor = (f"{int(asked[1]) / 2**30:.1f} GiB more" if asked else "more") + " than this machine has", 2
     else:
         return None
-    accumulate = len(shares)
     sizes = {name: size for name in SIZES[stage.name] if (size := getattr(stage.config, name))}  # 0: switched off
     most = min(size for name, size in sizes.items() if name != "group") // distributed.size()
-    if accumulate * factor <= most:
+    if parts and len(parts) * factor <= most and stage.config.can_be_split:
         return (
-            f"out of memory: asked for {found}; set train.accumulate={accumulate * factor} (now {accumulate}): "
-            "the same result from smaller parts"
+            f"out of memory: asked for {found}; set train.token_budget={max(parts) // factor} (now a part has "
+            f"{max(parts)} tokens): the same result from smaller parts"
         )
     smaller = " or ".join(f"{stage.name}.{name}={max(size // 2, 1)} (now {size})" for name, size in sizes.items())
     return f"out of memory: asked for {found}; set {smaller}"
@@ -102,7 +109,7 @@ def _cuda_shortage(message: str) -> tuple[str, int]:
     return f"{asked / 2**30:.1f} GiB more, with {used / 2**30:.1f} of {total / 2**30:.1f} GiB in use", factor
 
 
-def save_failed(folder: Path, stage: "Stage", step: int, policy: Policy, shares: list[Share]) -> None:
+def save_failed(folder: Path, stage: "Stage", step: int, policy: Policy, shares: list[Share], budget: int) -> None:
     """Writes a step that was not finite: the weights it began with, its number and shares, and the batch it read.
 
     ``batch.safetensors`` holds what went through the policy, call by call, in the order of this rank's shares.
@@ -111,11 +118,12 @@ def save_failed(folder: Path, stage: "Stage", step: int, policy: Policy, shares:
         "stage": stage.name,
         "step": step,
         "shares": shares[0].count,
+        "token_budget": budget,
         "not_finite": [n for n, p in policy.named_parameters() if p.grad is not None and not p.grad.isfinite().all()],
     }
     with Recorder(policy) as recorder, torch.no_grad():
-        for share in shares:
-            stage.step(step, share)
+        for batch in read_step(stage, step, shares, budget):
+            stage.step(batch)
     save_checkpoint(folder, policy, state=state, batch=recorder.tensors)
 
 
@@ -168,18 +176,19 @@ def replay(folder: Path, stage: "Stage", policy: Policy) -> list[str]:
     """
     state = read_state(folder)
     step, shares = state["step"], [Share(number, state["shares"]) for number in range(state["shares"])]
+    budget = state.get("token_budget", 0)  # older runs knew none
     lines = [f"{stage.name} step {step + 1}, {len(shares)} share{'s' * (len(shares) > 1)}"]
     wrong = [name for name, p in policy.named_parameters() if not p.isfinite().all()]
     lines += [f"weights that are not finite: {_some(wrong)}"] if wrong else []
     policy.train()
-    for share in shares:
+    for number, batch in enumerate(read_step(stage, step - step % stage.config.round_steps, shares, budget)):
         policy.zero_grad()
         with Recorder(policy) as recorder:
-            result = stage.step(step - step % stage.config.round_steps, share)
+            result = stage.step(batch)
         result.loss.backward()
         bad = [name for name, p in policy.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         norm = torch.nn.utils.get_total_norm([p.grad for p in policy.parameters() if p.grad is not None])
-        lines.append(f"share {share.index}: loss {result.loss.item():.6g}, gradient norm {norm.item():.6g}")
+        lines.append(f"part {number}: loss {result.loss.item():.6g}, gradient norm {norm.item():.6g}")
         lines += [f"  first output that is not finite: {recorder.first}"] if recorder.first else []
         lines += [f"  gradients that are not finite: {_some(bad)}"] if bad else []
     return lines

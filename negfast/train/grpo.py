@@ -6,6 +6,7 @@ may (`grpo.sft_weight`).
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from negfast.collab import co_dislike_neighbours, content_neighbours
 from negfast.config import Config
+from negfast.data.loader import epoch_rows, task_rng
 from negfast.data.split import only_next
 from negfast.errors import InputError
 from negfast.kernels.trie_grpo import GRPOObjective, GRPOTerms
@@ -22,17 +24,18 @@ from negfast.model.policy import Policy
 from negfast.model.prompts import PromptBatch
 from negfast.sid.prior import NEXT_DISLIKE
 from negfast.spans import span
+from negfast.staging import put
 from negfast.train import distributed
-from negfast.train.engine import Engine, epoch_rows, task_rng
+from negfast.train.engine import Engine
 from negfast.train.full_loss import full_loss
-from negfast.train.reward import COLLABORATIVE, HIT, LIKED, build_reward_table
+from negfast.train.reward import COLLABORATIVE, HIT, LIKED, RewardTable, build_reward_table
 from negfast.train.rollout import Rollout, replay_hidden, replay_logits, rollout
 from negfast.train.sampling import distinct_loss, rollout_without_replacement
 from negfast.train.schedule import mixed_share, schedule_views
-from negfast.train.sft import NextItems
+from negfast.train.sft import ItemBatch, NextItems
 from negfast.train.step import WHOLE, Mean, Share, StepResult
 from negfast.train.trie_loss import TrieLoss, compact_rollout
-from negfast.train.verdict import VerdictTask
+from negfast.train.verdict import VerdictBatch, VerdictTask
 
 
 class GroupStep(NamedTuple):
@@ -42,6 +45,27 @@ class GroupStep(NamedTuple):
     terms: Tensor
     result: GRPOTerms
     objective: TrieLoss | None
+
+
+@dataclass(frozen=True)
+class Groups:
+    """A share's requests of a round, one group of answers each."""
+
+    prompts: PromptBatch
+    ids: Tensor  # int64 [B], which key the noise
+    rewards: RewardTable
+
+
+@dataclass(frozen=True)
+class GrpoBatch:
+    """What a share of a step reads; no groups where an earlier rollout serves again."""
+
+    step: int
+    share: Share
+    groups: Groups | None
+    items: ItemBatch | None
+    verdicts: VerdictBatch | None
+    tokens: int
 
 
 class GrpoStage:
@@ -78,20 +102,31 @@ class GrpoStage:
         self.next_items = NextItems(engine, engine.config.sft)
         self.verdict = VerdictTask(engine, engine.config.sft.verdicts)
 
-    def step(self, step: int, share: Share = WHOLE) -> StepResult:
-        engine, settings = self.engine, self.config
+    def read(self, step: int, share: Share = WHOLE) -> GrpoBatch:
+        settings = self.config
         round_, again = divmod(step, settings.epochs)
-        if again:
-            batch, taken = self.kept[share]  # a stage starts and resumes between rounds
-            updated = reuse_loss(engine.policy, batch, taken)
+        groups = None if again else self.read_groups(round_, share)
+        items = self.next_items.read(step, share) if settings.sft_weight else None
+        verdicts = self.verdict.read(step, share) if settings.verdict_weight else None
+        tokens = sum(part.tokens for part in (items, verdicts) if part is not None)
+        if groups is not None:
+            answers = len(groups.ids) * settings.group
+            tokens += len(groups.prompts.tokens) + answers * (self.engine.trie.levels - 1)
+        return GrpoBatch(step, share, groups, items, verdicts, tokens)
+
+    def step(self, batch: GrpoBatch) -> StepResult:
+        engine, settings = self.engine, self.config
+        if batch.groups is None:
+            prompts, taken = self.kept[batch.share]  # a stage starts and resumes between rounds
+            updated = reuse_loss(engine.policy, prompts, taken)
             taken = taken._replace(result=updated)
         else:
-            batch, taken = self.sample(round_, share)
+            prompts, taken = batch.groups.prompts, self.sample(batch.step, batch.groups)
             if settings.epochs > 1:
-                self.kept[share] = (batch, taken)
+                self.kept[batch.share] = (prompts, taken)
         sampled, terms, result, _ = taken
         part = len(terms) / min(settings.requests, len(self.requests))  # of the batch's groups
-        loss, tokens = part * result.loss, len(batch.tokens) + sum(len(rows) for rows in sampled.rows[1:])
+        loss, tokens = part * result.loss, len(prompts.tokens) + sum(len(rows) for rows in sampled.rows[1:])
         counted = sampled.tokens.counted
         if settings.objective == "full":
             counted = torch.ones_like(counted)  # forced tokens too
@@ -109,24 +144,24 @@ class GrpoStage:
             "like_penalty": mean(terms[..., LIKED]),
             "hitless_groups": Mean((terms[..., HIT].sum(-1) == 0).sum(), len(terms)),
             **gradient_shares(terms),
-            "mixed_share": mixed_share(step, settings),
+            "mixed_share": mixed_share(batch.step, settings),
             "forced_tokens": Mean((~counted).sum(), counted.numel()),
         }
-        if settings.sft_weight:
-            items, _, item_tokens = self.next_items.loss(step, share)
-            loss, tokens = loss + settings.sft_weight * items, tokens + item_tokens
-            metrics["sft_loss"] = share.part(items)
-        if settings.verdict_weight:
-            verdict, verdict_tokens = self.verdict.loss(step, share)
-            loss, tokens = loss + settings.verdict_weight * verdict, tokens + verdict_tokens
-            metrics["verdict_bce"] = share.part(verdict)
+        if batch.items is not None:
+            items, _ = self.next_items.loss(batch.items)
+            loss, tokens = loss + settings.sft_weight * items, tokens + batch.items.tokens
+            metrics["sft_loss"] = batch.share.part(items)
+        if batch.verdicts is not None:
+            verdict = self.verdict.loss(batch.verdicts)
+            loss, tokens = loss + settings.verdict_weight * verdict, tokens + batch.verdicts.tokens
+            metrics["verdict_bce"] = batch.share.part(verdict)
         return StepResult(loss, metrics, tokens)
 
     def outcome(self) -> dict[str, float]:
         return {}
 
-    def sample(self, round_: int, share: Share) -> tuple[PromptBatch, GroupStep]:
-        """The share's rollouts of the stage's round ``round_``, with their on-policy loss."""
+    def read_groups(self, round_: int, share: Share) -> Groups:
+        """The share's requests of the stage's round ``round_``."""
         engine, settings = self.engine, self.config
         seed, step = engine.config.train.seed, round_ * settings.epochs
         whole = epoch_rows(seed, "grpo", round_, len(self.requests), settings.requests)
@@ -138,23 +173,27 @@ class GrpoStage:
         table = build_reward_table(
             requests, engine.log.n_items, engine.config.reward, self.neighbours, self.content, engine.device
         )
-        rows = torch.arange(len(picked), device=engine.device)[:, None]
-        taken = group_loss(
+        return Groups(batch.with_prior(), put(self.rows[picked], engine.device), table)
+
+    def sample(self, step: int, groups: Groups) -> GroupStep:
+        """Rollouts of the groups at the round that begins with ``step``, with their on-policy loss."""
+        engine, settings = self.engine, self.config
+        rows = torch.arange(len(groups.ids), device=engine.device)[:, None]
+        return group_loss(
             engine.policy,
             self.reference,
             engine.chooser,
-            batch,
-            torch.from_numpy(self.rows[picked]).to(engine.device),
-            lambda items: table.look_up(rows, items),
+            groups.prompts,
+            groups.ids,
+            lambda items: groups.rewards.look_up(rows, items),
             self.objective,
             settings.group,
-            seed,
+            engine.config.train.seed,
             step,
             full=settings.objective == "full",
             sampling=settings.sampling,
             normalised=settings.normalised_weights,
         )
-        return batch, taken
 
 
 def check_combinations(config: Config) -> None:
@@ -169,6 +208,9 @@ def check_combinations(config: Config) -> None:
             f"grpo.loss: found dapo with {shares} shares of a batch (ranks x train.accumulate), expected dr_grpo or "
             "grpo: a share does not know how many tokens the others count"
         )
+    if config.train.token_budget and not settings.can_be_split:
+        found = f"train.token_budget: found {config.train.token_budget} with grpo.loss={settings.loss} and grpo.epochs="
+        raise InputError(f"{found}{settings.epochs}, expected 0: such a batch cannot be split")
     if settings.objective == "full":
         if settings.beta and settings.kl != "k3":
             raise InputError(f"grpo.objective=full: found grpo.kl={settings.kl}, expected k3")

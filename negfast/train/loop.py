@@ -2,11 +2,13 @@
 
 import signal
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
+from negfast import spans
 from negfast.config import Stage as StageSettings
 from negfast.config import Train
 from negfast.model.policy import Policy
@@ -17,13 +19,15 @@ from negfast.train import distributed, faults
 from negfast.train.checkpoint import StageCheckpoints
 from negfast.train.journal import Journal
 from negfast.train.optimizer import learning_rate, make_optimizer
+from negfast.train.reader import read_steps
 from negfast.train.speed import Meter
-from negfast.train.step import Figures, Share, StepResult, add_up
+from negfast.train.step import Batch, Figures, Share, StepResult, add_up
 
 
 class Stage(Protocol):
-    """One stage of training. ``step`` is a pure function of the weights, the number of the step and the share of its
-    batch: that is what makes resuming exact, and what makes ranks and accumulation give the same gradient."""
+    """One stage of training. What it reads is a pure function of the number of the step and the share of its batch,
+    and what it makes of that one of the weights: that is what makes resuming and reading ahead exact, and what makes
+    ranks and accumulation give the same gradient."""
 
     @property
     def name(self) -> str: ...
@@ -31,7 +35,13 @@ class Stage(Protocol):
     @property
     def config(self) -> StageSettings: ...
 
-    def step(self, step: int, share: Share) -> StepResult: ...
+    def read(self, step: int, share: Share) -> Any:
+        """A `Batch`; may be called by a thread while another step computes."""
+        ...
+
+    def step(self, batch: Any) -> StepResult:
+        """The loss of what ``read`` gave; once for each batch."""
+        ...
 
     def outcome(self) -> dict[str, float]:
         """What to note of the finished stage in events.jsonl beside validation."""
@@ -69,13 +79,22 @@ def run_stage(
     start = 0 if resume_from is None else saved.resume(resume_from)
     distributed.share_weights(policy)
     shares, meter, stop = my_shares(config.accumulate), Meter(policy), _StopFlag()
-    with stop, meter, Progress(stage.name, steps, done=start, quiet=distributed.rank() > 0) as progress:
+    reader = read_steps(stage, range(start, steps), shares, config, policy.block.rows.device)
+    with (
+        stop,
+        meter,
+        closing(reader),
+        Progress(stage.name, steps, done=start, quiet=distributed.rank() > 0) as progress,
+    ):
         if start == 0 and validate is not None:
             progress.log(saved.consider(0, validate))
         for step in range(start, steps):
             rate = learning_rate(step, stage.config)
-            with meter.step(), faults.explained(stage, step, policy, shares, run_dir):
-                figures = update(stage, step, policy, optimizer, rate, shares)
+            with meter.step(), faults.explained(stage, step, policy, shares, config.token_budget, run_dir) as parts:
+                with spans.data():
+                    batches = next(reader)
+                parts += [batch.tokens for batch in batches]
+                figures = update(stage, policy, optimizer, rate, batches)
             done = step + 1
             journal.step(stage.name, done, figures, rate, meter.figures(figures.tokens))
             progress.update(done, journal.summary())
@@ -99,16 +118,16 @@ def run_stage(
 
 
 def update(
-    stage: Stage, step: int, policy: Policy, optimizer: torch.optim.Optimizer, rate: float, shares: list[Share]
+    stage: Stage, policy: Policy, optimizer: torch.optim.Optimizer, rate: float, batches: list[Batch]
 ) -> Figures:
-    """One optimiser step over this rank's ``shares`` of the batch and those of all others.
+    """One optimiser step over this rank's ``batches``, taken out of the list, and those of all others.
 
     Raises `faults.NotFinite` before anything is updated.
     """
     policy.train()
     for group in optimizer.param_groups:
         group["lr"] = rate
-    figures, norm = gradients(stage, step, policy, shares)
+    figures, norm = gradients(stage, policy, batches)
     faults.require_finite(figures)
     with span("optimiser"):
         torch.nn.utils.clip_grads_with_norm_(policy.parameters(), stage.config.clip_norm, norm)
@@ -117,13 +136,14 @@ def update(
     return figures
 
 
-def gradients(stage: Stage, step: int, policy: Policy, shares: list[Share]) -> tuple[Figures, torch.Tensor]:
+def gradients(stage: Stage, policy: Policy, batches: list[Batch]) -> tuple[Figures, torch.Tensor]:
     """The gradient of the whole batch in ``policy``; what the step measured, and the gradient's norm."""
     results = []
-    for share in shares:
-        result = stage.step(step, share)
+    while batches:  # a batch keeps keys and values with their graph: let go of it before the next one
+        result = stage.step(batches.pop(0))
         with span("backward"):
             result.loss.backward()
+        result.loss = result.loss.detach()  # and of its graph
         results.append(result)
     distributed.add_gradients(policy.parameters())
     norm = torch.nn.utils.get_total_norm([p.grad for p in policy.parameters() if p.grad is not None])

@@ -10,7 +10,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ from torch.autograd.profiler_util import EventList
 
 from negfast import spans
 from negfast.errors import InputError, TrainingError
-from negfast.model.policy import Policy
-from negfast.train.loop import Stage, update
+from negfast.train.engine import Engine
+from negfast.train.loop import Stage, my_shares, update
 from negfast.train.optimizer import learning_rate, make_optimizer
+from negfast.train.reader import read_steps
 from negfast.train.run import open_stage
 from negfast.train.speed import Meter
-from negfast.train.step import WHOLE
 
 TOP = 10
 UNDER_NSYS = "NEGFAST_UNDER_NSYS"  # set in the process that nsys watches
@@ -59,7 +59,7 @@ def profile(stage: str, steps: int, command: list[str], **train_options: Any) ->
         report = run_under_nsys(nsys, folder / stage, command)
         print("\n".join(table_of_report(report)))
         return
-    steps_of = _Steps(made, engine.policy)
+    steps_of = _Steps(made, engine)
     steps_of.run(WARM_UP)
     if UNDER_NSYS in os.environ:
         with spans.marked_by(torch.cuda.nvtx.range), _capture():
@@ -78,19 +78,24 @@ def profile(stage: str, steps: int, command: list[str], **train_options: Any) ->
 class _Steps:
     """Steps of a stage, one after the other, as the loop runs them."""
 
-    def __init__(self, stage: Stage, policy: Policy) -> None:
-        self.stage, self.policy, self.done = stage, policy, 0
-        self.optimizer, self.meter = make_optimizer(policy, stage.config), Meter(policy)
+    def __init__(self, stage: Stage, engine: Engine) -> None:
+        self.stage, self.policy, self.done = stage, engine.policy, 0
+        self.train, self.device = engine.config.train, engine.device
+        self.optimizer, self.meter = make_optimizer(self.policy, stage.config), Meter(self.policy)
         self.figures: list[dict[str, float]] = []
 
     def run(self, steps: int) -> float:
         """Seconds of ``steps`` further steps."""
         self.figures = []
-        with self.meter:
+        shares = my_shares(self.train.accumulate)
+        reader = read_steps(self.stage, range(self.done, self.done + steps), shares, self.train, self.device)
+        with self.meter, closing(reader):
             for _ in range(steps):
                 rate = learning_rate(self.done, self.stage.config)
                 with self.meter.step():
-                    figures = update(self.stage, self.done, self.policy, self.optimizer, rate, [WHOLE])
+                    with spans.data():
+                        batches = next(reader)
+                    figures = update(self.stage, self.policy, self.optimizer, rate, batches)
                 self.figures.append(self.meter.figures(figures.tokens))
                 self.done += 1
         return sum(figures["seconds"] for figures in self.figures)

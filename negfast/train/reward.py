@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from negfast import spans
 from negfast.collab import Neighbours, similarity_rows
 from negfast.config import Reward
 from negfast.data.split import Requests
+from negfast.staging import put
 
 HIT, COLLABORATIVE, LIKED = 0, 1, 2  # terms of the reward
 
@@ -34,7 +34,6 @@ class RewardTable:
         return self.terms[entry] * (self.key[entry] == wanted).unsqueeze(-1)
 
 
-@spans.data()
 def build_reward_table(
     requests: Requests,
     n_items: int,
@@ -61,7 +60,7 @@ def build_reward_table(
     terms[hits, HIT], terms[hits, COLLABORATIVE] = 1.0, 0.0
     terms[np.searchsorted(key, liked_key), LIKED] = -config.like_penalty
     key = np.append(key, np.iinfo(np.int64).max)
-    return RewardTable(torch.from_numpy(key).to(device), torch.from_numpy(terms).to(device), n_items)
+    return RewardTable(put(key, device), put(terms, device), n_items)
 
 
 def _near(

@@ -1,20 +1,36 @@
 """Stage 2, SFT: every active user-day -> the items of F after <|next-dislike|>, of P after <|next-like|>; verdicts."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from negfast import spans
 from negfast.config import Sft
+from negfast.data.loader import epoch_rows, task_rng
 from negfast.data.split import Requests, cut_futures, days_ahead, only_next
-from negfast.model.prompts import MIXED, NEGATIVE_ONLY, POSITIVE_ONLY
+from negfast.model.prompts import MIXED, NEGATIVE_ONLY, POSITIVE_ONLY, PromptBatch
 from negfast.sid.prior import NEXT_DISLIKE, NEXT_LIKE
+from negfast.staging import put
 from negfast.train.answers import answer_log_probs
-from negfast.train.engine import Engine, epoch_rows, task_rng
+from negfast.train.engine import Engine
 from negfast.train.step import WHOLE, Mean, Share, StepResult
-from negfast.train.verdict import VerdictTask
+from negfast.train.verdict import VerdictBatch, VerdictTask
 
 SCALES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of code logits, tried on valid; the smallest still leaves GRPO a gradient
+
+
+@dataclass(frozen=True)
+class ItemBatch:
+    """A share's prompts and their target items; A answers, sorted by prompt."""
+
+    prompts: PromptBatch
+    markers: Tensor  # int64 [A], before an answer
+    items: Tensor  # int64 [A]
+    branches: Tensor  # int64 [A]
+    weights: Tensor  # float32 [A]
+    requests: int  # of the whole batch
+    tokens: int
 
 
 class NextItems:
@@ -29,9 +45,8 @@ class NextItems:
         self.requests = requests.take(has_future)
         self.ahead = days_ahead(engine.log, self.requests) if settings.varied_horizon else None
 
-    def loss(self, step: int, share: Share = WHOLE) -> tuple[Tensor, dict[str, Mean], int]:
-        """(the share's part of the loss, metrics, tokens). An item of F weighs 1/|F drawn|, of P like_weight/|P drawn|;
-        mean over requests."""
+    def read(self, step: int, share: Share = WHOLE) -> ItemBatch:
+        """The share's requests and the items drawn of their futures."""
         engine, settings = self.engine, self.settings
         seed, size = engine.config.train.seed, len(self.requests)
         rows = epoch_rows(seed, "next-items", step, size, settings.requests)
@@ -58,21 +73,25 @@ class NextItems:
         names = {NEXT_DISLIKE: "next-dislike", NEXT_LIKE: "next-like"}
         marker_ids = np.array([engine.policy.vocabulary.marker(names[b]) for b in (NEXT_DISLIKE, NEXT_LIKE)])
 
-        def put(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array).to(engine.device)
-
-        branches = put(branch)
-        log_p = answer_log_probs(
-            engine, batch.layout, batch.tokens, put(marker_ids[branch]), put(item), batch.prior, branches
+        markers, items, branches, weights = (
+            put(column, engine.device) for column in (marker_ids[branch], item, branch, weight)
         )
-        weights = put(weight)
-        loss = -(weights * log_p).sum() / len(rows)
-        disliked = branches == NEXT_DISLIKE
+        tokens = len(batch.tokens) + len(item) * engine.trie.levels
+        return ItemBatch(batch.with_prior(), markers, items, branches, weights, len(rows), tokens)
+
+    def loss(self, batch: ItemBatch) -> tuple[Tensor, dict[str, Mean]]:
+        """(the share's part of the loss, metrics). An item of F weighs 1/|F drawn|, of P like_weight/|P drawn|; mean
+        over requests."""
+        prompts, weights = batch.prompts, batch.weights
+        log_p = answer_log_probs(
+            self.engine, prompts.layout, prompts.tokens, batch.markers, batch.items, prompts.prior, batch.branches
+        )
+        loss = -(weights * log_p).sum() / batch.requests
+        disliked = batch.branches == NEXT_DISLIKE
         metrics = {"nll_dislike": Mean(-(log_p.detach() * weights * disliked).sum(), (weights * disliked).sum())}
-        return loss, metrics, len(batch.tokens) + len(item) * engine.trie.levels
+        return loss, metrics
 
 
-@spans.data()
 def draw_targets(
     requests: Requests, most: int, like_weight: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -102,6 +121,19 @@ def draw_views(size: int, negative: float, positive: float, rng: np.random.Gener
     return views.astype(np.uint8)
 
 
+@dataclass(frozen=True)
+class SftBatch:
+    """What a share of a step reads."""
+
+    share: Share
+    items: ItemBatch
+    verdicts: VerdictBatch
+
+    @property
+    def tokens(self) -> int:
+        return self.items.tokens + self.verdicts.tokens
+
+
 class SftStage:
     """Next items and verdicts."""
 
@@ -115,12 +147,15 @@ class SftStage:
         self.next_items = NextItems(engine, self.config)
         self.verdict = VerdictTask(engine, self.config.verdicts)
 
-    def step(self, step: int, share: Share = WHOLE) -> StepResult:
+    def read(self, step: int, share: Share = WHOLE) -> SftBatch:
+        return SftBatch(share, self.next_items.read(step, share), self.verdict.read(step, share))
+
+    def step(self, batch: SftBatch) -> StepResult:
         self.engine.policy.block.scale.fill_(1.0)  # validation may have left another
-        items, metrics, item_tokens = self.next_items.loss(step, share)
-        verdict, verdict_tokens = self.verdict.loss(step, share)
+        items, metrics = self.next_items.loss(batch.items)
+        verdict = self.verdict.loss(batch.verdicts)
         loss = items + self.config.verdict_weight * verdict
-        return StepResult(loss, {**metrics, "verdict_bce": share.part(verdict)}, item_tokens + verdict_tokens)
+        return StepResult(loss, {**metrics, "verdict_bce": batch.share.part(verdict)}, batch.tokens)
 
     def outcome(self) -> dict[str, float]:
         return {}

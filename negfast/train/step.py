@@ -6,13 +6,22 @@ never averaged, and accumulating on one device or spreading over eight gives the
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from negfast.errors import InputError
 from negfast.train import distributed
+
+
+class Batch(Protocol):
+    """What a stage read for one share of a step, on the device."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that go through the policy at once, forward and backward; at most, where answers are yet to come."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -29,10 +38,14 @@ class Share:
         """
         if size < self.count:
             raise InputError(
-                f"train: found a batch of {size} rows for {self.count} shares (ranks x train.accumulate), "
-                "expected at least a row for each"
+                f"train: found a batch of {size} rows for {self.count} shares (ranks x train.accumulate, halved for "
+                "train.token_budget), expected at least a row for each"
             )
         return slice(size * self.index // self.count, size * (self.index + 1) // self.count)
+
+    def halves(self) -> "tuple[Share, Share]":
+        """The two shares, of twice as many, that this one's rows fall into."""
+        return Share(2 * self.index, 2 * self.count), Share(2 * self.index + 1, 2 * self.count)
 
     def part(self, loss: Tensor) -> "Mean":
         """This share's part of the batch's ``loss``, as a figure that adds up to it."""

@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from negfast.data.loader import epoch_rows
 from negfast.kernels.vocabulary import vocabulary_nll
 from negfast.model.layout import GroupLayout
 from negfast.model.policy import Policy
-from negfast.train.engine import Engine, epoch_rows
+from negfast.staging import put
+from negfast.train.engine import Engine
 from negfast.train.step import WHOLE, Share
 
 TEXT_TOKENS = 48  # of a title or of an attribute's values are read or said
@@ -71,13 +73,15 @@ class SidToText:
         """``name`` sets the order of the examples; ``held`` are never trained on."""
         self.engine, self.name, self.batch, self.train, self.held = engine, name, batch, train, held
 
-    def loss(self, step: int, share: Share = WHOLE) -> tuple[Tensor, int]:
-        """(the share's part of the mean negative log-likelihood of an answer's token, tokens)."""
+    def read(self, step: int, share: Share = WHOLE) -> "PackedText":
+        """The share's examples of a step."""
         rows = epoch_rows(self.engine.config.train.seed, self.name, step, len(self.train), self.batch)
         count = sum(len(self.train[row].answer) for row in rows)
-        packed = pack(self.engine, [self.train[row] for row in rows[share.of(len(rows))]])
-        states = answer_states(self.engine, packed)
-        return text_nll(self.engine.policy, states, packed.targets) / count, len(packed.tokens)
+        return pack(self.engine, [self.train[row] for row in rows[share.of(len(rows))]], count)
+
+    def loss(self, batch: "PackedText") -> Tensor:
+        """The share's part of the mean negative log-likelihood of an answer's token."""
+        return text_nll(self.engine.policy, answer_states(self.engine, batch), batch.targets) / batch.answer_tokens
 
     @torch.no_grad()
     def accuracy(self) -> dict[str, float]:
@@ -86,7 +90,7 @@ class SidToText:
         right, kinds = [], []
         for start in range(0, len(self.held), EXAMPLES_AT_ONCE):
             examples = self.held[start : start + EXAMPLES_AT_ONCE]
-            packed = pack(self.engine, examples)
+            packed = pack(self.engine, examples, sum(len(example.answer) for example in examples))
             said = self.engine.policy.text_head(answer_states(self.engine, packed)).argmax(-1)
             lengths = [len(example.answer) for example in examples]
             right += (said == packed.targets).cpu().split(lengths)
@@ -103,35 +107,42 @@ class PackedText:
     """Examples one after the other: ``rows`` are the packed places after which the tokens ``targets`` come."""
 
     layout: GroupLayout  # prompts without answers
-    tokens: Tensor  # int64 [T]
+    token_ids: Tensor  # int64 [T]
     rows: Tensor  # int64 [N]
     targets: Tensor  # int64 [N]
+    answer_tokens: int  # of the whole batch, of which these may be a share
+
+    @property
+    def tokens(self) -> int:
+        return len(self.token_ids)
 
 
-def pack(engine: Engine, examples: Sequence[TextExample]) -> PackedText:
+def pack(engine: Engine, examples: Sequence[TextExample], answer_tokens: int) -> PackedText:
     """Packs examples; the last token of an answer is a target alone, since nothing comes after it."""
     vocabulary, item_tokens = engine.policy.vocabulary, engine.prompts.item_tokens
     item, text = vocabulary.marker("item"), vocabulary.marker("text")
-    tokens = [[item, *item_tokens[e.item].tolist(), text, *e.question, *e.answer[:-1]] for e in examples]
+    tokens = [
+        np.array([item, *item_tokens[e.item].tolist(), text, *e.question, *e.answer[:-1]], dtype=np.int64)
+        for e in examples
+    ]
     ends = np.cumsum([len(sequence) for sequence in tokens])
     answers = np.array([len(example.answer) for example in examples])
     before = np.concatenate([[0], np.cumsum(answers)])
     rows = np.arange(before[-1]) + np.repeat(ends - before[1:], answers)
 
-    def put(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values.astype(np.int64)).to(engine.device)
-
+    targets = np.concatenate([np.array(example.answer, dtype=np.int64) for example in examples])
     return PackedText(
         GroupLayout.build(np.concatenate([[0], ends]), 0, engine.device),
-        put(np.concatenate(tokens)),
-        put(rows),
-        put(np.concatenate([example.answer for example in examples])),
+        put(np.concatenate(tokens), engine.device),
+        put(rows, engine.device),
+        put(targets, engine.device),
+        answer_tokens,
     )
 
 
 def answer_states(engine: Engine, packed: PackedText) -> Tensor:
     """Hidden states [N, d] after which the targets come."""
-    return engine.policy.hidden(packed.layout, packed.tokens, None, has_text=True)[packed.rows]
+    return engine.policy.hidden(packed.layout, packed.token_ids, None, has_text=True)[packed.rows]
 
 
 def text_nll(policy: Policy, states: Tensor, targets: Tensor) -> Tensor:

@@ -7,11 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from negfast.data.loader import epoch_rows
 from negfast.data.log import DISLIKE, EventLog
 from negfast.data.split import first_feedback
-from negfast.model.prompts import MIXED
+from negfast.model.policy import Policy
+from negfast.model.prompts import MIXED, PromptBatch
 from negfast.model.verdict_prior import fit
-from negfast.train.engine import Engine, epoch_rows
+from negfast.staging import put
+from negfast.train.engine import Engine
 from negfast.train.step import WHOLE, Share
 
 GROUPS_AT_ONCE = 128
@@ -64,16 +67,30 @@ def group_candidates(user: np.ndarray, day: np.ndarray, items: np.ndarray) -> Ca
     return Candidates(user[starts].astype(np.int32), day[starts].astype(np.int32), offsets, items.astype(np.int32))
 
 
-def verdict_logits(engine: Engine, candidates: Candidates, view: int = MIXED) -> Tensor:
-    """Logit [E] of P(dislike) for every candidate: one prompt a user-day, its candidates as answers."""
+@dataclass(frozen=True)
+class VerdictInputs:
+    """Candidates as the policy reads them: one prompt a user-day, its candidates as answers."""
+
+    prompts: PromptBatch
+    answers: Tensor  # int64 [E, L + 1], codes and the verdict marker
+    features: Tensor  # float32 [E, width], of the prior
+
+
+def read_candidates(engine: Engine, candidates: Candidates, view: int = MIXED) -> VerdictInputs:
+    """Prompts, answers and features of candidates, on the device."""
     before = candidates.day - 1
     counts = np.diff(candidates.offsets)
     batch = engine.prompts.build(candidates.user, before, view, counts, trending=False)
-    codes = engine.prompts.item_token_ids[torch.from_numpy(candidates.items).to(engine.device).long()]
+    codes = engine.prompts.item_token_ids[put(candidates.items, engine.device).long()]
     answers = F.pad(codes, (0, 1), value=engine.policy.vocabulary.marker("verdict"))
-    hidden = engine.policy.hidden(batch.layout, batch.tokens, answers, prompt_rows="none")
-    last = hidden.view(*answers.shape, -1)[:, -1]
-    return engine.policy.verdict_logit(last, _on_device(engine, prior_features(engine, candidates)))
+    return VerdictInputs(batch, answers, _on_device(engine, prior_features(engine, candidates)))
+
+
+def verdict_logits(policy: Policy, inputs: VerdictInputs) -> Tensor:
+    """Logit [E] of P(dislike) for every candidate."""
+    batch, answers = inputs.prompts, inputs.answers
+    hidden = policy.hidden(batch.layout, batch.tokens, answers, prompt_rows="none")
+    return policy.verdict_logit(hidden.view(*answers.shape, -1)[:, -1], inputs.features)
 
 
 def prior_features(engine: Engine, candidates: Candidates) -> np.ndarray:
@@ -89,7 +106,7 @@ def prior_logits(engine: Engine, candidates: Candidates) -> np.ndarray:
 
 
 def _on_device(engine: Engine, features: np.ndarray) -> Tensor:
-    return torch.from_numpy(features.astype(np.float32)).to(engine.device)
+    return put(features.astype(np.float32), engine.device)
 
 
 def fit_prior(engine: Engine) -> None:
@@ -102,6 +119,16 @@ def fit_prior(engine: Engine) -> None:
     fit(engine.policy.verdict_prior, features, task.labels, engine.config.train.seed)
 
 
+@dataclass(frozen=True)
+class VerdictBatch:
+    """A share's candidates and what became of them."""
+
+    inputs: VerdictInputs
+    labels: Tensor  # float32 [E]
+    candidates: int  # of the whole batch
+    tokens: int
+
+
 class VerdictTask:
     """Verdicts on the first feedback of train days."""
 
@@ -112,15 +139,19 @@ class VerdictTask:
         self.engine, self.batch = engine, batch
         self.candidates, self.labels = told_candidates(engine.log, start, engine.fit_until, among)
 
-    def loss(self, step: int, share: Share = WHOLE) -> tuple[Tensor, int]:
-        """(the share's part of the mean binary cross entropy over candidates, tokens) of a step's user-days."""
+    def read(self, step: int, share: Share = WHOLE) -> VerdictBatch:
+        """The share's user-days of a step."""
         whole = epoch_rows(self.engine.config.train.seed, "verdict", step, len(self.candidates), self.batch)
         count = int(np.diff(self.candidates.offsets)[whole].sum())
         candidates, places = self.candidates.take(whole[share.of(len(whole))])
-        labels = torch.from_numpy(self.labels[places]).to(self.engine.device)
-        logits = verdict_logits(self.engine, candidates)
-        tokens = len(candidates.items) * (self.engine.trie.levels + 1)
-        return F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / count, tokens
+        inputs = read_candidates(self.engine, candidates)
+        tokens = len(inputs.prompts.tokens) + inputs.answers.numel()
+        return VerdictBatch(inputs, put(self.labels[places], self.engine.device), count, tokens)
+
+    def loss(self, batch: VerdictBatch) -> Tensor:
+        """The share's part of the mean binary cross entropy over candidates."""
+        logits = verdict_logits(self.engine.policy, batch.inputs)
+        return F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="sum") / batch.candidates
 
     @torch.no_grad()
     def logits(self) -> np.ndarray:
@@ -128,5 +159,6 @@ class VerdictTask:
         parts = [np.zeros(0, dtype=np.float32)]
         for start in range(0, len(self.candidates), GROUPS_AT_ONCE):
             groups = np.arange(start, min(start + GROUPS_AT_ONCE, len(self.candidates)))
-            parts.append(verdict_logits(self.engine, self.candidates.take(groups)[0]).float().cpu().numpy())
+            inputs = read_candidates(self.engine, self.candidates.take(groups)[0])
+            parts.append(verdict_logits(self.engine.policy, inputs).float().cpu().numpy())
         return np.concatenate(parts)

@@ -4,12 +4,10 @@ import time
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from negfast.data.loader import Loader, LoaderState, Permutation, to_tensors
-from negfast.data.shards import PackedPrompts
+from negfast.data.loader import Loader, LoaderState, Permutation
 from negfast.errors import InputError
 
 SIZES = st.integers(1, 3000)
@@ -122,15 +120,3 @@ def test_impossible_settings_are_refused(arguments, message):
     settings_ = {"size": 10, "batch_size": 2, "read": len, "state": LoaderState(0)} | arguments
     with pytest.raises(InputError, match=message):
         Loader(**settings_)
-
-
-def test_batches_become_tensors():
-    arrays = [np.arange(3, dtype=np.int32), np.arange(4, dtype=np.int32)]
-    packed = PackedPrompts(*arrays, *arrays, arrays, arrays, arrays, arrays)
-    batch = to_tensors((packed, 5))
-    assert batch[1] == 5
-    assert isinstance(batch[0], PackedPrompts)
-    for found in (batch[0].cu_seqlens, batch[0].seen_slot[1]):
-        assert isinstance(found, torch.Tensor)
-        assert found.tolist() == [0, 1, 2, 3]
-        assert found.is_pinned() == torch.cuda.is_available()

@@ -42,7 +42,7 @@ def test_text_loss_is_that_of_the_stock_model(make_engine):
     engine = make_engine()
     policy, items = engine.policy, np.arange(12)
     examples = text.title_examples(engine, items)[:7] + text.attribute_examples(engine, items)[:6]
-    packed = text.pack(engine, examples)
+    packed = text.pack(engine, examples, 1)
     found = text.text_nll(policy, text.answer_states(engine, packed), packed.targets)
     stock = Qwen3ForCausalLM._from_config(policy.decoder.config, attn_implementation="eager")
     stock.model.load_state_dict(policy.decoder.state_dict())
@@ -157,7 +157,7 @@ def test_tasks_are_learned_and_speak_of_items_never_trained_on(make_engine):
     before = stage.outcome()
     optimizer = torch.optim.AdamW(engine.policy.parameters(), lr=5e-3)
     for step in range(60):
-        result = stage.step(step)
+        result = stage.step(stage.read(step))
         result.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -186,15 +186,15 @@ def test_the_scale_of_another_run_is_not_kept(make_engine):
     """--init brings the scale that its valid days chose; align learns codes at their full scale."""
     stage, other = AlignStage(make_engine()), AlignStage(make_engine())
     other.policy.block.scale.fill_(0.1)
-    assert other.step(0).loss.item() == stage.step(0).loss.item()
+    assert other.step(other.read(0)).loss.item() == stage.step(stage.read(0)).loss.item()
     assert float(other.policy.block.scale) == 1
 
 
 def test_shares_add_up(make_engine):
     engine = make_engine()
     stage = AlignStage(engine)
-    whole = stage.step(2)
-    parts = [stage.step(2, Share(index, 3)) for index in range(3)]
+    whole = stage.step(stage.read(2))
+    parts = [stage.step(stage.read(2, Share(index, 3))) for index in range(3)]
     torch.testing.assert_close(sum(part.loss for part in parts), whole.loss, rtol=1e-4, atol=1e-5)
     assert sum(part.tokens for part in parts) == whole.tokens
 

@@ -18,9 +18,10 @@ from negfast.errors import InputError
 from negfast.run_folder import RunFolder
 from negfast.train import distributed
 from negfast.train.grpo import check_combinations
+from negfast.train.reader import read_step
 from negfast.train.step import Share
 from tests.tiny import run_cli, train_arguments
-from tests.train.rank_gradients import stage_gradients
+from tests.train.rank_gradients import opened_stages, stage_gradients
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,6 +41,16 @@ def assert_same(found: dict[str, torch.Tensor], whole: dict[str, torch.Tensor]) 
 
 def test_shares_one_after_the_other_give_the_whole_batch(tiny_run, whole):
     assert_same(stage_gradients(RunFolder(tiny_run), 3), whole)
+
+
+def test_a_token_budget_bounds_every_part_and_gives_the_whole_batch(tiny_run, whole):
+    budget, run = 700, RunFolder(tiny_run)
+    assert_same(stage_gradients(run, 1, budget), whole)
+    for _, stage in opened_stages(run):
+        batches, tokens = read_step(stage, 3, [Share()], budget), stage.read(3).tokens
+        assert max(batch.tokens for batch in batches) <= budget < tokens == sum(batch.tokens for batch in batches)
+        with pytest.raises(InputError, match=f"train.token_budget=20: {stage.name} step 4 has a share of .* tokens"):
+            read_step(stage, 3, [Share()], 20)
 
 
 def test_two_ranks_sample_the_same_items_and_agree_in_gradients(tiny_run, whole, tmp_path):

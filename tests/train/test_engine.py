@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from negfast.train.engine import epoch_rows
+from negfast.data.loader import epoch_rows
 
 
 @pytest.mark.parametrize(("size", "count"), [(10, 3), (5, 7), (1, 1), (17, 17)])

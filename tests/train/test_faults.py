@@ -127,9 +127,11 @@ def test_a_data_file_that_vanished_is_named(unfinished, tiny_data, tmp_path):
 
 def test_memory_that_is_not_there_names_the_setting_to_change(tmp_path):
     stage = Stage("sft", Sft(requests=64, verdicts=32))
-    with pytest.raises(TrainingError) as raised, faults.explained(stage, 4, None, [Share()], tmp_path):
+    with pytest.raises(TrainingError) as raised, faults.explained(stage, 4, None, [Share()], 0, tmp_path) as parts:
+        parts.append(5000)
         torch.empty(1 << 58)
-    assert "sft step 5: out of memory" in str(raised.value) and "train.accumulate=2 (now 1)" in str(raised.value)
+    said = str(raised.value)
+    assert "sft step 5: out of memory" in said and "train.token_budget=2500 (now a part has 5000 tokens)" in said
 
 
 def test_advice_about_cuda_memory_says_by_how_much():
@@ -139,11 +141,15 @@ def test_advice_about_cuda_memory_says_by_how_much():
     )
     error = torch.OutOfMemoryError(message)
     stage = Stage("grpo", Grpo(requests=32, group=16))
-    advice = faults.memory_advice(error, stage, [Share(0, 2), Share(1, 2)])
-    assert "train.accumulate=4 (now 2)" in advice and "90.0 GiB more, with 67.8 of 79.1 GiB in use" in advice
-    shares = [Share(n, 32) for n in range(32)]
-    assert "grpo.requests=16 (now 32) or grpo.group=8 (now 16)" in faults.memory_advice(error, stage, shares)
-    assert faults.memory_advice(RuntimeError("shapes do not match"), stage, shares) is None
+    advice = faults.memory_advice(error, stage, [8000, 6000])
+    assert (
+        "train.token_budget=4000 (now a part has 8000 tokens)" in advice
+        and "90.0 GiB more, with 67.8 of 79.1 GiB in use" in advice
+    )
+    lower = "grpo.requests=16 (now 32) or grpo.group=8 (now 16)"
+    assert lower in faults.memory_advice(error, stage, [500] * 32)  # a request each
+    assert lower in faults.memory_advice(error, Stage("grpo", Grpo(epochs=2)), [8000])  # such a batch is never split
+    assert faults.memory_advice(RuntimeError("shapes do not match"), stage, [8000]) is None
 
 
 def test_sigterm_saves_like_ctrl_c(unfinished, monkeypatch):

@@ -107,10 +107,10 @@ def test_an_interrupt_within_a_round_waits_for_its_end(reusing_run, tiny_data, t
     settings, whole = reusing_run
     run, take_step = tmp_path / "run", GrpoStage.step
 
-    def interrupted(stage, number, share):
-        if number == 4:
+    def interrupted(stage, batch):
+        if batch.step == 4:
             os.kill(os.getpid(), signal.SIGINT)
-        return take_step(stage, number, share)
+        return take_step(stage, batch)
 
     with monkeypatch.context() as patch:
         patch.setattr(GrpoStage, "step", interrupted)

@@ -47,9 +47,10 @@ def test_a_context_setting_changes_the_loss_and_shares_add_up(tiny_run, setting)
         for weight in policy.parameters():
             torch.nn.init.normal_(weight, std=0.1)
         task = NextItems(engine, config.sft)
-        whole, _, tokens[name] = task.loss(1)
-        parts = [task.loss(1, Share(index, 3)) for index in range(3)]
-        torch.testing.assert_close(sum(part[0] for part in parts), whole, rtol=1e-4, atol=1e-5)
-        assert sum(part[2] for part in parts) == tokens[name]
-        losses[name] = whole.item()
+        whole, parts = task.read(1), [task.read(1, Share(index, 3)) for index in range(3)]
+        tokens[name] = whole.tokens
+        assert sum(part.tokens for part in parts) == tokens[name]
+        loss, _ = task.loss(whole)
+        torch.testing.assert_close(sum(task.loss(part)[0] for part in parts), loss, rtol=1e-4, atol=1e-5)
+        losses[name] = loss.item()
     assert losses["on"] != losses["off"] and tokens["on"] < tokens["off"]

@@ -1,0 +1,73 @@
+"""What a stage reads for its steps: split where a token budget asks for it, and on CUDA read one step ahead.
+
+Reading looks at no weights and at nothing that an earlier step left, so when it happens changes no result.
+"""
+
+from collections.abc import Generator
+from contextlib import closing, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+
+from negfast.config import Train
+from negfast.data.loader import read_ahead
+from negfast.errors import InputError
+from negfast.staging import tensors_in
+from negfast.train.step import Batch, Share
+
+if TYPE_CHECKING:
+    from negfast.train.loop import Stage
+
+
+def read_step(stage: "Stage", step: int, shares: list[Share], budget: int) -> list[Batch]:
+    """The batches of ``shares`` of a step, halved until none has more than ``budget`` tokens (0: no bound).
+
+    InputError where a share that is a single row of one of the stage's tasks has more.
+    """
+    return [part for share in shares for part in _fitting(stage, step, share, stage.read(step, share), budget)]
+
+
+def _fitting(stage: "Stage", step: int, share: Share, batch: Batch, budget: int) -> list[Batch]:
+    if not budget or batch.tokens <= budget:
+        return [batch]
+    halves = share.halves()
+    try:
+        batches = [stage.read(step, half) for half in halves]
+    except InputError as error:
+        found = f"train.token_budget={budget}: {stage.name} step {step + 1} has a share of {batch.tokens} tokens"
+        raise InputError(f"{found} that cannot be split: {error}") from None
+    return [p for half, read in zip(halves, batches, strict=True) for p in _fitting(stage, step, half, read, budget)]
+
+
+def reads_ahead(config: Train, device: torch.device) -> bool:
+    """Whether a thread reads a step ahead of the one that computes."""
+    return config.prefetch == "on" or (config.prefetch == "auto" and device.type == "cuda")
+
+
+def read_steps(
+    stage: "Stage", steps: range, shares: list[Share], config: Train, device: torch.device
+) -> Generator[list[Batch], None, None]:
+    """What `read_step` gives for each of ``steps``, read ahead where `reads_ahead` says so; close it at the end.
+
+    On CUDA the thread copies on a stream of its own, and the caller's current stream waits for it, not the host.
+    """
+    if not reads_ahead(config, device):
+        yield from (read_step(stage, step, shares, config.token_budget) for step in steps)
+        return
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    if stream is not None:
+        stream.wait_stream(torch.cuda.current_stream(device))  # the tables that are read from lie there by then
+
+    def read(step: int) -> tuple[list[Batch], torch.cuda.Event | None]:
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
+            batches = read_step(stage, step, shares, config.token_budget)
+            return batches, None if stream is None else stream.record_event()
+
+    with closing(read_ahead(read, steps, workers=1, ahead=2)) as ahead:  # the one asked for, and the next
+        for batches, copied in ahead:
+            if copied is not None:
+                current = torch.cuda.current_stream(device)
+                current.wait_event(copied)
+                for tensor in tensors_in(batches):
+                    tensor.record_stream(current)  # else its memory might serve the next copies too early
+            yield batches
