@@ -3,45 +3,37 @@
 A model's row is the mean over seeds: every metric is averaged over the seeds' runs under the same resamples of users,
 and the interval is that of the averages; so it speaks of users, and the seeds' own values stand beside it. Differences
 are paired: both sides under the same resamples. Settings are chosen with ``--split valid``; the test split is for the
-end.
+end. Beside the frozen table, of what was fitted before T_valid, stands that of the final refits, of models and
+baselines alike, and their paired differences.
 """
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from bench.answers import answers
 from bench.machine import device_name, versions, write_result
-from bench.runs import data_of, trained
-from negfast.collab import co_dislike_neighbours, content_neighbours
-from negfast.config import Reward
-from negfast.data.split import Requests
-from negfast.evaluate.baselines import baseline_predictions
+from bench.runs import branch, data_of, refitted, trained
+from negfast.config import load_config
 from negfast.evaluate.bootstrap import interval
 from negfast.evaluate.metrics import Samples, reliability_curve
-from negfast.evaluate.model import calibrate, predict_set
 from negfast.evaluate.predictions import Predictions
 from negfast.evaluate.report import HEADLINE, metric_samples, paired_differences, print_table, summary
-from negfast.evaluate.run import check_predictions, model_predictions, similarity_of
+from negfast.evaluate.run import baselines_of, check_predictions, similarity_of
 from negfast.evaluate.sets import EvalSet, evaluation_set
-from negfast.model.prompts import MIXED
 from negfast.run_folder import RunFolder
-from negfast.sid.prior import NEXT_DISLIKE
-from negfast.train.checkpoint import load_weights
-from negfast.train.engine import Engine
-from negfast.train.reward import build_reward_table
-from negfast.train.rollout import rollout
 
 STRATA = (
-    *("FHR@20/all", "FHR@20/cold", "FHR@20/no_past_dislike"),
+    *("FHR@20/all", "FHR@20/cold", "FHR@20/no_past_dislike", "mean_reward/all", "mean_reward/no_past_dislike"),
     *(f"{m}/{s}" for m in ("filter_auc", "pool_hr@10", "pool_auc") for s in ("cold", "no_past_dislike")),
 )
-METRICS = (*HEADLINE, "FHR@5", "FHR@10", "FHR@50", "soft_FHR@20", *STRATA)
+METRICS = ("mean_reward", *HEADLINE, "FHR@5", "FHR@10", "FHR@50", "soft_FHR@20", *STRATA)
+BY_SEED = ("mean_reward", *HEADLINE)
 MODELS = ("sft", "grpo", "sft-long")
-REWARD_ANSWERS = 32  # sampled a request for the mean reward
 
 
 def run(
@@ -51,67 +43,100 @@ def run(
     config: Path | None = None,
     preset: str = "quickstart",
     data: Path | None = None,
-    long: Path | None = None,
     split: str = "test",
+    long: str = "yes",
+    refit: str = "yes",
     sasrec: str = "yes",
     resamples: int = 1000,
 ) -> dict[str, Any]:
     """Writes the table of ``split`` over the ``seeds`` (comma-separated) to ``out``, and prints it.
 
-    Runs lie in ``runs``/seed-N. ``long`` is a configuration whose final weights give the row ``sft-long``, SFT for the
-    compute of SFT and GRPO together (``runs``/long-N). ``sasrec`` "no" leaves out the baselines that are trained.
+    Runs lie in ``runs``/seed-N; what is there already is not trained again. ``long`` adds the row ``sft-long``
+    (``runs``/long-N): SFT that goes on from align for as long as the run's SFT and GRPO took together. ``refit`` adds
+    the table of the final refits (``runs``/refit-N), which only test can ask. ``sasrec`` "no" leaves out the baselines
+    that are trained.
     """
+    wanted = {name: _yes(name, value) for name, value in (("long", long), ("refit", refit), ("sasrec", sasrec))}
     chosen = [int(seed) for seed in seeds.split(",")]
     finished: list[RunFolder] = []
     for seed in chosen:
         folder = data if data is not None else data_of(finished)
         finished.append(trained(runs / f"seed-{seed}", config, preset, folder, (f"train.seed={seed}",)))
-    longer = []
-    for seed in chosen if long is not None else []:
-        longer.append(trained(runs / f"long-{seed}", long, preset, finished[0].data, (f"train.seed={seed}",)))
+    longer = train_longer(runs, chosen, finished, config, preset) if wanted["long"] else []
+    again: list[RunFolder] = []
+    if wanted["refit"] and split == "test":
+        again = [refitted(runs / f"refit-{seed}", done) for seed, done in zip(chosen, finished, strict=True)]
 
     engine = finished[0].finished_engine(None)
     sets = {name: evaluation_set(engine.log, engine.split, name) for name in ("valid", "test")}
-    evalset, valid = sets[split], sets["valid"]
-    _say("baselines")
-    answers = baseline_predictions(
-        engine.log, engine.data.items, list(sets.values()), engine.data.valid_day, trained=sasrec == "yes"
-    )
-    predictions: dict[str, Predictions] = dict(answers[list(sets).index(split)])
-    rewards: dict[str, list[float]] = {name: [] for name in MODELS}
-    for seed, done in zip(chosen, finished, strict=True):
-        _say(f"seed {seed}")
-        engine = done.finished_engine(None)
-        found = model_predictions(done, engine, evalset, valid)
-        predictions |= {"prior": found.pop("prior")} | {f"{name}#{seed}": answer for name, answer in found.items()}
-        for name, weights in (("sft", done.checkpoints / "sft"), ("grpo", done.final)):
-            load_weights(weights, engine.policy)
-            rewards[name].append(mean_reward(engine, evalset.requests, engine.config.reward))
-    for seed, done in zip(chosen, longer, strict=False):
-        _say(f"sft-long, seed {seed}")
-        long_engine = done.finished_engine(None)
-        predictions[f"sft-long#{seed}"] = predict_set(long_engine, evalset, calibrate(long_engine, valid))
-        rewards["sft-long"].append(mean_reward(long_engine, evalset.requests, engine.config.reward))
-    check_predictions(engine.log, evalset, predictions)
-
-    samples = metric_samples(evalset, predictions, similarity_of(engine), resamples)
-    rows, averaged = table_rows(evalset, predictions, samples)
-    result = {
-        **summary(evalset),
-        "seeds": chosen,
-        "frozen_at": "valid",  # nothing was learned from T_valid on, by no row
-        "rows": rows,
-        "differences": paired_differences(averaged, compared(averaged), METRICS),
-        "grpo_minus_sft": grpo_minus_sft(chosen, samples, rewards),
-        "device": device_name(),
-        "versions": versions("negfast", "torch", "scikit-learn"),
-    }
-    print_table(evalset, rows)
-    for line in difference_lines(result["differences"]):
-        print(line)
+    result, samples = table(sets, split, chosen, finished, longer, wanted["sasrec"], resamples)
+    result = {**summary(sets[split]), "seeds": chosen, "frozen_at": "valid", **result}
+    if longer:
+        result["sft_long_steps"] = longer[0].config.sft.steps
+    if again:
+        refits, refit_samples = table(sets, split, chosen, again, [], wanted["sasrec"], resamples)
+        result["refit"] = {"frozen_at": "test", **refits, "minus_frozen": gains(samples, refit_samples)}
+    result |= {"device": device_name(), "versions": versions("negfast", "torch", "scikit-learn")}
     if out is not None:
         write_result(out, result)
     return result
+
+
+def train_longer(
+    runs: Path, seeds: Sequence[int], finished: Sequence[RunFolder], config: Path | None, preset: str
+) -> list[RunFolder]:
+    """SFT for the compute of SFT and GRPO, a run a seed, from the align weights of the ``finished`` ones."""
+    steps = equal_compute(finished[0])
+    longer = []
+    for seed, done in zip(seeds, finished, strict=True):
+        overrides = (f"train.seed={seed}", f"sft.steps={steps}", "grpo.steps=0")
+        branch(done, runs / f"long-{seed}", load_config(config, preset, overrides), ("align",))
+        longer.append(trained(runs / f"long-{seed}", config, preset, done.data, overrides))
+    return longer
+
+
+def equal_compute(done: RunFolder) -> int:
+    """The steps of SFT that take as long as the run's steps of SFT and GRPO, by the median time of each."""
+    seconds: dict[str, list[float]] = {"sft": [], "grpo": []}
+    for line in (done.path / "speed.jsonl").read_text().splitlines():
+        step = json.loads(line)
+        if step["stage"] in seconds:
+            seconds[step["stage"]].append(step["seconds"])
+    if not all(seconds.values()):
+        return done.config.sft.steps
+    of_grpo = np.median(seconds["grpo"]) / np.median(seconds["sft"])
+    return done.config.sft.steps + round(done.config.grpo.steps * of_grpo)
+
+
+def table(
+    sets: dict[str, EvalSet],
+    split: str,
+    seeds: Sequence[int],
+    finished: Sequence[RunFolder],
+    longer: Sequence[RunFolder],
+    sasrec: bool,
+    resamples: int,
+) -> tuple[dict[str, Any], dict[str, Samples]]:
+    """Rows, their differences and GRPO against SFT seed by seed, printed too; and the rows' samples."""
+    evalset, valid = sets[split], sets["valid"]
+    engine = finished[0].finished_engine(None)
+    reward = finished[0].config.reward
+    predictions = baselines_of(engine, sets, split, sasrec)
+    predictions |= answers(finished[0], ["prior"], evalset, valid, reward)
+    for name, folders in (("sft", finished), ("grpo", finished), ("sft-long", longer)):
+        for seed, done in zip(seeds, folders, strict=False):
+            _say(f"{name}, {done.path}")
+            stage = "grpo" if name == "grpo" else "sft"
+            predictions[f"{name}#{seed}"] = answers(done, [stage], evalset, valid, reward)[stage]
+    check_predictions(engine.log, evalset, predictions)
+    samples = metric_samples(evalset, predictions, similarity_of(engine), resamples)
+    rows, averaged = table_rows(evalset, predictions, samples)
+    differences = paired_differences(averaged, compared(averaged), METRICS)
+    print_table(evalset, rows)
+    for line in difference_lines(differences):
+        print(line)
+    result = {"rows": rows, "differences": differences, "grpo_minus_sft": grpo_minus_sft(seeds, samples)}
+    return result, averaged
 
 
 def table_rows(
@@ -130,7 +155,7 @@ def table_rows(
         row: dict[str, Any] = {"name": name, "kind": answers[0].kind}
         row |= {metric: interval(values) for metric, values in averaged[name].items()}
         if "#" in parts[0]:
-            heads = [metric for metric in HEADLINE if metric in averaged[name]]
+            heads = [metric for metric in BY_SEED if metric in averaged[name]]
             row["by_seed"] = {metric: [_figure(samples[part][metric]) for part in parts] for metric in heads}
         scores = [answer.filter_score for answer in answers if answer.filter_score is not None]
         if scores and answers[0].filter_is_probability:  # of all seeds together
@@ -146,44 +171,29 @@ def compared(averaged: Mapping[str, Samples]) -> list[tuple[str, str]]:
     return [(a, b) for a in MODELS if a in averaged for b in names if names.index(b) < names.index(a)]
 
 
-def grpo_minus_sft(
-    seeds: Sequence[int], samples: Mapping[str, Samples], rewards: Mapping[str, list[float]]
-) -> list[dict[str, Any]]:
-    """A seed each: the differences of mean reward and headline metrics; also against ``sft-long`` where it is there."""
+def grpo_minus_sft(seeds: Sequence[int], samples: Mapping[str, Samples]) -> list[dict[str, Any]]:
+    """A seed each: paired differences of mean reward and headline metrics; also against ``sft-long`` where it is
+    there."""
     out = []
-    for place, seed in enumerate(seeds):
+    for seed in seeds:
         entry: dict[str, Any] = {"seed": seed}
         for other, prefix in (("sft", ""), ("sft-long", "vs_long_")):
-            if not rewards[other]:
+            if f"{other}#{seed}" not in samples:
                 continue
-            entry[f"{prefix}reward"] = rewards["grpo"][place] - rewards[other][place]
-            for metric in HEADLINE:
-                a, b = samples[f"grpo#{seed}"][metric], samples[f"{other}#{seed}"][metric]
-                entry[f"{prefix}{metric}"] = interval(a - b)
-        out.append(entry | {f"reward_{name}": values[place] for name, values in rewards.items() if values})
+            a, b = samples[f"grpo#{seed}"], samples[f"{other}#{seed}"]
+            entry |= {prefix + metric: interval(a[metric] - b[metric]) for metric in BY_SEED if metric in a}
+        out.append(entry)
     return out
 
 
-@torch.no_grad()
-def mean_reward(engine: Engine, requests: Requests, settings: Reward) -> float:
-    """The mean reward of items sampled from the policy for requests with a non-empty F, on mixed prompts.
-
-    Co-dislikes are counted before T_valid, as in training; the same request draws from the same random numbers for
-    every policy.
-    """
-    neighbours = co_dislike_neighbours(engine.log, engine.data.valid_day)
-    content = content_neighbours(engine.data.embedding, settings.content_threshold)
-    total = 0.0
-    for start in range(0, len(requests), engine.config.eval.batch):
-        rows = np.arange(start, min(start + engine.config.eval.batch, len(requests)))
-        part = requests.take(rows)
-        batch = engine.prompts.build(part.user, part.day, MIXED, REWARD_ANSWERS, tail="next-dislike")
-        ids = torch.from_numpy(rows).to(engine.device)
-        sampled = rollout(engine.policy, engine.chooser, batch, ids, NEXT_DISLIKE, REWARD_ANSWERS, 0, 0)
-        table = build_reward_table(part, engine.log.n_items, settings, neighbours, content, engine.device)
-        terms = table.look_up(torch.arange(len(rows), device=engine.device)[:, None], sampled.items)
-        total += float(terms.sum())
-    return total / (len(requests) * REWARD_ANSWERS)
+def gains(frozen: Mapping[str, Samples], refit: Mapping[str, Samples]) -> list[dict[str, Any]]:
+    """What a row gains by the refit, paired: the same users, resamples and questions."""
+    return [
+        {"name": name, "metric": metric, **interval(refit[name][metric] - frozen[name][metric])}
+        for name in refit
+        for metric in METRICS
+        if metric in refit[name] and metric in frozen[name]
+    ]
 
 
 def difference_lines(differences: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -192,12 +202,18 @@ def difference_lines(differences: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
         f"{d['a']:>8} - {d['b']:<12} {d['metric']:<26} {d['mean']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}]"
         for d in differences
-        if d["b"] in rivals and d["metric"] in HEADLINE and d["mean"] is not None and d["low"] is not None
+        if d["b"] in rivals and d["metric"] in BY_SEED and d["mean"] is not None and d["low"] is not None
     ]
 
 
 def _figure(samples: np.ndarray) -> float | None:
     return None if np.isnan(samples[0]) else float(samples[0])
+
+
+def _yes(name: str, value: str) -> bool:
+    if value not in ("yes", "no"):
+        raise ValueError(f"--{name}: found {value!r}, expected yes or no")
+    return value == "yes"
 
 
 def _say(what: str) -> None:

@@ -1,9 +1,14 @@
 """Runs that benchmarks and experiments train once and find again."""
 
+import json
+import os
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
-from negfast.config import load_config
+from negfast.config import Config, load_config, to_toml
 from negfast.errors import InputError
+from negfast.files import atomic_directory
 from negfast.run_folder import RunFolder
 from negfast.train.run import train
 
@@ -17,10 +22,30 @@ def trained(
     """
     run = RunFolder(out)
     if not run.final.is_dir():
+        data = None if data is None else data.resolve()  # runs may be links
         train(config=config, preset=preset, data=data, model=None, init=None, out=out, overrides=overrides, table=False)
     elif run.config != load_config(config, preset, overrides):
         raise InputError(f"{out}: was trained with other settings than asked for; see its config.toml")
     return run
+
+
+def refitted(out: Path, source: RunFolder) -> RunFolder:
+    """The finished refit ``out`` of ``source``; trained, or trained on, where it is not there yet."""
+    train(None, None, None, None, None, out, (), table=False, refit=source.path)
+    return RunFolder(out)
+
+
+def branch(source: RunFolder, folder: Path, settings: Config, stages: Sequence[str]) -> None:
+    """Makes ``folder`` a run with other settings that has the ``stages`` of ``source`` behind it, the first ones."""
+    if folder.exists():
+        return
+    with atomic_directory(folder) as made:
+        shutil.copytree(source.model, made / "model")
+        for stage in ("initial", *stages):
+            shutil.copytree(source.checkpoints / stage, made / "checkpoints" / stage)
+        (made / "config.toml").write_text(to_toml(settings))
+        description = source.read() | {"data": os.path.relpath(source.data.resolve(), folder.resolve())}
+        (made / "run.json").write_text(json.dumps(description, indent=1) + "\n")
 
 
 def data_of(runs: list[RunFolder]) -> Path | None:

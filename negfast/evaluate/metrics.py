@@ -80,6 +80,16 @@ def generation_samples(
     return _ratios(weights, user, columns)
 
 
+def reward_samples(evalset: EvalSet, reward: np.ndarray, weights: np.ndarray, user: np.ndarray) -> Samples:
+    """``mean_reward`` over requests of the expected reward of one generated item, ``reward`` float64 [R]."""
+    columns: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    past = evalset.past_dislike
+    slices = (("", evalset.primary), ("/all", np.ones_like(past)), ("/past_dislike", past), ("/no_past_dislike", ~past))
+    for suffix, chosen in slices:
+        columns[f"mean_reward{suffix}"] = (reward * chosen, chosen)
+    return _ratios(weights, user, columns)
+
+
 def pool_samples(evalset: EvalSet, score: np.ndarray, weights: np.ndarray, user: np.ndarray) -> Samples:
     """HR@10 and AUC of the disliked item among its 99 competitors, means over pools; ``score`` is [N, 100]."""
     above = (score[:, 1:] > score[:, :1]).sum(1)

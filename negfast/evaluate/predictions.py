@@ -14,13 +14,14 @@ TOP = 50  # items generated for each request
 
 @dataclass(frozen=True)
 class Predictions:
-    """Answers to the three questions of an `EvalSet`; None where a predictor does not answer one."""
+    """Answers to the three questions of an `EvalSet`, and what a policy earns; None where a predictor has none."""
 
     generated: np.ndarray | None = None  # int32 [R, TOP], item indices, most likely dislike first, -1 padding last
     filter_score: np.ndarray | None = None  # float64 [E], higher means more likely disliked
     filter_is_probability: bool = False  # whether filter_score is a probability (calibration is then measured)
     filter_threshold: float | None = None  # chosen on valid: events with filter_score >= it are filtered
     pool_score: np.ndarray | None = None  # float64 [N, 100], in the order of EvalSet.pool_items
+    expected_reward: np.ndarray | None = None  # float64 [R], of one item drawn from a policy
     kind: str = "model"  # or "baseline"
 
 

@@ -18,6 +18,7 @@ from negfast.evaluate.metrics import (
     generation_samples,
     pool_samples,
     reliability_curve,
+    reward_samples,
 )
 from negfast.evaluate.predictions import TOP, Predictions
 from negfast.evaluate.sets import EvalSet
@@ -69,6 +70,8 @@ def metric_samples(
             out[name] |= filter_samples(evalset, answer, weights, of_event)
         if answer.pool_score is not None:
             out[name] |= pool_samples(evalset, answer.pool_score, weights, of_request[evalset.pool_request])
+        if answer.expected_reward is not None:
+            out[name] |= reward_samples(evalset, answer.expected_reward, weights, of_request)
     return out
 
 
@@ -166,6 +169,7 @@ def _check_shapes(evalset: EvalSet, name: str, answer: Predictions) -> None:
         "generated": (len(evalset.requests), TOP),
         "filter_score": (len(evalset.filter_user),),
         "pool_score": evalset.pool_items.shape,
+        "expected_reward": (len(evalset.requests),),
     }
     for field, shape in expected.items():
         array = getattr(answer, field)

@@ -86,12 +86,17 @@ def model_predictions(run: RunFolder, engine: Engine, evalset: EvalSet, valid: E
     """What `prior` and the run's `sft` and `grpo` weights answer; ``engine`` is left with the last weights."""
     _say("prior")
     predictions = {"prior": Predictions(generated=generate(engine, evalset.requests, with_policy=False)[0])}
-    for name, folder in (("sft", run.checkpoints / "sft"), ("grpo", run.final)):
+    for name in ("sft", "grpo"):
         _say(name)
-        load_weights(folder, engine.policy)
-        calibration = calibrate(engine, valid) if run.refit is None else run.refit.calibration(name)
-        predictions[name] = predict_set(engine, evalset, calibration)
+        predictions[name] = stage_predictions(run, engine, name, evalset, valid)
     return predictions
+
+
+def stage_predictions(run: RunFolder, engine: Engine, name: str, evalset: EvalSet, valid: EvalSet) -> Predictions:
+    """What the weights that stage ``name`` ("sft" or "grpo") left answer; ``engine`` is left with them."""
+    load_weights(run.weights(name), engine.policy)
+    calibration = calibrate(engine, valid) if run.refit is None else run.refit.calibration(name)
+    return predict_set(engine, evalset, calibration)
 
 
 def check_predictions(log: EventLog, evalset: EvalSet, predictions: dict[str, Predictions]) -> None:

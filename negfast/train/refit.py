@@ -39,8 +39,9 @@ def start_refit(run: RunFolder, source: RunFolder, stages: Sequence[str], report
         load_weights(folder, engine.policy)
         calibration = None if stage == "align" else calibrate(engine, valid)
         chosen[stage] = Chosen(read_state(folder)["step"], float(engine.policy.block.scale), calibration)
-    refit = Refit(os.path.relpath(source.path, run.path), engine.data.test_day, chosen)
-    description = source.read() | {"data": os.path.relpath(source.data, run.path), "refit": refit.to_json()}
+    here = run.path.resolve()
+    refit = Refit(os.path.relpath(source.path.resolve(), here), engine.data.test_day, chosen)
+    description = source.read() | {"data": os.path.relpath(source.data.resolve(), here), "refit": refit.to_json()}
     with atomic_directory(run.path) as made:
         shutil.copytree(source.model, made / "model")
         shutil.copytree(source.initial, made / "checkpoints" / "initial")

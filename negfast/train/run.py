@@ -57,12 +57,12 @@ def train(
     if refit is None:
         run, settings = _asked_for(config, preset, out, overrides)
     else:
-        refit = refit.resolve()
-        run, settings = RunFolder(out or refit.with_name(f"{refit.name}-refit")), RunFolder(refit).config
+        source = RunFolder(refit.resolve())
+        source.require_finished()
+        run, settings = RunFolder(out or source.path.with_name(f"{source.path.name}-refit")), source.config
     device = distributed.local_device(choose_device(settings.train.device))
     with distributed.group(device):
         if refit is not None:
-            source = RunFolder(refit)
             distributed.first_does(lambda: start_refit(run, source, list(STAGES), _say))
         engine = _open_run(run, settings, data, model, init, device)
         _run_stages(run, engine)

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.experiments.ablations import ABLATIONS, GRPO_ONLY, branch
-from bench.quality import METRICS, compared, grpo_minus_sft, mean_reward, run, table_rows
-from bench.runs import trained
-from negfast.config import load_config
+from bench.answers import answers
+from bench.quality import METRICS, compared, equal_compute, grpo_minus_sft, run, table_rows
+from bench.runs import branch, trained
+from negfast.config import Reward, load_config
 from negfast.data.dataset import Dataset
 from negfast.errors import InputError
 from negfast.evaluate.predictions import Predictions
-from negfast.evaluate.report import HEADLINE, metric_samples, paired_differences
+from negfast.evaluate.report import metric_samples, paired_differences
 from negfast.evaluate.sets import EvalSet, evaluation_set
 from negfast.run_folder import RunFolder
 from tests.tiny import SETTINGS
@@ -40,6 +40,7 @@ def random_answers(evalset: EvalSet, seed: int) -> Predictions:
         filter_score=rng.random(len(evalset.filter_user)),
         filter_is_probability=True,
         pool_score=rng.random(evalset.pool_items.shape),
+        expected_reward=rng.random(len(evalset.requests)),
     )
 
 
@@ -63,49 +64,70 @@ def test_a_row_is_the_mean_over_seeds_under_the_same_resamples(evalset: EvalSet)
 
 def test_grpo_minus_sft_is_a_seed_each(evalset: EvalSet) -> None:
     predictions = {f"{name}#{seed}": random_answers(evalset, seed) for seed in (0, 1) for name in ("sft", "grpo")}
-    predictions["grpo#1"] = random_answers(evalset, 9)
+    predictions["grpo#1"] = predictions["sft-long#1"] = random_answers(evalset, 9)
     samples = metric_samples(evalset, predictions, resamples=20)
-    for part in samples.values():
-        part |= {metric: part["filter_auc"] for metric in HEADLINE if metric not in part}
-    first, second = grpo_minus_sft([0, 1], samples, {"sft": [0.25, 0.5], "grpo": [0.5, 0.25], "sft-long": []})
-    assert (first["seed"], first["reward"], first["filter_auc"]["mean"]) == (0, 0.25, 0.0)
-    assert second["reward"] == -0.25 and second["reward_grpo"] == 0.25
-    expected = samples["grpo#1"]["filter_auc"][0] - samples["sft#1"]["filter_auc"][0]
-    assert second["filter_auc"]["mean"] == pytest.approx(expected) and expected != 0
-    assert "vs_long_reward" not in first
+    first, second = grpo_minus_sft([0, 1], samples)
+    assert (first["seed"], first["mean_reward"]["mean"], first["filter_auc"]["mean"]) == (0, 0.0, 0.0)
+    for metric in ("filter_auc", "mean_reward"):
+        expected = samples["grpo#1"][metric] - samples["sft#1"][metric]
+        assert second[metric]["mean"] == pytest.approx(expected[0]) and expected[0] != 0
+        assert second[metric]["low"] <= second[metric]["mean"] <= second[metric]["high"]
+    assert second["vs_long_filter_auc"]["mean"] == 0 and "vs_long_filter_auc" not in first
 
 
 def test_the_table_of_finished_runs(tiny_run: Path, tmp_path: Path) -> None:
-    """Finds a run that is there, evaluates it, and writes the shape of the result."""
+    """Finds a run that is there, trains the longer SFT and the refit, and writes the shape of the result."""
     runs = tmp_path / "runs"
     runs.mkdir()
     (runs / "seed-0").symlink_to(tiny_run)
     settings = toml(tmp_path)
     before = (tiny_run / "metrics.jsonl").read_bytes()
-    result = run(tmp_path / "quality.json", "0", runs, settings, "smoke", None, None, "valid", "no", 20)
-    assert json.loads((tmp_path / "quality.json").read_text()) == result
+    out = tmp_path / "quality.json"
+    result = run(out, "0", runs, settings, "smoke", None, "test", "yes", "yes", "no", 20)
+    assert json.loads(out.read_text()) == result
     assert (tiny_run / "metrics.jsonl").read_bytes() == before
-    assert result["split"] == "valid" and result["seeds"] == [0]
+    assert (result["split"], result["seeds"], result["frozen_at"]) == ("test", [0], "valid")
     rows = {row["name"]: row for row in result["rows"]}
-    assert list(rows)[-3:] == ["prior", "sft", "grpo"] and rows["grpo"]["kind"] == "model"
+    assert list(rows)[-4:] == ["prior", "sft", "grpo", "sft-long"] and rows["grpo"]["kind"] == "model"
     assert {"boosted", "item-rate", "decay-4d"} <= set(rows)
+    assert all(rows[name]["mean_reward"]["mean"] is not None for name in ("prior", "sft", "grpo", "sft-long"))
     pairs = {(d["a"], d["b"], d["metric"]) for d in result["differences"]}
-    assert {("grpo", "sft", "filter_auc"), ("sft", "boosted", "filter_auc"), ("sft", "decay-4d", "FHR@20")} <= pairs
+    assert {("grpo", "sft", "mean_reward"), ("sft", "boosted", "filter_auc"), ("sft-long", "grpo", "FHR@20")} <= pairs
     assert {metric for _, _, metric in pairs} <= set(METRICS)
     (entry,) = result["grpo_minus_sft"]
-    assert entry["reward"] == pytest.approx(entry["reward_grpo"] - entry["reward_sft"])
+    means = [rows[name]["mean_reward"]["mean"] for name in ("grpo", "sft", "sft-long")]
+    assert entry["mean_reward"]["mean"] == pytest.approx(means[0] - means[1])
+    assert entry["vs_long_mean_reward"]["mean"] == pytest.approx(means[0] - means[2])
+
+    steps = equal_compute(RunFolder(tiny_run))
+    assert result["sft_long_steps"] == steps > SETTINGS["sft.steps"]
+    stages = [json.loads(line)["stage"] for line in (runs / "long-0" / "metrics.jsonl").read_text().splitlines()]
+    assert stages == ["sft"] * steps  # align is the finished run's
+
+    again = result["refit"]
+    assert again["frozen_at"] == "test"
+    refit = {row["name"]: row for row in again["rows"]}
+    assert set(refit) == set(rows) - {"sft-long"}
+    for name, metric in (("boosted", "filter_auc"), ("grpo", "mean_reward")):
+        (gain,) = [g for g in again["minus_frozen"] if (g["name"], g["metric"]) == (name, metric)]
+        assert gain["mean"] == pytest.approx(refit[name][metric]["mean"] - rows[name][metric]["mean"])
+        assert gain["mean"] != 0
+    assert refit["decay-4d"]["FHR@20"] == rows["decay-4d"]["FHR@20"]  # nothing is fitted
 
 
-def test_mean_reward_is_that_of_the_items_sampled(tiny_run: Path) -> None:
-    """With nothing but hits in the reward, it lies between none and all, and a like penalty lowers it."""
-    engine = RunFolder(tiny_run).finished_engine(None)
-    requests = engine.split.valid.take(engine.split.valid.has_dislikes)
-    plain = replace(engine.config.reward, collab_weight=0.0, like_penalty=0.0)
-    hits = mean_reward(engine, requests, plain)
-    assert 0 < hits < 1
-    assert mean_reward(engine, requests, plain) == hits
-    assert mean_reward(engine, requests, replace(plain, like_penalty=0.5)) < hits
-    assert mean_reward(engine, requests, replace(plain, collab_weight=0.2)) > hits
+def test_answers_are_asked_once(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_folder = RunFolder(tiny_run)
+    engine = run_folder.finished_engine(None)
+    valid = evaluation_set(engine.log, engine.split, "valid")
+    first = answers(run_folder, ["prior", "sft", "grpo"], valid, valid, engine.config.reward)
+    assert first["prior"].filter_score is None and first["grpo"].filter_threshold is not None
+    monkeypatch.setattr(RunFolder, "finished_engine", None)
+    again = answers(run_folder, ["prior", "grpo"], valid, valid, engine.config.reward)
+    for name, answer in again.items():
+        for field, value in vars(answer).items():
+            np.testing.assert_array_equal(value, getattr(first[name], field))
+    with pytest.raises(TypeError):  # another reward is another question
+        answers(run_folder, ["grpo"], valid, valid, Reward(like_penalty=0.7))
 
 
 def test_a_run_with_other_settings_is_not_taken_for_it(tiny_run: Path, tmp_path: Path) -> None:
@@ -115,12 +137,10 @@ def test_a_run_with_other_settings_is_not_taken_for_it(tiny_run: Path, tmp_path:
         trained(tiny_run, settings, "smoke", None, ("grpo.group=6",))
 
 
-def test_a_branch_goes_on_from_sft_alone(tiny_run: Path, tmp_path: Path) -> None:
-    default, folder = RunFolder(tiny_run), tmp_path / "no-collaborative-term"
-    overrides = ABLATIONS["no-collaborative-term"]
-    assert all(key.startswith(GRPO_ONLY) for key in overrides)
-    settings = load_config(toml(tmp_path), "smoke", overrides)
-    branch(default, folder, settings)
+def test_a_branch_goes_on_from_what_is_behind_it(tiny_run: Path, tmp_path: Path) -> None:
+    default, folder = RunFolder(tiny_run), tmp_path / "branch"
+    overrides = ("reward.collab_weight=0",)
+    branch(default, folder, load_config(toml(tmp_path), "smoke", overrides), ("align", "sft"))
     found = trained(folder, toml(tmp_path), "smoke", default.data, overrides)
     assert found.config.reward.collab_weight == 0
     stages = [json.loads(line)["stage"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -128,8 +148,3 @@ def test_a_branch_goes_on_from_sft_alone(tiny_run: Path, tmp_path: Path) -> None
     assert not found.report.exists()  # the test split was left alone
     weights = [(path / "checkpoints" / "sft" / "policy.safetensors").read_bytes() for path in (tiny_run, folder)]
     assert weights[0] == weights[1]
-
-
-@pytest.mark.parametrize("name", ABLATIONS)
-def test_every_ablation_changes_a_setting(name: str) -> None:
-    assert load_config(None, "quickstart", ABLATIONS[name]) != load_config(None, "quickstart", ())

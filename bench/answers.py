@@ -1,0 +1,82 @@
+"""What finished runs answer to a split: asked once, kept beside the run, read by every table."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from negfast.config import Reward
+from negfast.evaluate.expected import expected_rewards, reward_table
+from negfast.evaluate.model import generate
+from negfast.evaluate.predictions import Predictions
+from negfast.evaluate.run import stage_predictions
+from negfast.evaluate.sets import EvalSet
+from negfast.files import atomic_file
+from negfast.run_folder import RunFolder
+from negfast.train.checkpoint import WEIGHTS, read_state
+from negfast.train.engine import Engine
+
+
+def answers(
+    run: RunFolder, names: Sequence[str], evalset: EvalSet, valid: EvalSet, reward: Reward
+) -> dict[str, Predictions]:
+    """What "prior" and the weights of "sft" and "grpo" answer, with their expected rewards by ``reward``.
+
+    Each is kept in RUN/answers under the checksum of its weights, so that weights which GRPO left as they were are
+    asked once.
+    """
+    engine: Engine | None = None
+    found = {}
+    for name in names:
+        weights = "prior" if name == "prior" else read_state(run.weights(name))["files"][WEIGHTS]["sha256"][:16]
+        kept = run.path / "answers" / f"{evalset.name}-{weights}.safetensors"
+        wanted = {"reward": json.dumps(asdict(reward))}
+        if not kept.exists() or _metadata(kept)["reward"] != wanted["reward"]:
+            engine = run.finished_engine(None) if engine is None else engine
+            _keep(kept, _ask(run, engine, name, evalset, valid, reward), wanted)
+        found[name] = _read(kept)
+    return found
+
+
+def _ask(
+    run: RunFolder, engine: Engine, name: str, evalset: EvalSet, valid: EvalSet, reward: Reward
+) -> dict[str, np.ndarray]:
+    if name == "prior":
+        engine.policy.block.scale.zero_()  # the prior alone chooses
+        answer = Predictions(generated=generate(engine, evalset.requests, with_policy=False)[0])
+    else:
+        answer = stage_predictions(run, engine, name, evalset, valid)
+    rewards = expected_rewards(engine, evalset.requests, reward_table(engine, evalset.requests, reward))
+    found = {
+        "generated": answer.generated,
+        "filter_score": answer.filter_score,
+        "filter_threshold": answer.filter_threshold,
+        "pool_score": answer.pool_score,
+        "expected_reward": rewards,
+    }
+    return {field: np.ascontiguousarray(value) for field, value in found.items() if value is not None}
+
+
+def _keep(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    with atomic_file(path) as temporary:
+        save_file(arrays, temporary, metadata)
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, "numpy") as file:
+        return file.metadata()
+
+
+def _read(path: Path) -> Predictions:
+    with safe_open(path, "numpy") as file:
+        arrays = {field: file.get_tensor(field) for field in file.keys()}  # noqa: SIM118  (not a dict)
+    threshold = arrays.pop("filter_threshold", None)
+    return Predictions(
+        **arrays,
+        filter_is_probability="filter_score" in arrays,
+        filter_threshold=None if threshold is None else threshold.item(),
+    )

@@ -1,0 +1,60 @@
+"""Ablations on a small data set: each changes something, starts as late as it may, and is found again."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from bench.experiments.ablations import ABLATIONS, METRICS, main, print_row, shortened
+from negfast.config import load_config
+from negfast.run_folder import RunFolder
+from tests.bench.test_quality import toml
+from tests.tiny import SETTINGS
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_every_ablation_changes_a_setting(name: str) -> None:
+    assert load_config(None, "quickstart", ABLATIONS[name]) != load_config(None, "quickstart", ())
+
+
+def test_a_budget_shortens_every_stage() -> None:
+    default = load_config(None, "quickstart")
+    short = load_config(None, "quickstart", shortened(default, 0.5))
+    for stage in ("align", "sft", "grpo"):
+        assert getattr(short, stage).steps == getattr(default, stage).steps // 2
+    assert shortened(default, 1.0) == ()
+
+
+def test_rows_and_their_differences(tiny_run: Path, tmp_path: Path) -> None:
+    runs, out = tmp_path / "runs", tmp_path / "ablations.json"
+    runs.mkdir()
+    (runs / "default-0").symlink_to(tiny_run)
+    data = RunFolder(tiny_run).data
+    names = ["no-like-penalty", "next-only", "no-likes"]
+    command = ["--runs", str(runs), "--config", str(toml(tmp_path)), "--preset", "smoke", "--data", str(data)]
+    command += ["--out", str(out)]
+    for name in names:
+        result = CliRunner().invoke(main, [*command, "--only", name], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())
+    assert found["steps"] == {stage: SETTINGS[f"{stage}.steps"] for stage in ("align", "sft", "grpo")}
+    assert [row["name"] for row in found["rows"].values()] == ["default", *names]
+    differences = found["rows"]["default-0"]["differences"]
+    assert {d["mean"] for d in differences if d["b"].startswith("default") and d["mean"] is not None} == {0.0}
+    row = found["rows"]["next-only-0"]
+    assert {d["metric"] for d in row["differences"]} == set(METRICS)
+    assert any(d["mean"] for d in row["differences"] if d["b"] == "default sft")
+    behind = {name: {line["stage"] for line in map(json.loads, (runs / f"{name}-0" / "metrics.jsonl").open())}
+              for name in names}  # fmt: skip
+    assert behind == {
+        "no-like-penalty": {"grpo"}, "next-only": {"sft", "grpo"}, "no-likes": {"align", "sft", "grpo"},
+    }  # fmt: skip
+    other = CliRunner().invoke(main, [*command, "--only", "no-likes", "--budget", "0.5"])
+    assert other.exit_code != 0
+
+
+def test_an_undefined_difference_prints_a_dash(capsys: pytest.CaptureFixture[str]) -> None:
+    undefined = {"a": "grpo", "b": "default grpo", "metric": "pool_auc", "mean": None, "low": None, "high": None}
+    print_row({"name": "x", "differences": [undefined, undefined | {"mean": 0.5, "metric": "FHR@20"}]})
+    assert capsys.readouterr().out.split() == ["x", "pool_auc", "-", "FHR@20", "-"]
