@@ -168,10 +168,13 @@ class Grpo(Stage):
     schedule: str = setting(
         "mixed",
         choices=("progressive", "mixed", "static"),
-        help="of mixed prompts: rising to mixed_share, all of them from the first step, or mixed_share throughout",
+        help="of mixed prompts: rising to mixed_share where they were measured not to be worse, all of them from the "
+        "first step, or mixed_share throughout",
     )
     negative_phase: float = setting(0.4, low=0.0, high=1.0, help="share of the steps on negative-only prompts")
-    mixed_share: float = setting(0.7, low=0.0, high=1.0, help="share of mixed prompts at the end of the second phase")
+    mixed_share: float = setting(
+        0.7, low=0.0, high=1.0, help="share of mixed prompts at the end of progressive, and of static"
+    )
     sft_weight: float = setting(0.0, low=0.0, help="of the SFT loss on both branches")
     verdict_weight: float = setting(1.0, low=0.0, help="of the SFT loss on verdicts")
 

@@ -42,8 +42,8 @@ def item_log_probs(
     return out
 
 
-def expected_rewards(engine: Engine, requests: Requests, table: RewardTable) -> np.ndarray:
-    """Each request's expected reward of one item drawn from the policy on its mixed prompt, float64 [R].
+def expected_rewards(engine: Engine, requests: Requests, table: RewardTable, view: int = MIXED) -> np.ndarray:
+    """Each request's expected reward of one item drawn from the policy on its prompt, float64 [R].
 
     The sum over the unseen items of p(item) * reward(item), without sampling: ``table`` holds every item whose reward
     is not zero, its rows those of ``requests``, as `reward_table` makes it.
@@ -54,7 +54,7 @@ def expected_rewards(engine: Engine, requests: Requests, table: RewardTable) -> 
     counted = (reward != 0) & ~_seen(engine.log, requests.user[row], requests.day[row], item)
     row, item, reward = row[counted], item[counted], reward[counted]
     offsets = np.searchsorted(row, np.arange(len(requests) + 1))
-    probability = np.exp(item_log_probs(engine, requests.user, requests.day, offsets, item))
+    probability = np.exp(item_log_probs(engine, requests.user, requests.day, offsets, item, view))
     return np.bincount(row, probability * reward, len(requests))
 
 

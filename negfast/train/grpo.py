@@ -31,7 +31,7 @@ from negfast.train.full_loss import full_loss
 from negfast.train.reward import COLLABORATIVE, HIT, LIKED, RewardTable, build_reward_table
 from negfast.train.rollout import Rollout, replay_hidden, replay_logits, rollout
 from negfast.train.sampling import distinct_loss, rollout_without_replacement
-from negfast.train.schedule import mixed_share, schedule_views
+from negfast.train.schedule import ViewSchedule, history_bucket, measure_views
 from negfast.train.sft import ItemBatch, NextItems
 from negfast.train.step import WHOLE, Mean, Share, StepResult
 from negfast.train.trie_loss import TrieLoss, compact_rollout
@@ -99,6 +99,11 @@ class GrpoStage:
         )
         self.neighbours = co_dislike_neighbours(engine.log, engine.fit_until)
         self.content = content_neighbours(engine.data.embedding, engine.config.reward.content_threshold)
+        welcome, self.measured = np.ones(len(self.requests), dtype=bool), dict[str, float]()
+        if settings.schedule == "progressive":
+            of_bucket, self.measured = measure_views(engine, self.requests)
+            welcome = of_bucket[history_bucket(engine, self.requests)]
+        self.schedule = ViewSchedule(settings, welcome)
         self.next_items = NextItems(engine, engine.config.sft)
         self.verdict = VerdictTask(engine, engine.config.sft.verdicts)
 
@@ -144,7 +149,7 @@ class GrpoStage:
             "like_penalty": mean(terms[..., LIKED]),
             "hitless_groups": Mean((terms[..., HIT].sum(-1) == 0).sum(), len(terms)),
             **gradient_shares(terms),
-            "mixed_share": mixed_share(batch.step, settings),
+            "mixed_share": self.schedule.share(batch.step),
             "forced_tokens": Mean((~counted).sum(), counted.numel()),
         }
         if batch.items is not None:
@@ -158,14 +163,14 @@ class GrpoStage:
         return StepResult(loss, metrics, tokens)
 
     def outcome(self) -> dict[str, float]:
-        return {}
+        return self.measured
 
     def read_groups(self, round_: int, share: Share) -> Groups:
         """The share's requests of the stage's round ``round_``."""
         engine, settings = self.engine, self.config
         seed, step = engine.config.train.seed, round_ * settings.epochs
         whole = epoch_rows(seed, "grpo", round_, len(self.requests), settings.requests)
-        views = schedule_views(step, len(whole), settings, task_rng(seed, "views", step))
+        views = self.schedule.draw(step, whole, task_rng(seed, "views", step))
         mine = share.of(len(whole))
         picked = whole[mine]
         requests = self.requests.take(picked)
