@@ -22,12 +22,13 @@ inline constexpr uint32_t kVersion = 1;
 enum Feature : uint32_t {
   kSparseUsers = 1,  // the file lists the users it holds; otherwise row r is user r
   kTimeRuns = 2,     // times are (delta, length of the run) pairs; otherwise a delta an event
-  kKnownFeatures = kSparseUsers | kTimeRuns,
+  kWithdrawals = 4,  // some events take a like or dislike back: four feedbacks instead of three
+  kKnownFeatures = kSparseUsers | kTimeRuns | kWithdrawals,
 };
 
 inline constexpr uint32_t kBlockUsers = 64;     // unit of checksums and of relative offsets
 inline constexpr uint32_t kStripeUsers = 4096;  // item blocks, then time blocks, of so many rows
-inline constexpr int kFeedbacks = 3;            // exposed, like, dislike
+inline constexpr int kFeedbacks = 4;            // exposed, like, dislike, withdrawn
 inline constexpr uint32_t kMaxItems = 1u << 30;
 inline constexpr int kTimeBits = 32;            // a shard spans less than 2^32 time units
 inline constexpr int64_t kFarthest = int64_t{1} << 53;  // seconds from 1970, so that no arithmetic overflows
@@ -86,6 +87,9 @@ struct WideIndex {
   uint64_t item[kBlockUsers + 1];
   uint64_t time[kBlockUsers + 1];
 };
+
+// The item symbols of a rank: one a feedback that the file can hold.
+constexpr unsigned feedbacks_of(uint32_t features) { return features & kWithdrawals ? kFeedbacks : kFeedbacks - 1; }
 
 // The rank of an item needs this many bits in the `ranks` section.
 constexpr int bits_for(uint64_t count) {

@@ -57,7 +57,7 @@ void check_row(const Histories& h, uint64_t r, uint64_t user, uint64_t items, ui
     if (static_cast<uint64_t>(static_cast<uint32_t>(h.item[i])) >= items)
       bad("found item " + std::to_string(h.item[i]) + ", expected 0 to " + std::to_string(items - 1));
     if (h.feedback[i] >= kFeedbacks)
-      bad("found feedback " + std::to_string(h.feedback[i]) + ", expected 0, 1 or 2");
+      bad("found feedback " + std::to_string(h.feedback[i]) + ", expected 0 to 3");
     if (time < -kFarthest || time > kFarthest)
       bad("found time " + std::to_string(time) + ", expected at most 2^53 seconds from 1970");
     const int64_t now = to_units(time, unit);
@@ -186,14 +186,21 @@ ShardModel build_model(const EventSource& source, uint64_t items, uint32_t time_
   model.time_last = model.events > 0 ? counts[0].last : model.time_base;
 
   const auto& of_item = counts[0].of_item;
-  auto popularity = [&](uint32_t item) { return of_item[item] + of_item[items + item] + of_item[2 * items + item]; };
+  auto popularity = [&](uint32_t item) {
+    uint32_t n = 0;
+    for (unsigned feedback = 0; feedback < kFeedbacks; ++feedback) n += of_item[feedback * items + item];
+    return n;
+  };
   for (uint32_t item = 0; item < items; ++item)
     if (popularity(item) > 0) model.item_of_rank.push_back(item);
   std::stable_sort(model.item_of_rank.begin(), model.item_of_rank.end(),
                    [&](uint32_t a, uint32_t b) { return popularity(a) > popularity(b); });
-  model.item = cheapest_code(bits_for(model.item_of_rank.size()), kFeedbacks, [&](auto&& add) {
+  const auto withdrawn = of_item.begin() + static_cast<ptrdiff_t>((kFeedbacks - 1) * items);
+  model.withdrawals = std::any_of(withdrawn, of_item.end(), [](uint32_t n) { return n > 0; });
+  const unsigned tags = feedbacks_of(model.withdrawals ? kWithdrawals : 0u);
+  model.item = cheapest_code(bits_for(model.item_of_rank.size()), tags, [&](auto&& add) {
     for (uint32_t rank = 0; rank < model.item_of_rank.size(); ++rank)
-      for (unsigned feedback = 0; feedback < kFeedbacks; ++feedback) {
+      for (unsigned feedback = 0; feedback < tags; ++feedback) {
         const uint32_t n = of_item[feedback * items + model.item_of_rank[rank]];
         if (n > 0) add(rank, feedback, n);
       }
@@ -201,8 +208,8 @@ ShardModel build_model(const EventSource& source, uint64_t items, uint32_t time_
   model.item_codes.resize(items * kFeedbacks);
   const Encoder encoder(model.item);
   for (uint32_t rank = 0; rank < model.item_of_rank.size(); ++rank)
-    for (unsigned feedback = 0; feedback < kFeedbacks; ++feedback)
-      model.item_codes[feedback * items + model.item_of_rank[rank]] = encoder.encode<kFeedbacks>(rank, feedback);
+    for (unsigned feedback = 0; feedback < tags; ++feedback)
+      model.item_codes[feedback * items + model.item_of_rank[rank]] = encoder.encode(rank, feedback, tags);
   NumberCode plain = cheapest_code(counts[0].delta()), of_run = cheapest_code(counts[0].run_delta);
   NumberCode length = cheapest_code(counts[0].run_length());
   model.time_runs = of_run.bits + length.bits < plain.bits;

@@ -32,10 +32,9 @@ struct Encoder {
 
   explicit Encoder(const NumberCode& code) : codes(code.codes.data()), head_bits(code.head_bits) {}
 
-  template <unsigned kTags>
-  Encoded encode(uint64_t value, unsigned tag) const {
+  Encoded encode(uint64_t value, unsigned tag = 0, unsigned tags = 1) const {
     const Symbol symbol = to_symbol(value, head_bits);
-    const Code code = codes[symbol.index * kTags + tag];
+    const Code code = codes[symbol.index * tags + tag];
     return code.bits | symbol.extra << code.length | uint64_t{code.length + symbol.extra_bits} << kLengthShift;
   }
 };
@@ -46,6 +45,7 @@ struct ShardModel {
   int64_t time_base = 0;  // units
   int64_t time_last = 0;
   uint32_t time_unit = 1;
+  bool withdrawals = false;  // whether an event takes a like or dislike back
   bool time_runs = false;  // whether (delta, run length) pairs are cheaper than a delta an event
   NumberCode item, delta, run;
   std::vector<uint64_t> stripe_events;

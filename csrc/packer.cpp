@@ -10,7 +10,7 @@ namespace negfast {
 namespace {
 
 constexpr size_t kChunkRequests = 64;
-constexpr uint8_t kLike = 1, kDislike = 2;
+constexpr uint8_t kLike = 1, kDislike = 2;  // 0: exposed, 3: withdrawn
 
 // Which items this thread has met in the request at hand; clearing it is a new number, not a pass.
 class MetItems {
@@ -78,7 +78,8 @@ void append_items(const std::vector<int32_t>& items, const PackLayout& layout, s
   }
 }
 
-// The last like or dislike of every (user, item) counts and gives it its place; an exposure says nothing.
+// The last like or dislike of every (user, item) counts and gives it its place, unless it was withdrawn; an exposure
+// says nothing.
 void collect_context(const int32_t* item, const uint8_t* feedback, int64_t events, const PackLayout& layout,
                      Scratch& s, std::vector<int32_t>& seen_item) {
   s.seen.start(layout.items);

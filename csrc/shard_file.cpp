@@ -90,7 +90,7 @@ void ShardFile::read_codes(std::span<const uint8_t> bytes) {
     if (t.max_bits == 0 && header_.events > 0 && tags > 1) damaged("code lengths: no item has a code");
     return t;
   };
-  items_ = table(bits_for(header_.ranked), header_.item_head_bits, kFeedbacks);
+  items_ = table(bits_for(header_.ranked), header_.item_head_bits, feedbacks_of(header_.features));
   deltas_ = table(kTimeBits, header_.time_head_bits, 1);
   runs_ = table(kTimeBits, header_.run_head_bits, 1);
   const bool runs = header_.features & kTimeRuns;

@@ -33,7 +33,7 @@ void SortingSource::add(std::span<const int32_t> user, const int32_t* item, cons
                        std::to_string(items_ - 1));
     if (feedback[i] >= kFeedbacks)
       throw ShardError("event " + std::to_string(i) + ": found feedback " + std::to_string(feedback[i]) +
-                       ", expected 0, 1 or 2");
+                       ", expected 0 to 3");
     if (runs_.empty() && pending_.empty()) earliest_ = time[i];
     earliest_ = std::min(earliest_, time[i]);
     if (pending_.size() == run_events_) spill();

@@ -64,7 +64,7 @@ uint8_t* encode_times(const ShardModel& model, const Histories& h, uint64_t row,
   auto next_delta = [&] {
     const int64_t now = to_units(*time++, unit), before = previous;
     previous = now;
-    return delta.encode<1>(static_cast<uint64_t>(now - before), 0);
+    return delta.encode(static_cast<uint64_t>(now - before));
   };
   if (!model.time_runs) {
     put_all(writer, end - time, next_delta);
@@ -75,7 +75,7 @@ uint8_t* encode_times(const ShardModel& model, const Histories& h, uint64_t row,
     const Encoded a = next_delta();
     const int64_t next = (previous + 1) * static_cast<int64_t>(unit);  // first second of the next unit
     while (time < end && *time < next) ++time;
-    put(writer, a, run.encode<1>(static_cast<uint64_t>(time - start - 1), 0));
+    put(writer, a, run.encode(static_cast<uint64_t>(time - start - 1)));
   }
   return writer.flush();
 }
@@ -182,7 +182,8 @@ void write_shard(const std::string& path, const EventSource& source, const Write
   Header header{};
   std::memcpy(header.magic, kMagic, sizeof kMagic);
   header.version = kVersion;
-  header.features = (options.user_list.empty() ? 0u : kSparseUsers) | (model.time_runs ? kTimeRuns : 0u);
+  header.features = (options.user_list.empty() ? 0u : kSparseUsers) | (model.time_runs ? kTimeRuns : 0u) |
+                    (model.withdrawals ? kWithdrawals : 0u);
   header.rows = source.rows();
   header.users = options.users;
   header.events = model.events;

@@ -14,7 +14,6 @@ from safetensors.numpy import save_file
 
 from negfast.data.dataset import EVENTS, MANIFEST, USERS, VALUES, Dataset, date_of, file_record
 from negfast.data.events import Events
-from negfast.data.log import DISLIKE, EXPOSED, LIKE
 from negfast.data.shards import write_part
 from negfast.errors import InputError
 from negfast.files import atomic_file
@@ -69,9 +68,7 @@ def append_events(
 
         days = {"first": date_of(log.day.min()), "last": date_of(log.day.max())}
         counts = dict(manifest["counts"])
-        added = np.bincount(log.feedback, minlength=3).tolist()
-        for name, more in (("dislikes", added[DISLIKE]), ("likes", added[LIKE]), ("exposed", added[EXPOSED])):
-            counts[name] += more
+        counts |= {name: counts.get(name, 0) + more for name, more in log.feedback_counts().items()}
         counts |= {"users": len(of_id), "events": counts["events"] + len(log)}
         whole = manifest["days"]
         part = {"files": written, "events": len(log), "new_users": len(new_ids), "days": days, "source": source}

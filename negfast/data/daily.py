@@ -23,7 +23,7 @@ from negfast.data.prepare import (
     report_split,
 )
 from negfast.data.readers import join, read_table
-from negfast.data.recipes import described_files, read_recipe, take_back
+from negfast.data.recipes import described_files, read_recipe, withdraw
 from negfast.data.rules import parse_rule
 from negfast.data.split import split_requests
 from negfast.errors import InputError
@@ -36,7 +36,7 @@ class NewDay:
 
     events: Events
     items: ItemTable | None
-    takes_back: np.ndarray | None  # uint8 [N], see `negfast.data.recipes.take_back`
+    takes_back: np.ndarray | None  # uint8 [N], see `negfast.data.recipes.withdraw`
 
 
 def prepare_like(
@@ -180,7 +180,7 @@ def _joined_log(old: Dataset, day: NewDay, items: ItemTable, report: Report) -> 
     )
     if day.takes_back is not None:
         undo = np.concatenate([np.zeros(len(log), np.uint8), day.takes_back])[order]
-        joined = take_back(joined, undo, report)
+        joined = withdraw(joined, undo, report)
     return joined, user_ids
 
 

@@ -1,7 +1,7 @@
 """What the past says of a user, an item and their pair, at the start of any day: inputs of verdict and baselines.
 
 The last like or dislike of a user-item pair counts: when it changes, the earlier one is taken back. Exposures do
-not count, and do not take a like or dislike back (negfast's choice).
+not count, and do not take a like or dislike back (negfast's choice); a withdrawal does.
 """
 
 import numpy as np
@@ -148,15 +148,16 @@ class _Attribute:
 
 
 def _changes(log: EventLog) -> tuple[np.ndarray, np.ndarray]:
-    """How each like or dislike changes the counts, given the pair's earlier one: event rows, float64 [M, 5].
+    """How each like, dislike or withdrawal changes the counts, given the pair's earlier one: rows, float64 [M, 5].
 
     Columns: events, dislikes, events with a value, their values, squared values.
     """
     rows = np.flatnonzero(log.feedback != EXPOSED)
     state = np.zeros((len(rows), 5))
-    state[:, 0], state[:, 1] = 1.0, log.feedback[rows] == DISLIKE
+    told = log.judged[rows]
+    state[:, 0], state[:, 1] = told, log.feedback[rows] == DISLIKE
     if log.value is not None:
-        known = np.isfinite(log.value[rows])
+        known = told & np.isfinite(log.value[rows])
         value = np.where(known, log.value[rows], 0.0).astype(np.float64)
         state[:, 2], state[:, 3], state[:, 4] = known, value, value**2
     pair = log.user[rows].astype(np.int64) * log.n_items + log.item[rows]

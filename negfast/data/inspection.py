@@ -38,7 +38,8 @@ def inspect_dataset(dataset: Dataset, report: Report) -> None:
     for name, source in manifest["sources"].items():
         report(f"{name:<13} {source['name']}, {source['bytes']:,} bytes, sha256 {source['sha256'][:16]}...")
     report(f"counts        {counts['events']:,} events, {counts['users']:,} users, {counts['items']:,} items")
-    shares = (f"{counts[k]:,} {k} ({counts[k] / counts['events']:.1%})" for k in ("dislikes", "likes", "exposed"))
+    kinds = [k for k in ("dislikes", "likes", "exposed", "withdrawn") if k in counts]
+    shares = (f"{counts[k]:,} {k} ({counts[k] / counts['events']:.1%})" for k in kinds)
     report(f"feedback      {', '.join(shares)}")
     report(f"days          {manifest['days']['first']} to {manifest['days']['last']}")
     report(f"split         horizon {split['horizon']} days, valid from {split['valid']}, test from {split['test']}")

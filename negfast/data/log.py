@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-EXPOSED, LIKE, DISLIKE = 0, 1, 2
+EXPOSED, LIKE, DISLIKE, WITHDRAWN = 0, 1, 2, 3  # WITHDRAWN takes the user's like or dislike of the item back
 DAY = 86_400  # seconds; days are counted in UTC
 
 
@@ -13,12 +13,12 @@ class EventLog:
     """Histories of U users over I items, sorted by (user, time, order in the source file).
 
     A user's events are the slice ``user_offsets[u]:user_offsets[u + 1]`` of the flat columns.
-    Repeated and changed feedback is kept: the last one up to t is the one that counts at t.
+    Repeated and changed feedback is kept: the last like, dislike or withdrawal up to t is the one that counts at t.
     """
 
     user_offsets: np.ndarray  # int64 [U + 1]
     item: np.ndarray  # int32 [N], in [0, n_items)
-    feedback: np.ndarray  # uint8 [N]: EXPOSED, LIKE or DISLIKE
+    feedback: np.ndarray  # uint8 [N]: EXPOSED, LIKE, DISLIKE or WITHDRAWN
     time: np.ndarray  # int64 [N], seconds since 1970 in UTC
     value: np.ndarray | None  # float32 [N], a rating or the like; None where the source has none
     n_items: int
@@ -36,6 +36,17 @@ class EventLog:
     def day(self) -> np.ndarray:
         """The UTC day of every event, int32 [N], days since 1970."""
         return (self.time // DAY).astype(np.int32)
+
+    @property
+    def judged(self) -> np.ndarray:
+        """Whether an event is a like or a dislike, bool [N]."""
+        return (self.feedback == LIKE) | (self.feedback == DISLIKE)
+
+    def feedback_counts(self) -> dict[str, int]:
+        """Events by feedback, as manifests and summaries name them; withdrawals only where there are any."""
+        exposed, likes, dislikes, withdrawn = np.bincount(self.feedback, minlength=4).tolist()
+        counts = {"dislikes": dislikes, "likes": likes, "exposed": exposed}
+        return counts | {"withdrawn": withdrawn} if withdrawn else counts
 
     def __len__(self) -> int:
         return len(self.item)

@@ -6,13 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import negfast
 from negfast.data.dataset import MANIFEST, Dataset, date_of, day_of, file_record, write_dataset
 from negfast.data.events import EventMapping, Events, ItemMapping, items_of_log, read_events, read_items
 from negfast.data.items import ItemTable
-from negfast.data.log import DISLIKE, EXPOSED, LIKE, EventLog
+from negfast.data.log import EventLog
 from negfast.data.split import Split, split_requests
 from negfast.errors import InputError
 from negfast.files import atomic_directory, check_output
@@ -164,21 +162,12 @@ def _described(mapping: EventMapping) -> dict[str, Any]:
 
 
 def counts(log: EventLog) -> dict[str, int]:
-    by_feedback = np.bincount(log.feedback, minlength=3).tolist()
-    return {
-        "users": log.n_users,
-        "items": log.n_items,
-        "events": len(log),
-        "dislikes": by_feedback[DISLIKE],
-        "likes": by_feedback[LIKE],
-        "exposed": by_feedback[EXPOSED],
-    }
+    return {"users": log.n_users, "items": log.n_items, "events": len(log), **log.feedback_counts()}
 
 
 def report_log(log: EventLog, items: ItemTable, report: Report) -> None:
-    totals = counts(log)
-    report(f"events: {totals['events']:,} by {totals['users']:,} users on {totals['items']:,} items")
-    shares = [f"{totals[k]:,} {k} ({totals[k] / len(log):.1%})" for k in ("dislikes", "likes", "exposed")]
+    report(f"events: {len(log):,} by {log.n_users:,} users on {log.n_items:,} items")
+    shares = [f"{n:,} {name} ({n / len(log):.1%})" for name, n in log.feedback_counts().items()]
     report(f"feedback: {', '.join(shares)}")
     if not any(items.text):
         report("items: no text")

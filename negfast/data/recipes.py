@@ -25,7 +25,7 @@ from negfast.data.events import (
     read_items,
 )
 from negfast.data.items import ItemTable
-from negfast.data.log import DISLIKE, EXPOSED, LIKE, EventLog
+from negfast.data.log import DISLIKE, EXPOSED, LIKE, WITHDRAWN, EventLog
 from negfast.data.prepare import SemanticIdSettings, SplitSettings, build, check_replaceable
 from negfast.data.readers import Source, encode, file_columns, join, read_table, to_strings
 from negfast.data.rules import Rule, matches, parse_rule
@@ -174,7 +174,7 @@ def prepare_recipe(
     check_replaceable(out, force)
     events, items, undo = read_recipe(name, files, report, dislike)
     if undo is not None:
-        events = replace(events, log=take_back(events.log, undo, report))
+        events = replace(events, log=withdraw(events.log, undo, report))
     manifest = {
         "recipe": {"name": name, "dislike": [str(rule) for rule in dislike]},
         "sources": described_files(files),
@@ -199,7 +199,7 @@ def read_recipe(
     """Events and item table of a source's files, in any order; items that only the log knows come last, without text.
 
     Where the source has events that take back others, the third is the feedback that each event takes back, uint8 [N],
-    0 for most, for `take_back`. ``dislike`` replaces the recipe's rules. Raises InputError: unknown recipe, a file that
+    0 for most, for `withdraw`. ``dislike`` replaces the recipe's rules. Raises InputError: unknown recipe, a file that
     is neither events nor items of this source, no events, and whatever reading them raises.
     """
     if name not in RECIPES:
@@ -229,24 +229,28 @@ def with_items_of(items: ItemTable, source: Source, mapping: EventMapping, repor
     return replace(items, ids=[*items.ids, *new], text=[*items.text, *[""] * len(new)], attributes=attributes)
 
 
-def take_back(log: EventLog, takes_back: np.ndarray, report: Report) -> EventLog:
-    """Makes every dislike with a later undislike of the same user and item, and every like with a later unlike, a mere
-    exposure, as the undo itself is. ``takes_back`` uint8 [N]: the feedback that each event of the log takes back.
+def withdraw(log: EventLog, takes_back: np.ndarray, report: Report) -> EventLog:
+    """Gives every undo its meaning; ``takes_back`` uint8 [N] is the feedback that each event of the log takes back.
 
-    The last feedback counts, and here it says that there is none. The log has no word for a judgement withdrawn, so
-    what was withdrawn is taken out from its start (negfast's choice): dislikes that users thought better of teach
-    nothing, and no model, feature or baseline is shown them.
+    An undo is WITHDRAWN where the pair's last like or dislike before it is of its kind, so the judgement counts until
+    then and no longer; else it stays a mere exposure. What was judged of the pair on the same day before it becomes an
+    exposure too: everything looks at the ends of days, where it never stood (both negfast's choice).
     """
-    pair = np.unique(log.user.astype(np.int64) * log.n_items + log.item, return_inverse=True)[1]
-    place, feedback, withdrawn = np.arange(len(log)), log.feedback.copy(), 0
-    for kind in UNDO.values():
-        last = np.full(pair.max() + 1, -1)
-        undo = takes_back == kind
-        np.maximum.at(last, pair[undo], place[undo])
-        taken = (log.feedback == kind) & (place < last[pair])
-        feedback[taken] = EXPOSED
-        withdrawn += int(taken.sum())
-    report(f"feedback: {withdrawn:,} likes and dislikes were taken back, and count as exposures")
+    events = np.flatnonzero(log.judged | (takes_back > 0))
+    pair = log.user[events].astype(np.int64) * log.n_items + log.item[events]
+    order = np.argsort(pair, kind="stable")  # within a pair in order of time
+    events, pair = events[order], pair[order]
+    place, kind, judged = np.arange(len(events)), takes_back[events], log.judged[events]
+    last = np.maximum.accumulate(np.where(judged, place, -1))
+    first = np.searchsorted(pair, pair)
+    undo = (kind > 0) & (last >= first) & (log.feedback[events[last]] == kind)
+    _, of_day = np.unique(np.stack([pair, log.day[events]]), axis=1, return_inverse=True)
+    last_undo = np.full(len(events), -1)
+    np.maximum.at(last_undo, of_day.ravel()[undo], place[undo])
+    same_day = judged & (place < last_undo[of_day.ravel()])
+    feedback = log.feedback.copy()
+    feedback[events[undo]], feedback[events[same_day]] = WITHDRAWN, EXPOSED
+    report(f"feedback: {undo.sum():,} likes and dislikes were taken back, {same_day.sum():,} of them on their own day")
     return replace(log, feedback=feedback)
 
 

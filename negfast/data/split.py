@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from negfast.data.log import DISLIKE, EXPOSED, LIKE, EventLog
+from negfast.data.log import DISLIKE, LIKE, EventLog
 from negfast.errors import InputError
 
 WEEK = 7  # days of a block of the primary test set
@@ -138,7 +138,7 @@ def first_of_week(requests: Requests, start_day: int) -> np.ndarray:
 
 def first_feedback(log: EventLog) -> np.ndarray:
     """The event rows of the first like or dislike of each user-item pair, int64, ascending."""
-    rows = np.flatnonzero(log.feedback != EXPOSED)
+    rows = np.flatnonzero(log.judged)
     _, first = np.unique(log.user[rows].astype(np.int64) * log.n_items + log.item[rows], return_index=True)
     return rows[np.sort(first)]
 
@@ -199,8 +199,8 @@ def _pairs(log: EventLog) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarra
     """The distinct pairs: user, item, and the days of the first event, dislike and like (NEVER if none)."""
     key, pair = np.unique(log.user.astype(np.int64) * log.n_items + log.item, return_inverse=True)
     first, disliked, liked = np.full((3, len(key)), NEVER)
-    for days, feedback in ((first, (EXPOSED, LIKE, DISLIKE)), (disliked, (DISLIKE,)), (liked, (LIKE,))):
-        rows = np.isin(log.feedback, feedback)
+    every = np.ones(len(log), bool)
+    for days, rows in ((first, every), (disliked, log.feedback == DISLIKE), (liked, log.feedback == LIKE)):
         np.minimum.at(days, pair[rows], log.day[rows])
     return key // log.n_items, (key % log.n_items).astype(np.int32), first, disliked, liked
 

@@ -7,7 +7,7 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from negfast.data.dataset import Dataset
-from negfast.data.log import DISLIKE, EXPOSED, EventLog
+from negfast.data.log import DISLIKE, LIKE, EventLog
 from negfast.evaluate.metrics import future_hits
 from negfast.evaluate.predictions import Predictions
 from negfast.evaluate.sets import EvalSet, history_ends, past_dislikes
@@ -91,7 +91,7 @@ def examples(data: Dataset, evalset: EvalSet, answer: Predictions, seed: int) ->
     for row in [*with_hit, *others][:EXAMPLES]:
         user, day = int(requests.user[row]), int(requests.day[row])
         start, stop = log.user_offsets[user], history_ends(log, requests.user[[row]], requests.day[[row]])[0]
-        told = [i for i in range(start, stop) if log.feedback[i] != EXPOSED][::-1]
+        told = [i for i in range(start, stop) if log.feedback[i] in (LIKE, DISLIKE)][::-1]
         history = {kind: [titles[log.item[i]] for i in told if (log.feedback[i] == DISLIKE) == kind] for kind in (0, 1)}
         future = requests.dislikes[requests.dislike_offsets[row] : requests.dislike_offsets[row + 1]]
         words = ["disliked" if bad else "liked" if good else "" for bad, good in zip(hit[row], liked[row], strict=True)]

@@ -9,7 +9,7 @@ import scipy.sparse as sp
 
 from negfast.data.dataset import date_of
 from negfast.data.features import PSEUDO_EVENTS
-from negfast.data.log import DISLIKE, EXPOSED, EventLog
+from negfast.data.log import DISLIKE, EXPOSED, LIKE, EventLog
 from negfast.errors import InputError
 from negfast.evaluate.model import generate
 from negfast.files import check_output
@@ -97,7 +97,8 @@ def feedback_matrices(log: EventLog, day: int) -> tuple[sp.csr_matrix, sp.csr_ma
     rows = np.flatnonzero((log.feedback != EXPOSED) & (log.day <= day))
     pair = log.user[rows].astype(np.int64) * log.n_items + log.item[rows]
     last = len(rows) - 1 - np.unique(pair[::-1], return_index=True)[1]
-    user, item, bad = log.user[rows[last]], log.item[rows[last]], log.feedback[rows[last]] == DISLIKE
+    user, item, feedback = log.user[rows[last]], log.item[rows[last]], log.feedback[rows[last]]
+    bad, good = feedback == DISLIKE, feedback == LIKE
     shape = (log.n_users, log.n_items)
-    one, other = (sp.csr_matrix((np.ones(part.sum()), (user[part], item[part])), shape) for part in (bad, ~bad))
+    one, other = (sp.csr_matrix((np.ones(part.sum()), (user[part], item[part])), shape) for part in (bad, good))
     return one, other

@@ -9,7 +9,7 @@ import pyarrow.compute as compute
 import pyarrow.parquet as parquet
 
 from negfast.data.dataset import date_of
-from negfast.data.log import EXPOSED, EventLog
+from negfast.data.log import EventLog
 from negfast.errors import InputError
 from negfast.evaluate.model import candidate_logits
 from negfast.files import atomic_file, check_output
@@ -54,7 +54,7 @@ def knows(log: EventLog, user: np.ndarray, item: np.ndarray, day: int) -> np.nda
     past = log.day <= day
     active, judged = np.zeros(log.n_users + 1, bool), np.zeros(log.n_items + 1, bool)
     active[log.user[past]] = True
-    judged[log.item[past & (log.feedback != EXPOSED)]] = True
+    judged[log.item[past & log.judged]] = True
     return (user >= 0) & (item >= 0) & (active[user] | judged[item])
 
 

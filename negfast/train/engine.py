@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from negfast.config import Config
 from negfast.data.dataset import Dataset
 from negfast.data.features import HistoryFeatures
-from negfast.data.log import DISLIKE, EXPOSED, LIKE, EventLog
+from negfast.data.log import DISLIKE, LIKE, EventLog
 from negfast.data.split import Requests, Split, all_requests
 from negfast.errors import InputError
 from negfast.model.choice import TrieChooser
@@ -98,7 +98,7 @@ def build_engine(
 def history_features(data: Dataset, fit_until: int) -> HistoryFeatures:
     """Features of the verdict's prior, smoothed towards the rates and values of the events before ``fit_until``."""
     log = data.log
-    early = (log.day < fit_until) & (log.feedback != EXPOSED)
+    early = (log.day < fit_until) & log.judged
     rate = float((log.feedback[early] == DISLIKE).mean()) if early.any() else 0.5
     value = np.zeros(0) if log.value is None else log.value[early]
     known = value[np.isfinite(value)]

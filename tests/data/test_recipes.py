@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from negfast.data.log import DISLIKE, EXPOSED, LIKE
-from negfast.data.recipes import RECIPES, read_recipe, take_back
+from negfast.data.log import DAY, DISLIKE, EXPOSED, LIKE, WITHDRAWN
+from negfast.data.recipes import RECIPES, read_recipe, withdraw
 from negfast.data.rules import parse_rule
 from negfast.errors import InputError
 
@@ -21,7 +21,7 @@ def silent(_):
 def read(name, *files, **options):
     """Every event as (user id, item id, feedback, time, value), in the log's order, and the item table."""
     events, items, undo = read_recipe(name, files, silent, **options)
-    log = events.log if undo is None else take_back(events.log, undo, silent)
+    log = events.log if undo is None else withdraw(events.log, undo, silent)
     values = [None] * len(log) if log.value is None else log.value.tolist()
     rows = zip(log.user.tolist(), log.item.tolist(), log.feedback.tolist(), log.time.tolist(), values, strict=True)
     assert items is None or items.ids == events.item_ids
@@ -76,8 +76,10 @@ def yambda(path, rows):
 @pytest.fixture
 def yambda_files(tmp_path):
     return {
-        "undislikes": yambda(tmp_path / "undislikes.parquet", [(10, 400, 5), (20, 700, 6)]),
-        "dislikes": yambda(tmp_path / "dislikes.parquet", [(10, 400, 5), (10, 500, 6), (20, 600, 6), (20, 800, 6)]),
+        "undislikes": yambda(tmp_path / "undislikes.parquet", [(10, 400, 5), (20, DAY + 700, 6)]),
+        "dislikes": yambda(
+            tmp_path / "dislikes.parquet", [(10, 400, 5), (10, 500, 6), (20, 600, 6), (20, DAY + 800, 6)]
+        ),
         "likes": yambda(tmp_path / "likes.parquet", [(10, 300, 5), (30, 100, 5)]),
         "unlikes": yambda(tmp_path / "unlikes.parquet", [(30, 105, 5), (10, 505, 6)]),
         "listens": yambda(tmp_path / "listens.parquet", [(10, 100, 5), (10, 900, 6)]),
@@ -85,20 +87,21 @@ def yambda_files(tmp_path):
 
 
 def test_yambda_undislike_takes_the_dislike_back(yambda_files):
-    """Whatever order the files are given in: of equal times a dislike comes before its undislike."""
+    """From its time on, and on the same day altogether, whatever order the files are given in: of equal times a
+    dislike comes before its undislike."""
     expected = [
         ("10", "5", EXPOSED, 100, None),  # a listen
-        ("10", "5", LIKE, 300, None),
-        ("10", "5", EXPOSED, 400, None),  # a dislike, taken back in the same 5 seconds
+        ("10", "5", EXPOSED, 300, None),  # a like, and the dislike that took its place, taken back the same day
         ("10", "5", EXPOSED, 400, None),
+        ("10", "5", WITHDRAWN, 400, None),
         ("10", "6", DISLIKE, 500, None),  # an unlike takes no dislike back
         ("10", "6", EXPOSED, 505, None),
         ("10", "6", EXPOSED, 900, None),  # neither does a listen
-        ("20", "6", EXPOSED, 600, None),  # taken back, and disliked again
-        ("20", "6", EXPOSED, 700, None),
-        ("20", "6", DISLIKE, 800, None),
+        ("20", "6", DISLIKE, 600, None),  # stood at the end of its day
+        ("20", "6", WITHDRAWN, DAY + 700, None),
+        ("20", "6", DISLIKE, DAY + 800, None),  # and again
         ("30", "5", EXPOSED, 100, None),
-        ("30", "5", EXPOSED, 105, None),
+        ("30", "5", WITHDRAWN, 105, None),
     ]
     for order in (list(yambda_files), list(yambda_files)[::-1]):
         rows, items = read("yambda", *(yambda_files[name] for name in order))

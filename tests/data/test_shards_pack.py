@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from negfast.data.loader import Loader, LoaderState, PackBuffers, Permutation
-from negfast.data.log import DISLIKE, LIKE, EventLog
+from negfast.data.log import DISLIKE, LIKE, WITHDRAWN, EventLog
 from negfast.data.shards import PackedPrompts, PackSizes, open_shard, write_shard
 from negfast.errors import InputError
 from negfast.sid.trie import build_trie
@@ -33,7 +33,7 @@ def reference_pack(log: EventLog, request: dict, item_nodes: np.ndarray) -> Pack
         ]
         last: dict[int, tuple[int, int]] = {}  # item -> (place, feedback)
         for place, (item, feedback) in enumerate(events):
-            if feedback in (LIKE, DISLIKE):
+            if feedback in (LIKE, DISLIKE, WITHDRAWN):
                 last[item] = (place, feedback)
         for bit, kind, marker, cap in (
             (1, LIKE, MARKERS[0], request["like_cap"]),
