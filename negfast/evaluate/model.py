@@ -63,7 +63,7 @@ def generate(
 
 
 @torch.no_grad()
-def candidate_logits(engine: Engine, candidates: Candidates) -> np.ndarray:
+def candidate_logits(engine: Engine, candidates: Candidates, view: int = MIXED) -> np.ndarray:
     """Verdict logits float64 [E] of candidates, in batches of similar prompt length."""
     out = np.empty(len(candidates.items))
     ends = history_ends(engine.log, candidates.user, candidates.day - 1)
@@ -72,16 +72,16 @@ def candidate_logits(engine: Engine, candidates: Candidates) -> np.ndarray:
     batch_of = (np.cumsum(counts) - counts) // CANDIDATES_AT_ONCE
     for batch in np.unique(batch_of):
         part, places = candidates.take(order[batch_of == batch])
-        out[places] = verdict_logits(engine.policy, read_candidates(engine, part)).double().cpu().numpy()
+        out[places] = verdict_logits(engine.policy, read_candidates(engine, part, view)).double().cpu().numpy()
     return out
 
 
-def filter_logits(engine: Engine, evalset: EvalSet) -> np.ndarray:
+def filter_logits(engine: Engine, evalset: EvalSet, view: int = MIXED) -> np.ndarray:
     """Verdict logits of the filter events, float64 [E]."""
     order = np.lexsort((evalset.filter_day, evalset.filter_user))
     candidates = group_candidates(evalset.filter_user[order], evalset.filter_day[order], evalset.filter_item[order])
     out = np.empty(len(order))
-    out[order] = candidate_logits(engine, candidates)
+    out[order] = candidate_logits(engine, candidates, view)
     return out
 
 

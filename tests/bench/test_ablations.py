@@ -42,7 +42,7 @@ def test_rows_and_their_differences(tiny_run: Path, tmp_path: Path) -> None:
     assert [row["name"] for row in found["rows"].values()] == ["default", *names]
     differences = found["rows"]["default-0"]["differences"]
     assert {d["mean"] for d in differences if d["b"].startswith("default") and d["mean"] is not None} == {0.0}
-    row = found["rows"]["next-only-0"]
+    row = found["rows"]["no-likes-0"]
     assert {d["metric"] for d in row["differences"]} == set(METRICS)
     assert any(d["mean"] for d in row["differences"] if d["b"] == "default sft")
     behind = {name: {line["stage"] for line in map(json.loads, (runs / f"{name}-0" / "metrics.jsonl").open())}
