@@ -1,0 +1,106 @@
+"""The page's tables come from the results: what is between the markers is replaced, nothing else."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from bench.experiments.tables import PAGE, RESULTS, TABLES, main, written
+
+HALF = {"mean": 0.5, "low": 0.25, "high": 0.75}
+
+
+def difference(**keys: object) -> dict:
+    return {"mean": 0.0052, "low": 0.0021, "high": 0.0084} | keys
+
+
+def quality() -> dict:
+    row = {"name": "boosted", "kind": "baseline", "filter_auc": HALF, "filter_auc/cold": HALF}
+    model = {"name": "grpo", "kind": "model", "filter_auc": HALF | {"mean": 0.8024}, "filter_reduction": HALF}
+    missing = {"mean": None, "low": None, "high": None}
+    return {
+        "rows": [row | {"FHR@20": missing}, model],
+        "differences": [
+            difference(a="grpo", b="boosted", metric="filter_auc"),
+            difference(a="grpo", b="boosted", metric="FHR@20", low=-0.001),
+        ],
+        "grpo_minus_sft": [{"seed": 3, "filter_auc": HALF, "vs_long_filter_auc": HALF | {"low": -0.1}}],
+        "refit": {"rows": [model], "minus_frozen": [difference(name="grpo", metric="filter_auc")]},
+    }
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    folder = tmp_path / "results"
+    folder.mkdir()
+    (folder / "quality.json").write_text(json.dumps(quality()))
+    return folder
+
+
+def cells(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines() if line[:1] == "|"]
+
+
+def test_tables_of_the_final_result(results: Path) -> None:
+    rows = cells(written("main", results))
+    assert [row[0] for row in rows] == ["", "---", "`boosted`", "`grpo`"]
+    place = rows[0].index("filter AUC")
+    assert (rows[2][place], rows[3][place]) == (".5000", "**.8024**")
+    assert rows[2][rows[0].index("FHR@20")] == "" and rows[3][rows[0].index("reduction %")] == "**50.0**"
+    rows = cells(written("differences", results))
+    assert rows[2][0] == "`boosted`" and rows[2][place] == "**+.0052** [+.0021, +.0084]"
+    assert rows[2][rows[0].index("FHR@20")] == "+.005 [-.001, +.008]"  # not clear of zero
+    assert [row[:2] for row in cells(written("seeds", results))[2:]] == [["`sft`", "3"], ["`sft-long`", "3"]]
+    assert ".5000" in cells(written("strata", results))[2]
+    assert "**+.0052** [+.0021, +.0084]" in written("refit", results)
+    (results / "quality.json").write_text(json.dumps({key: v for key, v in quality().items() if key != "refit"}))
+    assert "Not measured yet" in written("refit", results)
+
+
+def test_ablations_and_likes(results: Path) -> None:
+    found = [difference(a=a, b=f"default {a}", metric="filter_auc") for a in ("sft", "grpo")]
+    figures = {metric: HALF for metric in ("mean_reward", "FHR@20", "filter_auc", "pool_auc")}
+    stages = {stage: figures for stage in ("sft", "grpo")}
+    rows = {
+        f"{name}-0": {"name": name, "changed": changed, **stages, "differences": found}
+        for name, changed in (("default", []), ("no-likes", ["prompt.like_cap=0"]))
+    }
+    steps = {"align": 1, "sft": 2, "grpo": 3}
+    (results / "ablations.json").write_text(json.dumps({"steps": steps, "rows": rows}))
+    made = written("ablations", results)
+    assert "Steps of every run: align 1, sft 2, grpo 3." in made and "`prompt.like_cap=0`" in made
+    assert made.count("**+.0052** [+.0021, +.0084]") == 2  # of both stages, not of the default
+    part = {name: HALF for name in ("nll", "mean_reward", "filter_auc")}
+    likes = {"trained_with": 50, "rows": [{"likes_shown": shown, "minus_none": part} for shown in (0, 50)]}
+    likes["by_history"] = [{"likes": [51, None], "requests": 1200, "events": 7, "minus_none": part}]
+    (results / "likes.json").write_text(json.dumps(likes))
+    made = written("likes", results)
+    assert "| 51 or more | 1,200 | 7 |" in made and "at most 50 of them shown" in made
+
+
+def test_the_page_keeps_all_else(results: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# Title\n<!-- table: main -->\nold\n<!-- end -->\ntext\n<!-- table: likes -->\n<!-- end -->\nmore\n"
+    )
+    command = ["--page", str(page), "--results", str(results)]
+    assert CliRunner().invoke(main, command).exit_code == 0
+    text = page.read_text()
+    assert text.startswith("# Title\n<!-- table: main -->\n| ") and "old" not in text
+    assert "\ntext\n" in text and text.endswith("\nmore\n")
+    assert "Not measured yet: `python -m bench.experiments.likes RUN`" in text
+    CliRunner().invoke(main, command)
+    assert page.read_text() == text
+    page.write_text("<!-- table: nonsense -->\n<!-- end -->\n")
+    assert "unknown tables nonsense" in CliRunner().invoke(main, command).output
+
+
+def test_the_page_says_what_the_results_say() -> None:
+    """docs/results.md is what the command makes of bench/results."""
+    text = PAGE.read_text()
+    for name in TABLES:
+        start = f"<!-- table: {name} -->\n"
+        assert start in text, f"docs/results.md shows no table {name}"
+        shown = text.split(start)[1].split("<!-- end -->")[0]
+        assert shown == written(name, RESULTS), f"run python -m bench.experiments.tables: {name} has drifted"
