@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from negfast.collab import co_dislike_neighbours, content_neighbours, similarity_rows, soft_similarity
-from negfast.data.log import DAY, DISLIKE, LIKE, EventLog
+from negfast.data.log import DAY, DISLIKE, EXPOSED, LIKE, EventLog
 
 VALID = 50
 
@@ -27,10 +27,10 @@ def make_log(rng, n_users, n_items, n_events, last_day=60):
 
 
 def dislikers(log, valid_day=VALID):
-    """item -> users whose last feedback on it before the day is a dislike."""
+    """item -> users whose last like or dislike of it before the day is a dislike; an exposure tells nothing."""
     last = {}
     for user, item, feedback, time in zip(log.user, log.item, log.feedback, log.time, strict=True):
-        if time < valid_day * DAY:
+        if time < valid_day * DAY and feedback != EXPOSED:
             last[int(user), int(item)] = feedback
     sets = defaultdict(set)
     for (user, item), feedback in last.items():
