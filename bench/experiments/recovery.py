@@ -1,27 +1,35 @@
-"""Does a model trained on the window find true dislikes better than one trained on the next negative alone?"""
+"""Does a model trained on the window find true dislikes better than one trained on the next negative alone, and better
+than one trained on as many negatives drawn from all later ones?"""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.runs import trained
 from negfast.data.events import EventMapping, ItemMapping
+from negfast.data.log import DISLIKE, EventLog
 from negfast.data.prepare import SemanticIdSettings, SplitSettings, prepare
 from negfast.data.rules import parse_rule
 from negfast.data.simulate import FIRST_DAY, Simulation, write_simulation
-from negfast.data.split import Requests
+from negfast.data.split import Requests, Split, only_next
 from negfast.evaluate.bootstrap import interval, ratio, resample_users, weighted_sums
 from negfast.evaluate.model import candidate_logits, generate
+from negfast.train.checkpoint import load_weights
+from negfast.train.engine import Engine
+from negfast.train.journal import Journal
+from negfast.train.loop import run_stage
+from negfast.train.run import open_stage
+from negfast.train.sft import SftStage
 from negfast.train.verdict import group_candidates
 
-TARGETS = ("window", "next")
+TARGETS = ("window", "next", "later")
 REQUESTS, TOP, CANDIDATES = 800, 20, 50
 TOP_SHARE = 0.05  # of the unseen items: the user's top true dislikes
 
 
-def recovery(simulation: Simulation, runs: Path, preset: str, seeds: list[int]) -> dict[str, Any]:
-    """Trains ``runs``/TARGET-SEED where it is not finished, and measures each against the truth.
+def recovery(simulation: Simulation, runs: Path, preset: str, steps: int, seeds: list[int]) -> dict[str, Any]:
+    """Trains ``runs``/TARGET-SEED where it is not there, and measures each against the truth.
 
     On random test requests: the mean true dislike probability of the 20 items generated, the share of them among the
     user's top 5 % true dislikes, and the rank correlation of verdict and true probability over random unseen items.
@@ -32,9 +40,7 @@ def recovery(simulation: Simulation, runs: Path, preset: str, seeds: list[int]) 
     requests: Requests | None = None
     for target in TARGETS:
         for seed in seeds:
-            out = runs / f"{target}-{seed}"
-            overrides = (f"train.seed={seed}", f"sft.target={target}", f"reward.target={target}")
-            engine = trained(out, None, preset, data, overrides).finished_engine(None)
+            engine = fitted(target, seed, steps, data, runs / f"{target}-{seed}", preset)
             test = engine.split.test
             order = np.random.default_rng(0).permutation(len(test))
             truth = Truths(simulation, test.take(np.sort(order[: 2 * REQUESTS])))
@@ -58,7 +64,51 @@ def recovery(simulation: Simulation, runs: Path, preset: str, seeds: list[int]) 
             )
             values.setdefault(f"{target}/verdict_rank_correlation", []).append(correlation)
     assert requests is not None
-    return {"preset": preset, "seeds": seeds, "requests": len(requests), **intervals(requests, values)}
+    return {"preset": preset, "steps": steps, "seeds": seeds, "requests": len(requests), **intervals(requests, values)}
+
+
+def fitted(target: str, seed: int, steps: int, data: Path, out: Path, preset: str) -> Engine:
+    """An engine after ``steps`` of SFT on one of ``TARGETS``, alike in all else; its weights are kept in ``out``.
+
+    Nothing is chosen on valid, whose futures are windows: the last weights count, at the full scale of code logits.
+    """
+    settings = (f"train.seed={seed}", "align.steps=0", f"sft.steps={steps}")
+    run, engine, _ = open_stage("sft", None, preset, data, None, None, out, settings)
+    kept = run.checkpoints / "sft"
+    if not kept.is_dir():
+        stage, journal = SftStage(engine), Journal(run.path, {"sft": steps}, None)
+        stage.next_items.requests = aimed(engine.log, engine.split, target, stage.next_items.requests, seed)
+        run_stage(stage, 1, engine.policy, run.path, engine.config.train, journal, None, None)
+    load_weights(kept, engine.policy)
+    engine.policy.eval().requires_grad_(False)
+    return engine
+
+
+def aimed(log: EventLog, split: Split, target: str, requests: Requests, seed: int) -> Requests:
+    """Train requests with the F of a target; "later": as many items as the window's, drawn from all dislikes of the
+    train days after t."""
+    if target == "window":
+        return requests
+    if target == "next":
+        return only_next(log, requests)
+    rng, parts = np.random.default_rng(seed), [np.zeros(0, np.int32)]
+    for row, size in enumerate(np.diff(requests.dislike_offsets)):
+        if size:
+            later = later_dislikes(log, int(requests.user[row]), int(requests.day[row]), split.valid_day)
+            parts.append(np.sort(rng.choice(later, size, replace=False)))
+    return replace(requests, dislikes=np.concatenate(parts))
+
+
+def later_dislikes(log: EventLog, user: int, day: int, before_day: int | None = None) -> np.ndarray:
+    """The items unseen up to the end of ``day`` that the user dislikes later, the first first, int32; without those
+    first disliked on ``before_day`` or after, if given."""
+    own = slice(log.user_offsets[user], log.user_offsets[user + 1])
+    item, feedback, days = log.item[own], log.feedback[own], log.time[own] // 86_400
+    in_time = days > day if before_day is None else (days > day) & (days < before_day)
+    later = item[in_time & (feedback == DISLIKE)]
+    later = later[~np.isin(later, item[days <= day])]
+    _, first = np.unique(later, return_index=True)
+    return later[np.sort(first)]
 
 
 class Truths:
@@ -118,7 +168,7 @@ def prepared(simulation: Simulation, runs: Path) -> Path:
 
 
 def intervals(requests: Requests, values: dict[str, list[np.ndarray]]) -> dict[str, Any]:
-    """Means over seeds and requests, and window minus next."""
+    """Means over seeds and requests, and the window minus each other target."""
     users, owner = np.unique(requests.user, return_inverse=True)
     weights = resample_users(len(users), 1000, 0)
     samples = {}
@@ -127,5 +177,9 @@ def intervals(requests: Requests, values: dict[str, list[np.ndarray]]) -> dict[s
         sums = weighted_sums(weights, owner, np.stack([value, np.ones(len(value))], axis=1))
         samples[name] = ratio(sums[:, 0], sums[:, 1])
     metrics = [name.partition("/")[2] for name in samples if name.startswith("window/")]
-    differences = {f"window-next/{m}": interval(samples[f"window/{m}"] - samples[f"next/{m}"]) for m in metrics}
+    differences = {
+        f"window-{other}/{m}": interval(samples[f"window/{m}"] - samples[f"{other}/{m}"])
+        for other in TARGETS[1:]
+        for m in metrics
+    }
     return {name: interval(sample) for name, sample in samples.items()} | differences

@@ -5,7 +5,7 @@
 - ``filter``: what withholding the worst-scored 10 % does to the true dislike rate: the truth, the estimate from told
   feedback, and the estimates that use the known propensities (IPS, doubly robust).
 - ``recovery``: whether negfast trained on the window finds the true dislikes better than negfast trained on the next
-  negative alone. It trains two runs a seed.
+  negative alone, or on as many drawn from all later ones. It trains three models a seed.
 
 Every part is kept in the result file under its name; intervals are 95 % bootstrap intervals over users.
 """
@@ -18,7 +18,7 @@ from typing import Any
 import click
 import numpy as np
 
-from bench.experiments.recovery import recovery
+from bench.experiments.recovery import later_dislikes, recovery
 from negfast.data.dataset import Dataset
 from negfast.data.log import DISLIKE, EventLog
 from negfast.data.simulate import FIRST_DAY, Simulation, SimulationSettings, exposure_policy, simulate
@@ -47,6 +47,7 @@ Result = dict[str, Any]
 @click.option("--seed", default=0, show_default=True)
 @click.option("--runs", default=Path("runs/simulator"), type=click.Path(path_type=Path), show_default=True)
 @click.option("--preset", default="smoke", show_default=True, help="Of the runs that `recovery` trains.")
+@click.option("--steps", default=300, show_default=True, help="Of SFT in the runs that `recovery` trains.")
 @click.option("--seeds", default="0", show_default=True, help="Of the runs that `recovery` trains.")
 @click.option("--out", default=RESULT, type=click.Path(path_type=Path), show_default=True)
 def main(
@@ -58,6 +59,7 @@ def main(
     seed: int,
     runs: Path,
     preset: str,
+    steps: int,
     seeds: str,
     out: Path,
 ) -> None:
@@ -74,7 +76,7 @@ def main(
             results["filter"] = {"settings": asdict(settings), **filter_effects(simulation)}
         elif part == "recovery":
             numbers = [int(number) for number in seeds.split(",")]
-            results["recovery"] = {"settings": asdict(settings), **recovery(simulation, runs, preset, numbers)}
+            results["recovery"] = {"settings": asdict(settings), **recovery(simulation, runs, preset, steps, numbers)}
         else:
             raise click.BadParameter(f"--parts: found {part!r}, expected targets, filter or recovery")
         print(json.dumps(results[part], indent=1))
@@ -158,16 +160,6 @@ def sampled_requests(log: EventLog, sample: int) -> tuple[Requests, np.random.Ge
     )
     rows = np.flatnonzero(counts >= LEAST_LATER)
     return requests.take(np.sort(rng.permutation(rows)[:sample])), rng
-
-
-def later_dislikes(log: EventLog, user: int, day: int) -> np.ndarray:
-    """The items unseen up to the end of ``day`` that the user dislikes later, the first first, int32."""
-    own = slice(log.user_offsets[user], log.user_offsets[user + 1])
-    item, feedback, days = log.item[own], log.feedback[own], log.time[own] // 86_400
-    later = item[(days > day) & (feedback == DISLIKE)]
-    later = later[~np.isin(later, item[days <= day])]
-    _, first = np.unique(later, return_index=True)
-    return later[np.sort(first)]
 
 
 def summarise(requests: Requests, values: dict[str, list[float]]) -> Result:

@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 
-from bench.experiments.simulator import filter_effects, later_dislikes, simulated_targets, told_to_true
+from bench.experiments import recovery
+from bench.experiments.recovery import later_dislikes
+from bench.experiments.simulator import filter_effects, simulated_targets, told_to_true
 from negfast.data.log import DISLIKE
 from negfast.data.simulate import FIRST_DAY, SimulationSettings, simulate
+from negfast.data.split import split_requests
 
 SIZES = {"users": 700, "items": 300, "days": 50, "impressions": 3.0, "topics": 10}
 INDIFFERENT = {"personal": 0.0, "suppression": 0.0, "popularity": 0.0, "freshness": 1e9, "false_dislike": 0.0}
@@ -63,3 +66,42 @@ def test_propensities_find_the_true_effect_of_a_filter() -> None:
         assert abs(reduction[name]["mean"] - truth) < 0.05
     widths = {name: interval["high"] - interval["low"] for name, interval in reduction.items()}
     assert widths["truth, slots filled"] < widths["IPS, slots filled"]
+
+
+@pytest.mark.slow
+def test_recovery_trains_on_each_target_and_finds_its_runs_again(tmp_path, monkeypatch) -> None:
+    simulation = simulate(SimulationSettings(**SIZES | {"users": 250}, dislike_rate=0.3))
+    monkeypatch.setattr(recovery, "REQUESTS", 60)
+    monkeypatch.setattr(recovery, "TARGETS", ("window", "later"))
+    found = recovery.recovery(simulation, tmp_path, "smoke", 2, [0])
+    assert found["requests"] == 60
+    best = found["best/true_probability"]["low"]
+    assert found["random/true_probability"]["high"] < best and found["best/top_dislikes"]["mean"] == 1
+    for target in recovery.TARGETS:
+        assert 0 < found[f"{target}/true_probability"]["mean"] < best
+        assert found[f"{target}/top_dislikes"]["mean"] < 1
+        assert found[f"{target}/verdict_rank_correlation"]["low"] > 0
+        assert (tmp_path / f"{target}-0" / "checkpoints" / "sft").is_dir()
+    monkeypatch.setattr(recovery, "aimed", None)  # nothing is trained again
+    assert recovery.recovery(simulation, tmp_path, "smoke", 2, [0]) == found
+
+
+def test_every_target_has_its_own_future() -> None:
+    log = simulate(SimulationSettings(**SIZES | {"users": 250}, dislike_rate=0.3)).log
+    split = split_requests(log, 7, FIRST_DAY + 25, FIRST_DAY + 36)
+    requests = split.train
+    next_only = recovery.aimed(log, split, "next", requests, 0)
+    later = recovery.aimed(log, split, "later", requests, 0)
+    assert recovery.aimed(log, split, "window", requests, 0) is requests
+    assert np.array_equal(np.diff(next_only.dislike_offsets), np.minimum(np.diff(requests.dislike_offsets), 1))
+    assert np.array_equal(later.dislike_offsets, requests.dislike_offsets)
+    beyond = 0
+    for row in np.flatnonzero(requests.has_dislikes):
+        own = slice(log.user_offsets[requests.user[row]], log.user_offsets[requests.user[row] + 1])
+        items, days = log.item[own], log.day[own]
+        ahead = (days > requests.day[row]) & (days < split.valid_day) & (log.feedback[own] == DISLIKE)
+        window = requests.dislikes[requests.dislike_offsets[row] : requests.dislike_offsets[row + 1]]
+        drawn = later.dislikes[later.dislike_offsets[row] : later.dislike_offsets[row + 1]]
+        assert set(drawn) <= set(items[ahead]) - set(items[days <= requests.day[row]]) and len(set(drawn)) == len(drawn)
+        beyond += len(set(drawn) - set(window))
+    assert beyond > 0.2 * len(later.dislikes)
