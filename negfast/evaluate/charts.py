@@ -46,15 +46,18 @@ def line_chart(
     y_format: Format = number,
     from_zero: bool = False,
     diagonal: bool = False,
+    span: float = 0.0,
 ) -> str:
-    """Lines over one pair of axes, with a legend where there is more than one name; ``diagonal`` draws y = x."""
+    """Lines over one pair of axes, with a legend where there is more than one name; ``diagonal`` draws y = x, ``span``
+    is what the y axis covers at least, so that noise does not look like a trend."""
     points = [(x, y) for line in lines for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)]
     if not points:
         return '<p class="none">nothing to show</p>'
     bounds = [y for line in lines for part in (line.low, line.high) if part for y in part if math.isfinite(y)]
     zero = [0.0] if from_zero else []
     xs, ys = [x for x, _ in points] + (zero if diagonal else []), [y for _, y in points] + bounds + zero
-    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
+    room = max(span - (max(ys) - min(ys)), 0.0) / 2
+    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys) - room, max(ys) + room)
     frame = _Frame(x_ticks, y_ticks)
     parts = [frame.grid(x_label, x_format, y_format)]
     if diagonal:

@@ -14,7 +14,7 @@ from negfast.evaluate.sets import EvalSet, history_ends, past_dislikes
 
 PAST_BINS = ((0, 0), (1, 2), (3, 5), (6, 15), (16, None))  # numbers of past dislikes, both ends included
 SHARES = np.concatenate([np.arange(1, 21) / 100, np.arange(25, 55, 5) / 100])  # of events filtered
-EXAMPLES, SHOWN = 4, 8  # users shown, and titles in each of their lists
+EXAMPLES, SHOWN = 6, 8  # users shown, and titles in each of their lists
 
 
 @dataclass(frozen=True)

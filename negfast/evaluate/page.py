@@ -7,6 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import click
+
 import negfast
 from negfast.config import to_toml
 from negfast.data.dataset import Dataset, date_of
@@ -23,6 +25,18 @@ from negfast.run_folder import RunFolder
 COMPARED = ("grpo", "boosted", "logistic", "item-rate")  # rows of the curves, the run's final weights first
 HEADINGS = ("FHR@20", "filter AUC", "reduction", "pool HR@10", "pool AUC", "hit share")
 STAGES = ("align", "sft", "grpo")
+ROWS = {
+    "popularity": "most dislikes so far",
+    "recent-7d, recent-14d": "most dislikes in the last 7 or 14 days",
+    "decay-4d": "dislikes that lose half their weight in 4 days",
+    "recent-all-14d": "most events of any kind in the last 14 days",
+    "knn-dislikes, knn-all": "items that go with the user's dislikes, or with all that the user had",
+    "item-rate, user-rate": "the smoothed dislike rate of the item, or of the user, up to the day",
+    "logistic, boosted, boosted-plus": "rankers of both rates; of those and more history; of all that the verdict sees",
+    "sasrec-dislikes, sasrec-all": "a transformer over the sequence of items alone",
+    "prior": "the community prior alone: what training starts from",
+    "sft, grpo": "the model after these stages; grpo is the run's final weights",
+}
 
 
 def write_page(run: Path, out: Path | None) -> Path:
@@ -42,6 +56,7 @@ def write_page(run: Path, out: Path | None) -> Path:
     sets = [evaluation_set(log, engine.split, name) for name in ("valid", "test")]
     for evalset in sets:
         check_choosable(evalset)  # curves and rates of one kind of event say nothing
+    click.echo("report: baselines and test split again, for curves and examples; takes minutes", err=True)
     predictions = dict(rate_predictions(log, data.items, sets, engine.fit_until)[1])
     predictions["grpo"] = predict_set(engine, sets[1], folder.calibration)
     final = predictions["grpo"]
@@ -70,16 +85,35 @@ def write_page(run: Path, out: Path | None) -> Path:
 def _head(folder: RunFolder, table: Mapping[str, Any]) -> str:
     rows = {row["name"]: row for row in table["rows"]}
     model, best = rows["grpo"], _best_baseline(table["rows"])
-    auc, cut = model["filter_auc"], model["filter_reduction"]
-    says = f"Filter AUC {auc['mean']:.3f} ({auc['low']:.3f} to {auc['high']:.3f}); the best baseline, {best['name']}, "
-    says += f"has {best['filter_auc']['mean']:.3f}. Holding back the top 10 % of events lowers the dislike rate by "
-    says += f"{cut['mean']:.1%}."
+    auc, cut, its_auc = model["filter_auc"], model["filter_reduction"], best["filter_auc"]["mean"]
+    says = (
+        f"Filter AUC {auc['mean']:.3f}, 95 % interval {_three(auc['low'])} to {_three(auc['high'])}; the best "
+        f"baseline, {best['name']}, has {its_auc:.3f}, {_place(its_auc, auc)} that interval. Holding back the top 10 % "
+        f"of events lowers the dislike rate by {percent(cut['mean'])}, with {best['name']} by "
+        f"{percent(best['filter_reduction']['mean'])}."
+    )
+    if _chosen_step(folder) == 0:
+        says += " GRPO's weights were not better on valid, so the run kept those of SFT."
     return (
         f"<h1>{escape(folder.path.resolve().name)}</h1>"
         f'<p class="soft">{table["split"]}: {table["requests"]:,} requests ({table["primary_requests"]:,} primary) of '
-        f"{table['users']:,} users, {table['filter_events']:,} events ({table['filter_dislike_rate']:.1%} dislikes), "
-        f"{table['pools']:,} pools</p><p>{escape(says)}</p>"
+        f"{table['users']:,} users, {table['filter_events']:,} events "
+        f"({percent(table['filter_dislike_rate'])} dislikes), {table['pools']:,} pools</p><p>{escape(says)}</p>"
     )
+
+
+def _place(value: float, interval: Mapping[str, Any]) -> str:
+    if interval["low"] is None or interval["low"] <= value <= interval["high"]:
+        return "inside"
+    return "below" if value < interval["low"] else "above"
+
+
+def _chosen_step(folder: RunFolder) -> int | None:
+    """The step of GRPO whose weights the run kept; None where it has no such stage."""
+    chosen = [
+        e["step"] for e in _lines(folder.path / "events.jsonl") if e["event"] == "chosen" and e["stage"] == "grpo"
+    ]
+    return chosen[-1] if chosen else None
 
 
 def _best_baseline(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -102,8 +136,13 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
         "horizon. Filter AUC: every first like or dislike, scored before its day. Reduction: fall of the dislike rate "
         "when exactly the top 10 % is filtered. Pool: the disliked item among 99 that others consumed that day. Hit "
         "share: dislikes among the 20 that the user went on to like or dislike. ± is half of a 95 % bootstrap interval "
-        f"over users; bold is the best of a column.</p>{_html_table(head, body)}{_all_metrics(rows)}"
+        f"over users; bold is the best of a column.</p>{_html_table(head, body)}{_row_names()}{_all_metrics(rows)}"
     )
+
+
+def _row_names() -> str:
+    lines = "".join(f"<li><b>{names}</b>: {escape(what)}</li>" for names, what in ROWS.items())
+    return f"<details><summary>What the rows are</summary><ul>{lines}</ul></details>"
 
 
 def _all_metrics(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -135,7 +174,7 @@ def _cell(row: Mapping[str, Any], metric: str, best: float | None) -> str:
     if not _known(row, metric):
         return ""
     value = row[metric]
-    text = f"{value['mean']:.1%}" if metric == "filter_reduction" else f"{value['mean']:.3f}"
+    text = percent(value["mean"]) if metric == "filter_reduction" else f"{value['mean']:.3f}"
     text = f"<b>{text}</b>" if value["mean"] == best else text
     if value["low"] is None:
         return text
@@ -159,12 +198,13 @@ def _training(folder: RunFolder) -> str:
     shares = [Line("", [line["step"] for line in of_grpo], [line["mixed_share"] for line in of_grpo], color=2)]
     cards.append(_card("grpo: share of mixed views", line_chart(shares, "step", "share", from_zero=True)))
     cards.append(_card("grpo: KL to the SFT policy", _smoothed(of_grpo, "kl", "KL a token")))
-    for metric in ("FHR@20", "filter_auc"):
+    for metric, heading in (("FHR@20", "FHR@20"), ("filter_auc", "filter AUC")):
         lines = []
         for color, stage in enumerate(("sft", "grpo")):
             valid = [e for e in events if e["event"] == "valid" and e["stage"] == stage and metric in e]
             lines.append(Line(stage, [e["step"] for e in valid], [e[metric] for e in valid], color=color, dots=True))
-        cards.append(_card(f"valid: {metric}", line_chart(lines, "step of the stage", metric)))
+        chart = line_chart(lines, "step of the stage", heading, span=0.04)  # less is within the noise of valid
+        cards.append(_card(f"valid: {heading}", chart))
     return f"<h2>Training</h2><p>Thin lines are single steps, thick ones their moving mean.</p>{_cards(cards)}"
 
 
@@ -198,11 +238,11 @@ def _filter(rows: Sequence[Mapping[str, Any]], curves: Mapping[str, Tradeoff]) -
         for color, (name, curve) in enumerate(curves.items())
     ]
     at_ten = SHARES.tolist().index(0.1)
-    text = "".join(
-        f"<li>{escape(name)}: {curve.dislikes_avoided[at_ten]:.1%} of the dislikes avoided for "
-        f"{curve.likes_lost[at_ten]:.1%} of the likes</li>"
+    at_ten_rows = [
+        f"<tr><td>{escape(name)}</td><td>{percent(curve.dislikes_avoided[at_ten])}</td>"
+        f"<td>{percent(curve.likes_lost[at_ten])}</td></tr>"
         for name, curve in curves.items()
-    )
+    ]
     cards = [
         _card(
             "Dislikes avoided against likes lost",
@@ -217,18 +257,28 @@ def _filter(rows: Sequence[Mapping[str, Any]], curves: Mapping[str, Tradeoff]) -
             ),
         ),
         _card(
-            "Reliability: what was said, and what came",
+            "Calibration: said, and come true",
             line_chart(calibration, "probability said", "dislike rate", from_zero=True, diagonal=True),
+        ),
+        _card(
+            "With 10 % of the events held back",
+            _html_table("<th>dislikes avoided</th><th>likes lost</th>", at_ten_rows),
         ),
     ]
     return (
         "<h2>As a filter</h2><p>Every first like or dislike of the test days, scored from the context before its day; "
         "those of highest score are held back. Observational: the log carries no propensities.</p>"
-        f"{_cards(cards)}<p>At 10 % of the events held back:</p><ul>{text}</ul>"
+        f"{_cards(cards)}"
     )
 
 
 def _strata(rows: Sequence[Stratum]) -> str:
+    lines = [
+        f"<tr><td>{row.label}</td><td>{row.events:,}</td><td>{_three(row.filter_auc)}</td>"
+        f"<td>{row.requests:,}</td><td>{_three(row.fhr20)}</td></tr>"
+        for row in rows
+    ]
+    head = "<th>events</th><th>AUC</th><th>requests</th><th>FHR@20</th>"
     cards = [
         _card(
             "Filter AUC",
@@ -238,16 +288,11 @@ def _strata(rows: Sequence[Stratum]) -> str:
             "FHR@20",
             bar_chart([r.label for r in rows], [r.fhr20 or 0 for r in rows], "past dislikes", "share", color=1, show=1),
         ),
+        _card("In figures", _html_table(head, lines)),
     ]
-    lines = [
-        f"<tr><td>{row.label}</td><td>{row.events:,}</td><td>{_three(row.filter_auc)}</td>"
-        f"<td>{row.requests:,}</td><td>{_three(row.fhr20)}</td></tr>"
-        for row in rows
-    ]
-    head = "<th>events</th><th>filter AUC</th><th>requests</th><th>FHR@20</th>"
     return (
-        "<h2>By the number of past dislikes</h2><p>How much a user's own dislikes matter to what the model knows; the "
-        f"first column is their number.</p>{_cards(cards)}{_html_table(head, lines)}"
+        "<h2>By the number of past dislikes</h2><p>How much a user's own dislikes matter to what the model knows.</p>"
+        f"{_cards(cards)}"
     )
 
 
