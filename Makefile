@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install train smoke test test-slow fuzz soak lint docs wheel clean
+.PHONY: help install train smoke test test-slow fuzz soak lint docs wheel try-wheel clean
 
 help:
 	@echo "make train      install, then the whole job on the embedded sample -> runs/quickstart"
@@ -16,6 +16,7 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       docs/configuration.md from the settings' types"
 	@echo "make wheel      a wheel in dist/"
+	@echo "make try-wheel  the wheel in an empty environment, outside the repository: every command"
 
 install: $(INSTALLED)
 
@@ -65,6 +66,9 @@ docs: install
 
 wheel: install
 	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+try-wheel: wheel
+	tools/try_wheel.sh "$$(ls -t dist/*.whl | head -1)"
 
 clean:
 	rm -rf build dist $(INSTALLED)

@@ -27,15 +27,12 @@ def nightly(data: Path, init: Path, out: Path, settings: dict[str, object]) -> N
     train(config=None, preset="nightly", data=data, model=None, init=init, out=out, overrides=overrides, table=False)
 
 
-def foresight(run: Path, data: Path, pairs: tuple[list[str], list[str]], dislike: np.ndarray, folder: Path) -> float:
-    """AUC of `negfast score RUN --data DATA` over user-item pairs that came after the data's end."""
+def foresight(run: Path, data: Path, pairs: tuple[list[str], list[str]], folder: Path) -> np.ndarray:
+    """What `negfast score RUN --data DATA` says of user-item pairs that came after the data's end; NaN: abstained."""
     asked, scored = folder / "asked.parquet", folder / "scored.parquet"
     parquet.write_table(pa.table({"user": pairs[0], "item": pairs[1]}), asked)
     run_cli("score", str(run), str(asked), "--data", str(data), "--out", str(scored))
-    score = parquet.read_table(scored)["score"].to_numpy(zero_copy_only=False)
-    known = np.isfinite(score)
-    assert known.mean() > 0.5
-    return float(roc_auc_score(dislike[known], score[known]))
+    return parquet.read_table(scored)["score"].to_numpy(zero_copy_only=False)
 
 
 def test_two_days_of_a_tiny_log(tiny_run: Path, tmp_path: Path) -> None:
@@ -115,7 +112,7 @@ def test_a_week_of_movietweetings(tmp_path: Path, capsys: pytest.CaptureFixture)
     run_cli(*command, "--encoder", "tfidf", "--out", str(tmp_path / "data0"))
     first, data = tmp_path / "run0", tmp_path / "data0"
     train(None, "smoke", data, None, None, first, ("sft.steps=60", "sft.validate_every=30"), table=False)
-    run, figures = first, []
+    run, figures, answered = first, [], []
     smaller = {"sft.steps": 40, "sft.requests": 32, "sft.verdicts": 32, "sft.validate_every": 20, "grpo.steps": 5,
                "grpo.requests": 8, "grpo.group": 8, "grpo.warmup": 1, "eval.beam": 50,
                "eval.valid_requests": 64}  # fmt: skip
@@ -125,9 +122,12 @@ def test_a_week_of_movietweetings(tmp_path: Path, capsys: pytest.CaptureFixture)
         asked = [row for row in rows if row[0] in known]
         pairs = [row[0] for row in asked], [row[1] for row in asked]
         dislike = np.array([int(row[2]) <= 5 for row in asked])
-        fresh, frozen = (foresight(r, data, pairs, dislike, tmp_path) for r in (run, first))
-        stale = foresight(first, tmp_path / "data0", pairs, dislike, tmp_path)
-        figures.append((fresh, frozen, stale))
+        ways = (run, data), (first, data), (first, tmp_path / "data0")
+        scores = np.stack([foresight(*way, pairs, tmp_path) for way in ways])
+        answered.append(np.isfinite(scores).mean(1))
+        common = np.isfinite(scores).all(0)  # an older log knows fewer items: the ways are compared on the same pairs
+        figures.append([float(roc_auc_score(dislike[common], score[common])) for score in scores])
+        fresh, frozen, stale = figures[-1]
         with capsys.disabled():
             print(f"{date_of(day)}: {len(asked)} pairs, AUC fresh {fresh:.3f}, frozen {frozen:.3f}, stale {stale:.3f}")
         today = tmp_path / f"ratings-{number}.dat"
@@ -138,5 +138,7 @@ def test_a_week_of_movietweetings(tmp_path: Path, capsys: pytest.CaptureFixture)
         run = tmp_path / f"run{number}"
     fresh, frozen, stale = np.mean(figures, axis=0)
     with capsys.disabled():
-        print(f"mean: AUC fresh {fresh:.3f}, frozen {frozen:.3f}, stale {stale:.3f}")
-    assert fresh > 0.7 and fresh > frozen - 0.01 and fresh > stale - 0.005
+        print(f"mean: AUC fresh {fresh:.3f}, frozen {frozen:.3f}, stale {stale:.3f}; answered {np.mean(answered, 0)}")
+    # A week is too short to gain from training anew; it must not cost more than the noise of some 2,500 pairs.
+    assert fresh > 0.7 and fresh > frozen - 0.01 and fresh > stale - 0.01
+    assert np.mean(answered, 0)[0] >= np.mean(answered, 0)[2] > 0.5
