@@ -22,6 +22,7 @@ from negfast.data.loader import epoch_rows
 from negfast.data.prepare import SemanticIdSettings
 from negfast.data.samples import prepare_movietweetings
 from negfast.model.choice import TrieChooser
+from negfast.model.fused_layers import fuse_layers
 from negfast.model.layout import GroupLayout
 from negfast.model.load import build_policy, small_qwen3
 from negfast.model.policy import Policy
@@ -74,7 +75,7 @@ class Ours:
         vocabulary = CodeVocabulary(TEXT_TOKENS, case.levels, CODEBOOK)
         self.policy = Policy(small_qwen3(shape, TEXT_TOKENS), vocabulary).train()
         torch.nn.init.normal_(self.policy.block.head.weight, std=shape.hidden**-0.5)
-        self.policy.to(device)
+        fuse_layers(self.policy.to(device), self.device)
         self.policy.in_bfloat16 = self.device.type == "cuda"
         self.reference = freeze(self.policy)
         self.chooser = TrieChooser(self.trie.to(device), 0.0 if self.full else 1.0)

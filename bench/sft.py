@@ -25,6 +25,7 @@ from transformers import PrinterCallback, Qwen3Config, Qwen3ForCausalLM, Trainer
 
 from bench.machine import device_name, versions, write_result
 from negfast.model.choice import TrieChooser
+from negfast.model.fused_layers import fuse_layers
 from negfast.model.layout import GroupLayout
 from negfast.model.policy import Policy
 from negfast.sid.tokens import CodeVocabulary
@@ -84,6 +85,7 @@ class Ours:
         )
         vocabulary = CodeVocabulary(TEXT_TOKENS, case.levels, CODEBOOK)
         self.policy = Policy(Qwen3ForCausalLM(case.decoder(TEXT_TOKENS)), vocabulary).train().to(device)
+        fuse_layers(self.policy, device)
         torch.nn.init.normal_(self.policy.block.head.weight, std=case.hidden**-0.5)
         codes = torch.from_numpy(vocabulary.item_tokens(trie.codes)).long()
         self.engine: Any = SimpleNamespace(
@@ -273,16 +275,19 @@ class Gpu:
 def predict(shape: Shape = Shape(), gpu: Gpu = Gpu()) -> dict[str, Any]:
     """What a step costs by counting: products and attention at a share of peak FLOP/s, all else by bytes moved.
 
-    Elementwise work is counted as fused (norms, rotary embedding, SwiGLU: an activation read once and written once in
-    bf16, twice that backward), the optimiser as 28 bytes a weight, and the bf16 copies of autocast as 6 a pass.
+    Elementwise work is counted as liger-kernel fuses it, in bytes of a token and layer: two norms of the float32
+    residual stream, each rounded once for the products behind it, and two additions to it; norms and rotary embedding
+    of queries and keys, and SwiGLU, in bf16; twice that backward. The optimiser counts 28 bytes a weight, the bf16
+    copies of autocast 6 a pass.
     """
     tokens = shape.sequence * shape.sequences
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     weights = shape.layers * (2 * shape.hidden * (query + key) + 3 * shape.hidden * shape.intermediate)
     products = 6.0 * weights * tokens
     attention = 3 * 4.0 * query * shape.layers * tokens * (shape.sequence + 1) / 2
-    values = 2 * 2 * shape.hidden + 2 * 3 * shape.hidden + 2 * 2 * (query + key) + 3 * shape.intermediate
-    elementwise = 3.0 * 2 * values * shape.layers * tokens
+    norms, additions = 2 * (4 + 4 + 4 + 2) * shape.hidden, 2 * (4 + 2 + 4) * shape.hidden
+    moved = norms + additions + 2 * (2 + 2) * (query + key) + 3 * 2 * shape.intermediate
+    elementwise = 3.0 * moved * shape.layers * tokens
     optimiser = (28.0 + 2 * 6) * weights
     seconds = {
         "products": products / (gpu.flops * gpu.product_share),

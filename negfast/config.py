@@ -214,6 +214,11 @@ class Train:
     token_budget: int = setting(
         0, low=0, help="most tokens of a part; larger ones are halved, with the same result. 0: no bound"
     )
+    shard: str = setting(
+        "auto",
+        choices=("auto", "none", "fsdp"),
+        help="spread layers' weights, gradients and moments over ranks. auto: where they would fill a GPU",
+    )
     prefetch: str = setting(
         "auto", choices=("auto", "on", "off"), help="read a step's batch while the one before computes. auto: on CUDA"
     )

@@ -45,10 +45,12 @@ def soak(stage: str, run: Path, seconds: float) -> tuple[list[float], int]:
     settings |= {f"{stage}.warmup": 5, f"{stage}.validate_every": 200, "train.checkpoint_every": 50}
     command += [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     metrics = run / "metrics.jsonl"
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+    log = run.with_suffix(".log")
+    with log.open("w") as file, subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file) as process:
         while not metrics.exists() or not metrics.stat().st_size:
             if process.poll() is not None:
-                raise SystemExit(f"{stage}: the run ended with exit code {process.returncode} before its first step")
+                said = (log.read_text().strip().splitlines() or ["it said nothing"])[-1]
+                raise SystemExit(f"{stage}: exit code {process.returncode} before the first step: {said}")
             time.sleep(0.5)
         sizes, end = [], time.monotonic() + seconds
         while time.monotonic() < end:

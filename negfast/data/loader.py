@@ -100,6 +100,9 @@ def read_ahead(
 class Loader(Generic[Batch]):
     """Gives ``read(rows)`` for batches of rows of 0..size-1, each row once an epoch, read ahead in order.
 
+    For training loops of one's own over shards. negfast's stages mix several tasks in a step, each with its own rows
+    (`epoch_rows`), and keep no position: they call `read_ahead` themselves (`negfast.train.reader`).
+
     A step takes the next ``batch_size`` rows for each of ``world_size`` ranks (fewer at the end of an epoch) and this
     rank reads its share, possibly of no rows. Iterating gives the rest of the current epoch; the next iteration gives
     the next one. ``state`` after a batch is where another loader goes on after that batch.

@@ -7,6 +7,7 @@ Linear layers, norms and MLPs therefore touch no padding. Attention works on buc
 and similar number of answers, each padded to its largest.
 """
 
+from collections import UserDict
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -55,6 +56,11 @@ class LayerKeys:
         return self.own_key, self.own_value
 
 
+class Keys(UserDict[int, LayerKeys]):
+    """What every layer keeps, by the layer's number. Not a dict: FSDP2 looks into those of a layer's arguments and goes
+    on with a copy where tensors have gradients."""
+
+
 @dataclass
 class GroupLayout:
     """B prompts of ragged length, A answers, each belonging to one prompt.
@@ -86,7 +92,7 @@ class GroupLayout:
     keys_only: bool = False  # while a layer gives nothing but the prompts' keys and values
     new_tokens: int = 0  # tokens that each answer adds in the current call
     past_tokens: int = 0  # tokens that each answer added in earlier calls
-    keys: dict[int, LayerKeys] = field(default_factory=dict)
+    keys: Keys = field(default_factory=Keys)
     _answer_offsets: Tensor | None = None  # once asked for
 
     @classmethod
@@ -125,7 +131,7 @@ class GroupLayout:
 
     def fresh(self, slots: Tensor, group: int) -> "GroupLayout":
         """A layout of the same prompts for other answers, with nothing computed yet."""
-        layout = replace(self, keys={}, past_tokens=0, new_tokens=0)
+        layout = replace(self, keys=Keys(), past_tokens=0, new_tokens=0)
         layout.set_answers(slots, group)
         return layout
 

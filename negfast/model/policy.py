@@ -43,6 +43,7 @@ class Policy(nn.Module):
     """
 
     in_bfloat16 = False
+    bare_layers: tuple[nn.ModuleList, ...] = ()  # where the decoder's are sharded, what they were made of, without data
 
     def __init__(self, model: PreTrainedModel, vocabulary: CodeVocabulary, verdict_features: int = 4) -> None:
         """``verdict_features``: columns of `negfast.data.features.HistoryFeatures.rich`."""

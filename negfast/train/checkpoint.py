@@ -19,6 +19,7 @@ from negfast.errors import InputError, TrainingError
 from negfast.files import atomic_directory
 from negfast.spans import span
 from negfast.train import distributed
+from negfast.train.sharding import gathered, is_sharded, like, local, whole
 
 if TYPE_CHECKING:
     from negfast.train.journal import Journal
@@ -27,23 +28,21 @@ WEIGHTS, OPTIMIZER, STATE = "policy.safetensors", "optimizer.safetensors", "stat
 BATCH = "batch.safetensors"  # of a failed step
 
 
-def save_checkpoint(
-    folder: Path,
-    policy: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
-    state: dict | None = None,
-    batch: dict[str, torch.Tensor] | None = None,
-) -> None:
-    """Writes ``folder`` whole or not at all, with the checksums of its files in state.json; ``batch`` goes beside.
+def save_checkpoint(folder: Path, policy: nn.Module, state: dict | None = None) -> None:
+    """Writes ``folder`` whole or not at all, with the checksums of its files in state.json.
 
     TrainingError where the disk is full; ``folder`` is what it was then.
     """
+    write_parts(folder, {WEIGHTS: unique_tensors(policy)}, state or {})
+
+
+def save_by_first(folder: Path, policy: nn.Module, state: dict, batch: dict[str, torch.Tensor] | None = None) -> None:
+    """`save_checkpoint` for all ranks to call, since each may hold a part of the weights: rank 0 writes, ``batch``
+    beside them."""
     parts = {WEIGHTS: unique_tensors(policy)}
-    if optimizer is not None:
-        parts[OPTIMIZER] = optimizer_tensors(policy, optimizer)
     if batch is not None:
         parts[BATCH] = batch
-    write_parts(folder, parts, state or {})
+    distributed.first_does(lambda: write_parts(folder, parts, state))
 
 
 def write_parts(folder: Path, parts: dict[str, dict[str, torch.Tensor]], state: dict) -> None:
@@ -86,12 +85,14 @@ def check_checkpoint(folder: Path) -> None:
 def load_weights(folder: Path, policy: nn.Module) -> None:
     """Loads a checkpoint's weights into ``policy``; InputError where they are missing, damaged or do not fit."""
     tensors = _read(folder / WEIGHTS)
-    wanted = unique_tensors(policy)
+    wanted = unique_parts(policy)
     for name, tensor in wanted.items():
         if name not in tensors or tensors[name].shape != tensor.shape:
             found = tuple(tensors[name].shape) if name in tensors else "nothing"
             raise InputError(f"{folder / WEIGHTS}: {name}: found {found}, expected shape {tuple(tensor.shape)}")
-    policy.load_state_dict(tensors, strict=False)
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            local(tensor).copy_(local(like(tensors[name], tensor)))
 
 
 def load_optimizer(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -99,7 +100,7 @@ def load_optimizer(folder: Path, policy: nn.Module, optimizer: torch.optim.Optim
     tensors = _read(folder / OPTIMIZER)
     for name, parameter in policy.named_parameters():
         entry = {
-            key.rpartition("|")[2]: value.to(parameter.device)
+            key.rpartition("|")[2]: like(value, parameter)
             for key, value in tensors.items()
             if key.rpartition("|")[0] == name
         }
@@ -164,15 +165,17 @@ class StageCheckpoints:
         """Loads weights and optimiser; the step to go on from."""
         load_weights(path, self.policy)
         load_optimizer(path, self.policy, self.optimizer)
-        state = read_state(path)
-        self.best_score, self.best_step = state["best_score"], state["best_step"]
-        return state["step"]
+        if (self.best / STATE).is_file():  # they may be newer than the checkpoint: score and weights belong together
+            best = read_state(self.best)
+            self.best_score, self.best_step = best["score"], best["step"]
+        return read_state(path)["step"]
 
     def save(self, step: int, wait: bool) -> None:
         """A checkpoint after ``step`` steps, in the background unless asked to ``wait``; the next call raises what went
         wrong there."""
         distributed.first_does(self.wait)
-        distributed.first_does(lambda: self._submit(step))
+        parts = {WEIGHTS: unique_tensors(self.policy), OPTIMIZER: optimizer_tensors(self.policy, self.optimizer)}
+        distributed.first_does(lambda: self._submit(step, parts))
         if wait or not self.background:
             distributed.first_does(self.wait)
 
@@ -182,9 +185,8 @@ class StageCheckpoints:
             pending, self.pending = self.pending, None
             pending.result()
 
-    def _submit(self, step: int) -> None:
-        state = {"stage": self.stage, "step": step, "best_score": self.best_score, "best_step": self.best_step}
-        parts = {WEIGHTS: unique_tensors(self.policy), OPTIMIZER: optimizer_tensors(self.policy, self.optimizer)}
+    def _submit(self, step: int, parts: dict[str, dict[str, torch.Tensor]]) -> None:
+        state = {"stage": self.stage, "step": step}
         if self.background:
             parts = {name: snapshot(tensors) for name, tensors in parts.items()}
 
@@ -198,12 +200,12 @@ class StageCheckpoints:
     def consider(self, step: int, validate: Callable[[], dict[str, float]]) -> str:
         """Validates on rank 0 and keeps the weights if they are the best so far; says what was found."""
         self.policy.eval()
-        metrics = distributed.from_first(validate)
+        with gathered(self.policy):
+            metrics = distributed.from_first(validate)
         self.journal.event("valid", stage=self.stage, step=step, **metrics)
         if metrics["score"] > self.best_score:
             self.best_score, self.best_step = metrics["score"], step
-            state = {"stage": self.stage, "step": step, **metrics}
-            distributed.first_does(lambda: save_checkpoint(self.best, self.policy, state=state))
+            save_by_first(self.best, self.policy, {"stage": self.stage, "step": step, **metrics})
         shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         return f"{self.stage}: valid at step {step}: {shown}"
 
@@ -217,26 +219,39 @@ class StageCheckpoints:
             self.journal.event("chosen", stage=self.stage, step=step, score=self.best_score)
             if distributed.rank() == 0:
                 print(f"{self.stage}: kept the weights of step {step}, the best on valid", file=sys.stderr, flush=True)
-        state = {"stage": self.stage, "step": step}
-        distributed.first_does(lambda: save_checkpoint(self.folder / self.stage, self.policy, state=state))
+        save_by_first(self.folder / self.stage, self.policy, {"stage": self.stage, "step": step})
 
 
 def unique_tensors(policy: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict without second names of tied tensors, contiguous."""
+    """The state dict without second names of tied tensors, contiguous. Where it is sharded all ranks ask, and rank 0
+    gets the whole in this machine's memory."""
+    return {name: _whole(tensor) for name, tensor in unique_parts(policy).items()}
+
+
+def unique_parts(policy: nn.Module) -> dict[str, torch.Tensor]:
+    """The same in the policy's own memory, a sharded tensor as its parts."""
     seen, tensors = set(), {}
     for name, tensor in policy.state_dict().items():
-        if tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            tensors[name] = tensor.contiguous()
+        place = name if is_sharded(tensor) else tensor.data_ptr()  # what is tied is never sharded
+        if place not in seen:
+            seen.add(place)
+            tensors[name] = tensor
     return tensors
 
 
 def optimizer_tensors(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     return {
-        f"{name}|{key}": value.contiguous()
+        f"{name}|{key}": _whole(value)
         for name, parameter in policy.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    if not is_sharded(tensor):
+        return tensor.contiguous()
+    full = whole(tensor)  # one at a time: together they need not fit
+    return full.cpu() if distributed.rank() == 0 else full.new_empty(0)
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:

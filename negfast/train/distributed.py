@@ -22,6 +22,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from negfast.errors import InputError, TrainingError
 
@@ -139,7 +140,8 @@ def share_weights(module: nn.Module) -> None:
         return
     with _peers(), torch.no_grad():
         for tensor in module.state_dict().values():
-            dist.broadcast(tensor, 0)
+            if not isinstance(tensor, DTensor):  # such a part is this rank's alone
+                dist.broadcast(tensor, 0)
 
 
 def launch_gpus(count: int, arguments: Sequence[str]) -> int:
@@ -224,7 +226,10 @@ def _peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo raises nothing more special
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TrainingError(
-            f"rank {rank()}: another rank is gone or out of reach; the last checkpoint is good ({reason})"
-        ) from error
+        raise gone(error) from error
+
+
+def gone(error: RuntimeError) -> TrainingError:
+    """What a collective's ``error`` means, in one line."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return TrainingError(f"rank {rank()}: another rank is gone or out of reach; the last checkpoint is good ({reason})")

@@ -15,6 +15,7 @@ from negfast.data.log import DISLIKE, LIKE, EventLog
 from negfast.data.split import Requests, Split, all_requests
 from negfast.errors import InputError
 from negfast.model.choice import TrieChooser
+from negfast.model.fused_layers import fuse_layers
 from negfast.model.policy import Policy
 from negfast.model.prompts import PromptBuilder, trending_items
 from negfast.sid.prior import DevicePrior, decayed_mass
@@ -80,11 +81,12 @@ def build_engine(
         device,
         threads,
     )
+    fuse_layers(policy.to(device), device)
     return Engine(
         config,
         data,
         log,
-        policy.to(device),
+        policy,
         tokenizer,
         trie,
         TrieChooser(trie.to(device), config.prior.weight),

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from negfast.errors import InputError, TrainingError
 from negfast.model.policy import Policy
-from negfast.train import distributed
-from negfast.train.checkpoint import BATCH, read_state, save_checkpoint
+from negfast.train import distributed, sharding
+from negfast.train.checkpoint import BATCH, read_state, save_by_first
 from negfast.train.reader import read_step
 from negfast.train.step import Figures, Share
 
@@ -55,7 +55,7 @@ def explained(
         yield parts
     except NotFinite as error:
         where = run_dir / FOLDER / f"{stage.name}-{step + 1:06d}"
-        distributed.first_does(lambda: save_failed(where, stage, step, policy, shares, budget))
+        save_failed(where, stage, step, policy, shares, budget)
         raise TrainingError(
             f"{stage.name} step {step + 1}: {error}, expected finite numbers; nothing was updated. "
             f"The batch is in {where}: `negfast train --replay {where}` looks for the cause"
@@ -119,12 +119,17 @@ def save_failed(folder: Path, stage: "Stage", step: int, policy: Policy, shares:
         "step": step,
         "shares": shares[0].count,
         "token_budget": budget,
-        "not_finite": [n for n, p in policy.named_parameters() if p.grad is not None and not p.grad.isfinite().all()],
+        "not_finite": [n for n, p in policy.named_parameters() if p.grad is not None and not finite(p.grad)],
     }
-    with Recorder(policy) as recorder, torch.no_grad():
+    with Recorder(policy) as recorder, sharding.gathered(policy), torch.no_grad():
         for batch in read_step(stage, step, shares, budget):
             stage.step(batch)
-    save_checkpoint(folder, policy, state=state, batch=recorder.tensors)
+    save_by_first(folder, policy, state, batch=recorder.tensors)
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether all numbers are; of a sharded tensor, those of this rank."""
+    return bool(sharding.local(tensor).isfinite().all())
 
 
 class Recorder:
@@ -178,7 +183,7 @@ def replay(folder: Path, stage: "Stage", policy: Policy) -> list[str]:
     step, shares = state["step"], [Share(number, state["shares"]) for number in range(state["shares"])]
     budget = state.get("token_budget", 0)  # older runs knew none
     lines = [f"{stage.name} step {step + 1}, {len(shares)} share{'s' * (len(shares) > 1)}"]
-    wrong = [name for name, p in policy.named_parameters() if not p.isfinite().all()]
+    wrong = [name for name, p in policy.named_parameters() if not finite(p)]
     lines += [f"weights that are not finite: {_some(wrong)}"] if wrong else []
     policy.train()
     for number, batch in enumerate(read_step(stage, step - step % stage.config.round_steps, shares, budget)):
@@ -186,7 +191,7 @@ def replay(folder: Path, stage: "Stage", policy: Policy) -> list[str]:
         with Recorder(policy) as recorder:
             result = stage.step(batch)
         result.loss.backward()
-        bad = [name for name, p in policy.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        bad = [name for name, p in policy.named_parameters() if p.grad is not None and not finite(p.grad)]
         norm = torch.nn.utils.get_total_norm([p.grad for p in policy.parameters() if p.grad is not None])
         lines.append(f"part {number}: loss {result.loss.item():.6g}, gradient norm {norm.item():.6g}")
         lines += [f"  first output that is not finite: {recorder.first}"] if recorder.first else []

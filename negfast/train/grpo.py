@@ -25,7 +25,7 @@ from negfast.model.prompts import PromptBatch
 from negfast.sid.prior import NEXT_DISLIKE
 from negfast.spans import span
 from negfast.staging import put
-from negfast.train import distributed
+from negfast.train import distributed, sharding
 from negfast.train.engine import Engine
 from negfast.train.full_loss import full_loss
 from negfast.train.reward import COLLABORATIVE, HIT, LIKED, RewardTable, build_reward_table
@@ -305,7 +305,10 @@ def gradient_shares(terms: Tensor) -> dict[str, Mean]:
 
 
 def freeze(policy: Policy) -> Policy:
-    """A copy that takes no gradient. It shares the weights that do not train: beside adapters, all the base model's."""
+    """A copy that takes no gradient. It shares the weights that do not train: beside adapters, all the base model's.
+    Where layers are sharded it has its own parts of them."""
+    if policy.bare_layers:
+        return sharding.frozen_copy(policy)
     shared = {id(parameter): parameter for parameter in policy.parameters() if not parameter.requires_grad}
     reference = copy.deepcopy(policy, shared).eval()
     return reference.requires_grad_(False)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,6 @@ class Journal:
     ) -> None:
         """``stages`` in their order with their steps; ``resumed_from`` {"stage", "step"} of the checkpoint: lines of
         later steps are dropped. ``tensorboard`` writes the same figures as events to RUN/tensorboard.
-
-        InputError where tensorboard is asked for and not installed.
         """
         self._stages, self._folder = list(stages), run_dir
         before = [sum(list(stages.values())[:number]) for number in range(len(stages))]
@@ -97,10 +96,14 @@ class Journal:
             temporary.write_text("".join(kept))
 
 
+def check_tensorboard(wanted: bool) -> None:
+    """InputError where it is ``wanted`` and not installed."""
+    if wanted and find_spec("tensorboard") is None:
+        raise InputError("train.tensorboard: found true, but tensorboard is not installed (pip install tensorboard)")
+
+
 def _summary_writer(folder: Path, first_step: int) -> Any:
     """TensorBoard's writer; what it wrote of later steps before is hidden."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise InputError("train.tensorboard: found true, but tensorboard is not installed (pip install it)") from error
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder), purge_step=first_step)

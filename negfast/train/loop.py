@@ -15,7 +15,7 @@ from negfast.model.policy import Policy
 from negfast.progress import Progress
 from negfast.run_folder import Chosen
 from negfast.spans import span
-from negfast.train import distributed, faults
+from negfast.train import distributed, faults, sharding
 from negfast.train.checkpoint import StageCheckpoints
 from negfast.train.journal import Journal
 from negfast.train.optimizer import learning_rate, make_optimizer
@@ -110,7 +110,9 @@ def run_stage(
                 saved.save(done, wait=stopping)
             if stopping:
                 raise StopRequested(f"stopped at {stage.name} step {done}; the checkpoint is written")
-    if outcome := stage.outcome():
+    with sharding.gathered(policy):
+        outcome = stage.outcome()
+    if outcome:
         journal.event("outcome", stage=stage.name, **outcome)
     if refit is not None:
         policy.block.scale.fill_(refit.scale)
@@ -130,7 +132,7 @@ def update(
     figures, norm = gradients(stage, policy, batches)
     faults.require_finite(figures)
     with span("optimiser"):
-        torch.nn.utils.clip_grads_with_norm_(policy.parameters(), stage.config.clip_norm, norm)
+        sharding.clip(list(policy.parameters()), stage.config.clip_norm, norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return figures
@@ -139,14 +141,16 @@ def update(
 def gradients(stage: Stage, policy: Policy, batches: list[Batch]) -> tuple[Figures, torch.Tensor]:
     """The gradient of the whole batch in ``policy``; what the step measured, and the gradient's norm."""
     results = []
-    while batches:  # a batch keeps keys and values with their graph: let go of it before the next one
-        result = stage.step(batches.pop(0))
-        with span("backward"):
-            result.loss.backward()
-        result.loss = result.loss.detach()  # and of its graph
-        results.append(result)
-    distributed.add_gradients(policy.parameters())
-    norm = torch.nn.utils.get_total_norm([p.grad for p in policy.parameters() if p.grad is not None])
+    with sharding.gathered(policy):
+        while batches:  # a batch keeps keys and values with their graph: let go of it before the next one
+            sharding.reduce_gradients(policy, now=len(batches) == 1)
+            result = stage.step(batches.pop(0))
+            with span("backward"):
+                result.loss.backward()
+            result.loss = result.loss.detach()  # and of its graph
+            results.append(result)
+    distributed.add_gradients(p for p in policy.parameters() if not sharding.is_sharded(p))
+    norm = sharding.gradient_norm([p.grad for p in policy.parameters() if p.grad is not None])
     return add_up(results, norm), norm
 
 

@@ -3,9 +3,11 @@
 import math
 
 import torch
+from torch import nn
 
 from negfast.config import Stage
 from negfast.model.policy import Policy
+from negfast.train.sharding import is_sharded
 
 
 def make_optimizer(policy: Policy, config: Stage) -> torch.optim.AdamW:
@@ -15,10 +17,17 @@ def make_optimizer(policy: Policy, config: Stage) -> torch.optim.AdamW:
     taken = {id(p) for p in decayed}
     rest = [p for _, p in trained if id(p) not in taken]
     groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": rest, "weight_decay": 0.0},
+        {"params": part, "weight_decay": decay}
+        for params, decay in ((decayed, config.weight_decay), (rest, 0.0))
+        for part in _alike(params)
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+
+
+def _alike(params: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """The sharded ones apart from the others, since one fused update takes one kind only."""
+    parts = [[p for p in params if is_sharded(p) == kind] for kind in (True, False)]
+    return [part for part in parts if part]
 
 
 def learning_rate(step: int, config: Stage) -> float:

@@ -4,11 +4,12 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from negfast.config import Config, Sid, load_config, to_toml
+from negfast.config import Config, Model, Sid, load_config, to_toml
 from negfast.data.dataset import Dataset
 from negfast.data.prepare import SemanticIdSettings
 from negfast.data.samples import prepare_movietweetings
@@ -17,16 +18,17 @@ from negfast.evaluate.model import Validation, calibrate
 from negfast.evaluate.run import evaluate_folder, write_report
 from negfast.evaluate.sets import check_choosable, evaluation_set
 from negfast.files import atomic_file, check_output
-from negfast.kernels import implementations
+from negfast.kernels import FULL_VOCABULARY, implementations
+from negfast.model.fused_layers import stock_because
 from negfast.model.load import build_policy, check_model_folder, save_model_files
 from negfast.model.lora import add_adapters, merge_adapters
 from negfast.run_folder import RunFolder
-from negfast.train import distributed, faults
+from negfast.train import distributed, faults, sharding
 from negfast.train.align import AlignStage
-from negfast.train.checkpoint import latest_checkpoint, load_weights, read_state, save_checkpoint
+from negfast.train.checkpoint import latest_checkpoint, load_weights, read_state, save_by_first, save_checkpoint
 from negfast.train.engine import Engine, build_engine, choose_device, history_features, use_threads
 from negfast.train.grpo import GrpoStage, check_combinations
-from negfast.train.journal import Journal
+from negfast.train.journal import Journal, check_tensorboard
 from negfast.train.loop import Stage, StopRequested, run_stage
 from negfast.train.refit import start_refit
 from negfast.train.sft import SCALES, SftStage
@@ -120,6 +122,7 @@ def _asked_for(
         settings = load_config(config, preset, overrides)
         run = RunFolder(out or Path("runs") / (config.stem if config is not None else str(preset)))
     check_combinations(settings)
+    check_tensorboard(settings.train.tensorboard)
     check_output(run.path / "x")
     return run, settings
 
@@ -131,11 +134,15 @@ def _open_run(
     use_threads(settings.train.threads)
     if distributed.from_first(lambda: {"new": not run.exists})["new"]:
         distributed.first_does(lambda: _start_run(run, settings, data, model, init))
+    if run.read()["init"] is not None:
+        settings = _with_shape(settings, run.config.model)
     dataset = Dataset.open(_check_same_run(run, settings, data, model, init))
     policy, tokenizer = run.load_policy(dataset)
     until = None if run.refit is None else run.refit.until
     engine = build_engine(settings, dataset, policy, tokenizer, device, until)
     load_weights(run.initial, engine.policy)
+    if sharding.shard(engine.policy, settings, device):
+        _say(f"layers' weights are sharded over {distributed.size()} ranks")
     return engine
 
 
@@ -167,6 +174,7 @@ def _start_run(run: RunFolder, settings: Config, data: Path | None, model: Path 
     else:
         source = RunFolder(init)
         _check_init(source, dataset, model, verdict_features)
+        settings = _with_shape(settings, source.config.model)
         policy, tokenizer = source.load_policy(dataset)
         load_weights(source.final, policy)
         merge_adapters(policy)
@@ -185,6 +193,12 @@ def _start_run(run: RunFolder, settings: Config, data: Path | None, model: Path 
     }
     with atomic_file(run.description) as temporary:
         temporary.write_text(json.dumps(description, indent=1) + "\n")
+
+
+def _with_shape(settings: Config, model: Model) -> Config:
+    """``settings`` with the shape of the ``model`` that --init brought, whatever was asked for; adapters are new."""
+    adapters = {"lora_rank": settings.model.lora_rank, "lora_alpha": settings.model.lora_alpha}
+    return replace(settings, model=replace(model, **adapters))
 
 
 def _check_quantizer(dataset: Dataset, wanted: str, embedded: bool) -> None:
@@ -248,7 +262,8 @@ def _run_stages(run: RunFolder, engine: Engine) -> None:
     for number, name in enumerate(names):
         if name in done:
             continue
-        stage = STAGES[name](engine)
+        with sharding.gathered(engine.policy):
+            stage = STAGES[name](engine)
         _say(f"stage {number + 1} of {len(names)}: {name}, {steps[name]} steps")
         try:
             run_stage(
@@ -266,16 +281,18 @@ def _run_stages(run: RunFolder, engine: Engine) -> None:
             _say(f"{stopped}; `negfast train --out {run.path}` goes on")
             sys.exit(130)
         resume = None
-    distributed.first_does(lambda: _finish(run, engine))
+    _finish(run, engine)
     journal.event("finished")
 
 
 def _finish(run: RunFolder, engine: Engine) -> None:
     if run.refit is None:
-        calibration = calibrate(engine, evaluation_set(engine.log, engine.split, "valid"))
+        valid = evaluation_set(engine.log, engine.split, "valid")
+        with sharding.gathered(engine.policy):
+            calibration = distributed.from_first(lambda: vars(calibrate(engine, valid)))
     else:
-        calibration = run.refit.calibration(list(STAGES)[-1])
-    save_checkpoint(run.final, engine.policy, state={"calibration": vars(calibration)})
+        calibration = vars(run.refit.calibration(list(STAGES)[-1]))
+    save_by_first(run.final, engine.policy, {"calibration": calibration})
 
 
 def _tell_implementations(engine: Engine, journal: Journal) -> None:
@@ -283,6 +300,8 @@ def _tell_implementations(engine: Engine, journal: Journal) -> None:
     config = engine.policy.decoder.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     found = implementations(engine.device, head_dim)
+    reason = stock_because(engine.policy, engine.device)
+    found["norm_rope_mlp"] = found[FULL_VOCABULARY] if reason is None else f"stock transformers ({reason})"
     journal.event("implementations", device=str(engine.device), **found)
     parts: dict[str, list[str]] = {}
     for part, implementation in found.items():

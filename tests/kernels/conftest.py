@@ -55,3 +55,18 @@ if INTERPRETED:
         return integer_dot(builder, a, b, *rest)
 
     InterpreterBuilder.create_dot = bfloat_dot
+
+    def bfloat_arithmetic(name: str):
+        integers = getattr(InterpreterBuilder, name)
+
+        def compute(builder: InterpreterBuilder, left: TensorHandle, right: TensorHandle) -> TensorHandle:
+            """The same for sums and products of elements."""
+            if left.dtype.scalar != tl.bfloat16:
+                return integers(builder, left, right)
+            wide = (truncating_cast(builder, side, tl.float32) for side in (left, right))
+            return rounding_cast(builder, integers(builder, *wide), tl.bfloat16)
+
+        return compute
+
+    for name in ("create_fadd", "create_fsub", "create_fmul"):
+        setattr(InterpreterBuilder, name, bfloat_arithmetic(name))

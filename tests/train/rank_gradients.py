@@ -1,10 +1,13 @@
-"""Run by each rank of test_distributed.py: the gradients of one step of every stage, written by rank 0.
+"""Run by each rank of test_distributed.py and test_sharding.py: the gradients of one step of every stage.
 
-python rank_gradients.py RUN OUT ACCUMULATE
+python rank_gradients.py RUN OUT ACCUMULATE [fsdp]
+
+With sharded weights a checkpoint of the policy and of the optimiser after one more step goes beside.
 """
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +17,33 @@ from safetensors.torch import save_file
 from negfast.data.dataset import Dataset
 from negfast.model.policy import Policy
 from negfast.run_folder import RunFolder
-from negfast.train import distributed
-from negfast.train.checkpoint import load_weights
+from negfast.train import distributed, sharding
+from negfast.train.checkpoint import (
+    OPTIMIZER,
+    WEIGHTS,
+    load_weights,
+    optimizer_tensors,
+    unique_tensors,
+    write_parts,
+)
 from negfast.train.engine import build_engine
-from negfast.train.loop import gradients, my_shares
+from negfast.train.loop import gradients, my_shares, update
+from negfast.train.optimizer import make_optimizer
 from negfast.train.reader import read_step
 from negfast.train.run import STAGES
+from negfast.train.sharding import whole
 
-STEP = 3
+STEP, RATE = 3, 1e-4
 
 
-def stage_gradients(run: RunFolder, accumulate: int, budget: int = 0) -> dict[str, torch.Tensor]:
-    """Gradients, figures and, for GRPO, the items sampled by this rank, of step ``STEP`` of every stage."""
+def stage_gradients(
+    run: RunFolder, accumulate: int, budget: int = 0, shard: str = "none", out: Path | None = None
+) -> dict[str, torch.Tensor]:
+    """Gradients, figures and, for GRPO, the items sampled by this rank, of step ``STEP`` of every stage; a checkpoint
+    after one more step in ``out``."""
     torch.manual_seed(0)
     found = {}
-    for policy, stage in opened_stages(run):
+    for policy, stage in opened_stages(run, shard):
         name = stage.name
         torch.nn.init.normal_(policy.block.head.weight, std=0.1)
         distributed.share_weights(policy)
@@ -36,20 +51,26 @@ def stage_gradients(run: RunFolder, accumulate: int, budget: int = 0) -> dict[st
         if name == "grpo":
             keep_items(stage, items)
         figures, norm = gradients(stage, policy, read_step(stage, STEP, my_shares(accumulate), budget))
-        found |= {f"{name}/{n}": p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
+        found |= {f"{name}/{n}": whole(p.grad).clone() for n, p in policy.named_parameters() if p.grad is not None}
         found[f"{name} figures"] = torch.tensor([figures.loss, norm.item(), *map(float, figures.metrics.values())])
         if items:
             found["items"] = torch.cat(items)
         policy.zero_grad()
+    if out is not None:
+        optimizer = make_optimizer(policy, stage.config)
+        update(stage, policy, optimizer, RATE, read_step(stage, STEP, my_shares(accumulate), budget))
+        parts = {WEIGHTS: unique_tensors(policy), OPTIMIZER: optimizer_tensors(policy, optimizer)}
+        distributed.first_does(lambda: write_parts(out, parts, {}))
     return found
 
 
-def opened_stages(run: RunFolder) -> Iterator[tuple[Policy, Any]]:
+def opened_stages(run: RunFolder, shard: str = "none") -> Iterator[tuple[Policy, Any]]:
     """The stages one after the other, of one policy with the run's first weights."""
     dataset = Dataset.open(run.data)
     policy, tokenizer = run.load_policy(dataset)
     engine = build_engine(run.config, dataset, policy, tokenizer, torch.device("cpu"))
     load_weights(run.checkpoints / "initial", policy)
+    sharding.shard(policy, replace(run.config, train=replace(run.config.train, shard=shard)), torch.device("cpu"))
     for make in STAGES.values():
         yield policy, make(engine)
 
@@ -67,9 +88,10 @@ def keep_items(stage, items: list[torch.Tensor]) -> None:
 
 def main() -> None:
     run, out, accumulate = RunFolder(Path(sys.argv[1])), Path(sys.argv[2]), int(sys.argv[3])
+    sharded = sys.argv[4:] == ["fsdp"]
     torch.set_num_threads(1)
     with distributed.group(torch.device("cpu")):
-        found = stage_gradients(run, accumulate)
+        found = stage_gradients(run, accumulate, 0, *(("fsdp", out / "checkpoint") if sharded else ()))
         save_file({k: v.contiguous() for k, v in found.items()}, out / f"rank{distributed.rank()}.safetensors")
 
 

@@ -86,3 +86,19 @@ def test_an_optimiser_comes_back_to_where_its_parameters_lie(tmp_path):
     optimizer = torch.optim.AdamW(elsewhere.parameters())
     load_optimizer(found, elsewhere, optimizer)
     assert {value.device.type for entry in optimizer.state.values() for value in entry.values()} == {"meta"}
+
+
+def test_best_weights_newer_than_the_checkpoint_keep_their_own_score(tmp_path):
+    """A kill between the two; on CUDA the steps that follow need not give the same score again."""
+    saved = stage_checkpoints(tmp_path, background=False)
+    saved.save(2, wait=True)
+    saved.consider(3, lambda: {"score": 0.7})
+    best = saved.policy.weight.detach().clone()
+    again = stage_checkpoints(tmp_path, background=False)
+    assert again.resume(step_checkpoints(tmp_path)[0]) == 2
+    with torch.no_grad():
+        again.policy.weight.add_(1)
+    again.consider(3, lambda: {"score": 0.6})
+    again.finish(3, chosen=True)
+    assert again.journal.events[-1] == {"event": "chosen", "stage": "sft", "step": 3, "score": 0.7}
+    assert torch.equal(again.policy.weight, best)

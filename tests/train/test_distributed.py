@@ -54,18 +54,23 @@ def test_a_token_budget_bounds_every_part_and_gives_the_whole_batch(tiny_run, wh
 
 
 def test_two_ranks_sample_the_same_items_and_agree_in_gradients(tiny_run, whole, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "tests.train.rank_gradients", str(tiny_run), str(tmp_path), "1"]
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [subprocess.Popen(command, cwd=ROOT, env={**common, "RANK": str(n)}) for n in range(2)]
-    assert [process.wait(timeout=200) for process in ranks] == [0, 0]
-    found = [load_file(tmp_path / f"rank{n}.safetensors") for n in range(2)]
+    found = of_two_ranks(tiny_run, tmp_path)
     items = torch.cat([gradients.pop("items") for gradients in found])
     assert torch.equal(items, whole["items"])
     for gradients in found:
         assert_same(gradients, {name: tensor for name, tensor in whole.items() if name != "items"})
+
+
+def of_two_ranks(run: Path, out: Path, *options: str) -> list[dict[str, torch.Tensor]]:
+    """What rank_gradients.py finds on each of two ranks."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "tests.train.rank_gradients", str(run), str(out), "1", *options]
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [subprocess.Popen(command, cwd=ROOT, env={**common, "RANK": str(n)}) for n in range(2)]
+    assert [process.wait(timeout=300) for process in ranks] == [0, 0]
+    return [load_file(out / f"rank{n}.safetensors") for n in range(2)]
 
 
 @pytest.mark.slow

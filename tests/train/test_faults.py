@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -59,8 +60,9 @@ def test_a_loss_that_is_not_finite_leaves_its_batch_and_can_be_replayed(unfinish
     tensors["decoder.layers.1.mlp.up_proj.weight"][3, 5] = torch.inf
     checkpoint.save_file(tensors, weights)
     before = (unfinished / "metrics.jsonl").read_text()
-    # validation would refuse such weights before a step does
+    # validation and what GRPO measures of prompts would refuse such weights before a step does
     monkeypatch.setattr("negfast.train.run.Validation", lambda *_: None)
+    monkeypatch.setattr("negfast.train.grpo.measure_views", lambda *_: (np.ones(3, dtype=bool), {}))
     said = failure("train", "--out", str(unfinished))
     folder = unfinished / "failed" / "grpo-000001"
     assert "grpo step 1: found loss nan" in said and f"negfast train --replay {folder}" in said
