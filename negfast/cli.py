@@ -57,12 +57,22 @@ def _version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
 def main() -> None:
     """Train LLM recommenders that know what users will dislike.
 
+    On the built-in log of ratings, in about a minute:
+
     \b
-    negfast train                                 the whole job on the built-in MovieTweetings log
+    negfast train --preset smoke --out runs/smoke
+
+    On your own log, from CSV to predictions:
+
+    \b
     negfast prepare log.csv --dislike "rating<=2" --out data
-    negfast train --data data --out runs/first
-    negfast eval runs/first
-    negfast predict runs/first --top 50 --out dislikes.parquet
+    negfast train --data data --out runs/mine
+    negfast predict runs/mine --top 50 --out dislikes.parquet
+
+    \b
+    negfast eval runs/mine                        the model beside baselines
+    negfast score runs/mine candidates.parquet --out scored.parquet
+    negfast COMMAND --help                        options and examples
     """
 
 
@@ -103,27 +113,37 @@ def main() -> None:
 @click.option("--item-embedding", type=EXISTING, help=".npy, .safetensors or .parquet, a row for each item.")
 @click.option("--item-columns", metavar="A,B,...", help="Column names of an item file without header.")
 @click.option("--item-separator", help="Field separator of the item file, if the suffix does not tell it.")
-@click.option("--horizon", default=7, show_default=True, help="Days of future that a request asks about.")
+@click.option(
+    "--horizon",
+    default=7,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Days of future that a request asks about.",
+)
 @click.option("--valid", metavar="DATE", help="First day of validation; chosen from the log by default.")
 @click.option("--test", metavar="DATE", help="First day of test; chosen from the log by default.")
-@click.option("--levels", default=3, show_default=True, help="Levels of the semantic IDs.")
-@click.option("--codebook", default=256, show_default=True, help="Codes a level.")
+@click.option("--levels", default=3, show_default=True, type=click.IntRange(min=1), help="Levels of the semantic IDs.")
+@click.option("--codebook", default=256, show_default=True, type=click.IntRange(2, 65_536), help="Codes a level.")
 @click.option(
     "--quantizer", default="rq-kmeans", show_default=True,
-    help="Of semantic IDs: rq-kmeans, balanced, rq-vae, or random as a control.",
+    type=click.Choice(["rq-kmeans", "balanced", "rq-vae", "random"]), help="Of semantic IDs; random is a control.",
 )  # fmt: skip
-@click.option("--encoder", default="auto", show_default=True, help="Text encoder: auto, minilm, tfidf.")
+@click.option(
+    "--encoder", default="auto", show_default=True, type=click.Choice(["auto", "minilm", "tfidf"]), help="Of item text."
+)
 @click.option("--seed", default=0, show_default=True)
 @click.pass_context
 def prepare(context: click.Context, files: tuple[Path, ...], out: Path, **options: Any) -> None:
     """Make a data set of an event log: validate, index, split, semantic IDs, shards.
 
-    FILES is one event log: Parquet, CSV, TSV, `::`-separated (.dat) or JSON Lines, also as .gz or .zst.
+    FILES is one event log: Parquet, CSV, TSV, `::`-separated (.dat) or JSON Lines, also as .gz or .zst. It needs
+    a user, an item and a time column, and something that tells dislikes.
 
     \b
     negfast prepare log.parquet --dislike "rating<=2" --items items.csv --item-text-column title --out data
     negfast prepare log.tsv --user-column user_id --time-column time_ms --dislike label==0 --out data
     negfast prepare ratings.dat --columns user,item,rating,time --dislike "rating<=2" --out data
+    negfast prepare clicks.csv --dislike action==hide --like-rule action==buy --out data
 
     With --recipe they are a public log's own files, events and items in any order; nothing is fetched:
 

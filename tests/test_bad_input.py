@@ -62,6 +62,23 @@ def test_missing_column_of_parquet(folder):
     assert "log.parquet: no column 'rating', found user, item, time" in refused(folder, folder / "log.parquet")
 
 
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [(b"PAR1\x15\x04", "Parquet; name it .parquet"), (b"\x1f\x8b\x08\x00", "gzip; name it .gz"),
+     (b"\x28\xb5\x2f\xfd\x00", "zstd; name it .zst"), (b"PK\x03\x04 sheet", "spreadsheet"),
+     ("user,item".encode("utf-16"), "UTF-16")],
+)  # fmt: skip
+def test_a_file_that_is_not_what_its_name_says(folder, content, name):
+    (folder / "log.csv").write_bytes(content)
+    assert name in refused(folder, folder / "log.csv")
+    assert name in refused(folder, folder / "log.csv", "--items", folder / "items.csv")
+
+
+def test_another_separator(folder):
+    (folder / "log.csv").write_text((folder / "log.csv").read_text().replace(",", ";"))
+    assert "is the separator ';'?" in refused(folder, folder / "log.csv")
+
+
 def test_a_file_without_header(folder):
     (folder / "ratings.dat").write_text(f"1::2::3::{T0}\n")
     assert "--columns" in refused(folder, folder / "ratings.dat")
@@ -174,7 +191,7 @@ def test_damaged_compression(folder):
 def test_wrong_encoding_of_items(folder, encoding):
     (folder / "items.csv").write_bytes("item,title\n1,One\n2,Fantômas\n3,Three\n".encode(encoding))
     message = refused(folder, folder / "log.csv", "--items", folder / "items.csv", "--item-text-column", "title")
-    assert f"items.csv, line {3 if encoding == 'latin-1' else 1}: not UTF-8" in message
+    assert {"latin-1": "items.csv, line 3: not UTF-8", "utf-16": "items.csv: found UTF-16"}[encoding] in message
 
 
 @pytest.mark.parametrize("kind", ["dat", "jsonl", "tsv"])

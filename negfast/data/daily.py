@@ -77,17 +77,22 @@ def prepare_like(
         codes = np.concatenate([codes, assign_new(vectors, cold, old.quantizer, codes)])
         embedding = np.concatenate([embedding, vectors])
         report(f"semantic IDs: {len(new_items):,} new items by frozen codebooks, {int(cold.sum()):,} of them cold")
+        if old.items.embedding is not None:
+            report(f"items: --like reads no embedding, so those {len(new_items):,} have zeros for theirs")
     kept = ("mapping", "item_mapping", "recipe", "sample")
+    given = [*files, *([] if items_path is None else [items_path])]
+    without = 0 if old.items.embedding is None else len(items) - original
     manifest: dict[str, Any] = {
         "negfast": negfast.__version__,
         **{key: old.manifest[key] for key in kept if key in old.manifest},
-        "sources": {**described_files(files, first=1 + len(old.manifest["sources"])), **old.manifest["sources"]},
+        "sources": {**described_files(given, first=1 + len(old.manifest["sources"])), **old.manifest["sources"]},
         "counts": counts(log),
         "days": {"first": date_of(log.day.min()), "last": date_of(log.day.max())},
         "split": {"horizon": horizon, "valid": date_of(valid_day), "test": date_of(test_day)},
         "semantic_ids": settings,
         "lineage": old.lineage,
         "original_items": original,
+        **({"items_without_embedding": without} if without else {}),
     }
     tensors = {"codes": codes, "embedding": embedding, **old.quantizer.tensors()}
     with atomic_directory(out) as directory:

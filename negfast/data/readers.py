@@ -27,6 +27,14 @@ COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".dat": "::"}
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PARQUET = (".parquet", ".pq")
+FOREIGN = {  # how files start that are no text, and what to do about them
+    b"PAR1": "Parquet; name it .parquet",
+    b"\x1f\x8b": "compressed by gzip; name it .gz",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd; name it .zst",
+    b"PK\x03\x04": "a zip archive or a spreadsheet; unpack it, or export it as CSV",
+    b"\xff\xfe": "UTF-16 text; save it as UTF-8",
+    b"\xfe\xff": "UTF-16 text; save it as UTF-8",
+}
 JSON_HEAD, JSON_BLOCK = 200, 1 << 24  # lines whose types are looked at; bytes parsed at once, no line may be longer
 
 
@@ -240,11 +248,17 @@ def _content(path: Path) -> pa.Buffer:
     try:
         with pa.memory_map(str(path)) as file:
             if compression is None:
-                return file.read_buffer()
-            with pa.CompressedInputStream(file, compression) as stream:
-                return stream.read_buffer()
+                content = file.read_buffer()
+            else:
+                with pa.CompressedInputStream(file, compression) as stream:
+                    content = stream.read_buffer()
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: cannot be read: {_one_line(error)}") from error
+    start = content[:4].to_pybytes()
+    for magic, what in FOREIGN.items():
+        if start.startswith(magic):
+            raise InputError(f"{path}: found {what}; expected text")
+    return content
 
 
 def _line_of_row(content: pa.Buffer, row: int) -> int:
@@ -282,9 +296,9 @@ def _read_separated(
         separator, quote = stand_in, False
     present = list(names) if names else _header(path, content, separator, quote)
     if not names and not set(wanted) & set(present):
-        raise InputError(
-            f"{path}: no column {wanted[0]!r}, found {', '.join(present)} (a file without header needs --columns)"
-        )
+        other = next((s for s in (";", "\t", "|", ",") if len(present) == 1 and s in present[0]), None)
+        hint = f"is the separator {other!r}?" if other else "a file without header needs --columns"
+        raise InputError(f"{path}: no column {wanted[0]!r}, found {', '.join(present) or 'an empty line'} ({hint})")
     check_columns(path, wanted, present)
     parse = arrow_csv.ParseOptions(delimiter=separator, quote_char=quote, newlines_in_values=multiline)
     convert = arrow_csv.ConvertOptions(

@@ -105,6 +105,19 @@ def test_new_items_without_a_table_are_cold(parts, tmp_path):
     assert (new.codes[70:, 0] == 15).all()  # the cold prefix
 
 
+def test_what_new_items_lack_is_said_and_recorded(parts, tmp_path):
+    new = Dataset.open(parts / "b").manifest
+    assert {"day.csv", "late.csv"} <= {source["name"] for source in new["sources"].values()}
+    assert "items_without_embedding" not in new
+    np.save(tmp_path / "vectors.npy", np.random.default_rng(0).normal(size=(70, 4)).astype(np.float32))
+    command = ["prepare", str(parts / "early.csv"), "--items", str(parts / "few.csv"), *PREPARE]
+    run_cli(*command, "--item-embedding", str(tmp_path / "vectors.npy"), "--out", str(tmp_path / "own"))
+    said = []
+    own = prepare_like([parts / "day.csv"], tmp_path / "own", tmp_path / "c", report=said.append)
+    assert any("those 20 have zeros" in line for line in said)
+    assert own.manifest["items_without_embedding"] == 20
+
+
 def test_options_that_the_data_set_settles_are_refused(parts, tmp_path):
     command = ["prepare", str(parts / "day.csv"), "--like", str(parts / "a"), "--out", str(tmp_path / "c")]
     assert "--horizon has no place beside --like" in run_cli(*command, "--horizon", "3", code=2)
