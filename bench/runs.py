@@ -36,13 +36,19 @@ def refitted(out: Path, source: RunFolder) -> RunFolder:
 
 
 def branch(source: RunFolder, folder: Path, settings: Config, stages: Sequence[str]) -> None:
-    """Makes ``folder`` a run with other settings that has the ``stages`` of ``source`` behind it, the first ones."""
+    """Makes ``folder`` a run with other settings that has the ``stages`` of ``source`` behind it, the first ones.
+
+    What ``source`` answered with weights that both have stays answered (`bench.answers`): the settings that differ are
+    those of later stages.
+    """
     if folder.exists():
         return
     with atomic_directory(folder) as made:
         shutil.copytree(source.model, made / "model")
         for stage in ("initial", *stages):
             shutil.copytree(source.checkpoints / stage, made / "checkpoints" / stage)
+        if (source.path / "answers").is_dir():
+            shutil.copytree(source.path / "answers", made / "answers")
         (made / "config.toml").write_text(to_toml(settings))
         description = source.read() | {"data": os.path.relpath(source.data.resolve(), folder.resolve())}
         (made / "run.json").write_text(json.dumps(description, indent=1) + "\n")

@@ -3,9 +3,9 @@
 Every entry of `ABLATIONS` is the default run with some settings changed, and compared with it under the same resamples
 of valid's users: a difference below zero says that the part helps. Runs lie in a folder of their own and are found
 again, and so are their answers: the command can be stopped and called again. What a change does not concern is not
-trained again: GRPO's settings start from the default's SFT weights, SFT's from its align weights. ``--budget 0.4``
-trains every run, the default too, for that share of the steps of each stage, and the result says so. The test split is
-left alone.
+trained again: GRPO's settings start from the default's SFT weights, SFT's from its align weights. ``--budget 0.25``
+trains every run, the default too, for that share of the steps of each stage, and chooses weights between a stage's
+first and last by that share of the validation's requests; the result says so. The test split is left alone.
 """
 
 import json
@@ -29,31 +29,31 @@ RESULT = Path(__file__).parents[1] / "results" / "ablations.json"
 DEFAULT = "default"
 METRICS = ("mean_reward", *HEADLINE, "soft_FHR@20", "filter_auc/cold", "filter_auc/no_past_dislike", "pool_auc/cold")
 
-ABLATIONS: dict[str, tuple[str, ...]] = {
+ABLATIONS: dict[str, tuple[str, ...]] = {  # in the order in which they are run
     "random-sids": ("sid.quantizer=random",),
     "no-align": ("align.steps=0",),
     "no-prior": ("prior.weight=0",),
     "no-trending": ("prompt.trending_cap=0",),
-    "no-likes": ("prompt.like_cap=0",),
-    "likes-10": ("prompt.like_cap=10",),
-    "likes-200": ("prompt.like_cap=200",),
-    "plain-mixing": ("sft.negative_view=0", "sft.positive_view=0"),
-    "next-only": ("sft.target=next", "reward.target=next"),
-    "no-like-branch": ("sft.like_weight=0",),
-    "no-verdict-loss": ("sft.verdict_weight=0",),
-    "next-reward": ("reward.target=next",),
     "progressive": ("grpo.schedule=progressive",),
-    "static-share": ("grpo.schedule=static",),
+    "next-reward": ("reward.target=next",),
     "no-collaborative-term": ("reward.collab_weight=0",),
     "no-like-penalty": ("reward.like_penalty=0",),
-    "like-penalty-0.3": ("reward.like_penalty=0.3",),
+    "no-likes": ("prompt.like_cap=0",),
+    "plain-mixing": ("sft.negative_view=0", "sft.positive_view=0"),
+    "next-only": ("sft.target=next", "reward.target=next"),
+    "single-advantage": ("grpo.set_size=0",),
+    "group-16": ("grpo.group=16", "grpo.requests=128"),  # as many answers a step
     "sft-term": ("grpo.sft_weight=0.3",),
+    "likes-10": ("prompt.like_cap=10",),
+    "likes-200": ("prompt.like_cap=200",),
+    "no-like-branch": ("sft.like_weight=0",),
+    "no-verdict-loss": ("sft.verdict_weight=0",),
+    "static-share": ("grpo.schedule=static",),
+    "like-penalty-0.3": ("reward.like_penalty=0.3",),
     "no-verdict-term": ("grpo.verdict_weight=0",),
     "no-kl": ("grpo.beta=0",),
     "k3-kl": ("grpo.kl=k3",),
     "scaled-advantage": ("grpo.scale_rewards=true", "grpo.set_size=0"),
-    "single-advantage": ("grpo.set_size=0",),
-    "group-16": ("grpo.group=16", "grpo.requests=128"),  # as many answers a step
     "group-256": ("grpo.group=256", "grpo.requests=8"),
     "without-replacement": ("grpo.sampling=without_replacement", "grpo.set_size=0"),
 }
@@ -88,7 +88,7 @@ def main(
         raise click.UsageError(f"--only {', '.join(set(only) - set(names))}: needs the embedded data set, found --data")
     default = trained(runs / f"{DEFAULT}-{seed}", config, preset, data, shared)
     steps = {stage: getattr(default.config, stage).steps for stage in ("align", *STAGES)}
-    made_by = {"split": "valid", "budget": budget, "steps": steps}
+    made_by = {"split": "valid", "budget": budget, "steps": steps, "valid_requests": default.config.eval.valid_requests}
     results: dict[str, Any] = json.loads(out.read_text()) if out.exists() else made_by | {"rows": {}}
     if any(results[key] != value for key, value in made_by.items()):
         raise click.UsageError(f"{out}: holds rows of another budget ({results['steps']} steps); give another --out")
@@ -112,14 +112,19 @@ def main(
 
 
 def shortened(config: Config, budget: float) -> tuple[str, ...]:
-    """Settings of a run with this share of the steps of each stage, looked at on valid as often; none for all."""
-    if budget == 1.0:
+    """Settings of a run with this share of the steps of each stage, looked at on valid before and after; none for all.
+
+    UsageError for a share that is none.
+    """
+    if not 0 < budget <= 1:
+        raise click.UsageError(f"--budget {budget}: expected more than 0 and at most 1")
+    if budget == 1:
         return ()
-    overrides = []
+    overrides = [f"eval.valid_requests={max(1, round(config.eval.valid_requests * budget))}"]
     for stage in ("align", *STAGES):
         settings = getattr(config, stage)
-        for key in ("steps", "warmup", "validate_every"):
-            overrides.append(f"{stage}.{key}={max(1, round(getattr(settings, key) * budget))}")
+        steps, warmup = (max(1, round(count * budget)) for count in (settings.steps, settings.warmup))
+        overrides += [f"{stage}.steps={steps}", f"{stage}.warmup={warmup}", f"{stage}.validate_every={steps}"]
     return tuple(overrides)
 
 
@@ -155,9 +160,8 @@ def print_row(row: dict[str, Any]) -> None:
     for d in row["differences"]:
         if (d["a"], d["b"]) == ("grpo", f"{DEFAULT} grpo") and d["metric"] in SHOWN:
             known = d["low"] is not None and d["high"] is not None
-            shown.append(
-                f"{d['metric']} {d['mean']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}]" if known else f"{d['metric']} -"
-            )
+            figures = f"{d['mean']:+.5f} [{d['low']:+.5f}, {d['high']:+.5f}]" if known else "-"
+            shown.append(f"{d['metric']} {figures}")
     print(f"{row['name']:<24} {'  '.join(shown)}", flush=True)
 
 

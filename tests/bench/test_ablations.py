@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from click import UsageError
 from click.testing import CliRunner
 
 from bench.experiments.ablations import ABLATIONS, METRICS, main, print_row, shortened
@@ -23,7 +24,11 @@ def test_a_budget_shortens_every_stage() -> None:
     short = load_config(None, "quickstart", shortened(default, 0.5))
     for stage in ("align", "sft", "grpo"):
         assert getattr(short, stage).steps == getattr(default, stage).steps // 2
+        assert getattr(short, stage).validate_every == getattr(short, stage).steps
+    assert short.eval.valid_requests == default.eval.valid_requests // 2
     assert shortened(default, 1.0) == ()
+    with pytest.raises(UsageError, match=r"--budget 1\.5"):
+        shortened(default, 1.5)
 
 
 def test_rows_and_their_differences(tiny_run: Path, tmp_path: Path) -> None:
@@ -31,7 +36,7 @@ def test_rows_and_their_differences(tiny_run: Path, tmp_path: Path) -> None:
     runs.mkdir()
     (runs / "default-0").symlink_to(tiny_run)
     data = RunFolder(tiny_run).data
-    names = ["no-like-penalty", "next-only", "no-likes"]
+    names = ["no-like-penalty", "next-only", "no-prior"]
     command = ["--runs", str(runs), "--config", str(toml(tmp_path)), "--preset", "smoke", "--data", str(data)]
     command += ["--out", str(out)]
     for name in names:
@@ -42,15 +47,15 @@ def test_rows_and_their_differences(tiny_run: Path, tmp_path: Path) -> None:
     assert [row["name"] for row in found["rows"].values()] == ["default", *names]
     differences = found["rows"]["default-0"]["differences"]
     assert {d["mean"] for d in differences if d["b"].startswith("default") and d["mean"] is not None} == {0.0}
-    row = found["rows"]["no-likes-0"]
+    row = found["rows"]["no-prior-0"]
     assert {d["metric"] for d in row["differences"]} == set(METRICS)
     assert any(d["mean"] for d in row["differences"] if d["b"] == "default sft")
     behind = {name: {line["stage"] for line in map(json.loads, (runs / f"{name}-0" / "metrics.jsonl").open())}
               for name in names}  # fmt: skip
     assert behind == {
-        "no-like-penalty": {"grpo"}, "next-only": {"sft", "grpo"}, "no-likes": {"align", "sft", "grpo"},
+        "no-like-penalty": {"grpo"}, "next-only": {"sft", "grpo"}, "no-prior": {"align", "sft", "grpo"},
     }  # fmt: skip
-    other = CliRunner().invoke(main, [*command, "--only", "no-likes", "--budget", "0.5"])
+    other = CliRunner().invoke(main, [*command, "--only", "no-prior", "--budget", "0.5"])
     assert other.exit_code != 0
 
 
