@@ -60,8 +60,8 @@ def main(
     versions = {name: importlib.metadata.version(name) for name in packages}
     result: dict[str, Any] = {"versions": versions, "seed": seed, "rows": rows}
     if runs is not None:
-        settings, numbers = short_run(steps, align_steps), [int(number) for number in seeds.split(",")]
-        result["downstream"] = downstream(quantizers.split(","), runs, settings, numbers, preset)
+        shorter, numbers = short_run(steps, align_steps), [int(number) for number in seeds.split(",")]
+        result["downstream"] = downstream(quantizers.split(","), runs, shorter, numbers, preset)
     with atomic_file(out) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
     show(rows)
