@@ -1,8 +1,8 @@
 """What a user will dislike, by vLLM: beam search on the trie of `negfast export`, a level a call.
 
 Needs `pip install vllm` and a GPU. **It was never run**: nobody had a GPU when it was written. It was read against the
-documentation of vLLM 0.20 to 0.22 (LLM, SamplingParams, the sampler's order of steps); the trie and the prompt are those of
-transformers_constrained.py, which a test runs.
+documentation of vLLM 0.20 to 0.22 (LLM, SamplingParams, the sampler's order of steps); the trie and the
+prompt are those of transformers_constrained.py, which a test runs.
 
     negfast export runs/quickstart --out exported
     python examples/vllm_constrained.py exported --liked 1074638 1853728 --disliked 1430132 --top 10
