@@ -13,6 +13,7 @@ saves memory by overwriting; what that means for the group pass, in which a prom
 
 import inspect
 from types import FunctionType, MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ class FusedNorm(nn.Module):
 class FusedMlp(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, stock: nn.Module) -> None:
+    def __init__(self, stock: Any) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = stock.gate_proj, stock.up_proj, stock.down_proj
 

@@ -67,7 +67,7 @@ def group(device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    with _peers():
+    with peers():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield
@@ -107,7 +107,7 @@ def from_first(make: Callable[[], dict]) -> dict:
 def add(values: Tensor) -> Tensor:
     """The sum of ``values`` over ranks."""
     if size() > 1:
-        with _peers():
+        with peers():
             dist.all_reduce(values)
     return values
 
@@ -138,7 +138,7 @@ def share_weights(module: nn.Module) -> None:
     """Gives every rank the parameters and buffers of rank 0."""
     if size() == 1:
         return
-    with _peers(), torch.no_grad():
+    with peers(), torch.no_grad():
         for tensor in module.state_dict().values():
             if not isinstance(tensor, DTensor):  # such a part is this rank's alone
                 dist.broadcast(tensor, 0)
@@ -221,7 +221,7 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def _peers() -> Iterator[None]:
+def peers() -> Iterator[None]:
     """Says in one line that a collective failed because another rank is gone."""
     try:
         yield

@@ -129,7 +129,10 @@ def local(tensor: Tensor) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor from the parts of all ranks, which all ask for it; any other as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with distributed.peers():
+        return tensor.full_tensor()
 
 
 def like(full: Tensor, target: Tensor) -> Tensor:

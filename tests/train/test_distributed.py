@@ -74,10 +74,14 @@ def of_two_ranks(run: Path, out: Path, *options: str) -> list[dict[str, torch.Te
 
 
 @pytest.mark.slow
-def test_a_run_of_two_ranks_has_the_curves_of_one_and_survives_the_death_of_a_rank(tiny_run, tiny_data, tmp_path):
+@pytest.mark.parametrize(("shard", "ranks_then"), [("none", 2), ("fsdp", 2), ("fsdp", 1)])
+def test_a_run_of_two_ranks_has_the_curves_of_one_and_survives_the_death_of_a_rank(
+    tiny_run, tiny_data, tmp_path, shard, ranks_then
+):
     run = tmp_path / "run"
-    script = "import sys; from negfast.train.distributed import launch; sys.exit(launch({}, 2))"
-    start = [sys.executable, "-c", script.format(train_arguments(tiny_data, run))]
+    script = "import sys; from negfast.train.distributed import launch; sys.exit(launch({}, {}))"
+    arguments = train_arguments(tiny_data, run, train__shard=shard)
+    start = [sys.executable, "-c", script.format(arguments, 2)]
     process = subprocess.Popen(start, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     metrics = run / "metrics.jsonl"
     while not (metrics.exists() and '"sft", "step": 3' in metrics.read_text()):
@@ -89,7 +93,8 @@ def test_a_run_of_two_ranks_has_the_curves_of_one_and_survives_the_death_of_a_ra
     os.kill(second[0], signal.SIGKILL)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 1 and "rank 1 was ended by SIGKILL" in said and "Traceback" not in said
-    subprocess.run(start, check=True, capture_output=True, timeout=300)
+    again = [sys.executable, "-c", script.format(arguments, ranks_then)]
+    subprocess.run(again, check=True, capture_output=True, timeout=300)
     restart = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines() if '"start"' in line][-1]
     assert restart["resumed_from"]["step"] >= 2
     one, two = ([json.loads(line) for line in (r / "metrics.jsonl").open()] for r in (tiny_run, run))
