@@ -214,8 +214,10 @@ def check_combinations(config: Config) -> None:
             "grpo: a share does not know how many tokens the others count"
         )
     if config.train.token_budget and not settings.can_be_split:
-        found = f"train.token_budget: found {config.train.token_budget} with grpo.loss={settings.loss} and grpo.epochs="
-        raise InputError(f"{found}{settings.epochs}, expected 0: such a batch cannot be split")
+        raise InputError(
+            f"train.token_budget: found {config.train.token_budget} with grpo.loss={settings.loss} and "
+            f"grpo.epochs={settings.epochs}, expected 0: such a batch cannot be split"
+        )
     if settings.objective == "full":
         if settings.beta and settings.kl != "k3":
             raise InputError(f"grpo.objective=full: found grpo.kl={settings.kl}, expected k3")

@@ -67,7 +67,7 @@ def measure_views(engine: Engine, requests: Requests) -> tuple[np.ndarray, dict[
     """
     bucket = history_bucket(engine, requests)
     rng = np.random.default_rng(engine.config.train.seed)
-    welcome, figures = np.zeros(len(BUCKETS) + 1, dtype=bool), {}
+    welcome, figures = np.zeros(len(BUCKETS) + 1, dtype=bool), dict[str, float]()
     for number in range(len(welcome)):
         rows = np.flatnonzero(bucket == number)
         rows = np.sort(rng.permutation(rows)[:MEASURED])
