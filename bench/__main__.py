@@ -16,6 +16,7 @@ from typing import Any
 from bench.machine import write_result
 
 RESULTS = Path(__file__).parent / "results"
+YES_NO = {"yes": True, "no": False}
 
 
 def main(arguments: list[str]) -> int:
@@ -56,6 +57,11 @@ def parse_options(run: Callable[..., Any], arguments: list[str]) -> dict[str, An
             raise ValueError(f"{flag}: found no value")
         default = parameters[key].default
         kind = Path if default is None else type(default)
+        if kind is bool:
+            if value not in YES_NO:
+                raise ValueError(f"{flag}: found {value!r}, expected yes or no")
+            options[key] = YES_NO[value]
+            continue
         try:
             options[key] = kind(value)
         except ValueError:

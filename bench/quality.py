@@ -44,37 +44,36 @@ def run(
     preset: str = "quickstart",
     data: Path | None = None,
     split: str = "test",
-    long: str = "yes",
-    refit: str = "yes",
-    sasrec: str = "yes",
+    long: bool = True,
+    refit: bool = True,
+    sasrec: bool = True,
     resamples: int = 1000,
 ) -> dict[str, Any]:
     """Writes the table of ``split`` over the ``seeds`` (comma-separated) to ``out``, and prints it.
 
     Runs lie in ``runs``/seed-N; what is there already is not trained again. ``long`` adds the row ``sft-long``
     (``runs``/long-N): SFT that goes on from align for as long as the run's SFT and GRPO took together. ``refit`` adds
-    the table of the final refits (``runs``/refit-N), which only test can ask. ``sasrec`` "no" leaves out the baselines
-    that are trained.
+    the table of the final refits (``runs``/refit-N), which only test can ask. Without ``sasrec`` the baselines that are
+    trained are left out.
     """
-    wanted = {name: _yes(name, value) for name, value in (("long", long), ("refit", refit), ("sasrec", sasrec))}
     chosen = [int(seed) for seed in seeds.split(",")]
     finished: list[RunFolder] = []
     for seed in chosen:
         folder = data if data is not None else data_of(finished)
         finished.append(trained(runs / f"seed-{seed}", config, preset, folder, (f"train.seed={seed}",)))
-    longer = train_longer(runs, chosen, finished, config, preset) if wanted["long"] else []
+    longer = train_longer(runs, chosen, finished, config, preset) if long else []
     again: list[RunFolder] = []
-    if wanted["refit"] and split == "test":
+    if refit and split == "test":
         again = [refitted(runs / f"refit-{seed}", done) for seed, done in zip(chosen, finished, strict=True)]
 
     engine = finished[0].finished_engine(None)
     sets = {name: evaluation_set(engine.log, engine.split, name) for name in ("valid", "test")}
-    result, samples = table(sets, split, chosen, finished, longer, wanted["sasrec"], resamples)
+    result, samples = table(sets, split, chosen, finished, longer, sasrec, resamples)
     result = {**summary(sets[split]), "seeds": chosen, "frozen_at": "valid", **result}
     if longer:
         result["sft_long_steps"] = longer[0].config.sft.steps
     if again:
-        refits, refit_samples = table(sets, split, chosen, again, [], wanted["sasrec"], resamples)
+        refits, refit_samples = table(sets, split, chosen, again, [], sasrec, resamples)
         result["refit"] = {"frozen_at": "test", **refits, "minus_frozen": gains(samples, refit_samples)}
     result |= {"device": device_name(), "versions": versions("negfast", "torch", "scikit-learn")}
     if out is not None:
@@ -208,12 +207,6 @@ def difference_lines(differences: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _figure(samples: np.ndarray) -> float | None:
     return None if np.isnan(samples[0]) else float(samples[0])
-
-
-def _yes(name: str, value: str) -> bool:
-    if value not in ("yes", "no"):
-        raise ValueError(f"--{name}: found {value!r}, expected yes or no")
-    return value == "yes"
 
 
 def _say(what: str) -> None:

@@ -83,7 +83,7 @@ def test_the_table_of_finished_runs(tiny_run: Path, tmp_path: Path) -> None:
     settings = toml(tmp_path)
     before = (tiny_run / "metrics.jsonl").read_bytes()
     out = tmp_path / "quality.json"
-    result = run(out, "0", runs, settings, "smoke", None, "test", "yes", "yes", "no", 20)
+    result = run(out, "0", runs, settings, "smoke", None, "test", True, True, False, 20)
     assert json.loads(out.read_text()) == result
     assert (tiny_run / "metrics.jsonl").read_bytes() == before
     assert (result["split"], result["seeds"], result["frozen_at"]) == ("test", [0], "valid")
