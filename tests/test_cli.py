@@ -129,14 +129,14 @@ def fake(monkeypatch, module, function, behaviour):
             *("negfast.train.run", "train"),
             {
                 **{"config": Path("my.toml"), "preset": "smoke", "data": Path("d"), "model": Path("m")},
-                **{"init": Path("i"), "out": Path("o"), "overrides": ("a.b=1", "c.d=x")},
+                **{"init": Path("i"), "out": Path("o"), "overrides": ("a.b=1", "c.d=x"), "refit": None},
             },
         ),
         (
             "train",
             *("negfast.train.run", "train"),
             {
-                **dict.fromkeys(["config", "preset", "data", "model", "init", "out"]),
+                **dict.fromkeys(["config", "preset", "data", "model", "init", "out", "refit"]),
                 "overrides": (),
             },
         ),

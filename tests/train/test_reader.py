@@ -88,8 +88,8 @@ def test_every_tensor_of_a_batch_is_found(tiny_run):
         if stage.name == "align":
             wanted = [part.token_ids for name, part in batch.of.items() if name != "verdict"]
         else:
-            prior = batch.items.prompts.prior
-            wanted = [batch.items.prompts.tokens, batch.items.weights, batch.verdicts.labels, prior.day_row]
-            wanted += [*prior.seen.key, *prior.seen_mass, batch.items.prompts.layout.buckets[0].pad_index]
-            wanted += [] if stage.name == "sft" else [batch.groups.ids, batch.groups.rewards.terms]
+            prompts = (batch.items if stage.name == "sft" else batch.groups).prompts
+            wanted = [prompts.tokens, batch.verdicts.labels, prompts.layout.buckets[0].pad_index]
+            wanted += [prompts.prior.day_row, *prompts.prior.seen.key, *prompts.prior.seen_mass]
+            wanted += [batch.items.weights] if stage.name == "sft" else [batch.groups.ids, batch.groups.rewards.terms]
         assert {tensor.data_ptr() for tensor in wanted} <= found

@@ -8,7 +8,7 @@ import triton.language as tl
 from cases import relative_error
 from negfast.kernels import dispatch
 from negfast.kernels.trie_grpo import GRPOObjective
-from test_training_step import GROUP, PROMPTS, check, gradients, make_job
+from steps import GROUP, PROMPTS, check, gradients, make_job
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from negfast.model.fused_layers import FusedMlp, FusedNorm, fuse_layers, fused_rotation, stock_because
