@@ -1,5 +1,14 @@
-"""``python -m negfast`` is ``negfast``."""
+"""``python -m negfast`` is ``negfast``; ranks are started so, and end without the interpreter's teardown."""
+
+import os
 
 from negfast.cli import main
 
-main()
+try:
+    main()
+except SystemExit as end:
+    if "RANK" in os.environ:
+        from negfast.train.distributed import leave
+
+        leave(int(end.code or 0))
+    raise

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -73,6 +74,18 @@ def group(device: torch.device) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process of a rank at once, its output written.
+
+    A thread of gloo may still hold the tensors of the last collective, since DTensor's caches keep the group alive; to
+    give them back it takes Python's lock, and where the interpreter is on its way out that aborts the process (the
+    discussion of pytorch/pytorch#179291).
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def first_does(action: Callable[[], None]) -> None:

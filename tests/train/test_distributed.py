@@ -113,6 +113,13 @@ def test_ranks_left_behind_by_a_dead_one_are_ended_and_it_is_named(monkeypatch, 
     assert distributed._wait(ranks) == 130
 
 
+def test_a_rank_leaves_with_its_code_and_its_words_before_the_interpreter_ends():
+    script = "import atexit, os; atexit.register(os.abort); from negfast.train import distributed; "
+    script += "print('said', end=''); distributed.leave(3)"
+    found = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert (found.returncode, found.stdout) == (3, "said")
+
+
 def test_more_gpus_than_there_are_is_refused():
     assert "--gpus 99: found" in run_cli("train", "--gpus", "99", code=2)
 
