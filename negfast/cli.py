@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from negfast.config import ENCODERS, QUANTIZERS
 from negfast.errors import InputError, TrainingError
 
 # Commands import what they run inside: --help and bad usage should not wait for torch.
@@ -126,11 +127,9 @@ def main() -> None:
 @click.option("--codebook", default=256, show_default=True, type=click.IntRange(2, 65_536), help="Codes a level.")
 @click.option(
     "--quantizer", default="rq-kmeans", show_default=True,
-    type=click.Choice(["rq-kmeans", "balanced", "rq-vae", "random"]), help="Of semantic IDs; random is a control.",
+    type=click.Choice(QUANTIZERS), help="Of semantic IDs; random is a control.",
 )  # fmt: skip
-@click.option(
-    "--encoder", default="auto", show_default=True, type=click.Choice(["auto", "minilm", "tfidf"]), help="Of item text."
-)
+@click.option("--encoder", default="auto", show_default=True, type=click.Choice(ENCODERS), help="Of item text.")
 @click.option("--seed", default=0, show_default=True)
 @click.pass_context
 def prepare(context: click.Context, files: tuple[Path, ...], out: Path, **options: Any) -> None:

@@ -17,6 +17,9 @@ from negfast.errors import InputError
 
 Tree = Mapping[str, Mapping[str, Any]]
 
+ENCODERS = ("auto", "minilm", "tfidf")  # of item texts
+QUANTIZERS = ("rq-kmeans", "balanced", "rq-vae", "random")  # of item embeddings
+
 
 def setting(
     default: Any,
@@ -36,7 +39,7 @@ def setting(
 class Sample:
     """The embedded MovieTweetings, prepared where no --data is given."""
 
-    encoder: str = setting("auto", choices=("auto", "minilm", "tfidf"), help="of the item texts")
+    encoder: str = setting("auto", choices=ENCODERS, help="of the item texts")
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Sid:
 
     quantizer: str = setting(
         "rq-kmeans",
-        choices=("rq-kmeans", "balanced", "rq-vae", "random"),
+        choices=QUANTIZERS,
         help="of the item embeddings; random: a control",
     )
 

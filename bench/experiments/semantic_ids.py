@@ -16,11 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.experiments.semantic_id_runs import METRICS, downstream, short_run
+from negfast.config import QUANTIZERS
 from negfast.data.dataset import Dataset
 from negfast.data.prepare import SemanticIdSettings
 from negfast.data.samples import prepare_movietweetings
 from negfast.files import atomic_file
-from negfast.sid.build import QUANTIZERS, name_items
+from negfast.sid.build import name_items
 from negfast.sid.embed import embed_items
 
 RESULT = Path(__file__).parents[1] / "results" / "semantic_ids.json"

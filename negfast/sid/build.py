@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from negfast.config import QUANTIZERS
 from negfast.data.items import ItemTable
 from negfast.data.log import EventLog
 from negfast.errors import InputError
@@ -18,7 +19,6 @@ from negfast.sid.quantize import Quantizer
 from negfast.sid.rqvae import fit_rq_vae
 
 FITS = {"rq-kmeans": fit_rq_kmeans, "balanced": fit_balanced, "rq-vae": fit_rq_vae}
-QUANTIZERS = (*FITS, "random")
 
 
 @dataclass(frozen=True)

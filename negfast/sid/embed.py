@@ -16,11 +16,11 @@ from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from negfast.config import ENCODERS
 from negfast.data.items import ItemTable
 from negfast.data.log import EventLog
 from negfast.errors import InputError
 
-ENCODERS = ("auto", "minilm", "tfidf")
 SVD_DIMENSIONS = 128  # of TF-IDF and of co-occurrence
 
 

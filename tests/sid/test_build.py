@@ -3,11 +3,12 @@ import json
 import numpy as np
 import pytest
 
+from negfast.config import QUANTIZERS
 from negfast.data.items import ItemTable
 from negfast.data.log import DAY, LIKE, EventLog
 from negfast.errors import InputError
 from negfast.sid import rqvae
-from negfast.sid.build import QUANTIZERS, build_semantic_ids
+from negfast.sid.build import build_semantic_ids
 
 VALID = 100
 
