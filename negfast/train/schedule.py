@@ -68,23 +68,23 @@ def measure_views(engine: Engine, requests: Requests) -> tuple[np.ndarray, dict[
     bucket = history_bucket(engine, requests)
     rng = np.random.default_rng(engine.config.train.seed)
     welcome, figures = np.zeros(len(BUCKETS) + 1, dtype=bool), dict[str, float]()
-    for number in range(len(welcome)):
-        rows = np.flatnonzero(bucket == number)
-        rows = np.sort(rng.permutation(rows)[:MEASURED])
-        if not len(rows):
-            continue
-        part = requests.take(rows)
-        table = reward_table(engine, part)
-        mixed, negative = (expected_rewards(engine, part, table, view) for view in (MIXED, NEGATIVE_ONLY))
-        users, user = np.unique(part.user, return_inverse=True)
-        columns = np.stack([mixed - negative, np.ones(len(rows))], axis=1)
+    rows = np.sort(
+        np.concatenate([rng.permutation(np.flatnonzero(bucket == n))[:MEASURED] for n in range(len(welcome))])
+    )
+    part = requests.take(rows)
+    table = reward_table(engine, part)
+    mixed, negative = (expected_rewards(engine, part, table, view) for view in (MIXED, NEGATIVE_ONLY))
+    for number in np.unique(bucket).tolist():
+        mine = bucket[rows] == number
+        users, user = np.unique(part.user[mine], return_inverse=True)
+        columns = np.stack([(mixed - negative)[mine], np.ones(mine.sum())], axis=1)
         sums = weighted_sums(resample_users(len(users), RESAMPLES, engine.config.train.seed), user, columns)
-        found = interval(ratio(sums[:, 0], sums[:, 1]))
+        found, earned = interval(ratio(sums[:, 0], sums[:, 1])), float(negative[mine].mean())
         assert found["mean"] is not None and found["low"] is not None
-        welcome[number] = found["low"] > -TOLERANCE * negative.mean()
+        welcome[number] = found["low"] > -TOLERANCE * earned
         figures |= {
             f"mixed_gain_{number}": found["mean"],
             f"mixed_gain_low_{number}": found["low"],
-            f"negative_reward_{number}": float(negative.mean()),
+            f"negative_reward_{number}": earned,
         }
     return welcome, figures
