@@ -27,7 +27,7 @@ def answers(
     """What "prior" and the weights of "sft" and "grpo" answer, with their expected rewards by ``reward``.
 
     Each is kept in RUN/answers under the checksum of its weights, so that weights which GRPO left as they were are
-    asked once.
+    asked once; delete the folder after a change of the evaluation.
     """
     engine: Engine | None = None
     found = {}

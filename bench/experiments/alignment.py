@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from negfast.files import atomic_file
+from bench.machine import write_result
 from negfast.train.align import AlignStage, TitleToSid
 from negfast.train.checkpoint import load_weights
 from negfast.train.journal import Journal
@@ -47,8 +47,7 @@ def main(
         rows.append(measured(folder, number, data, model, settings))
         data = data or folder / "data"
         print(json.dumps(rows[-1]), flush=True)
-        with atomic_file(out) as temporary:
-            temporary.write_text(json.dumps({"seed": seed, "titles": titles, "rows": rows}, indent=1) + "\n")
+        write_result(out, {"seed": seed, "titles": titles, "rows": rows})
 
 
 def measured(

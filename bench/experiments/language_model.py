@@ -14,13 +14,12 @@ from typing import Any
 import click
 import numpy as np
 
-from bench.experiments.semantic_id_runs import METRICS, UNSCALED, nll_samples
+from bench.experiments.semantic_id_runs import METRICS, policy_samples
+from bench.machine import write_result
 from negfast.evaluate.bootstrap import interval
 from negfast.evaluate.metrics import Samples
-from negfast.evaluate.model import future_log_probs, predict_set
-from negfast.evaluate.report import metric_samples, paired_differences
+from negfast.evaluate.report import paired_differences
 from negfast.evaluate.sets import EvalSet, evaluation_set
-from negfast.files import atomic_file
 from negfast.run_folder import RunFolder
 from negfast.train.checkpoint import load_weights
 from negfast.train.run import train
@@ -62,8 +61,7 @@ def main(
         ],
         "differences": paired_differences(samples, pairs, METRICS),
     }
-    with atomic_file(out) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(out, result)
     print(json.dumps(result, indent=1))
 
 
@@ -79,10 +77,9 @@ def stage_samples(run: RunFolder, share: float) -> dict[str, Samples]:
     engine = run.finished_engine(None)
     valid = of_users(evaluation_set(engine.log, engine.split, "valid"), share)
     found = {}
-    for stage, weights in (("sft", run.checkpoints / "sft"), ("grpo", run.final)):
-        load_weights(weights, engine.policy)
-        samples = metric_samples(valid, {stage: predict_set(engine, valid, UNSCALED)})[stage]
-        found[stage] = {"nll": nll_samples(valid, future_log_probs(engine, valid.requests)), **samples}
+    for stage in ("sft", "grpo"):
+        load_weights(run.weights(stage), engine.policy)
+        found[stage] = policy_samples(engine, valid)
     return found
 
 

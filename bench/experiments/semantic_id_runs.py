@@ -13,6 +13,7 @@ from negfast.evaluate.model import Calibration, future_log_probs, predict_set
 from negfast.evaluate.report import metric_samples, paired_differences
 from negfast.evaluate.sets import EvalSet, evaluation_set
 from negfast.run_folder import RunFolder
+from negfast.train.engine import Engine
 
 METRICS = ("nll", "FHR@20", "filter_auc", "filter_auc/cold", "pool_auc")
 UNSCALED = Calibration(1.0, 0.0, 0.5)  # none of the metrics looks at the level of a verdict
@@ -46,7 +47,8 @@ def downstream(
             folder = runs / f"{quantizer}-{seed}"
             wanted = (*settings, f"sid.quantizer={quantizer}", f"train.seed={seed}")
             data = RunFolder(runs / f"{quantizer}-{seeds[0]}").data if seed != seeds[0] else None
-            found.append(valid_samples(trained(folder, None, preset, data, wanted)))
+            engine = trained(folder, None, preset, data, wanted).finished_engine(None)
+            found.append(policy_samples(engine, evaluation_set(engine.log, engine.split, "valid")))
         by_seed[quantizer] = [{name: float(one[name][0]) for name in METRICS} for one in found]
         samples[quantizer] = {name: np.mean([one[name] for one in found], axis=0) for name in METRICS}
     return {
@@ -64,10 +66,8 @@ def downstream(
     }
 
 
-def valid_samples(run: RunFolder) -> Samples:
-    """``METRICS`` of a finished run on valid, each float64 [1 + resamples], the figure first."""
-    engine = run.finished_engine(None)
-    valid = evaluation_set(engine.log, engine.split, "valid")
+def policy_samples(engine: Engine, valid: EvalSet) -> Samples:
+    """``METRICS`` of the engine's policy, each float64 [1 + resamples], the figure first."""
     samples = metric_samples(valid, {"run": predict_set(engine, valid, UNSCALED)})["run"]
     return {"nll": nll_samples(valid, future_log_probs(engine, valid.requests)), **samples}
 
