@@ -134,6 +134,7 @@ class Validation:
 
     The score is FHR@20 plus filter AUC or, with ``by_reward``, the expected reward: what GRPO maximises, and what a
     sample tells far more surely than hits among twenty items, since it is exact.
+
     With ``scales`` it also chooses how far to trust what was learned of items, as the policy's scale of code logits
     against the community prior: what people dislike drifts, and what a model learned of items over the train days
     ages with it, while the prior, counted up to t, does not (negfast's choice). The scale is the one under which the

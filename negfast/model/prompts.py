@@ -38,7 +38,7 @@ class PromptBatch:
 
     def with_prior(self) -> "PromptBatch":
         """The same with its prior made."""
-        assert self.prior is not None
+        _ = self.prior
         return self
 
 

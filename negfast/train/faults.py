@@ -181,7 +181,7 @@ def replay(folder: Path, stage: "Stage", policy: Policy) -> list[str]:
     """
     state = read_state(folder)
     step, shares = state["step"], [Share(number, state["shares"]) for number in range(state["shares"])]
-    budget = state.get("token_budget", 0)  # older runs knew none
+    budget = state["token_budget"]
     lines = [f"{stage.name} step {step + 1}, {len(shares)} share{'s' * (len(shares) > 1)}"]
     wrong = [name for name, p in policy.named_parameters() if not finite(p)]
     lines += [f"weights that are not finite: {_some(wrong)}"] if wrong else []

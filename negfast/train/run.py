@@ -53,8 +53,8 @@ def train(
     Without ``data`` the embedded MovieTweetings is prepared into RUN/data. Without ``table`` the test split is left
     alone, as is right while settings are compared. ``refit`` is a finished run to train again on everything before
     T_test, from the same first weights and with all that was chosen on valid; ``out`` is the only other option then
-    (default: RUN-refit beside it). Raises InputError on bad settings or on
-    a RUN that was started with others, TrainingError where training cannot go on.
+    (default: RUN-refit beside it). Raises InputError on bad settings or on a RUN that was started with others,
+    TrainingError where training cannot go on.
     """
     if refit is None:
         run, settings = _asked_for(config, preset, out, overrides)

@@ -1,6 +1,7 @@
 """A small policy with prompts, histories and masses: what whole training steps are compared on."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,10 @@ from tests.sid.reference import random_codes, seen_nodes_reference
 
 TEXT, LEVELS, CODEBOOK, ITEMS, PROMPTS, GROUP = 7, 3, 20, 60, 3, 5
 DAYS = 4
+SHAPE: dict[str, Any] = {  # of the decoder, whichever it is
+    **{"vocab_size": TEXT, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+    **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "pad_token_id": None},
+}
 
 
 @dataclass
@@ -43,17 +48,7 @@ def make_job(seed: int, device: torch.device, prior_weight: float = 0.7) -> Job:
     torch.manual_seed(seed)
     trie = build_trie(random_codes(rng, ITEMS, LEVELS, CODEBOOK), CODEBOOK)
     vocabulary = CodeVocabulary(TEXT, LEVELS, CODEBOOK)
-    config = Qwen3Config(
-        vocab_size=TEXT,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        pad_token_id=None,
-    )
-    policy = Policy(Qwen3ForCausalLM(config), vocabulary)
+    policy = Policy(Qwen3ForCausalLM(Qwen3Config(**SHAPE)), vocabulary)
     torch.nn.init.normal_(policy.block.head.weight, std=0.3)
     torch.nn.init.normal_(policy.block.rows, std=0.5)
     policy.to(device)

@@ -8,7 +8,7 @@ import triton.language as tl
 from cases import relative_error
 from negfast.kernels import dispatch
 from negfast.kernels.trie_grpo import GRPOObjective
-from steps import GROUP, PROMPTS, check, gradients, make_job
+from steps import GROUP, PROMPTS, SHAPE, check, gradients, make_job
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from negfast.model.fused_layers import FusedMlp, FusedNorm, fuse_layers, fused_rotation, stock_because
@@ -43,26 +43,12 @@ def scalars(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(swiglu, "float", Scalar, raising=False)
 
 
-def llama(vocabulary) -> Policy:
-    config = LlamaConfig(
-        vocab_size=vocabulary.base,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        pad_token_id=None,
-    )
-    return Policy(LlamaForCausalLM(config), vocabulary)
-
-
 @pytest.mark.parametrize("decoder", ["qwen3", "llama"])
 def test_a_step_by_one_pass_and_by_two(decoder: str, device: torch.device, seed: int):
     """The prompts' keys serve every level, so nothing that liger overwrites may be read again."""
     job = make_job(seed, device)
     if decoder == "llama":
-        job.policy = llama(job.policy.vocabulary).to(device)
+        job.policy = Policy(LlamaForCausalLM(LlamaConfig(**SHAPE)), job.policy.vocabulary).to(device)
         torch.nn.init.normal_(job.policy.block.head.weight, std=0.3)
         job.reference = freeze(job.policy)
     for norm in (module for name, module in job.policy.named_modules() if name.endswith("norm")):
