@@ -148,6 +148,21 @@ def likes_table(result: Figures) -> str:
     )
 
 
+def prior_weight_table(result: Figures) -> str:
+    """The final weights and the prior alone beside other weights of the prior."""
+    metrics = {"nll of train futures": "nll, train", "nll of valid futures": "nll, valid", "mean reward": "mean_reward"}
+    heads = ["mean reward" if metric == "mean_reward" else metric for metric in metrics.values()]
+    lines = [
+        [name, str(row["weight"]), *(_difference(row["minus_own"][key], metric) for key, metric in metrics.items())]
+        for name in ("prior", "model")
+        for row in result[name]
+        if row["weight"] != result["trained_with"]
+    ]
+    learned = ", ".join(f"{name} {result[f'{name} learned']}" for name in ("prior", "model"))
+    table = _table(["", f"weight, minus {result['trained_with']}", *heads], lines)
+    return f"{table}\nLikeliest on train futures: {learned}.\n"
+
+
 def ceiling_table(result: Figures) -> str:
     """The oracles, and the liability model's figures."""
     metrics = ("filter_auc", "filter_reduction")
@@ -163,6 +178,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Any], str | None]]] = {
     "strata": ("quality.json", "python -m bench quality", strata_table),
     "refit": ("quality.json", "python -m bench quality", refit_table),
     "ablations": ("ablations.json", "python -m bench.experiments.ablations", ablations_table),
+    "prior-weight": ("prior_weight.json", "python -m bench.experiments.prior_weight RUN", prior_weight_table),
     "likes": ("likes.json", "python -m bench.experiments.likes RUN", likes_table),
     "ceiling": ("ceiling.json", "python -m bench.experiments.ceiling --data DIR", ceiling_table),
 }

@@ -79,6 +79,17 @@ def test_ablations_and_likes(results: Path) -> None:
     assert "| 51 or more | 1,200 | 7 |" in made and "at most 50 of them shown" in made
 
 
+def test_prior_weights_beside_the_own_one(results: Path) -> None:
+    minus = {key: HALF for key in ("nll of train futures", "nll of valid futures", "mean reward")}
+    rows = [{"weight": weight, "minus_own": minus} for weight in (0.5, 1.0)]
+    result = {"trained_with": 1.0, "prior": rows, "model": rows, "prior learned": 0.5, "model learned": 1.0}
+    (results / "prior_weight.json").write_text(json.dumps(result))
+    made = written("prior-weight", results)
+    figures = ["**+.500** [+.250, +.750]", "**+.500** [+.250, +.750]", "**+.50000** [+.25000, +.75000]"]
+    assert cells(made)[2:] == [["prior", "0.5", *figures], ["model", "0.5", *figures]]
+    assert "Likeliest on train futures: prior 0.5, model 1.0." in made
+
+
 def test_the_page_keeps_all_else(results: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
