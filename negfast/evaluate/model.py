@@ -132,13 +132,13 @@ def future_log_probs(engine: Engine, requests: Requests) -> np.ndarray:
 class Validation:
     """The quick look at valid during training, on a fixed sample; its score chooses the weights that are kept.
 
-    The score is FHR@20 plus filter AUC or, with ``by_reward``, the expected reward: what GRPO maximises, and what a
-    sample tells far more surely than hits among twenty items, since it is exact.
+    The score is the likelihood of the future dislikes or, with ``by_reward``, the expected reward: what SFT and GRPO
+    maximise. Both are exact, and a sample tells them far more surely than hits among twenty items.
 
     With ``scales`` it also chooses how far to trust what was learned of items, as the policy's scale of code logits
     against the community prior: what people dislike drifts, and what a model learned of items over the train days
     ages with it, while the prior, counted up to t, does not (negfast's choice). The scale is the one under which the
-    future dislikes are likeliest, which a sample tells far more surely than it tells hit rates.
+    future dislikes are likeliest.
     """
 
     def __init__(self, engine: Engine, valid: EvalSet, scales: tuple[float, ...] = (), by_reward: bool = False) -> None:
@@ -166,11 +166,9 @@ class Validation:
         hits = hit_rate(self.requests, generate(self.engine, self.requests, top=20)[0])
         reward = float(expected_rewards(self.engine, self.requests, self.rewards).mean())
         metrics = {"nll": nlls[best], "scale": best, "reward": reward, "FHR@20": hits}
-        score = hits
         if 0 < self.labels.sum() < len(self.labels):
             metrics["filter_auc"] = float(roc_auc_score(self.labels, candidate_logits(self.engine, self.candidates)))
-            score += metrics["filter_auc"]
-        return {**metrics, "score": reward if self.by_reward else score}
+        return {**metrics, "score": reward if self.by_reward else -nlls[best]}
 
     def _nll(self) -> float:
         counts = np.diff(self.requests.dislike_offsets)

@@ -47,4 +47,9 @@ def test_validation_chooses_the_scale_that_makes_futures_likeliest(engine):
         nlls[scale] = -float((future_log_probs(engine, requests) / np.repeat(counts, counts)).sum() / len(counts))
     assert len(set(nlls.values())) == len(scales)
     assert metrics["scale"] == min(nlls, key=nlls.get)
-    assert abs(metrics["nll"] - min(nlls.values())) < 1e-9
+    assert abs(metrics["nll"] - min(nlls.values())) < 1e-9 and metrics["score"] == -metrics["nll"]
+
+
+def test_validation_by_reward_scores_the_expected_reward(engine):
+    metrics = Validation(engine, evaluation_set(engine.log, engine.split, "valid"), by_reward=True)()
+    assert metrics["score"] == metrics["reward"] != 0 and metrics["nll"] > 0
