@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from bench.experiments.semantic_id_runs import METRICS
 from negfast.files import atomic_file
 
 ROOT = Path(__file__).parents[2]
@@ -103,7 +104,7 @@ def seeds_table(result: Figures) -> str:
 def strata_table(result: Figures) -> str:
     """Items without an event before T_valid, and requests and events of users without a past dislike."""
     metrics = ("FHR@20", "filter_auc", "pool_hr@10", "pool_auc")
-    heads = [f"{COLUMNS[metric]}, {name}" for name in STRATA.values() for metric in metrics]
+    heads = [_head(f"{metric}/{stratum}") for stratum in STRATA for metric in metrics]
     lines = [
         [_name(row), *(_mean(row.get(f"{metric}/{stratum}"), metric) for stratum in STRATA for metric in metrics)]
         for row in result["rows"]
@@ -171,6 +172,72 @@ def ceiling_table(result: Figures) -> str:
     return _table(["ranker", *(COLUMNS[m] for m in metrics)], lines) + "\n" + _table(["liability model", ""], model)
 
 
+def semantic_ids_table(result: Figures) -> str | None:
+    """What follows from each quantizer, and each minus the first."""
+    if "downstream" not in result:
+        return None
+    found = result["downstream"]
+    differences = {(d["a"], d["metric"]): d for d in found["differences"]}
+    lines = [[row["quantizer"], *(_mean(row[metric], metric) for metric in METRICS)] for row in found["rows"]]
+    first, *others = (row["quantizer"] for row in found["rows"])
+    lines += [
+        [f"{other} minus {first}", *(_difference(differences.get((other, metric)), metric) for metric in METRICS)]
+        for other in others
+    ]
+    settings = ", ".join(f"`{setting}`" for setting in found["settings"])
+    return _table(["", *map(_head, METRICS)], lines) + f"\nSettings: {settings}; seeds {_listed(found['seeds'])}.\n"
+
+
+def alignment_table(result: Figures) -> str:
+    """The title task by the times that it has seen each title."""
+    shown = {
+        "title_sid_level1": "first code, held out",
+        "title_sid_level1_top10": "in its first ten",
+        "title_sid_level1_chance": "commonest code",
+        "title_sid_train_level1": "first code, trained on",
+        "title_sid_item": "item, held out",
+        "title_sid_train_item": "item, trained on",
+    }
+    lines = [
+        [str(row["steps"]), _number(row["epochs"], 1), *(_number(row[key], 3) for key in shown)]
+        for row in result["rows"]
+    ]
+    return _table(["steps", "epochs", *shown.values()], lines)
+
+
+def recovery_table(result: Figures) -> str | None:
+    """How well models trained on each target find true dislikes."""
+    if "recovery" not in result:
+        return None
+    found = result["recovery"]
+    metrics = {
+        "true_probability": "true P(dislike) of the 20 generated",
+        "top_dislikes": "of them in the user's top 5 %",
+        "verdict_rank_correlation": "rank correlation of verdicts",
+    }
+    names = ("random", "prior", "next", "later", "window", "best", "window-next", "window-later")
+    lines = []
+    for name in names:
+        figures = [found.get(f"{name}/{metric}") for metric in metrics]
+        show = _difference if "-" in name else _mean
+        lines.append([name.replace("-", " minus "), *(show(figure, "") for figure in figures)])
+    about = f"{found['steps']} steps of SFT, seeds {_listed(found['seeds'])}, {found['requests']} requests"
+    return _table(["trained on", *metrics.values()], lines) + f"\n{about}.\n"
+
+
+def language_model_table(result: Figures) -> str:
+    """A language model beside the small model, and what each stage changes."""
+    lines = [[row["name"], *(_mean(row[metric], metric) for metric in METRICS)] for row in result["rows"]]
+    found: dict[tuple[str, str], dict[str, Figures]] = {}
+    for d in result["differences"]:
+        found.setdefault((d["a"], d["b"]), {})[d["metric"]] = d
+    lines += [
+        [f"{a} minus {b}", *(_difference(of_pair.get(metric), metric) for metric in METRICS)]
+        for (a, b), of_pair in found.items()
+    ]
+    return _table(["", *map(_head, METRICS)], lines)
+
+
 TABLES: dict[str, tuple[str, str, Callable[[Any], str | None]]] = {
     "main": ("quality.json", "python -m bench quality", main_table),
     "differences": ("quality.json", "python -m bench quality", differences_table),
@@ -180,8 +247,26 @@ TABLES: dict[str, tuple[str, str, Callable[[Any], str | None]]] = {
     "ablations": ("ablations.json", "python -m bench.experiments.ablations", ablations_table),
     "prior-weight": ("prior_weight.json", "python -m bench.experiments.prior_weight RUN", prior_weight_table),
     "likes": ("likes.json", "python -m bench.experiments.likes RUN", likes_table),
+    "semantic-ids": ("semantic_ids.json", "python -m bench.experiments.semantic_ids --runs DIR", semantic_ids_table),
+    "alignment": ("alignment.json", "python -m bench.experiments.alignment", alignment_table),
+    "recovery": ("simulator.json", "python -m bench.experiments.simulator --parts recovery", recovery_table),
+    "language-model": (
+        "language_model.json",
+        "python -m bench.experiments.language_model MODEL",
+        language_model_table,
+    ),
     "ceiling": ("ceiling.json", "python -m bench.experiments.ceiling --data DIR", ceiling_table),
 }
+
+
+def _head(metric: str) -> str:
+    name, _, stratum = metric.partition("/")
+    head = "nll of F" if name == "nll" else COLUMNS[name]
+    return f"{head}, {STRATA[stratum]}" if stratum else head
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _rows_table(rows: Sequence[Figures]) -> str:
@@ -236,7 +321,7 @@ def _scale(metric: str) -> float:
 
 
 def _digits(metric: str) -> int:
-    return {"filter_reduction": 1, "mean_reward": 5, "filter_auc": 4, "pool_auc": 4}.get(metric, 3)
+    return {"filter_reduction": 1, "mean_reward": 5, "filter_auc": 4, "pool_auc": 4}.get(metric.partition("/")[0], 3)
 
 
 def _number(value: float, digits: int, sign: bool = False) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from bench.experiments.semantic_id_runs import METRICS
 from bench.experiments.tables import PAGE, RESULTS, TABLES, main, written
 
 HALF = {"mean": 0.5, "low": 0.25, "high": 0.75}
@@ -88,6 +89,39 @@ def test_prior_weights_beside_the_own_one(results: Path) -> None:
     figures = ["**+.500** [+.250, +.750]", "**+.500** [+.250, +.750]", "**+.50000** [+.25000, +.75000]"]
     assert cells(made)[2:] == [["prior", "0.5", *figures], ["model", "0.5", *figures]]
     assert "Likeliest on train futures: prior 0.5, model 1.0." in made
+
+
+def test_policies_on_other_semantic_ids_and_of_a_language_model(results: Path) -> None:
+    row = {metric: HALF for metric in METRICS}
+    below = [difference(a="random", b="rq-kmeans", metric=metric) for metric in METRICS]
+    found = {"settings": ["sft.steps=3"], "seeds": [0, 1], "differences": below}
+    found["rows"] = [{"quantizer": name, **row} for name in ("rq-kmeans", "random")]
+    (results / "semantic_ids.json").write_text(json.dumps({"rows": [], "downstream": found}))
+    made = written("semantic-ids", results)
+    assert cells(made)[0] == ["", "nll of F", "FHR@20", "filter AUC", "filter AUC, cold item", "pool AUC"]
+    assert cells(made)[2] == ["rq-kmeans", ".500", ".500", ".5000", ".5000", ".5000"]
+    assert cells(made)[4][:2] == ["random minus rq-kmeans", "**+.005** [+.002, +.008]"]
+    assert "Settings: `sft.steps=3`; seeds 0, 1." in made
+    (results / "semantic_ids.json").write_text(json.dumps({"rows": []}))
+    assert "Not measured yet" in written("semantic-ids", results)
+    pairs = [difference(a="language sft", b="small sft", metric="nll")]
+    rows = [{"name": f"{model} sft", **row} for model in ("small", "language")]
+    (results / "language_model.json").write_text(json.dumps({"rows": rows, "differences": pairs}))
+    made = cells(written("language-model", results))
+    assert made[4] == ["language sft minus small sft", "**+.005** [+.002, +.008]", "", "", "", ""]
+
+
+def test_titles_and_true_dislikes(results: Path) -> None:
+    keys = ("level1", "level1_top10", "level1_chance", "train_level1", "item", "train_item")
+    learned = {f"title_sid_{key}": 0.25 for key in keys}
+    (results / "alignment.json").write_text(json.dumps({"rows": [{"steps": 60, "epochs": 0.61, **learned}]}))
+    assert cells(written("alignment", results))[2] == ["60", ".6", *[".250"] * 6]
+    found = {"steps": 9, "seeds": [0], "requests": 5, "window/true_probability": HALF}
+    found["window-next/true_probability"] = HALF
+    (results / "simulator.json").write_text(json.dumps({"recovery": found}))
+    made = written("recovery", results)
+    assert ["window", ".500", "", ""] in cells(made) and "9 steps of SFT, seeds 0, 5 requests." in made
+    assert ["window minus next", "**+.500** [+.250, +.750]", "", ""] in cells(made)
 
 
 def test_the_page_keeps_all_else(results: Path, tmp_path: Path) -> None:
