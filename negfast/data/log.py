@@ -48,5 +48,12 @@ class EventLog:
         counts = {"dislikes": dislikes, "likes": likes, "exposed": exposed}
         return counts | {"withdrawn": withdrawn} if withdrawn else counts
 
+    def count_repeats(self) -> int:
+        """Events that are in nothing different from the user's event just before."""
+        same = np.ones(max(len(self) - 1, 0), dtype=bool)
+        for column in (self.user, self.time, self.item, self.feedback):
+            same &= column[1:] == column[:-1]
+        return int(same.sum())
+
     def __len__(self) -> int:
         return len(self.item)

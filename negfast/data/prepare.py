@@ -169,6 +169,8 @@ def report_log(log: EventLog, items: ItemTable, report: Report) -> None:
     report(f"events: {len(log):,} by {log.n_users:,} users on {log.n_items:,} items")
     shares = [f"{n:,} {name} ({n / len(log):.1%})" for name, n in log.feedback_counts().items()]
     report(f"feedback: {', '.join(shares)}")
+    if repeats := log.count_repeats():
+        report(f"repeats: {repeats:,} events are the same as the one before them, second and all; they stay and count")
     if not any(items.text):
         report("items: no text")
 

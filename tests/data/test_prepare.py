@@ -51,6 +51,19 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def test_events_written_twice_are_counted_out_loud(sources, tmp_path):
+    said: list[str] = []
+    run(sources, tmp_path / "clean", report=said.append)
+    assert not [line for line in said if line.startswith("repeats")]
+    lines = (sources / "log.csv").read_text().splitlines()
+    user, item, rating, time = lines[5].split(",")
+    later = f"{user},{item},{rating},{int(time) + 1}"
+    (sources / "log.csv").write_text("\n".join([*lines, lines[9], lines[9], later, lines[30]]) + "\n")
+    run(sources, tmp_path / "twice", report=said.append)
+    assert [line.split()[1] for line in said if line.startswith("repeats")] == ["3"]
+    assert len(Dataset.open(tmp_path / "twice").log) == len(Dataset.open(tmp_path / "clean").log) + 4
+
+
 def test_everything_reads_back(sources, tmp_path):
     embedding = np.random.default_rng().normal(size=(30, 4)).astype(np.float32)
     np.save(sources / "embedding.npy", embedding)
