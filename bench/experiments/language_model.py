@@ -50,11 +50,13 @@ def main(
             train(config, None, data, folder, None, run.path, (*overrides, *settings), table=False)
         data = data or run.data
         learned[name] = align_outcome(run)
+        steps = {stage: getattr(run.config, stage).steps for stage in ("align", "sft", "grpo")}
         samples |= {f"{name} {stage}": found for stage, found in stage_samples(run, share).items()}
     pairs = [(f"language {stage}", f"small {stage}") for stage in ("sft", "grpo")]
     pairs += [(f"{name} grpo", f"{name} sft") for name in ("language", "small")]
     result: dict[str, Any] = {
         "share": share,
+        "steps": steps,
         "align": learned,
         "rows": [
             {"name": name, **{metric: interval(found[metric]) for metric in METRICS}} for name, found in samples.items()

@@ -123,8 +123,7 @@ def ablations_table(result: Figures) -> str:
             shown = [_difference(found.get((stage, m)), m) for stage in ("sft", "grpo") for m in EFFECTS]
         lines.append([row["name"], ", ".join(f"`{key}`" for key in row["changed"]), *shown])
     heads = [f"{COLUMNS[metric]}, {stage}" for stage in ("sft", "grpo") for metric in EFFECTS]
-    steps = ", ".join(f"{stage} {count}" for stage, count in result["steps"].items())
-    return _table(["switched off", "settings", *heads], lines) + f"\nSteps of every run: {steps}.\n"
+    return _table(["switched off", "settings", *heads], lines) + f"\nSteps of every run: {_steps(result)}.\n"
 
 
 def likes_table(result: Figures) -> str:
@@ -235,7 +234,8 @@ def language_model_table(result: Figures) -> str:
         [f"{a} minus {b}", *(_difference(of_pair.get(metric), metric) for metric in METRICS)]
         for (a, b), of_pair in found.items()
     ]
-    return _table(["", *map(_head, METRICS)], lines)
+    about = f"Steps: {_steps(result)}; {result['share']:.0%} of valid's users."
+    return _table(["", *map(_head, METRICS)], lines) + f"\n{about}\n"
 
 
 TABLES: dict[str, tuple[str, str, Callable[[Any], str | None]]] = {
@@ -263,6 +263,10 @@ def _head(metric: str) -> str:
     name, _, stratum = metric.partition("/")
     head = "nll of F" if name == "nll" else COLUMNS[name]
     return f"{head}, {STRATA[stratum]}" if stratum else head
+
+
+def _steps(result: Figures) -> str:
+    return ", ".join(f"{stage} {count}" for stage, count in result["steps"].items())
 
 
 def _listed(numbers: Iterable[int]) -> str:

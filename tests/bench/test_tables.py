@@ -106,9 +106,11 @@ def test_policies_on_other_semantic_ids_and_of_a_language_model(results: Path) -
     assert "Not measured yet" in written("semantic-ids", results)
     pairs = [difference(a="language sft", b="small sft", metric="nll")]
     rows = [{"name": f"{model} sft", **row} for model in ("small", "language")]
-    (results / "language_model.json").write_text(json.dumps({"rows": rows, "differences": pairs}))
-    made = cells(written("language-model", results))
-    assert made[4] == ["language sft minus small sft", "**+.005** [+.002, +.008]", "", "", "", ""]
+    about = {"share": 0.1, "steps": {"align": 4, "sft": 2}}
+    (results / "language_model.json").write_text(json.dumps({**about, "rows": rows, "differences": pairs}))
+    made = written("language-model", results)
+    assert "Steps: align 4, sft 2; 10% of valid's users." in made
+    assert cells(made)[4] == ["language sft minus small sft", "**+.005** [+.002, +.008]", "", "", "", ""]
 
 
 def test_titles_and_true_dislikes(results: Path) -> None:
