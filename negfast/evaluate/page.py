@@ -22,6 +22,12 @@ from negfast.evaluate.sets import check_choosable, evaluation_set
 from negfast.files import atomic_file, check_output
 from negfast.run_folder import RunFolder
 
+LOOKS = (  # what is measured on valid, and the least span of its axis: less is within the noise
+    ("nll", "nats a future dislike", 0.05),
+    ("reward", "expected reward", 0.001),
+    ("FHR@20", "FHR@20", 0.04),
+    ("filter_auc", "filter AUC", 0.04),
+)
 COMPARED = ("grpo", "boosted", "logistic", "item-rate")  # rows of the curves, the run's final weights first
 HEADINGS = ("FHR@20", "filter AUC", "reduction", "pool HR@10", "pool AUC", "hit share")
 STAGES = ("align", "sft", "grpo")
@@ -198,12 +204,12 @@ def _training(folder: RunFolder) -> str:
     shares = [Line("", [line["step"] for line in of_grpo], [line["mixed_share"] for line in of_grpo], color=2)]
     cards.append(_card("grpo: share of mixed views", line_chart(shares, "step", "share", from_zero=True)))
     cards.append(_card("grpo: KL to the SFT policy", _smoothed(of_grpo, "kl", "KL a token")))
-    for metric, heading in (("FHR@20", "FHR@20"), ("filter_auc", "filter AUC")):
+    for metric, heading, span in LOOKS:
         lines = []
         for color, stage in enumerate(("sft", "grpo")):
             valid = [e for e in events if e["event"] == "valid" and e["stage"] == stage and metric in e]
             lines.append(Line(stage, [e["step"] for e in valid], [e[metric] for e in valid], color=color, dots=True))
-        chart = line_chart(lines, "step of the stage", heading, span=0.04)  # less is within the noise of valid
+        chart = line_chart(lines, "step of the stage", heading, span=span)
         cards.append(_card(f"valid: {heading}", chart))
     return f"<h2>Training</h2><p>Thin lines are single steps, thick ones their moving mean.</p>{_cards(cards)}"
 

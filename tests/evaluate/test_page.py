@@ -54,6 +54,8 @@ def test_the_page_is_whole_and_reaches_nothing_outside(page):
     for heading in ("Beside the baselines", "Training", "As a filter", "By the number of past dislikes",
                     "Codebook usage", "Example users", "What it was made of"):  # fmt: skip
         assert f"<h2>{heading}</h2>" in page
+    for chart in ("nats a future dislike", "expected reward", "FHR@20", "filter AUC"):  # what chooses weights, too
+        assert f"<h3>valid: {chart}</h3>" in page
     assert "prefers-color-scheme: dark" in page and 'name="viewport"' in page
 
 
