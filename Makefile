@@ -51,7 +51,7 @@ fuzz:
 	mkdir -p build
 	$(CXX) -std=c++20 -O1 -g -pthread -fsanitize=address,undefined -fno-sanitize-recover=all \
 		$(FUZZED:%=csrc/%.cpp) -o build/fuzz_shard
-	build/fuzz_shard $(FUZZ_SECONDS) $(GOLDEN)/seconds.nfs $(GOLDEN)/days.nfs $(GOLDEN)/days.nfs.000001
+	build/fuzz_shard $(FUZZ_SECONDS) $(addprefix $(GOLDEN)/,seconds.nfs days.nfs days.nfs.000001 withdrawn.nfs)
 
 soak: install
 	$(BIN)/python tools/soak.py

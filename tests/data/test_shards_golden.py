@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from negfast.data.log import DAY, EventLog
+from negfast.data.log import DAY, WITHDRAWN, EventLog
 from negfast.data.shards import append_shard, open_shard, write_shard
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -19,6 +19,13 @@ def golden_log() -> EventLog:
     offsets, item, feedback, time = (EVENTS[k] for k in ("user_offsets", "item", "feedback", "time"))
     columns = np.array(item, np.int32), np.array(feedback, np.uint8), np.array(time)
     return EventLog(np.array(offsets), *columns, None, EVENTS["n_items"])
+
+
+def with_withdrawals() -> EventLog:
+    """Every seventh event takes feedback back, which the first version did not know (shard feature bit 4)."""
+    log = golden_log()
+    log.feedback[::7] = WITHDRAWN
+    return log
 
 
 def test_reads_seconds():
@@ -47,3 +54,12 @@ def test_writes_the_same_bytes(tmp_path, name, unit):
         assert part.read_bytes() == (GOLDEN / part.name).read_bytes()
         parts = f"{name}.parts"
         assert json.loads((tmp_path / parts).read_text()) == json.loads((GOLDEN / parts).read_text())
+
+
+def test_withdrawals_have_golden_bytes_too(tmp_path):
+    log, golden = with_withdrawals(), GOLDEN / "withdrawn.nfs"
+    write_shard(tmp_path / golden.name, log, 1)
+    assert (tmp_path / golden.name).read_bytes() == golden.read_bytes()
+    found = open_shard(golden).get_many()
+    for column, expected in zip(found, (log.user_offsets, log.item, log.feedback, log.time), strict=True):
+        np.testing.assert_array_equal(column, expected)
