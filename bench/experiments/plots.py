@@ -5,6 +5,7 @@ Each figure's description names a digest of the numbers that it shows, so that a
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,16 +98,29 @@ def draw_effects(figures: Mapping[str, Sequence[Entry]]) -> Figure:
     panels: Sequence[Axes] = figure.subplots(1, len(figures), sharey=shared, squeeze=False)[0]
     for panel, (metric, entries) in zip(panels, figures.items(), strict=True):
         panel.axvline(0, color=UNCLEAR, linewidth=0.8)
+        limit = span_of([value for _, value in entries])
         for place, (_, value) in enumerate(entries):
             clear = value["low"] > 0 or value["high"] < 0
             color = CLEAR if clear else UNCLEAR
             panel.plot([value["low"], value["high"]], [place, place], color=color, linewidth=1.5)
             panel.plot([value["mean"]], [place], "o", color=color, markersize=4)
+            if abs(value["mean"]) > limit:  # cut off: its mean in figures
+                edge = math.copysign(limit, value["mean"])
+                panel.text(edge, place, f"{value['mean']:+.3g}", color=color, ha="left" if edge < 0 else "right")
         panel.set_yticks(range(len(entries)), [name for name, _ in entries])
         panel.set_ylim(len(entries) - 0.5, -0.5)
+        low, high = panel.get_xlim()
+        panel.set_xlim(max(low, -limit), min(high, limit))
         panel.locator_params(axis="x", nbins=4)
         panel.set_title(EFFECTS[metric])
     return figure
+
+
+def span_of(figures: Sequence[Mapping[str, float]]) -> float:
+    """How far from zero an axis goes: to the last interval's end, or not much beyond the second to last where one entry
+    would leave no room for the others."""
+    ends = sorted(1.1 * max(abs(value["low"]), abs(value["high"])) for value in figures)
+    return 1.5 * ends[-2] if len(ends) > 1 and ends[-1] > 3 * ends[-2] else ends[-1]
 
 
 def draw_reliability(figures: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:

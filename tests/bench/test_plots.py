@@ -3,9 +3,10 @@
 import json
 import re
 
+import pytest
 from click.testing import CliRunner
 
-from bench.experiments.plots import FIGURES, PLOTS, RESULTS, digest, main
+from bench.experiments.plots import FIGURES, PLOTS, RESULTS, digest, main, span_of
 
 VALUE = {"mean": 0.5, "low": 0.25, "high": 0.75}
 
@@ -42,6 +43,12 @@ def test_figures_name_their_entries_and_a_digest_of_their_numbers(tmp_path):
     again = CliRunner().invoke(main, command)
     assert again.exit_code == 0
     assert all((tmp_path / "plots" / f"{name}.svg").read_text() == text for name, text in shown.items())
+
+
+def test_one_entry_far_out_leaves_room_for_the_others():
+    near = [{"mean": 0.0, "low": -1.0, "high": 2.0}, {"mean": 0.5, "low": 0.0, "high": 1.0}]
+    assert span_of(near) == pytest.approx(2.2) and span_of(near[1:]) == pytest.approx(1.1)
+    assert span_of([*near, {"mean": -9.0, "low": -10.0, "high": -8.0}]) == pytest.approx(3.3)
 
 
 def test_what_is_shown_is_selected_from_the_results():
