@@ -15,20 +15,22 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bench.experiments.tables import COLUMNS, EFFECTS, RESULTS, RIVALS, ROOT
 from negfast.files import atomic_file
 
-ROOT = Path(__file__).parents[2]
-PLOTS, RESULTS = ROOT / "docs" / "plots", ROOT / "bench" / "results"
-RIVALS = ("decay-4d", "item-rate", "logistic", "boosted", "boosted-plus", "sasrec-dislikes", "prior", "sft", "sft-long")
-EFFECTS = {"mean_reward": "mean reward", "FHR@20": "FHR@20", "filter_auc": "filter AUC", "pool_auc": "pool AUC"}
+PLOTS = ROOT / "docs" / "plots"
 STYLE = {  # legible on white and on black
     **{f"{part}.color": "#808080" for part in ("text", "xtick", "ytick")},
     **{f"axes.{part}": "#808080" for part in ("edgecolor", "labelcolor", "titlecolor")},
-    **{"axes.titlesize": 10, "font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "negfast"},
-    **{"axes.spines.top": False, "axes.spines.right": False},
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "font.size": 9,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "negfast",  # the same bytes each time
 }
 CLEAR, UNCLEAR = "#2f81f7", "#808080"  # an interval away from zero, and one that holds it
-COLORS = ("#2f81f7", "#d29922", "#808080")
+RELIABLE = {"grpo": "#2f81f7", "boosted": "#d29922"}  # whose probabilities are drawn
 
 Entry = tuple[str, Mapping[str, Any]]  # a label and a figure with its interval
 
@@ -60,7 +62,7 @@ def final_differences(result: Mapping[str, Any]) -> dict[str, list[Entry]]:
     """The final weights minus each rival, by metric."""
     found = {(d["b"], d["metric"]): d for d in result["differences"] if d["a"] == "grpo"}
     named: dict[str, list[Entry]] = {
-        metric: [(rival, _figure(found[rival, metric])) for rival in RIVALS if (rival, metric) in found]
+        metric: [(rival, _figure(found[rival, metric])) for rival in (*RIVALS, "sft-long") if (rival, metric) in found]
         for metric in EFFECTS
     }
     for entry in result["grpo_minus_sft"]:
@@ -84,7 +86,7 @@ def reliability(result: Mapping[str, Any]) -> dict[str, list[tuple[float, float]
     rows = {row["name"]: row for row in result["rows"]}
     return {
         name: [(part["probability"], part["dislike_rate"]) for part in rows[name]["filter_reliability"]]
-        for name in ("grpo", "boosted")
+        for name in RELIABLE
         if "filter_reliability" in rows.get(name, {})
     }
 
@@ -112,7 +114,7 @@ def draw_effects(figures: Mapping[str, Sequence[Entry]]) -> Figure:
         low, high = panel.get_xlim()
         panel.set_xlim(max(low, -limit), min(high, limit))
         panel.locator_params(axis="x", nbins=4)
-        panel.set_title(EFFECTS[metric])
+        panel.set_title(COLUMNS[metric])
     return figure
 
 
@@ -127,9 +129,9 @@ def draw_reliability(figures: Mapping[str, Sequence[tuple[float, float]]]) -> Fi
     figure = Figure(figsize=(4, 3.6), layout="constrained")
     panel = figure.subplots()
     panel.plot([0, 0.6], [0, 0.6], color=UNCLEAR, linewidth=0.8)
-    for (name, points), color in zip(figures.items(), COLORS, strict=False):
+    for name, points in figures.items():
         said, found = zip(*points, strict=True)
-        panel.plot(said, found, "o-", color=color, markersize=3, linewidth=1, label=name)
+        panel.plot(said, found, "o-", color=RELIABLE[name], markersize=3, linewidth=1, label=name)
     panel.set_xlabel("probability said")
     panel.set_ylabel("share of dislikes found")
     panel.legend(frameon=False)

@@ -16,15 +16,16 @@ import numpy as np
 from bench.machine import write_result
 from negfast.data.split import Requests
 from negfast.evaluate.bootstrap import interval, ratio, resample_users, weighted_sums
-from negfast.evaluate.expected import expected_rewards, item_log_probs, reward_table
+from negfast.evaluate.expected import expected_rewards, reward_table
 from negfast.evaluate.metrics import Samples
+from negfast.evaluate.model import future_log_probs
 from negfast.evaluate.sets import evaluation_set
 from negfast.run_folder import RunFolder
 from negfast.train.engine import Engine
 
 RESULT = Path(__file__).parents[1] / "results" / "prior_weight.json"
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5)
-TRAIN_REQUESTS = 1000  # drawn from those with a future
+TRAIN_REQUESTS = 1000
 
 
 @click.command()
@@ -35,10 +36,22 @@ def main(run: Path, resamples: int, out: Path) -> None:
     """Measures a finished run on train and valid."""
     engine = RunFolder(run).finished_engine(None)
     own, scale = engine.config.prior.weight, engine.policy.block.scale.item()
+    valid = evaluation_set(engine.log, engine.split, "valid").requests
+    train, rewards = some_train(engine), reward_table(engine, valid)
+
+    def figures(weight: float, scale: float) -> Samples:
+        """nll of train and of valid futures and expected reward on valid, under the resamples of each split's users."""
+        changed = with_weight(engine, weight, scale)
+        return {
+            "nll of train futures": means(train, nll(changed, train), resamples),
+            "nll of valid futures": means(valid, nll(changed, valid), resamples),
+            "mean reward": means(valid, expected_rewards(changed, valid, rewards), resamples),
+        }
+
     result: dict[str, Any] = {"split": "valid", "trained_with": own}
     for name in ("prior", "model"):
         found = {
-            weight: figures(with_weight(engine, weight, scale if name == "model" else 0.0), resamples)
+            weight: figures(weight, scale if name == "model" else 0.0)
             for weight in sorted({*WEIGHTS, own})
             if weight or name == "model"  # neither prior nor policy: nothing
         }
@@ -51,30 +64,22 @@ def main(run: Path, resamples: int, out: Path) -> None:
     write_result(out, result)
 
 
+def some_train(engine: Engine) -> Requests:
+    """`TRAIN_REQUESTS` of the train requests with a future."""
+    drawn = np.random.default_rng(0).permutation(np.flatnonzero(engine.train_requests.has_dislikes))[:TRAIN_REQUESTS]
+    return engine.train_requests.take(np.sort(drawn))
+
+
 def with_weight(engine: Engine, weight: float, scale: float) -> Engine:
     """The engine with another weight of the prior and another scale of the policy's code logits."""
     engine.policy.block.scale.fill_(scale)
     return replace(engine, chooser=replace(engine.chooser, prior_weight=weight, compact={}))
 
 
-def figures(engine: Engine, resamples: int) -> Samples:
-    """nll of train and of valid futures and expected reward on valid, under the resamples of each split's users."""
-    valid = evaluation_set(engine.log, engine.split, "valid").requests
-    with_future = np.flatnonzero(engine.train_requests.has_dislikes)
-    drawn = np.random.default_rng(0).permutation(with_future)[:TRAIN_REQUESTS]
-    train = engine.train_requests.take(np.sort(drawn))
-    reward = expected_rewards(engine, valid, reward_table(engine, valid))
-    return {
-        "nll of train futures": means(train, nll(engine, train), resamples),
-        "nll of valid futures": means(valid, nll(engine, valid), resamples),
-        "mean reward": means(valid, reward, resamples),
-    }
-
-
 def nll(engine: Engine, requests: Requests) -> np.ndarray:
     """Mean negative log-likelihood of each request's F, which is not empty, float64 [R]."""
-    log_p = item_log_probs(engine, requests.user, requests.day, requests.dislike_offsets, requests.dislikes)
-    return -np.add.reduceat(log_p, requests.dislike_offsets[:-1]) / np.diff(requests.dislike_offsets)
+    starts, counts = requests.dislike_offsets[:-1], np.diff(requests.dislike_offsets)
+    return -np.add.reduceat(future_log_probs(engine, requests), starts) / counts
 
 
 def means(requests: Requests, values: np.ndarray, resamples: int) -> np.ndarray:
