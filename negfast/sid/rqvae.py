@@ -46,7 +46,7 @@ class _Autoencoder(nn.Module):
         for table in self.codebooks:
             with torch.no_grad():
                 code = (table.square().sum(1) - 2 * residual @ table.T).argmin(1)
-            chosen = table[code]
+            chosen = F.embedding(code, table)  # the gradient of table[code] is summed in no fixed order
             loss = loss + F.mse_loss(chosen, residual.detach()) + COMMITMENT * F.mse_loss(residual, chosen.detach())
             codes.append(code)
             residuals.append(residual.detach())
