@@ -27,6 +27,7 @@ from negfast.model.layout import GroupLayout
 from negfast.model.load import build_policy, small_qwen3
 from negfast.model.policy import Policy
 from negfast.model.prompts import MIXED, PromptBatch
+from negfast.sid.mass_weights import decay_weights
 from negfast.sid.prior import DevicePrior, RequestPrior
 from negfast.sid.tokens import CodeVocabulary
 from negfast.sid.trie import SeenNodes, Trie, build_trie
@@ -174,7 +175,8 @@ def quickstart_lengths(requests: int) -> tuple[int, ...]:
         data = prepare_movietweetings(Path(folder) / "data", semantic_ids=settings, report=lambda *_: None)
         shape = data.codes.shape[1], int(data.manifest["semantic_ids"]["codebook"])
         policy, tokenizer = build_policy(config.model, None, ["text"], *shape, 4)
-        engine = build_engine(config, data, policy, tokenizer, torch.device("cpu"))
+        weights = decay_weights(config.prior.half_life_days, config.prior.eps)
+        engine = build_engine(config, data, policy, tokenizer, torch.device("cpu"), weights)
         train = engine.split.train.take(engine.split.train.has_dislikes)
         rows = epoch_rows(config.train.seed, "grpo", 0, len(train), config.grpo.requests)[:requests]
         batch = engine.prompts.build(train.user[rows], train.day[rows], MIXED, 0, tail="next-dislike")

@@ -82,8 +82,14 @@ class Prior:
     """The community prior on the trie."""
 
     weight: float = setting(1.0, low=0.0, help="0 switches it off")
-    half_life_days: float = setting(4.0, above=0.0)
-    eps: float = setting(0.01, above=0.0, help="mass of an unseen item without events")
+    mass: str = setting(
+        "decay",
+        choices=("decay", "fitted"),
+        help="of an item. decay: of its dislikes (likes, for the next like) with one half-life; fitted: of both with "
+        "several, weighted so that train futures are likeliest",
+    )
+    half_life_days: float = setting(4.0, above=0.0, help="of decay")
+    eps: float = setting(0.01, above=0.0, help="of decay: mass of an unseen item without events")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from negfast.errors import InputError
 from negfast.evaluate.model import Calibration
 from negfast.model.load import rebuild_policy
 from negfast.model.policy import Policy
+from negfast.sid.mass_weights import MassWeights
 from negfast.train.checkpoint import load_weights, read_state
 from negfast.train.engine import Engine, build_engine, choose_device, use_threads
 
@@ -104,6 +105,11 @@ class RunFolder:
         return Calibration(**read_state(self.final)["calibration"])
 
     @property
+    def mass_weights(self) -> MassWeights:
+        """What makes the community prior."""
+        return MassWeights.from_json(self.read()["mass_weights"])
+
+    @property
     def refit(self) -> Refit | None:
         """What the run repeats, where it is a final refit."""
         description = self.read().get("refit")
@@ -145,7 +151,8 @@ class RunFolder:
         use_threads(config.train.threads)
         policy, tokenizer = self.load_policy(dataset)
         until = None if self.refit is None else self.refit.until
-        engine = build_engine(config, dataset, policy, tokenizer, choose_device(config.train.device), until)
+        device = choose_device(config.train.device)
+        engine = build_engine(config, dataset, policy, tokenizer, device, self.mass_weights, until)
         load_weights(self.final, engine.policy)
         engine.policy.eval().requires_grad_(False)
         return engine

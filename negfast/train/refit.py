@@ -11,6 +11,7 @@ from negfast.evaluate.sets import evaluation_set
 from negfast.files import atomic_directory, check_output
 from negfast.run_folder import Chosen, Refit, RunFolder
 from negfast.train.checkpoint import load_weights, read_state
+from negfast.train.engine import mass_weights
 
 
 def start_refit(run: RunFolder, source: RunFolder, stages: Sequence[str], report: Callable[[str], None]) -> None:
@@ -41,7 +42,12 @@ def start_refit(run: RunFolder, source: RunFolder, stages: Sequence[str], report
         chosen[stage] = Chosen(read_state(folder)["step"], float(engine.policy.block.scale), calibration)
     here = run.path.resolve()
     refit = Refit(os.path.relpath(source.path.resolve(), here), engine.data.test_day, chosen)
-    description = source.read() | {"data": os.path.relpath(source.data.resolve(), here), "refit": refit.to_json()}
+    weights = mass_weights(engine.config.prior, engine.data, refit.until)
+    description = source.read() | {
+        "data": os.path.relpath(source.data.resolve(), here),
+        "mass_weights": weights.to_json(),
+        "refit": refit.to_json(),
+    }
     with atomic_directory(run.path) as made:
         shutil.copytree(source.model, made / "model")
         shutil.copytree(source.initial, made / "checkpoints" / "initial")

@@ -26,7 +26,7 @@ from negfast.run_folder import RunFolder
 from negfast.train import distributed, faults, sharding
 from negfast.train.align import AlignStage
 from negfast.train.checkpoint import latest_checkpoint, load_weights, read_state, save_by_first, save_checkpoint
-from negfast.train.engine import Engine, build_engine, choose_device, history_features, use_threads
+from negfast.train.engine import Engine, build_engine, choose_device, history_features, mass_weights, use_threads
 from negfast.train.grpo import GrpoStage, check_combinations
 from negfast.train.journal import Journal, check_tensorboard
 from negfast.train.loop import Stage, StopRequested, run_stage
@@ -139,7 +139,7 @@ def _open_run(
     dataset = Dataset.open(_check_same_run(run, settings, data, model, init))
     policy, tokenizer = run.load_policy(dataset)
     until = None if run.refit is None else run.refit.until
-    engine = build_engine(settings, dataset, policy, tokenizer, device, until)
+    engine = build_engine(settings, dataset, policy, tokenizer, device, run.mass_weights, until)
     load_weights(run.initial, engine.policy)
     if sharding.shard(engine.policy, settings, device):
         _say(f"layers' weights are sharded over {distributed.size()} ranks")
@@ -190,6 +190,7 @@ def _start_run(run: RunFolder, settings: Config, data: Path | None, model: Path 
         "model": None if model is None else str(model),
         "init": None if init is None else str(init),
         "verdict_features": verdict_features,
+        "mass_weights": mass_weights(settings.prior, dataset, dataset.valid_day).to_json(),
     }
     with atomic_file(run.description) as temporary:
         temporary.write_text(json.dumps(description, indent=1) + "\n")

@@ -10,7 +10,7 @@ from negfast.data.log import DISLIKE, LIKE, EventLog
 from negfast.data.split import split_requests
 from negfast.evaluate.sets import history_ends
 from negfast.sid.embed import embed_tfidf, item_texts
-from negfast.sid.prior import decayed_mass
+from negfast.sid.mass_weights import decayed_mass
 from negfast.train.reward import COLLABORATIVE, build_reward_table
 
 CPU = torch.device("cpu")

@@ -42,7 +42,7 @@ def test_a_context_setting_changes_the_loss_and_shares_add_up(tiny_run, setting)
     for name, overrides in (("off", []), ("on", [setting])):
         config = load_config(tiny_run / "config.toml", None, overrides)
         policy, tokenizer = run.load_policy(dataset)
-        engine = build_engine(config, dataset, policy, tokenizer, torch.device("cpu"))
+        engine = build_engine(config, dataset, policy, tokenizer, torch.device("cpu"), run.mass_weights)
         torch.manual_seed(0)
         for weight in policy.parameters():
             torch.nn.init.normal_(weight, std=0.1)

@@ -1,0 +1,22 @@
+"""A prior that is fitted: to the train days of its run, kept with it, and used by whoever opens it."""
+
+from pathlib import Path
+
+import torch
+
+from negfast.sid.mass_weights import fit_weights
+from negfast.train.engine import mass_weights
+from negfast.train.run import open_stage
+
+
+def test_the_weights_are_kept_with_the_run(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    fitted = ("prior.mass=fitted",)
+    run, engine, _ = open_stage("sft", tiny_run / "config.toml", None, tiny_data, None, None, tmp_path / "run", fitted)
+    data, settings = engine.data, engine.config.prior
+    assert run.mass_weights == fit_weights(engine.log, engine.split.train)
+    assert run.mass_weights == mass_weights(settings, data, data.valid_day)
+    assert run.mass_weights != mass_weights(settings, data, data.test_day)  # a refit's
+    log, prior = engine.log, engine.prompts.prior
+    masses = run.mass_weights.masses(log, prior.first_day, int(log.day.max()))[..., engine.trie.leaf_item]
+    torch.testing.assert_close(prior.mass[-1], torch.from_numpy(masses).float())
+    assert prior.eps == 1.0
