@@ -51,6 +51,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {  # in the order in which they are run
     "no-like-branch": ("sft.like_weight=0",),
     "no-verdict-loss": ("sft.verdict_weight=0",),
     "static-share": ("grpo.schedule=static",),
+    "static-share-0.4": ("grpo.schedule=static", "grpo.mixed_share=0.4"),
     "like-penalty-0.3": ("reward.like_penalty=0.3",),
     "no-verdict-term": ("grpo.verdict_weight=0",),
     "no-kl": ("grpo.beta=0",),

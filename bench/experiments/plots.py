@@ -77,7 +77,8 @@ def ablation_effects(result: Mapping[str, Any]) -> dict[str, list[Entry]]:
     for row in result["rows"].values():
         for d in row["differences"]:
             if d["a"] == "grpo" and d["b"] == "default grpo" and d["metric"] in EFFECTS and row["name"] != "default":
-                named[d["metric"]].append((row["name"], _figure(d)))
+                label = f"{row['name']}, seed {row['seed']}" if row["seed"] else row["name"]
+                named[d["metric"]].append((label, _figure(d)))
     return named
 
 

@@ -121,9 +121,10 @@ def ablations_table(result: Figures) -> str:
             shown = [_mean(row[stage][metric], metric) for stage in ("sft", "grpo") for metric in EFFECTS]
         else:
             shown = [_difference(found.get((stage, m)), m) for stage in ("sft", "grpo") for m in EFFECTS]
-        lines.append([row["name"], ", ".join(f"`{key}`" for key in row["changed"]), *shown])
+        settings = ", ".join(f"`{key}`" for key in row["changed"])
+        lines.append([row["name"], str(row["seed"]), settings, *shown])
     heads = [f"{COLUMNS[metric]}, {stage}" for stage in ("sft", "grpo") for metric in EFFECTS]
-    return _table(["switched off", "settings", *heads], lines) + f"\nSteps of every run: {_steps(result)}.\n"
+    return _table(["switched off", "seed", "settings", *heads], lines) + f"\nSteps of every run: {_steps(result)}.\n"
 
 
 def likes_table(result: Figures) -> str:
@@ -159,8 +160,45 @@ def prior_weight_table(result: Figures) -> str:
         if row["weight"] != result["trained_with"]
     ]
     learned = ", ".join(f"{name} {result[f'{name} learned']}" for name in ("prior", "model"))
+    own = [
+        f"{name} " + ", ".join(f"{metrics[key].replace('_', ' ')} {_mean(row[key], metrics[key])}" for key in metrics)
+        for name in ("prior", "model")
+        for row in result[name]
+        if row["weight"] == result["trained_with"]
+    ]
     table = _table(["", f"weight, minus {result['trained_with']}", *heads], lines)
-    return f"{table}\nLikeliest on train futures: {learned}.\n"
+    return f"{table}\nWith {result['trained_with']}: {'; '.join(own)}. Likeliest on train futures: {learned}.\n"
+
+
+def verdict_growth_table(result: Figures) -> str:
+    """AUCs of the verdict's prior and the boosted ranker by how far they learned, and what the last days brought."""
+    names = ("verdict's prior", "boosted-plus", "mean of both")
+    lines = []
+    for row in result["rows"]:
+        days = row["learned_until_days_before_T_valid"]
+        until = "T_valid" if days == 0 else f"{days} days before" if days > 0 else "T_test"
+        figures = [_mean(row[name], "filter_auc") for name in names]
+        gains = [_difference(row["minus_before"].get(name), "filter_auc") for name in names]
+        lines.append([row["split"], until, f"{row['events']:,}", *figures, *gains])
+    heads = ["asked about", "learned until", "events", *names, *(f"{name}, gained" for name in names)]
+    return _table(heads, lines)
+
+
+def sharpness_table(result: Figures) -> str:
+    """GRPO's policy beside its rivals as they are and at its entropy."""
+    found = {(d["b"], d["metric"]): d for d in result["differences"]}
+    lines = [
+        [
+            row["name"],
+            _number(row["temperature"], 2),
+            _number(row["entropy"], 2),
+            *(_mean(row[metric], metric) for metric in ("nll", "mean_reward")),
+            *(_difference(found.get((row["name"], metric)), metric) for metric in ("nll", "mean_reward")),
+        ]
+        for row in result["rows"]
+    ]
+    heads = ["temperature", "entropy", "nll of F", "mean reward", "GRPO minus it, nll", "mean reward"]
+    return _table(["", *heads], lines) + f"\nMeans over runs: {result['runs']}.\n"
 
 
 def ceiling_table(result: Figures) -> str:
@@ -246,6 +284,13 @@ TABLES: dict[str, tuple[str, str, Callable[[Any], str | None]]] = {
     "refit": ("quality.json", "python -m bench quality", refit_table),
     "ablations": ("ablations.json", "python -m bench.experiments.ablations", ablations_table),
     "prior-weight": ("prior_weight.json", "python -m bench.experiments.prior_weight RUN", prior_weight_table),
+    "prior-weight-fitted": (
+        "prior_weight_fitted.json",
+        "python -m bench.experiments.prior_weight RUN --out bench/results/prior_weight_fitted.json",
+        prior_weight_table,
+    ),
+    "sharpness": ("sharpness.json", "python -m bench.experiments.sharpness RUN...", sharpness_table),
+    "verdict-growth": ("verdict_growth.json", "python -m bench.experiments.verdict_growth", verdict_growth_table),
     "likes": ("likes.json", "python -m bench.experiments.likes RUN", likes_table),
     "semantic-ids": ("semantic_ids.json", "python -m bench.experiments.semantic_ids --runs DIR", semantic_ids_table),
     "alignment": ("alignment.json", "python -m bench.experiments.alignment", alignment_table),

@@ -60,6 +60,12 @@ def told_candidates(
     )
 
 
+def verdict_start(log: EventLog, fit_until: int) -> int:
+    """The first day whose feedback is learned from."""
+    first_day = int(log.day.min())
+    return min(first_day + WARM_UP_DAYS, (first_day + fit_until) // 2)
+
+
 def group_candidates(user: np.ndarray, day: np.ndarray, items: np.ndarray) -> Candidates:
     """Candidates from columns [E] in which equal (user, day) stand together."""
     starts = np.flatnonzero((np.diff(user, prepend=-1) != 0) | (np.diff(day, prepend=-1) != 0))
@@ -134,8 +140,7 @@ class VerdictTask:
 
     def __init__(self, engine: Engine, batch: int, among: np.ndarray | None = None) -> None:
         """``batch``: user-days a step; ``among`` bool [I]: of these items alone."""
-        first_day = int(engine.log.day.min())
-        start = min(first_day + WARM_UP_DAYS, (first_day + engine.fit_until) // 2)
+        start = verdict_start(engine.log, engine.fit_until)
         self.engine, self.batch = engine, batch
         self.candidates, self.labels = told_candidates(engine.log, start, engine.fit_until, among)
 

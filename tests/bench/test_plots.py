@@ -25,8 +25,8 @@ def quality() -> dict:
 def ablations() -> dict:
     part = {"a": "grpo", "b": "default grpo", "metric": "filter_auc", **VALUE}
     others = [{**part, "metric": "filter_reduction"}, {**part, "a": "sft", "b": "default sft"}]
-    rows = [("default-0", "default", [part]), ("no-prior-0", "no-prior", [part, *others])]
-    return {"rows": {key: {"name": name, "differences": found} for key, name, found in rows}}
+    rows = [("default", 0, [part]), ("no-prior", 0, [part, *others]), ("no-kl", 1, [part])]
+    return {"rows": {f"{n}-{seed}": {"name": n, "seed": seed, "differences": found} for n, seed, found in rows}}
 
 
 def test_figures_name_their_entries_and_a_digest_of_their_numbers(tmp_path):
@@ -53,7 +53,7 @@ def test_one_entry_far_out_leaves_room_for_the_others():
 
 def test_what_is_shown_is_selected_from_the_results():
     assert FIGURES["differences"][1](quality())["mean_reward"][-1] == ("sft-long, seed 3", VALUE)
-    assert FIGURES["ablations"][1](ablations())["filter_auc"] == [("no-prior", VALUE)]
+    assert FIGURES["ablations"][1](ablations())["filter_auc"] == [("no-prior", VALUE), ("no-kl, seed 1", VALUE)]
     assert FIGURES["ablations"][1](ablations())["mean_reward"] == []
     assert FIGURES["reliability"][1](quality()) == {"grpo": [(0.1, 0.125), (0.5, 0.375)]}
 

@@ -64,7 +64,7 @@ def test_ablations_and_likes(results: Path) -> None:
     figures = {metric: HALF for metric in ("mean_reward", "FHR@20", "filter_auc", "pool_auc")}
     stages = {stage: figures for stage in ("sft", "grpo")}
     rows = {
-        f"{name}-0": {"name": name, "changed": changed, **stages, "differences": found}
+        f"{name}-0": {"name": name, "seed": 0, "changed": changed, **stages, "differences": found}
         for name, changed in (("default", []), ("no-likes", ["prompt.like_cap=0"]))
     }
     steps = {"align": 1, "sft": 2, "grpo": 3}
@@ -82,13 +82,38 @@ def test_ablations_and_likes(results: Path) -> None:
 
 def test_prior_weights_beside_the_own_one(results: Path) -> None:
     minus = {key: HALF for key in ("nll of train futures", "nll of valid futures", "mean reward")}
-    rows = [{"weight": weight, "minus_own": minus} for weight in (0.5, 1.0)]
+    rows = [{"weight": weight, **minus, "minus_own": minus} for weight in (0.5, 1.0)]
     result = {"trained_with": 1.0, "prior": rows, "model": rows, "prior learned": 0.5, "model learned": 1.0}
     (results / "prior_weight.json").write_text(json.dumps(result))
     made = written("prior-weight", results)
     figures = ["**+.500** [+.250, +.750]", "**+.500** [+.250, +.750]", "**+.50000** [+.25000, +.75000]"]
     assert cells(made)[2:] == [["prior", "0.5", *figures], ["model", "0.5", *figures]]
+    assert "With 1.0: prior nll, train .500, nll, valid .500, mean reward .50000; model" in made
     assert "Likeliest on train futures: prior 0.5, model 1.0." in made
+
+
+def test_verdicts_by_how_far_they_learned(results: Path) -> None:
+    names = ("verdict's prior", "boosted-plus", "mean of both")
+    row = {"split": "valid", "events": 13164, **{name: HALF for name in names}}
+    rows = [
+        {**row, "learned_until_days_before_T_valid": days, "minus_before": before}
+        for days, before in ((31, {}), (0, {name: difference() for name in names}), (-28, {}))
+    ]
+    (results / "verdict_growth.json").write_text(json.dumps({"rows": rows}))
+    shown = cells(written("verdict-growth", results))[2:]
+    assert [line[1] for line in shown] == ["31 days before", "T_valid", "T_test"]
+    assert shown[0] == ["valid", "31 days before", "13,164", *[".5000"] * 3, "", "", ""]
+    assert shown[1][6] == "**+.0052** [+.0021, +.0084]"
+
+
+def test_policies_of_equal_entropy(results: Path) -> None:
+    row = {"temperature": 0.71, "entropy": 5.5, "nll": HALF, "mean_reward": HALF}
+    rows = [{"name": name, **row} for name in ("grpo", "sft, sharpened")]
+    below = [difference(a="grpo", b="sft, sharpened", metric="mean_reward")]
+    (results / "sharpness.json").write_text(json.dumps({"runs": 3, "rows": rows, "differences": below}))
+    made = written("sharpness", results)
+    assert cells(made)[3] == ["sft, sharpened", ".71", "5.50", ".500", ".50000", "", "**+.00520** [+.00210, +.00840]"]
+    assert "Means over runs: 3." in made
 
 
 def test_policies_on_other_semantic_ids_and_of_a_language_model(results: Path) -> None:
