@@ -106,8 +106,13 @@ class RunFolder:
 
     @property
     def mass_weights(self) -> MassWeights:
-        """What makes the community prior."""
-        return MassWeights.from_json(self.read()["mass_weights"])
+        """What makes the community prior. InputError for a run of an earlier version, which does not say."""
+        read = self.read()
+        if "mass_weights" not in read:
+            raise InputError(
+                f"{self.description}: found no mass_weights, expected a run of this version; train it again"
+            )
+        return MassWeights.from_json(read["mass_weights"])
 
     @property
     def refit(self) -> Refit | None:

@@ -1,9 +1,14 @@
 """A prior that is fitted: to the train days of its run, kept with it, and used by whoever opens it."""
 
+import json
+import shutil
 from pathlib import Path
 
+import pytest
 import torch
 
+from negfast.errors import InputError
+from negfast.run_folder import RunFolder
 from negfast.sid.mass_weights import fit_weights
 from negfast.train.engine import mass_weights
 from negfast.train.run import open_stage
@@ -20,3 +25,13 @@ def test_the_weights_are_kept_with_the_run(tiny_run: Path, tiny_data: Path, tmp_
     masses = run.mass_weights.masses(log, prior.first_day, int(log.day.max()))[..., engine.trie.leaf_item]
     torch.testing.assert_close(prior.mass[-1], torch.from_numpy(masses).float())
     assert prior.eps == 1.0
+
+
+def test_a_run_that_does_not_say_its_weights_is_refused(tiny_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_run, tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    read = run.read()
+    del read["mass_weights"]
+    run.description.write_text(json.dumps(read))
+    with pytest.raises(InputError, match=r"run\.json: found no mass_weights"):
+        run.finished_engine(tiny_run / read["data"])
