@@ -10,7 +10,7 @@ namespace negfast {
 namespace {
 
 constexpr size_t kChunkRequests = 64;
-constexpr uint8_t kLike = 1, kDislike = 2;  // 0: exposed, 3: withdrawn
+constexpr uint8_t kLike = 1, kDislike = 2;  // also the bits of a view; 0: exposed, 3: withdrawn
 
 // Which items this thread has met in the request at hand; clearing it is a new number, not a pass.
 class MetItems {
@@ -53,6 +53,7 @@ struct Scratch {
   std::vector<uint8_t> feedback;
   MetItems seen, told;
   std::vector<int32_t> likes, dislikes;  // most recent first
+  std::vector<uint8_t> kinds;            // kLike or kDislike of both together, most recent first
   std::vector<uint64_t> by_item, by_leaf;  // by_leaf: place among the request's items * 2^32 + leaf
   std::vector<uint64_t> other;             // of the sort
 };
@@ -71,11 +72,13 @@ void check_requests(const PackRequests& r, const PackLayout& layout) {
                        std::to_string(layout.items - 1));
 }
 
+void append_item(int32_t item, const PackLayout& layout, std::vector<int32_t>& tokens) {
+  const int32_t* row = layout.item_tokens + static_cast<size_t>(item) * layout.levels;
+  tokens.insert(tokens.end(), row, row + layout.levels);
+}
+
 void append_items(const std::vector<int32_t>& items, const PackLayout& layout, std::vector<int32_t>& tokens) {
-  for (auto item = items.rbegin(); item != items.rend(); ++item) {
-    const int32_t* row = layout.item_tokens + static_cast<size_t>(*item) * layout.levels;
-    tokens.insert(tokens.end(), row, row + layout.levels);
-  }
+  for (auto item = items.rbegin(); item != items.rend(); ++item) append_item(*item, layout, tokens);
 }
 
 // The last like or dislike of every (user, item) counts and gives it its place, unless it was withdrawn; an exposure
@@ -86,25 +89,44 @@ void collect_context(const int32_t* item, const uint8_t* feedback, int64_t event
   s.told.start(layout.items);
   s.likes.clear();
   s.dislikes.clear();
+  s.kinds.clear();
   s.by_item.clear();
   for (int64_t i = events - 1; i >= 0; --i) {
     if (s.seen.meet(static_cast<uint32_t>(item[i]))) s.by_item.push_back(static_cast<uint64_t>(item[i]));
     if (feedback[i] == 0 || !s.told.meet(static_cast<uint32_t>(item[i]))) continue;
-    if (feedback[i] == kLike && static_cast<int64_t>(s.likes.size()) < layout.like_cap) s.likes.push_back(item[i]);
-    if (feedback[i] == kDislike && static_cast<int64_t>(s.dislikes.size()) < layout.dislike_cap)
-      s.dislikes.push_back(item[i]);
+    if (feedback[i] != kLike && feedback[i] != kDislike) continue;
+    std::vector<int32_t>& kept = feedback[i] == kLike ? s.likes : s.dislikes;
+    if (static_cast<int64_t>(kept.size()) >= (feedback[i] == kLike ? layout.like_cap : layout.dislike_cap)) continue;
+    kept.push_back(item[i]);
+    s.kinds.push_back(feedback[i]);
   }
   radix_sort(s.by_item, s.other);
   for (const uint64_t seen : s.by_item) seen_item.push_back(static_cast<int32_t>(seen));
 }
 
+// What the view shows, in order of time: a marker at the start and wherever the kind changes.
+void append_timeline(uint8_t view, const PackLayout& layout, const Scratch& s, std::vector<int32_t>& tokens) {
+  if (!(view & 3)) return;
+  uint8_t shown = view & 1 ? kLike : kDislike;
+  tokens.push_back(shown == kLike ? layout.likes_marker : layout.dislikes_marker);
+  auto like = s.likes.rbegin(), dislike = s.dislikes.rbegin();
+  for (auto kind = s.kinds.rbegin(); kind != s.kinds.rend(); ++kind) {
+    const int32_t item = *kind == kLike ? *like++ : *dislike++;
+    if (!(view & *kind)) continue;
+    if (*kind != shown) tokens.push_back(*kind == kLike ? layout.likes_marker : layout.dislikes_marker);
+    shown = *kind;
+    append_item(item, layout, tokens);
+  }
+}
+
 void append_prompt(const PackRequests& r, size_t i, const PackLayout& layout, const Scratch& s,
                    std::vector<int32_t>& tokens) {
-  if (r.views[i] & 1) {
+  if (layout.timeline) append_timeline(r.views[i], layout, s, tokens);
+  if (!layout.timeline && r.views[i] & 1) {
     tokens.push_back(layout.likes_marker);
     append_items(s.likes, layout, tokens);
   }
-  if (r.views[i] & 2) {
+  if (!layout.timeline && r.views[i] & 2) {
     tokens.push_back(layout.dislikes_marker);
     append_items(s.dislikes, layout, tokens);
   }
@@ -112,9 +134,7 @@ void append_prompt(const PackRequests& r, size_t i, const PackLayout& layout, co
     tokens.push_back(layout.trending_marker);
     const int32_t* row = layout.trending + r.trending_row[i] * layout.trending_width;
     for (int64_t k = 0; k < layout.trending_width; ++k) {
-      if (row[k] < 0) continue;
-      const int32_t* sid = layout.item_tokens + static_cast<size_t>(row[k]) * layout.levels;
-      tokens.insert(tokens.end(), sid, sid + layout.levels);
+      if (row[k] >= 0) append_item(row[k], layout, tokens);
     }
   }
   if (r.tail[i] >= 0) tokens.push_back(r.tail[i]);

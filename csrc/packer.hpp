@@ -26,6 +26,7 @@ struct PackLayout {
   int32_t likes_marker, dislikes_marker, trending_marker;
   const int32_t* trending;        // [days, trending_width] items, -1 padded
   int64_t trending_days, trending_width;
+  bool timeline;                  // likes and dislikes together in order of time, not one after the other
 };
 
 // The nodes of one level above (or at) the seen items of each request, ordered by (request, node).

@@ -89,6 +89,7 @@ class Shard:
         trending: NDArray[np.int32],
         trending_row: NDArray[np.int32],
         tail: NDArray[np.int32],
+        timeline: bool,
         threads: int,
     ) -> PackedParts: ...
 

@@ -75,6 +75,11 @@ class Prompt:
     like_cap: int = setting(50, low=0)
     dislike_cap: int = setting(50, low=0)
     trending_cap: int = setting(5, low=0, help="most disliked items lately")
+    layout: str = setting(
+        "segments",
+        choices=("segments", "timeline"),
+        help="segments: likes, then dislikes; timeline: both together in order of time, plain mixing",
+    )
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {  # in the order in which they are run
     "no-like-penalty": ("reward.like_penalty=0",),
     "no-likes": ("prompt.like_cap=0",),
     "plain-mixing": ("sft.negative_view=0", "sft.positive_view=0"),
+    "timeline": ("prompt.layout=timeline",),
     "next-only": ("sft.target=next", "reward.target=next"),
     "single-advantage": ("grpo.set_size=0",),
     "group-16": ("grpo.group=16", "grpo.requests=128"),  # as many answers a step

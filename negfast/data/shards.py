@@ -139,6 +139,7 @@ class Shard:
         trending: np.ndarray,
         trending_row: np.ndarray,
         tail: np.ndarray,
+        timeline: bool = False,
         threads: int = 1,
         out: Callable[[PackSizes], PackedPrompts] | None = None,
     ) -> PackedPrompts:
@@ -149,7 +150,9 @@ class Shard:
         like or dislike of an item counts and gives it its place (an exposure changes neither); the most recent
         ``like_cap`` and ``dislike_cap`` are kept, in order of time. item_tokens and item_nodes int32 [I, L];
         ``markers`` are the tokens of likes, dislikes, trending; trending int32 [D, T]: items, -1 padded;
-        trending_row int32 [B]: its row, -1 for no segment; tail int32 [B]: the last token, -1 for none.
+        trending_row int32 [B]: its row, -1 for no segment; tail int32 [B]: the last token, -1 for none. With
+        ``timeline`` the first two segments are one, in order of time: it begins with the marker of the first that is
+        shown, and another stands wherever likes turn into dislikes or back.
 
         ``out`` is told the sizes and gives C-contiguous int32 arrays of at least these lengths to write to, e.g.
         pinned ones (`negfast.data.loader.PackBuffers`); slices of them are returned. Without it they are new.
@@ -169,6 +172,7 @@ class Shard:
             trending=trending,
             trending_row=trending_row,
             tail=tail,
+            timeline=timeline,
             threads=threads,
         )
         sizes = PackSizes(parts.requests, parts.tokens, parts.seen, parts.nodes)

@@ -97,6 +97,7 @@ class PromptBuilder:
             trending=self.trending,
             trending_row=rows.astype(np.int32) if shown else np.full(size, -1, dtype=np.int32),
             tail=np.full(size, -1 if tail is None else self.vocabulary.marker(tail), dtype=np.int32),
+            timeline=self.config.layout == "timeline",
             threads=self.threads,
         )
         shown_tokens, cu_seqlens = packed.tokens, packed.cu_seqlens

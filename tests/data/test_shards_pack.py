@@ -35,15 +35,24 @@ def reference_pack(log: EventLog, request: dict, item_nodes: np.ndarray) -> Pack
         for place, (item, feedback) in enumerate(events):
             if feedback in (LIKE, DISLIKE, WITHDRAWN):
                 last[item] = (place, feedback)
+        timeline = []
         for bit, kind, marker, cap in (
             (1, LIKE, MARKERS[0], request["like_cap"]),
             (2, DISLIKE, MARKERS[1], request["dislike_cap"]),
         ):
             if request["views"][b] & bit:
-                shown = [item for _, item in sorted((p, i) for i, (p, f) in last.items() if f == kind)]
+                shown = sorted((p, i) for i, (p, f) in last.items() if f == kind)
+                shown = shown[len(shown) - min(cap, len(shown)) :]
+                timeline.append((-1, marker, []))
+                timeline += [(place, marker, request["item_tokens"][item]) for place, item in shown]
+        if request["timeline"]:
+            timeline = timeline[:1] + sorted(event for event in timeline if event[0] >= 0)
+        before = None
+        for place, marker, item_tokens in timeline:
+            if marker != before or place < 0:
                 tokens.append(marker)
-                for item in shown[len(shown) - min(cap, len(shown)) :]:
-                    tokens.extend(request["item_tokens"][item])
+            tokens.extend(item_tokens)
+            before = marker
         if request["trending_row"][b] >= 0:
             tokens.append(MARKERS[2])
             for item in request["trending"][request["trending_row"][b]]:
@@ -76,6 +85,7 @@ def random_request(rng: np.random.Generator, log: EventLog, size: int, levels: i
         "trending": rng.integers(-1, log.n_items, (3, 4)).astype(np.int32),
         "trending_row": rng.integers(-1, 3, size).astype(np.int32),
         "tail": rng.choice([-1, 903, 904], size).astype(np.int32),
+        "timeline": bool(rng.integers(2)),
     }
 
 
