@@ -104,10 +104,22 @@ void collect_context(const int32_t* item, const uint8_t* feedback, int64_t event
   for (const uint64_t seen : s.by_item) seen_item.push_back(static_cast<int32_t>(seen));
 }
 
-// What the view shows, in order of time: a marker at the start and wherever the kind changes.
+// The likes that the view shows, then the dislikes.
+void append_segments(uint8_t view, const PackLayout& layout, const Scratch& s, std::vector<int32_t>& tokens) {
+  if (view & kLike) {
+    tokens.push_back(layout.likes_marker);
+    append_items(s.likes, layout, tokens);
+  }
+  if (view & kDislike) {
+    tokens.push_back(layout.dislikes_marker);
+    append_items(s.dislikes, layout, tokens);
+  }
+}
+
+// Both together, in order of time: a marker at the start and wherever the kind changes.
 void append_timeline(uint8_t view, const PackLayout& layout, const Scratch& s, std::vector<int32_t>& tokens) {
-  if (!(view & 3)) return;
-  uint8_t shown = view & 1 ? kLike : kDislike;
+  if (view == 0) return;
+  uint8_t shown = view & kLike ? kLike : kDislike;
   tokens.push_back(shown == kLike ? layout.likes_marker : layout.dislikes_marker);
   auto like = s.likes.rbegin(), dislike = s.dislikes.rbegin();
   for (auto kind = s.kinds.rbegin(); kind != s.kinds.rend(); ++kind) {
@@ -121,15 +133,7 @@ void append_timeline(uint8_t view, const PackLayout& layout, const Scratch& s, s
 
 void append_prompt(const PackRequests& r, size_t i, const PackLayout& layout, const Scratch& s,
                    std::vector<int32_t>& tokens) {
-  if (layout.timeline) append_timeline(r.views[i], layout, s, tokens);
-  if (!layout.timeline && r.views[i] & 1) {
-    tokens.push_back(layout.likes_marker);
-    append_items(s.likes, layout, tokens);
-  }
-  if (!layout.timeline && r.views[i] & 2) {
-    tokens.push_back(layout.dislikes_marker);
-    append_items(s.dislikes, layout, tokens);
-  }
+  (layout.timeline ? append_timeline : append_segments)(r.views[i], layout, s, tokens);
   if (r.trending_row[i] >= 0) {
     tokens.push_back(layout.trending_marker);
     const int32_t* row = layout.trending + r.trending_row[i] * layout.trending_width;

@@ -290,6 +290,11 @@ TABLES: dict[str, tuple[str, str, Callable[[Any], str | None]]] = {
         prior_weight_table,
     ),
     "sharpness": ("sharpness.json", "python -m bench.experiments.sharpness RUN...", sharpness_table),
+    "sharpness-long": (
+        "sharpness_long.json",
+        "python -m bench.experiments.sharpness RUN --long RUN --out bench/results/sharpness_long.json",
+        sharpness_table,
+    ),
     "verdict-growth": ("verdict_growth.json", "python -m bench.experiments.verdict_growth", verdict_growth_table),
     "likes": ("likes.json", "python -m bench.experiments.likes RUN", likes_table),
     "semantic-ids": ("semantic_ids.json", "python -m bench.experiments.semantic_ids --runs DIR", semantic_ids_table),
