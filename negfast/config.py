@@ -80,6 +80,7 @@ class Prompt:
         choices=("segments", "timeline"),
         help="segments: likes, then dislikes; timeline: both together in order of time, plain mixing",
     )
+    day_gaps: bool = setting(False, help="markers of the days between an item and the next, after the last up to now")
 
 
 @dataclass(frozen=True)

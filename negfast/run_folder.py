@@ -142,7 +142,8 @@ class RunFolder:
     def load_policy(self, dataset: Dataset) -> tuple[Policy, PreTrainedTokenizerBase]:
         """The run's policy, its weights still to be loaded, and its tokenizer."""
         shape = dataset.codes.shape[1], int(dataset.manifest["semantic_ids"]["codebook"])
-        return rebuild_policy(self.model, self.config.model, *shape, self.read()["verdict_features"])
+        config = self.config
+        return rebuild_policy(self.model, config.model, *shape, self.read()["verdict_features"], config.prompt.day_gaps)
 
     def finished_engine(self, data: Path | None) -> Engine:
         """An engine with the run's final weights over ``data`` (default: the data it was trained on), for inference.

@@ -43,6 +43,8 @@ ABLATIONS: dict[str, tuple[str, ...]] = {  # in the order in which they are run
     "no-likes": ("prompt.like_cap=0",),
     "plain-mixing": ("sft.negative_view=0", "sft.positive_view=0"),
     "timeline": ("prompt.layout=timeline",),
+    "day-gaps": ("prompt.day_gaps=true",),
+    "timeline-day-gaps": ("prompt.layout=timeline", "prompt.day_gaps=true"),
     "next-only": ("sft.target=next", "reward.target=next"),
     "single-advantage": ("grpo.set_size=0",),
     "group-16": ("grpo.group=16", "grpo.requests=128"),  # as many answers a step

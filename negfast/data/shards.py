@@ -140,6 +140,7 @@ class Shard:
         trending_row: np.ndarray,
         tail: np.ndarray,
         timeline: bool = False,
+        gap_markers: range = range(0),
         threads: int = 1,
         out: Callable[[PackSizes], PackedPrompts] | None = None,
     ) -> PackedPrompts:
@@ -152,7 +153,10 @@ class Shard:
         ``markers`` are the tokens of likes, dislikes, trending; trending int32 [D, T]: items, -1 padded;
         trending_row int32 [B]: its row, -1 for no segment; tail int32 [B]: the last token, -1 for none. With
         ``timeline`` the first two segments are one, in order of time: it begins with the marker of the first that is
-        shown, and another stands wherever likes turn into dislikes or back.
+        shown, and another stands wherever likes turn into dislikes or back. ``gap_markers``, where not empty, are the
+        tokens of gaps of 1, 2 to 3, 4 to 7, ... UTC days, the last one's without an upper end: one follows every item
+        of these segments after which that many days pass to the segment's next item, or from its last one to the day of
+        the cut's last second.
 
         ``out`` is told the sizes and gives C-contiguous int32 arrays of at least these lengths to write to, e.g.
         pinned ones (`negfast.data.loader.PackBuffers`); slices of them are returned. Without it they are new.
@@ -173,6 +177,8 @@ class Shard:
             trending_row=trending_row,
             tail=tail,
             timeline=timeline,
+            first_gap_marker=gap_markers.start,
+            gap_markers=len(gap_markers),
             threads=threads,
         )
         sizes = PackSizes(parts.requests, parts.tokens, parts.seen, parts.nodes)

@@ -128,8 +128,9 @@ class Policy(nn.Module):
 
     def output_rows(self) -> Tensor:
         """The block's rows [size, d] as the head's output meets them: those of codes times the scale."""
-        markers = len(MARKERS)
-        return torch.cat([self.block.rows[:markers], self.block.rows[markers:] * self.block.scale])
+        first, end = len(MARKERS), len(MARKERS) + self.vocabulary.levels * self.vocabulary.codebook
+        rows = self.block.rows
+        return torch.cat([rows[:first], rows[first:end] * self.block.scale, rows[end:]])
 
     def verdict_logit(self, hidden: Tensor, features: Tensor) -> Tensor:
         """Logit [R] of P(dislike) after the verdict marker; ``features`` [R, verdict_features] its prior's."""

@@ -98,6 +98,7 @@ class PromptBuilder:
             trending_row=rows.astype(np.int32) if shown else np.full(size, -1, dtype=np.int32),
             tail=np.full(size, -1 if tail is None else self.vocabulary.marker(tail), dtype=np.int32),
             timeline=self.config.layout == "timeline",
+            gap_markers=self.vocabulary.gap_markers,
             threads=self.threads,
         )
         shown_tokens, cu_seqlens = packed.tokens, packed.cu_seqlens
@@ -118,11 +119,11 @@ def drop_history(
     """Packed prompts (tokens int32 [T], offsets [B + 1]) without a random ``share`` of their liked and disliked items.
 
     Each of the B prompts draws by its own seed, so that what it loses depends on no other. Markers and the trending
-    segment stay.
+    segment stay; so do gaps, which add up.
     """
     first = vocabulary.code_base(1)
     starts = np.flatnonzero((tokens >= first) & (tokens < first + vocabulary.codebook))
-    markers = np.flatnonzero(tokens < first)
+    markers = np.flatnonzero(tokens < first)  # of segments: gaps come after the codes
     segment = tokens[markers[np.searchsorted(markers, starts) - 1]]  # the marker that an item follows
     history = starts[segment != vocabulary.marker("trending")]
     counts = np.diff(np.searchsorted(history, cu_seqlens))

@@ -170,10 +170,12 @@ def _start_run(run: RunFolder, settings: Config, data: Path | None, model: Path 
     verdict_features = history_features(dataset, dataset.valid_day).width
     if init is None:
         texts = [text for text in dataset.items.text if text.strip()]
-        policy, tokenizer = build_policy(settings.model, model, texts, *shape, verdict_features)
+        policy, tokenizer = build_policy(
+            settings.model, model, texts, *shape, verdict_features, settings.prompt.day_gaps
+        )
     else:
         source = RunFolder(init)
-        _check_init(source, dataset, model, verdict_features)
+        _check_init(source, dataset, model, verdict_features, settings.prompt.day_gaps)
         settings = _with_shape(settings, source.config.model)
         policy, tokenizer = source.load_policy(dataset)
         load_weights(source.final, policy)
@@ -210,7 +212,7 @@ def _check_quantizer(dataset: Dataset, wanted: str, embedded: bool) -> None:
         raise InputError(f"sid.quantizer: found {wanted}, but {dataset.path} was prepared with {found}")
 
 
-def _check_init(source: RunFolder, dataset: Dataset, model: Path | None, verdict_features: int) -> None:
+def _check_init(source: RunFolder, dataset: Dataset, model: Path | None, verdict_features: int, day_gaps: bool) -> None:
     """InputError where a run cannot start from the weights of ``source``."""
     source.require_finished()
     source.check_data(dataset)
@@ -219,6 +221,9 @@ def _check_init(source: RunFolder, dataset: Dataset, model: Path | None, verdict
     if source.read()["verdict_features"] != verdict_features:
         found = f"{source.read()['verdict_features']} features of users and items"
         raise InputError(f"--init {source.path}: was trained with {found}, expected the {verdict_features} of the data")
+    if source.config.prompt.day_gaps != day_gaps:
+        found = "true" if day_gaps else "false"
+        raise InputError(f"prompt.day_gaps: found {found}, but --init {source.path} was trained otherwise")
 
 
 def _check_same_run(run: RunFolder, settings: Config, data: Path | None, model: Path | None, init: Path | None) -> Path:

@@ -16,6 +16,7 @@ from negfast.sid.trie import build_trie
 from .shard_logs import random_log
 
 MARKERS = (900, 901, 902)  # likes, dislikes, trending
+DAY = 86_400
 
 
 def reference_pack(log: EventLog, request: dict, item_nodes: np.ndarray) -> PackedPrompts:
@@ -31,10 +32,12 @@ def reference_pack(log: EventLog, request: dict, item_nodes: np.ndarray) -> Pack
             for i in range(log.user_offsets[user], log.user_offsets[user + 1])
             if log.time[i] < request["cut"][b]
         ]
+        day = [int(t) // DAY for t in log.time[log.user_offsets[user] : log.user_offsets[user + 1]]]
         last: dict[int, tuple[int, int]] = {}  # item -> (place, feedback)
         for place, (item, feedback) in enumerate(events):
             if feedback in (LIKE, DISLIKE, WITHDRAWN):
                 last[item] = (place, feedback)
+        today = (request["cut"][b] - 1) // DAY
         timeline = []
         for bit, kind, marker, cap in (
             (1, LIKE, MARKERS[0], request["like_cap"]),
@@ -46,13 +49,18 @@ def reference_pack(log: EventLog, request: dict, item_nodes: np.ndarray) -> Pack
                 timeline.append((-1, marker, []))
                 timeline += [(place, marker, request["item_tokens"][item]) for place, item in shown]
         if request["timeline"]:
-            timeline = timeline[:1] + sorted(event for event in timeline if event[0] >= 0)
+            timeline = timeline[:1] + sorted((event for event in timeline if event[0] >= 0), key=lambda event: event[0])
         before = None
-        for place, marker, item_tokens in timeline:
+        for n, (place, marker, item_tokens) in enumerate(timeline):
             if marker != before or place < 0:
                 tokens.append(marker)
-            tokens.extend(item_tokens)
             before = marker
+            if place < 0:
+                continue
+            tokens.extend(item_tokens)
+            next_place = timeline[n + 1][0] if n + 1 < len(timeline) else -1
+            next_day = today if next_place < 0 else day[next_place]
+            tokens.extend(gap_tokens(next_day - day[place], request["gap_markers"]))
         if request["trending_row"][b] >= 0:
             tokens.append(MARKERS[2])
             for item in request["trending"][request["trending_row"][b]]:
@@ -74,6 +82,11 @@ def reference_pack(log: EventLog, request: dict, item_nodes: np.ndarray) -> Pack
     return PackedPrompts(tokens, cu, seen_item, seen_cu, nodes, rows, counts, slots)
 
 
+def gap_tokens(days: int, markers: range) -> list[int]:
+    reached = [marker for n, marker in enumerate(markers) if days >= 2**n]
+    return reached[-1:]
+
+
 def random_request(rng: np.random.Generator, log: EventLog, size: int, levels: int) -> dict:
     return {
         "users": rng.integers(0, log.n_users, size).astype(np.int32),
@@ -86,6 +99,7 @@ def random_request(rng: np.random.Generator, log: EventLog, size: int, levels: i
         "trending_row": rng.integers(-1, 3, size).astype(np.int32),
         "tail": rng.choice([-1, 903, 904], size).astype(np.int32),
         "timeline": bool(rng.integers(2)),
+        "gap_markers": range(910, 910 + int(rng.choice([0, 1, 3, 8]))),
     }
 
 
@@ -97,12 +111,15 @@ def test_pack_follows_the_definitions(tmp_path_factory, seed, threads, size):
     log = random_log(
         rng, users=int(rng.integers(1, 30)), items=int(rng.integers(1, 40)), longest=int(rng.integers(0, 40))
     )
+    seconds = int(rng.choice([1, 9_000, DAY, 17 * DAY]))  # between one moment of the log and the next
+    log = replace(log, time=log.time * seconds)
     codes = rng.permutation(codebook)[: log.n_items, None] // [8 ** (levels - 1 - k) for k in range(levels)]
     codes[:, -1] = rng.permutation(codebook)[: log.n_items]  # distinct rows under shared prefixes
     trie = build_trie(codes.astype(np.uint16), codebook)
     path = tmp_path_factory.mktemp("pack") / "events.nfs"
     write_shard(path, log)
     request = random_request(rng, log, size, levels)
+    request["cut"] = request["cut"] * seconds + int(rng.integers(-1, 2))
     packed = open_shard(path).pack(**request, item_nodes=trie.item_nodes, markers=MARKERS, threads=threads)
     expected = reference_pack(log, request, trie.item_nodes)
     for name in ("tokens", "cu_seqlens", "seen_item", "seen_cu"):
