@@ -45,6 +45,7 @@ def run(
     data: Path | None = None,
     split: str = "test",
     long: bool = True,
+    align: bool = True,
     refit: bool = True,
     sasrec: bool = True,
     resamples: int = 1000,
@@ -52,8 +53,9 @@ def run(
     """Writes the table of ``split`` over the ``seeds`` (comma-separated) to ``out``, and prints it.
 
     Runs lie in ``runs``/seed-N; what is there already is not trained again. ``long`` adds the row ``sft-long``
-    (``runs``/long-N): SFT that goes on from align for as long as the run's SFT and GRPO took together. ``refit`` adds
-    the table of the final refits (``runs``/refit-N), which only test can ask. Without ``sasrec`` the baselines that are
+    (``runs``/long-N): SFT that goes on from align for as long as the run's SFT and GRPO took together. ``align`` adds
+    the rows ``sft-no-align`` and ``grpo-no-align`` (``runs``/no-align-N): all but the align stage. ``refit`` adds the
+    table of the final refits (``runs``/refit-N), which only test can ask. Without ``sasrec`` the baselines that are
     trained are left out.
     """
     chosen = [int(seed) for seed in seeds.split(",")]
@@ -62,18 +64,19 @@ def run(
         folder = data if data is not None else data_of(finished)
         finished.append(trained(runs / f"seed-{seed}", config, preset, folder, (f"train.seed={seed}",)))
     longer = train_longer(runs, chosen, finished, config, preset) if long else []
+    unaligned = train_unaligned(runs, chosen, finished, config, preset) if align else []
     again: list[RunFolder] = []
     if refit and split == "test":
         again = [refitted(runs / f"refit-{seed}", done) for seed, done in zip(chosen, finished, strict=True)]
 
     engine = finished[0].finished_engine(None)
     sets = {name: evaluation_set(engine.log, engine.split, name) for name in ("valid", "test")}
-    result, samples = table(sets, split, chosen, finished, longer, sasrec, resamples)
+    result, samples = table(sets, split, chosen, model_rows(finished, longer, unaligned), sasrec, resamples)
     result = {**summary(sets[split]), "seeds": chosen, "frozen_at": "valid", **result}
     if longer:
         result["sft_long_steps"] = longer[0].config.sft.steps
     if again:
-        refits, refit_samples = table(sets, split, chosen, again, [], sasrec, resamples)
+        refits, refit_samples = table(sets, split, chosen, model_rows(again), sasrec, resamples)
         result["refit"] = {"frozen_at": "test", **refits, "minus_frozen": gains(samples, refit_samples)}
     result |= {"device": device_name(), "versions": versions("negfast", "torch", "scikit-learn")}
     if out is not None:
@@ -94,6 +97,16 @@ def train_longer(
     return longer
 
 
+def train_unaligned(
+    runs: Path, seeds: Sequence[int], finished: Sequence[RunFolder], config: Path | None, preset: str
+) -> list[RunFolder]:
+    """Runs without the align stage, a run a seed."""
+    return [
+        trained(runs / f"no-align-{seed}", config, preset, done.data, (f"train.seed={seed}", "align.steps=0"))
+        for seed, done in zip(seeds, finished, strict=True)
+    ]
+
+
 def equal_compute(done: RunFolder) -> int:
     """The steps of SFT that take as long as the run's steps of SFT and GRPO, by the median time of each."""
     seconds: dict[str, list[float]] = {"sft": [], "grpo": []}
@@ -107,25 +120,37 @@ def equal_compute(done: RunFolder) -> int:
     return done.config.sft.steps + round(done.config.grpo.steps * of_grpo)
 
 
+def model_rows(
+    finished: Sequence[RunFolder], longer: Sequence[RunFolder] = (), unaligned: Sequence[RunFolder] = ()
+) -> dict[str, tuple[str, Sequence[RunFolder]]]:
+    """The rows of models: the stage whose weights answer, and a run a seed."""
+    rows = {
+        "sft-no-align": ("sft", unaligned),
+        "grpo-no-align": ("grpo", unaligned),
+        "sft": ("sft", finished),
+        "grpo": ("grpo", finished),
+        "sft-long": ("sft", longer),
+    }
+    return {name: (stage, folders) for name, (stage, folders) in rows.items() if folders}
+
+
 def table(
     sets: dict[str, EvalSet],
     split: str,
     seeds: Sequence[int],
-    finished: Sequence[RunFolder],
-    longer: Sequence[RunFolder],
+    models: Mapping[str, tuple[str, Sequence[RunFolder]]],
     sasrec: bool,
     resamples: int,
 ) -> tuple[dict[str, Any], dict[str, Samples]]:
     """Rows, their differences and GRPO against SFT seed by seed, printed too; and the rows' samples."""
     evalset, valid = sets[split], sets["valid"]
-    engine = finished[0].finished_engine(None)
-    reward = finished[0].config.reward
+    first = models["grpo"][1][0]
+    engine, reward = first.finished_engine(None), first.config.reward
     predictions = baselines_of(engine, sets, split, sasrec)
-    predictions |= answers(finished[0], ["prior"], evalset, valid, reward)
-    for name, folders in (("sft", finished), ("grpo", finished), ("sft-long", longer)):
-        for seed, done in zip(seeds, folders, strict=False):
+    predictions |= answers(first, ["prior"], evalset, valid, reward)
+    for name, (stage, folders) in models.items():
+        for seed, done in zip(seeds, folders, strict=True):
             _say(f"{name}, {done.path}")
-            stage = "grpo" if name == "grpo" else "sft"
             predictions[f"{name}#{seed}"] = answers(done, [stage], evalset, valid, reward)[stage]
     check_predictions(engine.log, evalset, predictions)
     samples = metric_samples(evalset, predictions, similarity_of(engine), resamples)
@@ -165,7 +190,7 @@ def table_rows(
 
 
 def compared(averaged: Mapping[str, Samples]) -> list[tuple[str, str]]:
-    """The pairs of rows whose differences are reported: every model row with every other row before it."""
+    """The pairs of rows whose differences are reported: every row of `MODELS` with every other row before it."""
     names = list(averaged)
     return [(a, b) for a in MODELS if a in averaged for b in names if names.index(b) < names.index(a)]
 
@@ -197,7 +222,7 @@ def gains(frozen: Mapping[str, Samples], refit: Mapping[str, Samples]) -> list[d
 
 def difference_lines(differences: Sequence[Mapping[str, Any]]) -> list[str]:
     """The headline differences of the models and their strongest rivals, for reading."""
-    rivals = ("decay-4d", "item-rate", "logistic", "boosted", "boosted-plus", "sft")
+    rivals = ("decay-4d", "item-rate", "logistic", "boosted", "boosted-plus", "sft-no-align", "grpo-no-align", "sft")
     return [
         f"{d['a']:>8} - {d['b']:<12} {d['metric']:<26} {d['mean']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}]"
         for d in differences

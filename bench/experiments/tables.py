@@ -30,7 +30,10 @@ COLUMNS = {
     "known_hit_dislike_share@20": "hit share",
 }
 COMPARED = {metric: head for metric, head in COLUMNS.items() if metric != "known_hit_dislike_share@20"}
-RIVALS = ("decay-4d", "item-rate", "logistic", "boosted", "boosted-plus", "sasrec-dislikes", "prior", "sft")
+RIVALS = (
+    *("decay-4d", "item-rate", "logistic", "boosted", "boosted-plus", "sasrec-dislikes"),
+    *("prior", "grpo-no-align", "sft"),
+)
 STRATA = {"cold": "cold item", "no_past_dislike": "no past dislike"}
 EFFECTS = ("mean_reward", "FHR@20", "filter_auc", "pool_auc")
 

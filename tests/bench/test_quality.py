@@ -83,16 +83,18 @@ def test_the_table_of_finished_runs(tiny_run: Path, tmp_path: Path) -> None:
     settings = toml(tmp_path)
     before = (tiny_run / "metrics.jsonl").read_bytes()
     out = tmp_path / "quality.json"
-    result = run(out, "0", runs, settings, "smoke", None, "test", True, True, False, 20)
+    result = run(out, "0", runs, settings, "smoke", None, "test", True, True, True, False, 20)
     assert json.loads(out.read_text()) == result
     assert (tiny_run / "metrics.jsonl").read_bytes() == before
     assert (result["split"], result["seeds"], result["frozen_at"]) == ("test", [0], "valid")
     rows = {row["name"]: row for row in result["rows"]}
-    assert list(rows)[-4:] == ["prior", "sft", "grpo", "sft-long"] and rows["grpo"]["kind"] == "model"
+    models = ["sft-no-align", "grpo-no-align", "sft", "grpo", "sft-long"]
+    assert list(rows)[-6:] == ["prior", *models] and rows["grpo"]["kind"] == "model"
     assert {"boosted", "item-rate", "decay-4d"} <= set(rows)
-    assert all(rows[name]["mean_reward"]["mean"] is not None for name in ("prior", "sft", "grpo", "sft-long"))
+    assert all(rows[name]["mean_reward"]["mean"] is not None for name in ("prior", *models))
     pairs = {(d["a"], d["b"], d["metric"]) for d in result["differences"]}
     assert {("grpo", "sft", "mean_reward"), ("sft", "boosted", "filter_auc"), ("sft-long", "grpo", "FHR@20")} <= pairs
+    assert {("grpo", "grpo-no-align", "filter_auc"), ("sft", "sft-no-align", "filter_auc")} <= pairs
     assert {metric for _, _, metric in pairs} <= set(METRICS)
     (entry,) = result["grpo_minus_sft"]
     means = [rows[name]["mean_reward"]["mean"] for name in ("grpo", "sft", "sft-long")]
@@ -103,11 +105,13 @@ def test_the_table_of_finished_runs(tiny_run: Path, tmp_path: Path) -> None:
     assert result["sft_long_steps"] == steps > SETTINGS["sft.steps"]
     stages = [json.loads(line)["stage"] for line in (runs / "long-0" / "metrics.jsonl").read_text().splitlines()]
     assert stages == ["sft"] * steps  # align is the finished run's
+    stages = [json.loads(line)["stage"] for line in (runs / "no-align-0" / "metrics.jsonl").read_text().splitlines()]
+    assert set(stages) == {"sft", "grpo"}
 
     again = result["refit"]
     assert again["frozen_at"] == "test"
     refit = {row["name"]: row for row in again["rows"]}
-    assert set(refit) == set(rows) - {"sft-long"}
+    assert set(refit) == set(rows) - {"sft-long", "sft-no-align", "grpo-no-align"}
     for name, metric in (("boosted", "filter_auc"), ("grpo", "mean_reward")):
         (gain,) = [g for g in again["minus_frozen"] if (g["name"], g["metric"]) == (name, metric)]
         assert gain["mean"] == pytest.approx(refit[name][metric]["mean"] - rows[name][metric]["mean"])
