@@ -158,7 +158,7 @@ class Sft(Stage):
 
 @dataclass(frozen=True)
 class Grpo(Stage):
-    """Progressive group policy optimisation on the trie."""
+    """Group policy optimisation on the trie."""
 
     steps: int = setting(120, low=0)
     lr: float = setting(2e-4, above=0.0, help="peak of a linear warm-up and a cosine")
@@ -186,7 +186,9 @@ class Grpo(Stage):
         help="of mixed prompts: rising to mixed_share where they were measured not to be worse, all of them from the "
         "first step, or mixed_share throughout",
     )
-    negative_phase: float = setting(0.4, low=0.0, high=1.0, help="share of the steps on negative-only prompts")
+    negative_phase: float = setting(
+        0.4, low=0.0, high=1.0, help="of progressive: share of the steps on negative-only prompts"
+    )
     mixed_share: float = setting(
         0.7, low=0.0, high=1.0, help="share of mixed prompts at the end of progressive, and of static"
     )

@@ -41,7 +41,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {  # in the order in which they are run
     "no-collaborative-term": ("reward.collab_weight=0",),
     "no-like-penalty": ("reward.like_penalty=0",),
     "no-likes": ("prompt.like_cap=0",),
-    "plain-mixing": ("sft.negative_view=0", "sft.positive_view=0"),
+    "mixed-view-only": ("sft.negative_view=0", "sft.positive_view=0"),
     "timeline": ("prompt.layout=timeline",),
     "day-gaps": ("prompt.day_gaps=true",),
     "timeline-day-gaps": ("prompt.layout=timeline", "prompt.day_gaps=true"),

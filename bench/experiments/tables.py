@@ -127,7 +127,7 @@ def ablations_table(result: Figures) -> str:
         settings = ", ".join(f"`{key}`" for key in row["changed"])
         lines.append([row["name"], str(row["seed"]), settings, *shown])
     heads = [f"{COLUMNS[metric]}, {stage}" for stage in ("sft", "grpo") for metric in EFFECTS]
-    return _table(["switched off", "seed", "settings", *heads], lines) + f"\nSteps of every run: {_steps(result)}.\n"
+    return _table(["change", "seed", "settings", *heads], lines) + f"\nSteps of every run: {_steps(result)}.\n"
 
 
 def likes_table(result: Figures) -> str:
