@@ -1,9 +1,9 @@
-"""``python -m bench.experiments.ablations``: each part of the method switched off alone, measured on valid.
+"""``python -m bench.experiments.ablations``: each part of the method changed alone, measured on valid.
 
 Every entry of `ABLATIONS` is the default run with some settings changed, and compared with it under the same resamples
-of valid's users: a difference below zero says that the part helps. Runs lie in a folder of their own and are found
-again, and so are their answers: the command can be stopped and called again. What a change does not concern is not
-trained again: GRPO's settings start from the default's SFT weights, SFT's from its align weights. ``--budget 0.25``
+of valid's users: a difference below zero says that the change makes it worse. Runs lie in a folder of their own and are
+found again, and so are their answers: the command can be stopped and called again. What a change does not concern is
+not trained again: GRPO's settings start from the default's SFT weights, SFT's from its align weights. ``--budget 0.25``
 trains every run, the default too, for that share of the steps of each stage, and chooses weights between a stage's
 first and last by that share of the validation's requests; the result says so. The test split is left alone.
 """

@@ -285,7 +285,12 @@ TABLES: dict[str, tuple[str, str, Callable[[Any], str | None]]] = {
     "seeds": ("quality.json", "python -m bench quality", seeds_table),
     "strata": ("quality.json", "python -m bench quality", strata_table),
     "refit": ("quality.json", "python -m bench quality", refit_table),
-    "ablations": ("ablations.json", "python -m bench.experiments.ablations", ablations_table),
+    "ablations": ("ablations.json", "python -m bench.experiments.ablations --budget 0.25", ablations_table),
+    "ablations-full": (
+        "ablations_full.json",
+        "python -m bench.experiments.ablations --only NAME --out bench/results/ablations_full.json",
+        ablations_table,
+    ),
     "prior-weight": ("prior_weight.json", "python -m bench.experiments.prior_weight RUN", prior_weight_table),
     "prior-weight-fitted": (
         "prior_weight_fitted.json",
