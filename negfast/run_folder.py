@@ -106,13 +106,20 @@ class RunFolder:
 
     @property
     def mass_weights(self) -> MassWeights:
-        """What makes the community prior. InputError for a run of an earlier version, which does not say."""
+        """What makes the community prior."""
+        return MassWeights.from_json(self._said("mass_weights"))
+
+    @property
+    def learned_until(self) -> int:
+        """Days since 1970: nothing in the weights comes from events of this day or later, those of --init included."""
+        return day_of(self._said("learned_until"))
+
+    def _said(self, name: str) -> Any:
+        """A part of run.json. InputError for a run of an earlier version, which has none."""
         read = self.read()
-        if "mass_weights" not in read:
-            raise InputError(
-                f"{self.description}: found no mass_weights, expected a run of this version; train it again"
-            )
-        return MassWeights.from_json(read["mass_weights"])
+        if name not in read:
+            raise InputError(f"{self.description}: found no {name}, expected a run of this version; train it again")
+        return read[name]
 
     @property
     def refit(self) -> Refit | None:

@@ -57,11 +57,13 @@ def evaluate_folder(
 
 
 def check_unseen(run: RunFolder, engine: Engine, split: str) -> None:
-    """InputError where a final refit was trained on what ``split`` asks."""
+    """InputError where the run learned from what ``split`` asks."""
     start = {"valid": engine.split.valid_day, "test": engine.split.test_day}[split]
-    if start < engine.fit_until:
-        until = date_of(engine.fit_until)
-        raise InputError(f"{run.path}: is a refit on everything before {until}, so {split} tells nothing of it")
+    if start < run.learned_until:
+        until = date_of(run.learned_until)
+        raise InputError(
+            f"{run.path}: learned from events before {until}, so {split}, from {date_of(start)} on, tells nothing of it"
+        )
 
 
 def baselines_of(engine: Engine, sets: dict[str, EvalSet], split: str, trained: bool) -> dict[str, Predictions]:

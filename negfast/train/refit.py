@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 
+from negfast.data.dataset import date_of
 from negfast.errors import InputError
 from negfast.evaluate.model import calibrate
 from negfast.evaluate.sets import evaluation_set
@@ -46,6 +47,7 @@ def start_refit(run: RunFolder, source: RunFolder, stages: Sequence[str], report
     description = source.read() | {
         "data": os.path.relpath(source.data.resolve(), here),
         "mass_weights": weights.to_json(),
+        "learned_until": date_of(refit.until),
         "refit": refit.to_json(),
     }
     with atomic_directory(run.path) as made:

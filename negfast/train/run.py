@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from negfast.config import Config, Model, Sid, load_config, to_toml
-from negfast.data.dataset import Dataset
+from negfast.data.dataset import Dataset, date_of
 from negfast.data.prepare import SemanticIdSettings
 from negfast.data.samples import prepare_movietweetings
 from negfast.errors import InputError
@@ -22,6 +22,7 @@ from negfast.kernels import FULL_VOCABULARY, implementations
 from negfast.model.fused_layers import stock_because
 from negfast.model.load import build_policy, check_model_folder, save_model_files
 from negfast.model.lora import add_adapters, merge_adapters
+from negfast.model.verdict_prior import VerdictPrior
 from negfast.run_folder import RunFolder
 from negfast.train import distributed, faults, sharding
 from negfast.train.align import AlignStage
@@ -168,6 +169,7 @@ def _start_run(run: RunFolder, settings: Config, data: Path | None, model: Path 
     torch.manual_seed(settings.train.seed)
     shape = dataset.codes.shape[1], int(dataset.manifest["semantic_ids"]["codebook"])
     verdict_features = history_features(dataset, dataset.valid_day).width
+    learned_until = dataset.valid_day
     if init is None:
         texts = [text for text in dataset.items.text if text.strip()]
         policy, tokenizer = build_policy(
@@ -175,11 +177,13 @@ def _start_run(run: RunFolder, settings: Config, data: Path | None, model: Path 
         )
     else:
         source = RunFolder(init)
+        learned_until = max(learned_until, source.learned_until)
         _check_init(source, dataset, model, verdict_features, settings.prompt.day_gaps)
         settings = _with_shape(settings, source.config.model)
         policy, tokenizer = source.load_policy(dataset)
         load_weights(source.final, policy)
         merge_adapters(policy)
+        policy.verdict_prior = VerdictPrior(verdict_features)  # fitted anew: another fit of a fitted one overfits
     add_adapters(policy, settings.model)
     run.path.mkdir(parents=True, exist_ok=True)
     save_model_files(policy, tokenizer, run.model)
@@ -193,6 +197,7 @@ def _start_run(run: RunFolder, settings: Config, data: Path | None, model: Path 
         "init": None if init is None else str(init),
         "verdict_features": verdict_features,
         "mass_weights": mass_weights(settings.prior, dataset, dataset.valid_day).to_json(),
+        "learned_until": date_of(learned_until),
     }
     with atomic_file(run.description) as temporary:
         temporary.write_text(json.dumps(description, indent=1) + "\n")
@@ -221,6 +226,9 @@ def _check_init(source: RunFolder, dataset: Dataset, model: Path | None, verdict
     if source.read()["verdict_features"] != verdict_features:
         found = f"{source.read()['verdict_features']} features of users and items"
         raise InputError(f"--init {source.path}: was trained with {found}, expected the {verdict_features} of the data")
+    if source.learned_until > dataset.valid_day:
+        until, start = date_of(source.learned_until), date_of(dataset.valid_day)
+        raise InputError(f"--init {source.path}: learned from events before {until}, expected none from {start} on")
     if source.config.prompt.day_gaps != day_gaps:
         found = "true" if day_gaps else "false"
         raise InputError(f"prompt.day_gaps: found {found}, but --init {source.path} was trained otherwise")

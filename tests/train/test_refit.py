@@ -94,10 +94,32 @@ def test_nothing_from_the_test_day_on_is_learned(tiny_run, tiny_data, refitted, 
 def test_it_cannot_be_asked_about_what_it_was_trained_on(refitted):
     run = refitted[0]
     until = date_of(Dataset.open(run.data).test_day)
-    assert f"everything before {until}" in run_cli("eval", str(run.path), "--split", "valid", code=2)
+    said = run_cli("eval", str(run.path), "--split", "valid", code=2)
+    assert f"learned from events before {until}, so valid" in said
     rows = {row["name"]: row for row in json.loads(run_cli("eval", str(run.path), "--json").splitlines()[-1])["rows"]}
     share = rows["boosted"]["filter_at_threshold_share"]["mean"]  # chosen by a fit before valid
     assert 0 < share < 1 and "filter_at_threshold_share" in rows["grpo"]
+
+
+def test_no_run_that_chooses_on_valid_starts_from_it(tiny_data, refitted, tmp_path):
+    run = refitted[0]
+    said = run_cli(*tiny.train_arguments(tiny_data, tmp_path / "run"), "--init", str(run.path), code=2)
+    data = Dataset.open(tiny_data)
+    until, start = date_of(data.test_day), date_of(data.valid_day)
+    assert f"learned from events before {until}, expected none from {start} on" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_asked_about_days_that_it_learned_from_in_other_data(tiny_run, tiny_data, tmp_path):
+    """The same log, split earlier: what is test there was training here."""
+    data = Dataset.open(tiny_data)
+    events = tmp_path / "event.csv"
+    events.write_text(f"user,item,rating,time\nnew,i0,1,{int(data.log.time.max()) + 1}\n")
+    early = [date_of(data.valid_day - days) for days in (14, 6)]
+    command = ["prepare", str(events), "--like", str(tiny_data), "--valid", early[0], "--test", early[1]]
+    run_cli(*command, "--out", str(tmp_path / "early"))
+    said = run_cli("eval", str(tiny_run), "--data", str(tmp_path / "early"), code=2)
+    assert f"learned from events before {date_of(data.valid_day)}, so test, from {early[1]} on, tells nothing" in said
 
 
 def test_the_same_call_finds_it_and_others_are_refused(tiny_run, refitted, tmp_path):

@@ -1,6 +1,12 @@
 """What is settled, and refused, before a run does any work."""
 
+import pytest
+from safetensors.torch import load_file
+
+from negfast.config import load_config
+from negfast.errors import InputError
 from negfast.run_folder import RunFolder
+from negfast.train.grpo import check_combinations
 from tests.tiny import SETTINGS, run_cli, train_arguments
 
 
@@ -18,3 +24,35 @@ def test_a_run_shows_the_model_that_it_inherits(tiny_run, tiny_data, tmp_path):
     for _ in range(2):  # the second time it goes on
         run_cli(*command)
     assert RunFolder(out).config.model.hidden == SETTINGS["model.hidden"] == 32
+
+
+def test_a_run_from_another_fits_the_verdicts_prior_anew(tiny_run, tiny_data, tmp_path):
+    """On the same data and seed it ends where the first fit ended: it does not go on from there."""
+    out = tmp_path / "run"
+    none = {"align__steps": 0, "sft__steps": 0, "grpo__steps": 0}
+    run_cli(*train_arguments(tiny_data, out, **none), "--init", str(tiny_run))
+    first = load_file(out / "checkpoints" / "initial" / "policy.safetensors")
+    names = [name for name in first if name.startswith("verdict_prior.")]
+    assert not first["verdict_prior.wide.weight"].any() and not first["verdict_prior.last.weight"].any()
+    ended, before = (load_file(run / "final" / "policy.safetensors") for run in (out, tiny_run))
+    assert ended["verdict_prior.wide.weight"].any()
+    wide = [float(weights["verdict_prior.wide.weight"].norm()) for weights in (ended, before)]
+    assert wide[0] == pytest.approx(wide[1], rel=0.1) and len(names) > 4
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("model.kv_heads=3", "model.heads: found 2, expected a multiple of model.kv_heads=3"),
+        ("model.head_dim=33", "model.head_dim: found 33, expected an even number"),
+    ],
+)
+def test_a_shape_that_is_none_is_refused_before_there_is_a_run(tiny_data, tmp_path, setting, said):
+    out = tmp_path / "run"
+    assert said in run_cli(*train_arguments(tiny_data, out), "--set", setting, code=2)
+    assert not out.exists()
+
+
+def test_views_that_are_more_than_all_are_refused():
+    with pytest.raises(InputError, match=r"sft\.negative_view \+ sft\.positive_view: found 1\.3, expected at most 1"):
+        check_combinations(load_config(overrides=("sft.negative_view=0.9", "sft.positive_view=0.4")))
