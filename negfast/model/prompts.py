@@ -137,7 +137,7 @@ def drop_history(
 def trending_items(dislike_mass: np.ndarray, top: int) -> np.ndarray:
     """The ``top`` items of largest dislike mass at the end of each day, int32 [D, top], best first, -1 padded.
 
-    ``dislike_mass`` float64 [D, I] as from `negfast.sid.mass_weights.MassWeights.masses`. Ties go to the lower item
+    ``dislike_mass`` float64 [D, I] as from `negfast.sid.mass_weights.decayed_mass`. Ties go to the lower item
     index.
     """
     top = min(top, dislike_mass.shape[1])

@@ -17,6 +17,7 @@ HALF_LIVES = (1.0, 4.0, 16.0, 64.0)  # days, of the fit
 KINDS = (DISLIKE, LIKE)
 REQUESTS = 10_000  # most that the fit looks at, drawn at random
 ROUNDS, TOLERANCE = 2000, 1e-7  # of the fit; nats a request
+LEAST = 1e-6  # mass that an item without events keeps, of the mean mass of the items drawn
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,8 @@ def _likeliest(of_item: np.ndarray, owner: np.ndarray, of_all: np.ndarray) -> np
 
     ``of_item`` [E, C] are the masses of the items drawn, ``owner`` [E] their requests, ``of_all`` [R, C] the sums over
     what they were drawn from. Minorise and maximise (Hunter, Annals of Statistics 2004): the likelihood rises with
-    every round, and no weight falls below 0.
+    every round, and no weight falls below 0. The first column, which every item has, keeps at least `LEAST` of the mean
+    mass drawn: items without events stay possible where the log has none that ever get one.
     """
     present = np.unique(owner)
     if not len(present):
@@ -135,4 +137,5 @@ def _likeliest(of_item: np.ndarray, owner: np.ndarray, of_all: np.ndarray) -> np
         before = likelihood
         pull = of_all.T @ (1 / total)
         weights = weights * np.divide(of_item.T @ (share / drawn), pull, out=np.zeros(len(pull)), where=pull > 0)
+        weights[0] = max(weights[0], LEAST * drawn.mean())
     return weights

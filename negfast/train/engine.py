@@ -18,7 +18,7 @@ from negfast.model.choice import TrieChooser
 from negfast.model.fused_layers import fuse_layers
 from negfast.model.policy import Policy
 from negfast.model.prompts import PromptBuilder, trending_items
-from negfast.sid.mass_weights import MassWeights, decay_weights, fit_weights
+from negfast.sid.mass_weights import MassWeights, decay_weights, decayed_mass, fit_weights
 from negfast.sid.prior import DevicePrior
 from negfast.sid.trie import Trie, build_trie
 from negfast.train import distributed
@@ -69,13 +69,14 @@ def build_engine(
     trie = build_trie(data.codes, int(data.manifest["semantic_ids"]["codebook"]))
     first_day, last_day = int(log.day.min()) - 1, int(log.day.max())
     dislike_mass, like_mass = weights.masses(log, first_day, last_day)
+    lately_disliked = decayed_mass(log, DISLIKE, config.prior.half_life_days, first_day, last_day)
     prior = DevicePrior.build(trie, dislike_mass, like_mass, first_day, weights.eps, device)
     prompts = PromptBuilder(
         data.shard,
         trie,
         policy.vocabulary,
         prior,
-        trending_items(dislike_mass, config.prompt.trending_cap),
+        trending_items(lately_disliked, config.prompt.trending_cap),
         config.prompt,
         device,
         threads,

@@ -166,6 +166,28 @@ def test_the_weights_that_made_the_futures_are_found():
     assert not np.any(fitted.next_like)  # nobody asked likes anything
 
 
+def test_items_that_never_get_an_event_keep_some_mass():
+    """No future falls on an item without events: the likeliest weights would leave such items none at all."""
+    rng = np.random.default_rng()
+    users, items = 150, 10
+    first, second = (np.stack([rng.permutation(items)[:4] for _ in range(users)]) for _ in range(2))
+    item = np.concatenate([first, second], axis=1)
+    days = np.sort(rng.integers(1, 30, (users, 8)), axis=1)
+    days[:3] = 0  # some users tell of all active items before anybody is asked
+    item[:3, :] = np.resize(np.arange(items), (3, 8))
+    log = EventLog(
+        user_offsets=np.arange(users + 1) * 8,
+        item=item.ravel().astype(np.int32),
+        feedback=rng.choice([LIKE, DISLIKE], users * 8).astype(np.uint8),
+        time=(FIRST + days.ravel()) * DAY,
+        value=None,
+        n_items=40,
+    )
+    fitted = fit_weights(log, all_requests(log, 5))
+    masses = fitted.masses(log, FIRST, FIRST + 30)
+    assert np.isfinite(np.asarray(fitted.next_dislike)).all() and np.isfinite(masses.astype(np.float32)).all()
+
+
 def test_the_fit_reads_no_event_after_its_requests():
     rng = np.random.default_rng()
     log = random_log(rng, 20, 15, 400, 20)

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from negfast.data.log import DISLIKE
 from negfast.errors import InputError
+from negfast.model.prompts import trending_items
 from negfast.run_folder import RunFolder
-from negfast.sid.mass_weights import fit_weights
+from negfast.sid.mass_weights import decayed_mass, fit_weights
 from negfast.train.engine import mass_weights
 from negfast.train.run import open_stage
 
@@ -25,6 +27,9 @@ def test_the_weights_are_kept_with_the_run(tiny_run: Path, tiny_data: Path, tmp_
     masses = run.mass_weights.masses(log, prior.first_day, int(log.day.max()))[..., engine.trie.leaf_item]
     torch.testing.assert_close(prior.mass[-1], torch.from_numpy(masses).float())
     assert prior.eps == 1.0
+    of_dislikes = decayed_mass(log, DISLIKE, settings.half_life_days, prior.first_day, int(log.day.max()))
+    wanted = trending_items(of_dislikes, engine.config.prompt.trending_cap)
+    assert (engine.prompts.trending == wanted).all()  # dislikes alone, whatever the prior counts
 
 
 def test_a_run_that_does_not_say_its_weights_is_refused(tiny_run: Path, tmp_path: Path) -> None:
