@@ -1,7 +1,7 @@
 """What a run writes about itself: metrics.jsonl (reproducible to the bit), speed.jsonl (not), events.jsonl."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class Journal:
         if self._writes:
             for name in ("metrics.jsonl", "speed.jsonl"):
                 self._drop_after(run_dir / name, resumed_from)
+            _keep(run_dir / "events.jsonl", lambda _: True)
         done = 0 if resumed_from is None else self._first[resumed_from["stage"]] + resumed_from["step"]
         self._board = _summary_writer(run_dir / "tensorboard", done + 1) if tensorboard and self._writes else None
         self.event("start", resumed_from=resumed_from)
@@ -80,20 +81,25 @@ class Journal:
                 file.write(json.dumps(line) + "\n")
 
     def _drop_after(self, path: Path, resumed_from: dict | None) -> None:
-        """Keeps the lines up to the checkpoint; a line cut short by a crash goes too."""
-        if not path.exists():
-            return
+        """Keeps the lines up to the checkpoint."""
         limit = (-1, 0) if resumed_from is None else (self._stages.index(resumed_from["stage"]), resumed_from["step"])
-        kept = []
-        for text in path.read_text().splitlines():
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                continue
-            if (self._stages.index(line["stage"]), line["step"]) <= limit:
-                kept.append(text + "\n")
-        with atomic_file(path) as temporary:
-            temporary.write_text("".join(kept))
+        _keep(path, lambda line: (self._stages.index(line["stage"]), line["step"]) <= limit)
+
+
+def _keep(path: Path, wanted: Callable[[dict], bool]) -> None:
+    """Keeps the lines of a file that are ``wanted``; one cut short by a crash goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for text in path.read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if wanted(line):
+            kept.append(text + "\n")
+    with atomic_file(path) as temporary:
+        temporary.write_text("".join(kept))
 
 
 def check_tensorboard(wanted: bool) -> None:

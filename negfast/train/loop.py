@@ -80,43 +80,42 @@ def run_stage(
     distributed.share_weights(policy)
     shares, meter, stop = my_shares(config.accumulate), Meter(policy), _StopFlag()
     reader = read_steps(stage, range(start, steps), shares, config, policy.block.rows.device)
-    with (
-        stop,
-        meter,
-        closing(reader),
-        Progress(stage.name, steps, done=start, quiet=distributed.rank() > 0) as progress,
-    ):
-        if start == 0 and validate is not None:
-            progress.log(saved.consider(0, validate))
-        for step in range(start, steps):
-            rate = learning_rate(step, stage.config)
-            with meter.step(), faults.explained(stage, step, policy, shares, config.token_budget, run_dir) as parts:
-                with spans.data():
-                    batches = next(reader)
-                parts += [batch.tokens for batch in batches]
-                figures = update(stage, policy, optimizer, rate, batches)
-            done = step + 1
-            journal.step(stage.name, done, figures, rate, meter.figures(figures.tokens))
-            progress.update(done, journal.summary())
-            last = done == steps
-            if validate is not None and (last or done % stage.config.validate_every == 0):
-                progress.log(saved.consider(done, validate))
-            if last:
-                break
-            if done % stage.config.round_steps:
-                continue  # within a round: what it reuses is in no checkpoint
-            stopping = distributed.any_rank(stop.requested)
-            if done % config.checkpoint_every == 0 or stopping:
-                saved.save(done, wait=stopping)
-            if stopping:
-                raise StopRequested(f"stopped at {stage.name} step {done}; the checkpoint is written")
-    with sharding.gathered(policy):
-        outcome = stage.outcome()
-    if outcome:
-        journal.event("outcome", stage=stage.name, **outcome)
-    if refit is not None:
-        policy.block.scale.fill_(refit.scale)
-    saved.finish(steps, chosen=validate is not None)
+    progress = Progress(stage.name, steps, done=start, quiet=distributed.rank() > 0)
+    with stop:
+        with meter, closing(reader), progress:
+            if start == 0 and validate is not None:
+                progress.log(saved.consider(0, validate))
+            for step in range(start, steps):
+                rate = learning_rate(step, stage.config)
+                with meter.step(), faults.explained(stage, step, policy, shares, config.token_budget, run_dir) as parts:
+                    with spans.data():
+                        batches = next(reader)
+                    parts += [batch.tokens for batch in batches]
+                    figures = update(stage, policy, optimizer, rate, batches)
+                done = step + 1
+                journal.step(stage.name, done, figures, rate, meter.figures(figures.tokens))
+                progress.update(done, journal.summary())
+                last = done == steps
+                if validate is not None and (last or done % stage.config.validate_every == 0):
+                    progress.log(saved.consider(done, validate))
+                if last:
+                    break
+                if done % stage.config.round_steps:
+                    continue  # within a round: what it reuses is in no checkpoint
+                stopping = distributed.any_rank(stop.requested)
+                if done % config.checkpoint_every == 0 or stopping:
+                    saved.save(done, wait=stopping)
+                if stopping:
+                    raise StopRequested(f"stopped at {stage.name} step {done}; the checkpoint is written")
+        with sharding.gathered(policy):
+            outcome = stage.outcome()
+        if outcome:
+            journal.event("outcome", stage=stage.name, **outcome)
+        if refit is not None:
+            policy.block.scale.fill_(refit.scale)
+        saved.finish(steps, chosen=validate is not None)
+        if distributed.any_rank(stop.requested):
+            raise StopRequested(f"stopped after {stage.name}, which is finished")
 
 
 def update(

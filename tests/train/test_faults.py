@@ -20,7 +20,7 @@ from negfast.train import checkpoint, faults
 from negfast.train.journal import SHOWN, Journal
 from negfast.train.loop import StageSettings
 from negfast.train.step import Figures, Share
-from tests.tiny import run_cli
+from tests.tiny import run_cli, train_arguments
 
 
 class Stage:
@@ -165,6 +165,30 @@ def test_sigterm_saves_like_ctrl_c(unfinished, monkeypatch):
     said = run_cli("train", "--out", str(unfinished), code=130)
     assert f"stopped at grpo step 1; the checkpoint is written; `negfast train --out {unfinished}` goes on" in said
     assert [p.name for p in checkpoint.step_checkpoints(unfinished / "checkpoints")] == ["2-grpo-000001"]
+
+
+def test_sigterm_in_a_stages_last_step_stops_before_the_next(tiny_data, tmp_path, monkeypatch):
+    run, step = tmp_path / "run", Journal.step
+
+    def terminated(journal: Journal, stage: str, number: int, *rest: object) -> None:
+        step(journal, stage, number, *rest)
+        if (stage, number) == ("sft", 6):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "step", terminated)
+        said = run_cli(*train_arguments(tiny_data, run), code=130)
+    assert f"stopped after sft, which is finished; `negfast train --out {run}` goes on" in said
+    assert (run / "checkpoints" / "sft").is_dir() and not (run / "checkpoints" / "grpo").exists()
+
+
+def test_a_line_of_events_that_was_cut_short_goes(unfinished):
+    path = unfinished / "events.jsonl"
+    before = path.read_text()
+    path.write_text(before + '{"event": "valid", "sta')
+    Journal(unfinished, {"align": 4, "sft": 6, "grpo": 4}, {"stage": "align", "step": 4})
+    start = '{"event": "start", "resumed_from": {"stage": "align", "step": 4}}'
+    assert path.read_text() == before + start + "\n"
 
 
 def test_tensorboard_gets_the_figures_of_every_step(unfinished):
