@@ -19,7 +19,7 @@ def fit_rq_vae(vectors: np.ndarray, sizes: list[int], codebook: int, seed: int) 
     """An autoencoder whose latent is quantised by L codebooks that learn with it, on the CPU.
 
     Gradients pass straight through the quantiser. Codebooks start as residual k-means of the latents, and a code that
-    no item chose for a pass over the items moves to the residual of a random one. Level l has min(``sizes[l]``, N)
+    no item chose in a pass over the items moves to the residual of a random one. Level l has min(``sizes[l]``, N)
     centroids. Deterministic for a seed, a number of threads and a machine.
     """
     with torch.random.fork_rng(devices=[]):
@@ -59,46 +59,44 @@ def _train(
 ) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
     batches = max(1, -(-len(data) // BATCH))
-    used: list[Tensor] = []
+    used: list[Tensor] = []  # of this pass over the items, once there are codes
     for step in range(STEPS):
         if step % batches == 0:
             order = torch.from_numpy(rng.permutation(len(data)))
+            used = [torch.zeros(len(table), dtype=torch.bool) for table in model.codebooks]
         if step == WARM_UP:
             with torch.no_grad():
                 latent = model.encoder(data[order[: POINTS_PER_CENTROID * max(sizes)]]).numpy()
             for table, _ in fit_rq_kmeans(latent, sizes, codebook, seed).levels:
                 model.codebooks.append(nn.Parameter(torch.from_numpy(table.copy())))
             optimizer.add_param_group({"params": list(model.codebooks)})
-            used = [torch.zeros(len(table), dtype=torch.bool) for table in model.codebooks]
         batch = data[order[step % batches * BATCH :][:BATCH]]
         latent = model.encoder(batch)
         if step < WARM_UP:
             loss = F.mse_loss(model.decoder(latent), batch)
         else:
-            chosen, quantisation, codes, residuals = model.quantise(latent)
+            chosen, quantisation, codes, _ = model.quantise(latent)
             straight = latent + (chosen - latent).detach()
             loss = F.mse_loss(model.decoder(straight), batch) + quantisation
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        if step < WARM_UP:
+        if not used:
             continue
         for seen, code in zip(used, codes, strict=True):
             seen[code] = True
-        if (step - WARM_UP + 1) % batches == 0:
-            if step < SETTLE * STEPS:
-                _revive(model, used, residuals, rng)
-            for seen in used:
-                seen.fill_(False)
+        if (step + 1) % batches == 0 and step < SETTLE * STEPS:
+            _revive(model, used, data, rng)
 
 
 @torch.no_grad()
-def _revive(model: _Autoencoder, used: list[Tensor], residuals: list[Tensor], rng: np.random.Generator) -> None:
-    """Moves the codes that nobody used to residuals [B, d] of the last batch."""
+def _revive(model: _Autoencoder, used: list[Tensor], data: Tensor, rng: np.random.Generator) -> None:
+    """Moves each code that no item chose to the residual of an item of its own."""
+    some = torch.from_numpy(rng.permutation(len(data))[: max(len(seen) for seen in used)])
+    residuals = model.quantise(model.encoder(data[some]))[3]
     for table, seen, residual in zip(model.codebooks, used, residuals, strict=True):
         dead = torch.nonzero(~seen)[:, 0]
-        rows = torch.from_numpy(rng.integers(0, len(residual), len(dead)))
-        table[dead] = residual[rows]
+        table[dead] = residual[: len(dead)]
 
 
 def _frozen(model: _Autoencoder, codebook: int, scale: float) -> Quantizer:

@@ -99,6 +99,22 @@ def test_rq_vae(short_training):
     assert np.array_equal(codes, encode(vectors, stored))
 
 
+def test_codes_that_a_pass_left_unused_come_alive():
+    """Each at an item of its own."""
+    torch.manual_seed(0)
+    data = torch.randn(401, 8)
+    model = rqvae._Autoencoder(8)
+    model.codebooks.append(torch.nn.Parameter(torch.randn(16, rqvae.LATENT)))
+    used = torch.arange(16) < 6
+    before = model.codebooks[0].detach().clone()
+    rqvae._revive(model, [used], data, np.random.default_rng())
+    table = model.codebooks[0].detach()
+    assert torch.equal(table[used], before[used])
+    latent = model.encoder(data).detach()
+    nearest = torch.cdist(table[~used], latent, compute_mode="donot_use_mm_for_euclid_dist").min(1)
+    assert nearest.values.max() < 1e-4 and len(nearest.indices.unique()) == 10
+
+
 def test_a_stored_quantiser_keeps_its_prices():
     vectors = clumps(np.random.default_rng(), 500)
     balanced = fit_balanced(vectors, [16] * 2, 16, 0)
