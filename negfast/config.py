@@ -94,7 +94,7 @@ class Prior:
         help="of an item. decay: of its dislikes (likes, for the next like) with one half-life; fitted: of both with "
         "several, weighted so that train futures are likeliest",
     )
-    half_life_days: float = setting(4.0, above=0.0, help="of decay")
+    half_life_days: float = setting(4.0, above=0.0, help="of decay, and of the trending segment")
     eps: float = setting(0.01, above=0.0, help="of decay: mass of an unseen item without events")
 
 
@@ -153,7 +153,7 @@ class Sft(Stage):
     negative_view: float = setting(0.2, low=0.0, high=1.0, help="share of prompts that show no likes")
     positive_view: float = setting(0.05, low=0.0, high=1.0, help="share of prompts that show no dislikes")
     context_dropout: float = setting(0.0, low=0.0, high=1.0, help="chance of a history item to be left out of a prompt")
-    varied_horizon: bool = setting(False, help="cut each request's futures at a random horizon, at most the data's")
+    varied_horizon: bool = setting(False, help="cut each request's futures at a random horizon that leaves some")
 
 
 @dataclass(frozen=True)

@@ -182,6 +182,15 @@ def days_ahead(log: EventLog, requests: Requests) -> Requests:
     return replace(requests, dislikes=ahead[0], likes=ahead[1])
 
 
+def nearest(ahead: Requests) -> np.ndarray:
+    """Days until the first item of each request's F or P comes true, int64 [R]; ``ahead`` from `days_ahead` of requests
+    that have any."""
+    days = np.full(len(ahead), NEVER)
+    for offsets, of_items in ((ahead.dislike_offsets, ahead.dislikes), (ahead.like_offsets, ahead.likes)):
+        np.minimum.at(days, np.repeat(np.arange(len(ahead)), np.diff(offsets)), of_items)
+    return days
+
+
 def cut_futures(requests: Requests, ahead: Requests, horizons: np.ndarray) -> Requests:
     """The futures that come true within ``horizons`` int [R] days of the requests; ``ahead`` from `days_ahead`."""
     parts: list[np.ndarray] = []

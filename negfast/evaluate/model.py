@@ -133,7 +133,8 @@ class Validation:
     """The quick look at valid during training, on a fixed sample; its score chooses the weights that are kept.
 
     The score is the likelihood of the future dislikes or, with ``by_reward``, the expected reward: what SFT and GRPO
-    maximise. Both are exact, and a sample tells them far more surely than hits among twenty items.
+    maximise. Both are exact, and a sample tells them far more surely than hits among twenty items. Valid is asked about
+    the window, also where training has the next item for its target.
 
     With ``scales`` it also chooses how far to trust what was learned of items, as the policy's scale of code logits
     against the community prior: what people dislike drifts, and what a model learned of items over the train days

@@ -81,7 +81,11 @@ def rebuild_policy(
 
 
 def small_qwen3(config: Model, vocab_size: int) -> PreTrainedModel:
-    """A randomly initialised Qwen3 of the configured shape."""
+    """A randomly initialised Qwen3 of the configured shape. InputError where the shape is none."""
+    if config.heads % config.kv_heads:
+        raise InputError(f"model.heads: found {config.heads}, expected a multiple of model.kv_heads={config.kv_heads}")
+    if config.head_dim % 2:
+        raise InputError(f"model.head_dim: found {config.head_dim}, expected an even number")
     return Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=vocab_size,

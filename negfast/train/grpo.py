@@ -112,7 +112,8 @@ class GrpoStage:
         round_, again = divmod(step, settings.epochs)
         groups = None if again else self.read_groups(round_, share)
         items = self.next_items.read(step, share) if settings.sft_weight else None
-        verdicts = self.verdict.read(step, share) if settings.verdict_weight else None
+        told = settings.verdict_weight > 0 and len(self.verdict.candidates) > 0
+        verdicts = self.verdict.read(step, share) if told else None
         tokens = sum(part.tokens for part in (items, verdicts) if part is not None)
         if groups is not None:
             answers = len(groups.ids) * settings.group
@@ -204,6 +205,8 @@ class GrpoStage:
 def check_combinations(config: Config) -> None:
     """InputError where settings of the stage contradict each other or those of others."""
     settings, prior_weight = config.grpo, config.prior.weight
+    if (views := config.sft.negative_view + config.sft.positive_view) > 1:
+        raise InputError(f"sft.negative_view + sft.positive_view: found {views:g}, expected at most 1")
     if config.train.checkpoint_every % settings.epochs:
         found = config.train.checkpoint_every
         raise InputError(f"train.checkpoint_every: found {found}, expected a multiple of grpo.epochs={settings.epochs}")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from negfast.config import Sft
 from negfast.data.loader import epoch_rows, task_rng
-from negfast.data.split import Requests, cut_futures, days_ahead, only_next
+from negfast.data.split import Requests, cut_futures, days_ahead, nearest, only_next
 from negfast.model.prompts import MIXED, NEGATIVE_ONLY, POSITIVE_ONLY, PromptBatch
 from negfast.sid.prior import NEXT_DISLIKE, NEXT_LIKE
 from negfast.staging import put
@@ -53,8 +53,9 @@ class NextItems:
         rng = task_rng(seed, "targets", step)
         requests = self.requests.take(rows)
         if self.ahead is not None:
-            horizons = rng.integers(1, engine.split.horizon + 1, len(rows))
-            requests = cut_futures(requests, self.ahead.take(rows), horizons)
+            ahead = self.ahead.take(rows)
+            horizons = rng.integers(nearest(ahead), engine.split.horizon + 1)
+            requests = cut_futures(requests, ahead, horizons)
         request, item, branch, weight = draw_targets(requests, settings.targets, settings.like_weight, rng)
         views = draw_views(len(rows), settings.negative_view, settings.positive_view, rng)
         drop = (settings.context_dropout, rng.integers(2**32, size=len(rows))) if settings.context_dropout else None
@@ -127,11 +128,11 @@ class SftBatch:
 
     share: Share
     items: ItemBatch
-    verdicts: VerdictBatch
+    verdicts: VerdictBatch | None
 
     @property
     def tokens(self) -> int:
-        return self.items.tokens + self.verdicts.tokens
+        return self.items.tokens + (0 if self.verdicts is None else self.verdicts.tokens)
 
 
 class SftStage:
@@ -148,14 +149,19 @@ class SftStage:
         self.verdict = VerdictTask(engine, self.config.verdicts)
 
     def read(self, step: int, share: Share = WHOLE) -> SftBatch:
-        return SftBatch(share, self.next_items.read(step, share), self.verdict.read(step, share))
+        verdicts = (
+            self.verdict.read(step, share) if self.config.verdict_weight and len(self.verdict.candidates) else None
+        )
+        return SftBatch(share, self.next_items.read(step, share), verdicts)
 
     def step(self, batch: SftBatch) -> StepResult:
         self.engine.policy.block.scale.fill_(1.0)  # validation may have left another
-        items, metrics = self.next_items.loss(batch.items)
-        verdict = self.verdict.loss(batch.verdicts)
-        loss = items + self.config.verdict_weight * verdict
-        return StepResult(loss, {**metrics, "verdict_bce": batch.share.part(verdict)}, batch.tokens)
+        loss, metrics = self.next_items.loss(batch.items)
+        if batch.verdicts is not None:
+            verdict = self.verdict.loss(batch.verdicts)
+            loss = loss + self.config.verdict_weight * verdict
+            metrics["verdict_bce"] = batch.share.part(verdict)
+        return StepResult(loss, {**metrics}, batch.tokens)
 
     def outcome(self) -> dict[str, float]:
         return {}

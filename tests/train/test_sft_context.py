@@ -10,7 +10,7 @@ from negfast.data.log import DISLIKE, LIKE
 from negfast.data.split import cut_futures, days_ahead
 from negfast.run_folder import RunFolder
 from negfast.train.engine import build_engine
-from negfast.train.sft import NextItems
+from negfast.train.sft import NextItems, SftStage
 from negfast.train.step import Share
 
 
@@ -54,3 +54,27 @@ def test_a_context_setting_changes_the_loss_and_shares_add_up(tiny_run, setting)
         torch.testing.assert_close(sum(task.loss(part)[0] for part in parts), loss, rtol=1e-4, atol=1e-5)
         losses[name] = loss.item()
     assert losses["on"] != losses["off"] and tokens["on"] < tokens["off"]
+
+
+def test_a_random_horizon_leaves_every_request_a_future(tiny_run):
+    run = RunFolder(tiny_run)
+    dataset = Dataset.open(run.data)
+    config = load_config(tiny_run / "config.toml", None, ["sft.varied_horizon=true", "sft.requests=1"])
+    policy, tokenizer = run.load_policy(dataset)
+    task = NextItems(
+        build_engine(config, dataset, policy, tokenizer, torch.device("cpu"), run.mass_weights), config.sft
+    )
+    counts = [len(task.read(step).items) for step in range(300)]
+    assert min(counts) > 0 and max(counts) > 1
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_verdicts_are_read_where_they_count(tiny_run, weight):
+    run = RunFolder(tiny_run)
+    dataset = Dataset.open(run.data)
+    config = load_config(tiny_run / "config.toml", None, [f"sft.verdict_weight={weight}"])
+    policy, tokenizer = run.load_policy(dataset)
+    stage = SftStage(build_engine(config, dataset, policy, tokenizer, torch.device("cpu"), run.mass_weights))
+    assert ("verdict_bce" in stage.step(stage.read(0)).metrics) == (weight > 0)
+    stage.verdict.candidates = stage.verdict.candidates.take(np.zeros(0, np.int64))[0]  # a log without any
+    assert "verdict_bce" not in stage.step(stage.read(0)).metrics
