@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import write_result
+from negfast.errors import InputError
 
 RESULTS = Path(__file__).parent / "results"
 YES_NO = {"yes": True, "no": False}
@@ -36,7 +37,11 @@ def main(arguments: list[str]) -> int:
     if "out" in inspect.signature(run).parameters:
         options.setdefault("out", RESULTS / f"{name}.json")
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        result = run(**options)
+        try:
+            result = run(**options)
+        except InputError as error:
+            print(f"bench {name}: {error}", file=sys.stderr)
+            return 2
     if "out" not in options:
         write_result(RESULTS / f"{name}.json", result)
     if as_json:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from bench.answers import answers
+from bench.command import numbers
 from bench.machine import device_name, versions, write_result
 from bench.runs import branch, data_of, refitted, trained
 from negfast.config import load_config
@@ -58,7 +59,7 @@ def run(
     table of the final refits (``runs``/refit-N), which only test can ask. Without ``sasrec`` the baselines that are
     trained are left out.
     """
-    chosen = [int(seed) for seed in seeds.split(",")]
+    chosen = numbers(seeds, "--seeds")
     finished: list[RunFolder] = []
     for seed in chosen:
         folder = data if data is not None else data_of(finished)

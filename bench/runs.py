@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from negfast.config import Config, load_config, to_toml
+from negfast.data.dataset import Dataset
 from negfast.errors import InputError
 from negfast.files import atomic_directory
 from negfast.run_folder import RunFolder
@@ -14,18 +15,28 @@ from negfast.train.run import train
 
 
 def trained(
-    out: Path, config: Path | None, preset: str | None, data: Path | None, overrides: tuple[str, ...]
+    out: Path,
+    config: Path | None,
+    preset: str | None,
+    data: Path | None,
+    overrides: tuple[str, ...],
+    model: Path | None = None,
 ) -> RunFolder:
     """The finished run ``out`` with these settings; trained, or trained on, where it is not there yet.
 
-    The test split is left alone. InputError where ``out`` has other settings.
+    The test split is left alone. InputError where ``out`` was trained otherwise: with other settings, of another model,
+    or on a data set with other files than ``data`` (None: whatever it was).
     """
     run = RunFolder(out)
     if not run.final.is_dir():
         data = None if data is None else data.resolve()  # runs may be links
-        train(config=config, preset=preset, data=data, model=None, init=None, out=out, overrides=overrides, table=False)
+        train(config, preset, data, model, None, out, overrides, table=False)
     elif run.config != load_config(config, preset, overrides):
         raise InputError(f"{out}: was trained with other settings than asked for; see its config.toml")
+    elif run.read()["model"] != (None if model is None else str(model)):
+        raise InputError(f"{out}: was trained with --model {run.read()['model']}, found {model}")
+    elif data is not None and Dataset.open(data).manifest["files"] != Dataset.open(run.data).manifest["files"]:
+        raise InputError(f"{out}: was trained on {run.data}, which is another data set than {data}")
     return run
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from bench.answers import answers
+from bench.command import Experiment
 from bench.machine import write_result
 from bench.runs import branch, trained
 from negfast.config import Config, load_config
@@ -68,7 +69,7 @@ STAGES = ("sft", "grpo")
 SHOWN = ("mean_reward", "FHR@20", "filter_auc", "pool_auc")
 
 
-@click.command()
+@click.command(cls=Experiment)
 @click.option("--runs", default=Path("runs/ablations"), type=click.Path(path_type=Path), show_default=True)
 @click.option("--config", type=click.Path(path_type=Path), help="TOML file of the default run.")
 @click.option("--preset", default="quickstart", show_default=True)
@@ -129,8 +130,8 @@ def shortened(config: Config, budget: float) -> tuple[str, ...]:
     overrides = [f"eval.valid_requests={max(1, round(config.eval.valid_requests * budget))}"]
     for stage in ("align", *STAGES):
         settings = getattr(config, stage)
-        steps, warmup = (max(1, round(count * budget)) for count in (settings.steps, settings.warmup))
-        overrides += [f"{stage}.steps={steps}", f"{stage}.warmup={warmup}", f"{stage}.validate_every={steps}"]
+        steps, warmup = (max(int(count > 0), round(count * budget)) for count in (settings.steps, settings.warmup))
+        overrides += [f"{stage}.steps={steps}", f"{stage}.warmup={warmup}", f"{stage}.validate_every={max(1, steps)}"]
     return tuple(overrides)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from bench.command import Experiment, numbers
 from bench.machine import write_result
 from negfast.train.align import AlignStage, TitleToSid
 from negfast.train.checkpoint import load_weights
@@ -20,7 +21,7 @@ RESULT = Path(__file__).parents[1] / "results" / "alignment.json"
 OTHERS = ("align.sid_titles=0", "align.attributes=0", "align.pairs=0", "align.verdicts=0")
 
 
-@click.command()
+@click.command(cls=Experiment)
 @click.option("--runs", default=Path("runs/alignment"), type=click.Path(path_type=Path), show_default=True)
 @click.option("--steps", default="60,240,960", show_default=True, help="A run each.")
 @click.option("--titles", default=96, show_default=True, help="Of a step.")
@@ -41,7 +42,7 @@ def main(
 ) -> None:
     """Trains the title task for each number of steps and measures it."""
     rows: list[dict[str, float]] = []
-    for number in map(int, steps.split(",")):
+    for number in numbers(steps, "--steps"):
         folder = runs / f"{number}-{seed}"
         settings = (f"align.titles={titles}", f"align.steps={number}", f"train.seed={seed}", *OTHERS, *overrides)
         rows.append(measured(folder, number, data, model, settings))

@@ -24,6 +24,7 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
+from bench.command import Experiment
 from bench.machine import write_result
 from negfast.data.dataset import Dataset
 from negfast.data.features import HistoryFeatures
@@ -42,7 +43,7 @@ METRICS = ("filter_auc", "filter_reduction")
 DRAWS = 20
 
 
-@click.command()
+@click.command(cls=Experiment)
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="Prepared data set.")
 @click.option("--split", default="test", type=click.Choice(["valid", "test"]), show_default=True)
 @click.option("--resamples", default=1000, show_default=True)

@@ -14,15 +14,16 @@ from typing import Any
 import click
 import numpy as np
 
+from bench.command import Experiment
 from bench.experiments.semantic_id_runs import METRICS, policy_samples
 from bench.machine import write_result
+from bench.runs import trained
 from negfast.evaluate.bootstrap import interval
 from negfast.evaluate.metrics import Samples
 from negfast.evaluate.report import paired_differences
 from negfast.evaluate.sets import EvalSet, evaluation_set
 from negfast.run_folder import RunFolder
 from negfast.train.checkpoint import load_weights
-from negfast.train.run import train
 
 RESULT = Path(__file__).parents[1] / "results" / "language_model.json"
 REQUEST_COLUMNS = ("primary", "next_dislike", "past_dislike")
@@ -30,7 +31,7 @@ FILTER_COLUMNS = ("filter_user", "filter_item", "filter_day", "filter_dislike", 
 SETTINGS = Path(__file__).with_name("language_model.toml")
 
 
-@click.command()
+@click.command(cls=Experiment)
 @click.argument("model", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--runs", default=Path("runs/language_model"), type=click.Path(path_type=Path), show_default=True)
 @click.option("--config", default=SETTINGS, type=click.Path(path_type=Path), show_default=True)
@@ -45,9 +46,7 @@ def main(
     samples: dict[str, Samples] = {}
     learned: dict[str, dict[str, float]] = {}
     for name, folder, settings in (("small", None, ("model.lora_rank=0",)), ("language", model, ())):
-        run = RunFolder(runs / name)
-        if not run.final.is_dir():
-            train(config, None, data, folder, None, run.path, (*overrides, *settings), table=False)
+        run = trained(runs / name, config, None, data, (*overrides, *settings), folder)
         data = data or run.data
         learned[name] = align_outcome(run)
         steps = {stage: getattr(run.config, stage).steps for stage in ("align", "sft", "grpo")}
@@ -55,6 +54,7 @@ def main(
     pairs = [(f"language {stage}", f"small {stage}") for stage in ("sft", "grpo")]
     pairs += [(f"{name} grpo", f"{name} sft") for name in ("language", "small")]
     result: dict[str, Any] = {
+        "model": model.name,
         "share": share,
         "steps": steps,
         "align": learned,

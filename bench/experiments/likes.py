@@ -13,6 +13,7 @@ from typing import Any
 import click
 import numpy as np
 
+from bench.command import Experiment
 from bench.machine import write_result
 from negfast.data.log import LIKE
 from negfast.evaluate.bootstrap import interval, ranked_totals, ratio, resample_users, weighted_sums
@@ -29,7 +30,7 @@ SHOWN = (0, 5, 10, 20, 50, 100, 200)
 HISTORIES = ((0, 0), (1, 5), (6, 20), (21, 50), (51, None))  # likes so far, both ends included
 
 
-@click.command()
+@click.command(cls=Experiment)
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--resamples", default=1000, show_default=True)
 @click.option("--out", default=RESULT, type=click.Path(path_type=Path), show_default=True)

@@ -15,6 +15,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bench.command import Experiment
 from bench.experiments.tables import COLUMNS, EFFECTS, RESULTS, RIVALS, ROOT
 from negfast.files import atomic_file
 
@@ -35,7 +36,7 @@ RELIABLE = {"grpo": "#2f81f7", "boosted": "#d29922"}  # whose probabilities are 
 Entry = tuple[str, Mapping[str, Any]]  # a label and a figure with its interval
 
 
-@click.command()
+@click.command(cls=Experiment)
 @click.option("--out", default=PLOTS, type=click.Path(path_type=Path), show_default=True)
 @click.option("--results", default=RESULTS, type=click.Path(path_type=Path), show_default=True)
 def main(out: Path, results: Path) -> None:

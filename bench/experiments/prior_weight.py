@@ -13,6 +13,7 @@ from typing import Any
 import click
 import numpy as np
 
+from bench.command import Experiment
 from bench.machine import write_result
 from negfast.data.split import Requests
 from negfast.evaluate.bootstrap import interval, ratio, resample_users, weighted_sums
@@ -28,7 +29,7 @@ WEIGHTS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5)
 TRAIN_REQUESTS = 1000
 
 
-@click.command()
+@click.command(cls=Experiment)
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--resamples", default=1000, show_default=True)
 @click.option("--out", default=RESULT, type=click.Path(path_type=Path), show_default=True)

@@ -1,7 +1,8 @@
 """Does a model trained on the window find true dislikes better than one trained on the next negative alone, and better
 than one trained on as many negatives drawn from all later ones?"""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from negfast.data.prepare import SemanticIdSettings, SplitSettings, prepare
 from negfast.data.rules import parse_rule
 from negfast.data.simulate import FIRST_DAY, Simulation, write_simulation
 from negfast.data.split import Requests, Split, only_next
+from negfast.errors import InputError
 from negfast.evaluate.bootstrap import interval, ratio, resample_users, weighted_sums
 from negfast.evaluate.model import candidate_logits, generate
+from negfast.files import atomic_file
 from negfast.train.checkpoint import load_weights
 from negfast.train.engine import Engine
 from negfast.train.journal import Journal
@@ -150,8 +153,14 @@ class Truths:
 
 
 def prepared(simulation: Simulation, runs: Path) -> Path:
-    """The simulation as a data set in ``runs``/data."""
-    data, log = runs / "data", runs / "log"
+    """The simulation as a data set in ``runs``/data. InputError where that is one of other settings."""
+    data, log, settings = runs / "data", runs / "log", runs / "simulation.json"
+    if not settings.exists():
+        runs.mkdir(parents=True, exist_ok=True)
+        with atomic_file(settings) as temporary:
+            temporary.write_text(json.dumps(asdict(simulation.settings), indent=1) + "\n")
+    elif json.loads(settings.read_text()) != asdict(simulation.settings):
+        raise InputError(f"{runs}: holds runs on another simulation, see {settings.name}; give another --runs")
     if not log.exists():
         write_simulation(simulation, log)
     if not data.exists():

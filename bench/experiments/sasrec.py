@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from bench.command import Experiment
 from negfast.data.dataset import Dataset
 from negfast.evaluate.baselines.sasrec import KINDS, SasRec, SasRecSettings, Sequences, fit_sasrec, predict_sasrec
 from negfast.evaluate.report import evaluate_rows
@@ -36,7 +37,7 @@ GRID: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@click.command()
+@click.command(cls=Experiment)
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="Prepared MovieTweetings.")
 @click.option("--out", default=RESULT, type=click.Path(path_type=Path), show_default=True)
 @click.option("--entries", default=len(GRID), show_default=True, help="Only the first entries of the grid.")

@@ -15,6 +15,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from bench.command import Experiment, numbers
 from bench.experiments.semantic_id_runs import METRICS, downstream, short_run
 from negfast.config import QUANTIZERS
 from negfast.data.dataset import Dataset
@@ -27,7 +28,7 @@ from negfast.sid.embed import embed_items
 RESULT = Path(__file__).parents[1] / "results" / "semantic_ids.json"
 
 
-@click.command()
+@click.command(cls=Experiment)
 @click.option("--data", type=click.Path(path_type=Path), help="Prepared data set; the built-in MovieTweetings else.")
 @click.option("--encoders", default="minilm,tfidf", show_default=True)
 @click.option("--seed", default=0, show_default=True)
@@ -61,8 +62,8 @@ def main(
     versions = {name: importlib.metadata.version(name) for name in packages}
     result: dict[str, Any] = {"versions": versions, "seed": seed, "rows": rows}
     if runs is not None:
-        shorter, numbers = short_run(steps, align_steps), [int(number) for number in seeds.split(",")]
-        result["downstream"] = downstream(quantizers.split(","), runs, shorter, numbers, preset)
+        settings = short_run(steps, align_steps)
+        result["downstream"] = downstream(quantizers.split(","), runs, settings, numbers(seeds, "--seeds"), preset)
     with atomic_file(out) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
     show(rows)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from scipy.optimize import brentq
 
+from bench.command import Experiment
 from bench.experiments.prior_weight import means, nll, with_weight
 from bench.machine import write_result
 from negfast.data.split import Requests
@@ -35,7 +36,7 @@ WALKS = 16  # a request
 NEAR = 0.005  # nats: entropies this close are equal
 
 
-@click.command()
+@click.command(cls=Experiment)
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--long", "longer", multiple=True, type=click.Path(path_type=Path), help="sft-long run of each RUN.")
 @click.option("--resamples", default=1000, show_default=True)

@@ -18,6 +18,7 @@ from typing import Any
 import click
 import numpy as np
 
+from bench.command import Experiment, numbers
 from bench.experiments.recovery import later_dislikes, recovery
 from negfast.data.dataset import Dataset
 from negfast.data.log import DISLIKE, EventLog
@@ -38,7 +39,7 @@ DRAWS = 10  # of the random control
 Result = dict[str, Any]
 
 
-@click.command()
+@click.command(cls=Experiment)
 @click.option("--parts", default="targets,filter", show_default=True, help="Of targets, filter and recovery.")
 @click.option("--data", type=click.Path(path_type=Path), help="Prepared MovieTweetings, also measured by `targets`.")
 @click.option("--users", default=5_000, show_default=True)
@@ -75,8 +76,8 @@ def main(
         elif part == "filter":
             results["filter"] = {"settings": asdict(settings), **filter_effects(simulation)}
         elif part == "recovery":
-            numbers = [int(number) for number in seeds.split(",")]
-            results["recovery"] = {"settings": asdict(settings), **recovery(simulation, runs, preset, steps, numbers)}
+            found = recovery(simulation, runs, preset, steps, numbers(seeds, "--seeds"))
+            results["recovery"] = {"settings": asdict(settings), **found}
         else:
             raise click.BadParameter(f"--parts: found {part!r}, expected targets, filter or recovery")
         print(json.dumps(results[part], indent=1))

@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from bench.command import Experiment
 from bench.experiments.semantic_id_runs import METRICS
 from negfast.files import atomic_file
 
@@ -38,7 +39,7 @@ STRATA = {"cold": "cold item", "no_past_dislike": "no past dislike"}
 EFFECTS = ("mean_reward", "FHR@20", "filter_auc", "pool_auc")
 
 
-@click.command()
+@click.command(cls=Experiment)
 @click.option("--page", default=PAGE, type=click.Path(path_type=Path), show_default=True)
 @click.option("--results", default=RESULTS, type=click.Path(path_type=Path), show_default=True)
 def main(page: Path, results: Path) -> None:

@@ -14,6 +14,7 @@ import click
 import numpy as np
 import torch
 
+from bench.command import Experiment
 from bench.machine import write_result
 from negfast.data.dataset import Dataset
 from negfast.data.prepare import SemanticIdSettings
@@ -30,7 +31,7 @@ MONTH = 31  # days
 SEEDS = (0, 1, 2)
 
 
-@click.command()
+@click.command(cls=Experiment)
 @click.option("--data", type=click.Path(path_type=Path), help="Prepared data set; the built-in MovieTweetings else.")
 @click.option("--resamples", default=1000, show_default=True)
 @click.option("--out", default=RESULT, type=click.Path(path_type=Path), show_default=True)

@@ -27,6 +27,8 @@ def test_a_budget_shortens_every_stage() -> None:
         assert getattr(short, stage).validate_every == getattr(short, stage).steps
     assert short.eval.valid_requests == default.eval.valid_requests // 2
     assert shortened(default, 1.0) == ()
+    nightly = load_config(None, "nightly")
+    assert nightly.align.steps == 0 == load_config(None, "nightly", shortened(nightly, 0.5)).align.steps
     with pytest.raises(UsageError, match=r"--budget 1\.5"):
         shortened(default, 1.5)
 

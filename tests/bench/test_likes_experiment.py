@@ -21,7 +21,7 @@ def test_rows_by_likes_shown_and_by_history(tiny_run: Path, tmp_path: Path) -> N
     assert set(rows) == {*SHOWN, found["trained_with"]}
     assert {value["mean"] for value in rows[0]["minus_none"].values()} == {0.0}
     assert rows[100]["nll"] == rows[200]["nll"]  # nobody has so many
-    assert rows[20]["minus_none"]["filter_auc"]["mean"] != 0
+    assert rows[20]["minus_none"]["nll"]["mean"] != 0
     engine = RunFolder(tiny_run).finished_engine(None)
     valid = evaluation_set(engine.log, engine.split, "valid")
     assert sum(part["requests"] for part in found["by_history"]) == len(valid.requests)

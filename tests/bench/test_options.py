@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from bench.__main__ import main, parse_options
+from bench.experiments.simulator import main as simulator
 
 
 def bench(
@@ -34,8 +36,16 @@ def test_what_does_not_fit_is_told(arguments, message):
     assert str(error.value) == message
 
 
+def test_an_experiment_exits_with_2_in_a_line(tmp_path):
+    found = CliRunner().invoke(simulator, ["--parts", "recovery", "--seeds", "x", "--out", str(tmp_path / "out.json")])
+    assert found.exit_code == 2 and not (tmp_path / "out.json").exists()
+    assert found.output == "Error: --seeds: found 'x', expected whole numbers with commas between them\n"
+
+
 def test_the_command_exits_with_2(capsys):
     assert main(["quality", "--long", "maybe"]) == 2
     assert capsys.readouterr().err == "bench quality: --long: found 'maybe', expected yes or no\n"
+    assert main(["quality", "--seeds", "0,one"]) == 2
+    assert "--seeds: found '0,one', expected whole numbers" in capsys.readouterr().err
     assert main(["nothing"]) == 2
     assert capsys.readouterr().err.startswith("usage: python -m bench {")

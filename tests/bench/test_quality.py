@@ -1,6 +1,7 @@
 """The final table on a small data set: rows are means over seeds, differences are paired, runs are found again."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -139,6 +140,15 @@ def test_a_run_with_other_settings_is_not_taken_for_it(tiny_run: Path, tmp_path:
     assert trained(tiny_run, settings, "smoke", None, ()).path == tiny_run
     with pytest.raises(InputError, match="other settings"):
         trained(tiny_run, settings, "smoke", None, ("grpo.group=6",))
+    with pytest.raises(InputError, match="was trained with --model None, found other"):
+        trained(tiny_run, settings, "smoke", None, (), Path("other"))
+    copy = shutil.copytree(RunFolder(tiny_run).data, tmp_path / "data")
+    assert trained(tiny_run, settings, "smoke", copy, ()).path == tiny_run
+    manifest = json.loads((copy / "manifest.json").read_text())
+    next(iter(manifest["files"].values()))["sha256"] = "0" * 64
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="another data set than"):
+        trained(tiny_run, settings, "smoke", copy, ())
 
 
 def test_a_branch_goes_on_from_what_is_behind_it(tiny_run: Path, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """What the simulator experiments measure, in worlds where the answer is known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from bench.experiments.simulator import filter_effects, simulated_targets, told_
 from negfast.data.log import DISLIKE
 from negfast.data.simulate import FIRST_DAY, SimulationSettings, simulate
 from negfast.data.split import split_requests
+from negfast.errors import InputError
 
 SIZES = {"users": 700, "items": 300, "days": 50, "impressions": 3.0, "topics": 10}
 INDIFFERENT = {"personal": 0.0, "suppression": 0.0, "popularity": 0.0, "freshness": 1e9, "false_dislike": 0.0}
@@ -84,6 +87,9 @@ def test_recovery_trains_on_each_target_and_finds_its_runs_again(tmp_path, monke
         assert (tmp_path / f"{target}-0" / "checkpoints" / "sft").is_dir()
     monkeypatch.setattr(recovery, "aimed", None)  # nothing is trained again
     assert recovery.recovery(simulation, tmp_path, "smoke", 2, [0]) == found
+    other = simulate(replace(simulation.settings, seed=simulation.settings.seed + 1))
+    with pytest.raises(InputError, match=r"holds runs on another simulation, see simulation\.json"):
+        recovery.recovery(other, tmp_path, "smoke", 2, [0])
 
 
 def test_every_target_has_its_own_future() -> None:

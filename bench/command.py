@@ -1,0 +1,27 @@
+"""How experiments answer bad input: one line on stderr and exit code 2."""
+
+from typing import Any
+
+import click
+
+from negfast.errors import InputError
+
+
+class Experiment(click.Command):
+    """A command whose bad input is told in one line."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            refused = click.ClickException(str(error))
+            refused.exit_code = 2
+            raise refused from error
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """Comma-separated whole numbers. InputError where they are none."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise InputError(f"{option}: found {text!r}, expected whole numbers with commas between them") from None
