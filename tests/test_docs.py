@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from negfast.cli import main
 from negfast.data.dataset import Dataset
+from negfast.evaluate.page import ROWS
 from tests.tiny import SETTINGS, run_cli, write_log
 
 ROOT = Path(__file__).parents[1]
@@ -137,6 +138,13 @@ def test_configuration_page_is_current() -> None:
     from tools.write_configuration import PAGE, configuration_page
 
     assert PAGE.read_text() == configuration_page(), "run python tools/write_configuration.py"
+
+
+def test_the_method_page_explains_the_rows_as_the_report_does() -> None:
+    page = (ROOT / "docs" / "method.md").read_text()
+    for names, what in ROWS.items():
+        shown = ", ".join(f"`{name}`" for name in names.split(", "))
+        assert f"| {shown} | {what} |" in page
 
 
 def test_every_command_has_help_with_an_example() -> None:
