@@ -187,6 +187,14 @@ NB_MODULE(_core, m) {
   m.doc() = "negfast's C++ core: shard writer, reader and packer";
   const nb::object input_error = nb::module_::import_("negfast.errors").attr("InputError");
   nb::exception<ShardError>(m, "ShardError", input_error);
+  nb::register_exception_translator([](const std::exception_ptr& thrown, void*) {
+    try {
+      std::rethrow_exception(thrown);
+    } catch (const std::system_error& error) {  // of files: no space, no permission
+      nb::object found = nb::make_tuple(error.code().value(), error.what());
+      PyErr_SetObject(PyExc_OSError, found.ptr());
+    }
+  });
 
   m.def("write_histories", &write_histories, "path"_a, "offsets"_a, "item"_a, "feedback"_a, "time"_a, "user_list"_a,
         "users"_a, "items"_a, "time_unit"_a, "threads"_a);

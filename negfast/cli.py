@@ -130,7 +130,7 @@ def main() -> None:
     type=click.Choice(QUANTIZERS), help="Of semantic IDs; random is a control.",
 )  # fmt: skip
 @click.option("--encoder", default="auto", show_default=True, type=click.Choice(ENCODERS), help="Of item text.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
 @click.pass_context
 def prepare(context: click.Context, files: tuple[Path, ...], out: Path, **options: Any) -> None:
     """Make a data set of an event log: validate, index, split, semantic IDs, shards.
@@ -189,6 +189,11 @@ def prepare(context: click.Context, files: tuple[Path, ...], out: Path, **option
         raise click.UsageError("Missing option '--dislike' (or --recipe, or --like).", context)
     if len(files) > 1:
         raise click.UsageError(f"found {len(files)} files, expected one event log without --recipe or --like", context)
+    if options["items"] is None:
+        of_items = {p.name for p in context.command.params if p.name and p.name.startswith("item_")} - {"item_column"}
+        _refuse(context, of_items - {"item_embedding"}, "without --items, which it is about")
+    if options["like_rule"]:
+        _refuse(context, {"rest"}, "beside --like-rule: events of no rule are exposures then")
     _prepare_mapped(files[0], out, dislike, split, semantic_ids, options)
 
 
@@ -233,11 +238,16 @@ def _prepare_mapped(
 
 def _refuse_others(context: click.Context, option: str, allowed: tuple[str, ...]) -> None:
     """A usage error for options that were given beside ``option`` and would do nothing."""
+    others = {parameter.name or "" for parameter in context.command.params} - set(allowed)
+    _refuse(context, others, f"beside {option}, which settles it")
+
+
+def _refuse(context: click.Context, names: set[str], why: str) -> None:
+    """A usage error for the first of the options ``names`` that was given."""
     for parameter in context.command.params:
         name = parameter.name or ""
-        given = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
-        if given and name not in allowed:
-            raise click.UsageError(f"{parameter.opts[-1]} has no place beside {option}, which settles it", context)
+        if name in names and context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{parameter.opts[-1]} has no place {why}", context)
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:
@@ -259,7 +269,7 @@ def inspect(path: Path) -> None:
     negfast inspect data/semantic_ids.safetensors
     negfast inspect runs/quickstart/final
     """
-    from negfast.data.inspection import inspect_path
+    from negfast.inspection import inspect_path
 
     inspect_path(path, click.echo)
 

@@ -17,6 +17,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises InputError where the file cannot be created.
     """
     path = Path(path)
+    check_output_file(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     created = _make_parents(path)
     try:
@@ -39,6 +40,7 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises InputError where the directory cannot be created.
     """
     path = Path(path)
+    check_output(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     aside = path.with_name(f".{path.name}.{os.getpid()}.old")
     created = _make_parents(path)
@@ -61,11 +63,20 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
 def check_output(path: str | os.PathLike[str]) -> None:
     """Raises InputError if ``path`` plainly cannot be written, so that long work does not find out at its end."""
     path = Path(path)
+    if not path.name:
+        raise InputError(f"{path}: found no name to write to")
     ancestor = next((p for p in path.absolute().parents if p.exists()), Path("/"))
     if not ancestor.is_dir():
         raise InputError(f"{path}: cannot be written: {ancestor} is not a directory")
     if not os.access(ancestor, os.W_OK | os.X_OK):
         raise InputError(f"{path}: cannot be written: no permission to write in {ancestor}")
+
+
+def check_output_file(path: str | os.PathLike[str]) -> None:
+    """`check_output` of a file: a directory there cannot be replaced by one."""
+    check_output(path)
+    if Path(path).is_dir():
+        raise InputError(f"{path}: cannot be written: is a directory")
 
 
 def _swap(temporary: Path, path: Path, aside: Path) -> None:

@@ -130,7 +130,10 @@ class RunFolder:
     def read(self) -> dict:
         if not self.exists:
             raise InputError(f"{self.path}: found no run.json, expected a run directory")
-        return json.loads(self.description.read_text())
+        try:
+            return json.loads(self.description.read_text())
+        except ValueError as error:
+            raise InputError(f"{self.description}: damaged: {error}") from error
 
     def require_finished(self) -> None:
         self.read()

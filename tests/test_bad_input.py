@@ -1,5 +1,6 @@
 """Bad input through the command line: one line that names the place, exit code 2, nothing left behind."""
 
+import json
 import time
 
 import numpy as np
@@ -24,10 +25,10 @@ def folder(tmp_path):
     return tmp_path
 
 
-def refused(folder, *arguments, out="out"):
+def refused(folder, *arguments, out="out", dislike="rating<=5"):
     """Runs `negfast prepare` and returns its message, after checking code, form and traces."""
     before = sorted(folder.rglob("*"))
-    options = ["--dislike", "rating<=5", "--out", str(folder / out)]
+    options = ["--dislike", dislike, "--out", str(folder / out)]
     result = CliRunner().invoke(main, ["prepare", *map(str, arguments), *options])
     assert result.exit_code == 2, (result.output, result.exception)
     assert sorted(folder.rglob("*")) == before
@@ -214,6 +215,25 @@ def test_broken_json(folder):
     assert "log.jsonl, line 1: not a JSON object" in refused(folder, folder / "log.jsonl")
 
 
+def test_columns_that_hold_no_plain_values(folder):
+    rows = [{"user": [1], "item": "a", "rating": 3, "time": T0}, {"user": [2], "item": "b", "rating": 7, "time": T0}]
+    (folder / "nested.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    assert "column 'user' is a list<item: int64>, expected a string or number" in refused(
+        folder, folder / "nested.jsonl"
+    )
+    columns = {"user": [b"\xff", b"x"], "item": ["a", "b"], "rating": [3, 7], "time": [T0, T0]}
+    parquet.write_table(pa.table(columns), folder / "bytes.parquet")
+    assert "column 'user' is not UTF-8" in refused(folder, folder / "bytes.parquet")
+    parquet.write_table(pa.table(columns | {"user": [1.0, np.inf]}), folder / "inf.parquet")
+    assert "column 'user' holds an infinite id" in refused(folder, folder / "inf.parquet")
+
+
+def test_a_separator_of_several_bytes_that_is_there(folder):
+    text = (folder / "log.csv").read_text().replace(",", "§")
+    (folder / "log.csv").write_text(text)
+    assert "no event matches rating<0" in refused(folder, folder / "log.csv", "--separator", "§", dislike="rating<0")
+
+
 def test_unknown_format(folder):
     (folder / "log.xls").write_text("x")
     assert "log.xls: unknown format '.xls'" in refused(folder, folder / "log.xls")
@@ -263,6 +283,12 @@ def test_output_that_is_something_else(folder):
         (["prepare", "log.csv", "--out", "x", "--dislike", "a", "--wrong"], "No such option"),
         (["train", "--replay", "r/failed/sft-000001", "--set", "sft.lr=1"], "--set has no place beside --replay"),
         (["train", "--replay", "r/failed/sft-000001", "--out", "r"], "--out has no place beside --replay"),
+        (["prepare", "a", "--out", "x", "--dislike", "r<3", "--item-text-column", "t"], "place without --items"),
+        (
+            ["prepare", "a", "--out", "x", "--dislike", "r<3", "--like-rule", "r>4", "--rest", "like"],
+            "--rest has no place",
+        ),
+        (["prepare", "a", "--out", "x", "--dislike", "r<3", "--seed", "-1"], "-1 is not in the range x>=0"),
         (["wrong"], "No such command 'wrong'"),
         (["inspect", "none"], "none: no such file or directory"),
     ],

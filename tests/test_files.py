@@ -1,6 +1,7 @@
 """Atomic writes, and progress where there is no terminal."""
 
 import io
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +49,15 @@ def test_under_a_file_nothing_can_be_written(tmp_path, writer):
     for path in (tmp_path / "file" / "x", tmp_path / "file" / "y" / "x"):
         with pytest.raises(InputError, match="cannot be written"), writer(path):
             pass
+
+
+def test_what_is_a_directory_cannot_be_written_as_a_file(tmp_path):
+    for path, said in ((tmp_path, "is a directory"), (Path("."), "no name to write to")):
+        with pytest.raises(InputError, match=said), atomic_file(path):
+            pass
+    with pytest.raises(InputError, match="no name to write to"), atomic_directory(Path(".")):
+        pass
+    assert not any(tmp_path.iterdir())
 
 
 def test_plain_lines_come_at_intervals_and_at_the_end():

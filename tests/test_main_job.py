@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from negfast.data.dataset import Dataset
@@ -271,9 +272,42 @@ def test_inspect_describes_run_checkpoint_and_table(tiny_run, tiny_data, tmp_pat
     checkpoint = run_cli("inspect", str(tiny_run / "final"))
     assert "calibration" in checkpoint and "block.rows" in checkpoint
     assert "codes" in run_cli("inspect", str(tiny_data / "semantic_ids.safetensors"))
+    copy = shutil.copytree(tiny_run, tmp_path / "run")
+    weights = bytearray((copy / "checkpoints" / "sft" / "policy.safetensors").read_bytes())
+    weights[-3] ^= 1
+    (copy / "checkpoints" / "sft" / "policy.safetensors").write_bytes(weights)
+    for path in (copy, copy / "checkpoints" / "sft"):
+        assert "policy.safetensors: damaged: its checksum" in run_cli("inspect", str(path), code=2)
+    (copy / "run.json").write_text('{"data": "da')
+    for command in (["inspect", str(copy)], ["eval", str(copy)]):
+        assert "run.json: damaged" in run_cli(*command, code=2)
+    save_file({"a": torch.ones(3, dtype=torch.bfloat16)}, tmp_path / "brain.safetensors")
+    assert "bfloat16" in run_cli("inspect", str(tmp_path / "brain.safetensors"))
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes((tiny_run / "final" / "policy.safetensors").read_bytes()[:-100])
     assert "damaged" in run_cli("inspect", str(damaged), code=2)
+
+
+def test_an_export_replaces_nothing_but_an_export(tiny_run, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for _ in range(2):  # into an empty folder, and in place of the first
+        run_cli("export", str(tiny_run), "--out", str(out))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    for taken in (tmp_path / "mine", tmp_path / "mine" / "thesis.tex"):
+        assert "exists and is no export" in run_cli("export", str(tiny_run), "--out", str(taken), code=2)
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"
+
+
+def test_a_run_in_a_linked_folder_finds_its_data(tiny_data, tmp_path):
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "runs").symlink_to(tmp_path / "deep" / "er")
+    run, none = tmp_path / "runs" / "a", {"align__steps": 0, "sft__steps": 0, "grpo__steps": 0}
+    shutil.copytree(tiny_data, tmp_path / "data")
+    for _ in range(2):  # the second time it finds itself
+        run_cli(*train_arguments(tmp_path / "data", run, **none))
+    assert RunFolder(run).finished_engine(None).data.path.resolve() == (tmp_path / "data").resolve()
 
 
 def test_refusals(tiny_run, tiny_data, tmp_path):
@@ -289,6 +323,11 @@ def test_refusals(tiny_run, tiny_data, tmp_path):
     assert not nowhere.exists()
     assert "other settings" in refused(*train_arguments(tiny_data, tiny_run, sft__steps=7))
     assert "run.json" in refused("eval", str(tmp_path))
+    for command in ("predict", "user-profiles"):
+        more = ["--attribute", "genre"] if command == "user-profiles" else []
+        assert "is a directory" in refused(command, str(tiny_run), *more, "--out", str(tmp_path))
+    late = "9999-12-31T23:00:00-05:00"
+    assert "--at" in refused("predict", str(tiny_run), "--at", late, "--out", str(tmp_path / "x.parquet"))
     assert "sliding" not in refused("predict", str(tiny_run), "--at", "yesterday", "--out", str(tmp_path / "x.parquet"))
     asked = tmp_path / "asked.parquet"
     parquet.write_table(pa.table({"user": ["nobody", "else"], "item": ["i1", "i2"]}), asked)

@@ -7,14 +7,17 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from negfast.data.dataset import Dataset
+from negfast.data.dataset import Dataset, date_of
 from negfast.data.log import DISLIKE, EXPOSED, LIKE, EventLog
+from negfast.evaluate import model as evaluate_model
+from negfast.evaluate.model import candidate_logits
 from negfast.run_folder import RunFolder
 from negfast.serve import predict
 from negfast.serve.context import context_day
 from negfast.serve.parts import write_in_parts
 from negfast.serve.profiles import category_matrix, feedback_matrices
 from negfast.serve.score import knows
+from negfast.train.verdict import group_candidates
 from tests.tiny import run_cli
 
 SCHEMA = pa.schema([("n", pa.int64())])
@@ -76,6 +79,27 @@ def test_a_time_with_a_zone_is_a_day_of_utc():
     log = EventLog(np.array([0, 2]), np.array([0, 1]), np.array([LIKE, LIKE]), np.array([0, 30 * day]), None, 2)
     for at, last in (("1970-01-11", 9), ("1970-01-11T12:00", 9), ("1970-01-11T01:00+05:00", 8)):
         assert context_day(log, at) == last
+
+
+def test_answers_of_a_run_that_knows_later_days_say_so(tiny_run, tmp_path):
+    learned = date_of(RunFolder(tiny_run).learned_until)
+    out = ["--top", "2", "--out", str(tmp_path / "x.parquet")]
+    assert "learned from events" not in run_cli("predict", str(tiny_run), "--at", learned, *out)
+    day_before = date_of(RunFolder(tiny_run).learned_until - 1)
+    said = run_cli("predict", str(tiny_run), "--at", day_before, *out)
+    assert f"note: {tiny_run} learned from events before {learned}, so its answers know of them" in said
+
+
+def test_many_candidates_of_one_user_are_answered_in_parts(tiny_run, monkeypatch):
+    engine = RunFolder(tiny_run).finished_engine(None)
+    users, day = np.repeat([3, 5, 6], [90, 1, 40]), int(engine.log.day.max()) + 1
+    items = np.concatenate([np.arange(90), [7], np.arange(40)])
+    candidates = group_candidates(users, np.full(len(users), day), items)
+    whole = candidate_logits(engine, candidates)
+    monkeypatch.setattr(evaluate_model, "CANDIDATES_AT_ONCE", 32)
+    parts = candidates.split(32)
+    assert np.diff(parts.offsets).tolist() == [32, 32, 26, 1, 32, 8] and parts.user.tolist() == [3, 3, 3, 5, 6, 6]
+    np.testing.assert_allclose(candidate_logits(engine, candidates), whole, atol=1e-5)
 
 
 def test_knows():

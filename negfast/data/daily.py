@@ -104,7 +104,12 @@ def prepare_like(
 def data_folder(path: Path) -> Path:
     """The data set at ``path``, or the one that the run at ``path`` was trained on."""
     description = path / "run.json"
-    return path / json.loads(description.read_text())["data"] if description.is_file() else path
+    if not description.is_file():
+        return path
+    try:
+        return path / json.loads(description.read_text())["data"]
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{description}: damaged: {error}") from error
 
 
 def _read_day(old: Dataset, files: Sequence[Path], items_path: Path | None, report: Report) -> NewDay:

@@ -37,7 +37,7 @@ class Deviations:
         events."""
         columns = [column for kind in self.kinds for column in kind.columns(user, item, day)]
         recent = self.by_user.before(user, day) - self.by_user.before(user, day - COUNT_DAYS)
-        return np.stack([*columns, np.log1p(recent[:, 0])], axis=1)
+        return np.stack([*columns, np.log1p(np.maximum(recent[:, 0], 0.0))], axis=1)
 
 
 class _Kind:
@@ -63,4 +63,5 @@ class _Kind:
 
 
 def _shrunk(sums: np.ndarray, pseudo_events: int) -> np.ndarray:
-    return sums[:, 1] / (sums[:, 0] + pseudo_events)
+    """The mean of a count and a sum [Q, 2...]. Of recent days, withdrawals of older events make the count negative."""
+    return sums[:, 1] / (np.maximum(sums[:, 0], 0.0) + pseudo_events)

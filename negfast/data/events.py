@@ -238,9 +238,11 @@ def _attribute(source: Source, name: str, separator: str) -> list[tuple[str, ...
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return [tuple(map(str, values or ())) for values in source.table[name].to_pylist()]
     column = encode(source, name)
+    fractions = pa.types.is_floating(column.values.type)  # which no id may have, but a price
+    texts = column.values.cast(pa.string()) if fractions else to_strings(column)
     split = [
         tuple(part.strip() for part in (value.split(separator) if separator else [value]) if part.strip())
-        for value in to_strings(column).to_pylist()
+        for value in texts.to_pylist()
     ]
     return _take(split, column.codes, ())
 

@@ -4,6 +4,8 @@ The last like or dislike of a user-item pair counts: when it changes, the earlie
 not count, and do not take a like or dislike back (negfast's choice); a withdrawal does.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from negfast.data.deviations import Deviations
@@ -98,8 +100,10 @@ class _Attribute:
         counts: np.ndarray,
         original: int | None,
     ) -> None:
-        names, value = np.unique([name for of_item in values for name in of_item], return_inverse=True)
-        self.n_values, self.value = max(len(names), 1), value.astype(np.int64)
+        names = sorted({name for of_item in values for name in of_item})
+        number = {name: n for n, name in enumerate(names)}
+        self.n_values = max(len(names), 1)
+        self.value = np.array([number[name] for of_item in values for name in of_item], dtype=np.int64)
         self.offsets = np.concatenate([[0], np.cumsum([len(of_item) for of_item in values])])
         self.static = self._static_columns(names, len(values) if original is None else original)
         row, value = self._expand(item)
@@ -128,12 +132,15 @@ class _Attribute:
         row = np.repeat(np.arange(len(item)), count)
         return row, self.value[np.arange(count.sum()) + np.repeat(self.offsets[item] - np.cumsum(count) + count, count)]
 
-    def _static_columns(self, names: np.ndarray, original: int) -> np.ndarray:
+    def _static_columns(self, names: list[str], original: int) -> np.ndarray:
         """The number itself of an attribute with one number an item; else indicators, float32 [I, C]."""
         n_items, first_values = len(self.offsets) - 1, self.value[: self.offsets[original]]
         item = np.repeat(np.arange(n_items), np.diff(self.offsets))
         counts = np.bincount(first_values, minlength=len(names))
-        if _numbers(names[counts > 0]) is not None and np.diff(self.offsets[: original + 1]).max(initial=0) == 1:
+        if (
+            all_numbers(name for name, count in zip(names, counts, strict=True) if count)
+            and np.diff(self.offsets[: original + 1]).max(initial=0) == 1
+        ):
             numbers = np.array([_number(name) for name in names], np.float32)
             column = np.full((n_items, 1), np.nan, np.float32)
             column[item, 0] = numbers[self.value]
@@ -179,9 +186,8 @@ def _logit(rate: np.ndarray) -> np.ndarray:
     return np.log(rate) - np.log1p(-rate)
 
 
-def _numbers(names: np.ndarray) -> np.ndarray | None:
-    numbers = np.array([_number(name) for name in names])
-    return None if np.isnan(numbers).any() else numbers
+def all_numbers(names: Iterable[str]) -> bool:
+    return not any(np.isnan(_number(name)) for name in names)
 
 
 def _number(name: str) -> float:

@@ -152,7 +152,8 @@ class PackBuffers:
     """Arrays for ``Shard.pack(..., out=buffers)``, made once and used in turn; pinned where there is a CUDA device.
 
     What a call of ``pack`` returned is overwritten by the ``count``-th call after it. A loader that reads ``prefetch``
-    batches ahead needs prefetch + 1 of them, and one more for each batch that is still being copied to the device.
+    batches ahead on ``workers`` threads needs prefetch + workers of them, since these may take their turns in another
+    order than the batches', and one more for each batch that is still being copied to the device.
     May be called from several threads. Arrays grow, by half as much again, when a batch does not fit.
     """
 

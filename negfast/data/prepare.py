@@ -105,13 +105,17 @@ def check_replaceable(out: Path, force: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     try:
-        is_dataset = "format" in json.loads((out / MANIFEST).read_text("utf-8"))
-    except (OSError, ValueError, TypeError):
-        is_dataset = False
-    if not is_dataset:
+        manifest = json.loads((out / MANIFEST).read_text("utf-8"))
+        own = {MANIFEST, *manifest["files"]} if "format" in manifest else None
+    except (OSError, ValueError, TypeError, KeyError):
+        own = None
+    if own is None:
         raise InputError(f"{out}: exists and is no data set; choose another --out")
     if not force:
         raise InputError(f"{out}: a data set is there already; --force replaces it")
+    for path in out.iterdir():  # also what an append left that was killed: events.nfs.000001
+        if not any(path.name == name or path.name.startswith(f"{name}.") for name in own):
+            raise InputError(f"{path}: is no part of the data set, and --force would remove it; move it elsewhere")
 
 
 def choose_split(log: EventLog, settings: SplitSettings, report: Report) -> tuple[int, int, int]:

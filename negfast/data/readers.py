@@ -145,6 +145,8 @@ def file_columns(path: Path) -> list[str]:
 def encode(source: Source, name: str) -> Encoded:
     """A column as codes into its distinct values."""
     chunks = source.table[name]
+    if pa.types.is_nested(chunks.type):
+        raise InputError(f"{source.path}: column {name!r} is a {chunks.type}, expected a string or number")
     if pa.types.is_dictionary(chunks.type):
         chunks = chunks.cast(chunks.type.value_type)
     encoded = chunks.dictionary_encode()  # one dictionary for all chunks
@@ -171,13 +173,11 @@ def to_strings(column: Encoded) -> pa.Array:
             raise InputError(
                 f"{column.where(code)}: {column.name} {values[code]} is no id, expected a string or integer"
             )
+        if not pc.all(pc.is_finite(values)).as_py():
+            raise InputError(f"{column.source.path}: column {column.name!r} holds an infinite id")
         values = values.cast(pa.int64())
-    if pa.types.is_nested(values.type):
-        raise InputError(
-            f"{column.source.path}: column {column.name!r} is a {values.type}, expected a string or integer"
-        )
-    strings = values.cast(pa.string())
     try:
+        strings = values.cast(pa.string())
         strings.validate(full=True)
     except pa.ArrowInvalid as error:
         raise InputError(f"{column.source.path}: column {column.name!r} is not UTF-8: {error}") from error
@@ -237,9 +237,17 @@ def _read_parquet(path: Path, wanted: list[str]) -> pa.Table:
     try:
         file = parquet.ParquetFile(path)
         check_columns(path, wanted, file.schema_arrow.names)
-        return file.read(columns=wanted)
+        return _plain_strings(file.read(columns=wanted))
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: cannot be read as Parquet: {_one_line(error)}") from error
+
+
+def _plain_strings(table: pa.Table) -> pa.Table:
+    """Strings of any width and layout, as polars and others write them, as Arrow's plain ones."""
+    for number, field in enumerate(table.schema):
+        if pa.types.is_large_string(field.type) or pa.types.is_string_view(field.type):
+            table = table.set_column(number, field.name, table[field.name].cast(pa.string()))
+    return table
 
 
 def _content(path: Path) -> pa.Buffer:
@@ -287,7 +295,7 @@ def _read_separated(
     if encoding != "utf-8":
         content = pa.py_buffer(content.to_pybytes().decode(encoding).encode("utf-8"))
     quote: str | bool = '"'
-    if len(separator) > 1:  # Arrow splits at one byte: a control character that the file lacks stands in
+    if len(separator.encode()) > 1:  # Arrow splits at one byte: a control character that the file lacks stands in
         data = content.to_pybytes()
         stand_in = next((chr(c) for c in range(1, 32) if chr(c) not in "\t\n\r" and bytes([c]) not in data), None)
         if stand_in is None:

@@ -108,7 +108,7 @@ def _of_values(rule: Rule, column: Encoded) -> np.ndarray:
 def _all_numbers(values: pa.Array) -> bool:
     try:
         pc.cast(values, pa.float64())
-    except pa.ArrowInvalid:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         return False
     return True
 

@@ -120,6 +120,8 @@ class Shard:
             raise InputError(
                 f"out: found {out.dtype} [{out.shape[1]}], expected {item_tokens.dtype} [{item_tokens.shape[1]}]"
             )
+        elif not (out.flags.c_contiguous and out.flags.writeable):
+            raise InputError("out: found a strided or read-only array, expected a writeable, contiguous one")
         tokens = out[: int(offsets[-1])]
         bytes_out = tokens.reshape(-1).view(np.uint8)
         self._core.read_rows(users, offsets, np.ascontiguousarray(item_tokens).view(np.uint8), bytes_out, threads)

@@ -66,6 +66,7 @@ def generate(
 def candidate_logits(engine: Engine, candidates: Candidates, view: int = MIXED) -> np.ndarray:
     """Verdict logits float64 [E] of candidates, in batches of similar prompt length."""
     out = np.empty(len(candidates.items))
+    candidates = candidates.split(CANDIDATES_AT_ONCE)
     ends = history_ends(engine.log, candidates.user, candidates.day - 1)
     order = np.argsort(ends - engine.log.user_offsets[candidates.user], kind="stable")
     counts = np.diff(candidates.offsets)[order]

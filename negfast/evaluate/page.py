@@ -19,7 +19,7 @@ from negfast.evaluate.model import predict_set
 from negfast.evaluate.report import HEADLINE
 from negfast.evaluate.run import evaluate_folder, write_report
 from negfast.evaluate.sets import check_choosable, evaluation_set
-from negfast.files import atomic_file, check_output
+from negfast.files import atomic_file, check_output_file
 from negfast.run_folder import RunFolder
 
 LOOKS = (  # what is measured on valid, and the least span of its axis: less is within the noise
@@ -53,7 +53,7 @@ def write_page(run: Path, out: Path | None) -> Path:
     """
     folder = RunFolder(run)
     out = out or folder.path / "report.html"
-    check_output(out)
+    check_output_file(out)
     engine = folder.finished_engine(None)
     if not (folder.path / "report.json").is_file():
         write_report(folder, *evaluate_folder(folder, "test", None))

@@ -10,19 +10,26 @@ import torch
 from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from negfast.files import atomic_directory
+from negfast.errors import InputError
+from negfast.files import atomic_directory, check_output
 from negfast.model.lora import merge_adapters
 from negfast.model.policy import Policy
 from negfast.run_folder import RunFolder
 from negfast.sid.trie import Trie
+
+DESCRIPTION = "negfast.json"
 
 
 def export_run(run: Path, out: Path) -> None:
     """Writes model, tokenizer, sid_table.parquet, trie.safetensors and negfast.json to the directory ``out``.
 
     The code block is merged into the model's vocabulary: input rows are the block's, output rows those seen through
-    its head, so logits are the policy's before the community prior. Raises InputError as `RunFolder.finished_engine`.
+    its head, so logits are the policy's before the community prior. An export that is there is replaced. Raises
+    InputError where ``out`` holds anything else, and as `RunFolder.finished_engine`.
     """
+    check_output(out)
+    if out.exists() and not (out / DESCRIPTION).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError(f"{out}: exists and is no export; choose another --out")
     folder = RunFolder(run)
     engine = folder.finished_engine(None)
     merge_adapters(engine.policy)
@@ -46,7 +53,7 @@ def export_run(run: Path, out: Path) -> None:
             "codebook": vocabulary.codebook,
             "calibration": vars(folder.calibration),
         }
-        (temporary / "negfast.json").write_text(json.dumps(description, indent=1) + "\n")
+        (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from negfast.data.dataset import MANIFEST, file_record
-from negfast.files import atomic_file, check_output
+from negfast.files import atomic_file, check_output_file
 from negfast.progress import Progress
 from negfast.run_folder import RunFolder
 from negfast.train.checkpoint import WEIGHTS
@@ -33,7 +33,7 @@ def write_in_parts(
     A batch is kept in the folder ``.NAME.parts`` beside ``out`` until all are there. A call with the same ``about``
     (JSON types) goes on where an earlier one was killed; with another it starts anew. ``progress`` names work and unit.
     """
-    check_output(out)
+    check_output_file(out)
     folder = out.with_name(f".{out.name}.parts")
     if _about(folder) != about:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,17 +1,15 @@
 """`negfast predict`: what every user is going to dislike, streamed to Parquet."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from negfast.data.dataset import date_of
 from negfast.data.split import Requests
 from negfast.evaluate.model import generate
-from negfast.files import check_output
+from negfast.files import check_output_file
 from negfast.run_folder import RunFolder
-from negfast.serve.context import context_day
+from negfast.serve.context import told_context_day
 from negfast.serve.parts import source_of, write_in_parts
 
 USERS_AT_ONCE = 4096
@@ -24,10 +22,10 @@ def predict_run(run: Path, data: Path | None, at: str | None, top: int, out: Pat
     ``score`` is the probability of the item as the next dislike. A call that was killed is gone on with by the same
     call. Raises InputError as `RunFolder.finished_engine` does.
     """
-    check_output(out)
-    engine = RunFolder(run).finished_engine(data)
-    day = context_day(engine.log, at)
-    print(f"context: events up to the end of {date_of(day)}", file=sys.stderr)
+    check_output_file(out)
+    folder = RunFolder(run)
+    engine = folder.finished_engine(data)
+    day = told_context_day(folder, engine.log, at)
     user_ids, item_ids = pa.array(engine.data.user_ids, pa.string()), pa.array(engine.data.items.ids, pa.string())
 
     def batch(start: int, stop: int) -> pa.Table:

@@ -1,20 +1,18 @@
 """`negfast user-profiles`: what kinds of items each user dislikes, so far and as the model expects."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import scipy.sparse as sp
 
-from negfast.data.dataset import date_of
 from negfast.data.features import PSEUDO_EVENTS
 from negfast.data.log import DISLIKE, EXPOSED, LIKE, EventLog
 from negfast.errors import InputError
 from negfast.evaluate.model import generate
-from negfast.files import check_output
+from negfast.files import check_output_file
 from negfast.run_folder import RunFolder
-from negfast.serve.context import context_day
+from negfast.serve.context import told_context_day
 from negfast.serve.parts import source_of, write_in_parts
 from negfast.serve.predict import USERS_AT_ONCE, requests_at
 
@@ -41,14 +39,14 @@ def profile_users(run: Path, attribute: str, data: Path | None, at: str | None, 
     next dislikes, an item of several categories counting for each (negfast's choice). Raises InputError for an
     attribute that the items do not have, and as `RunFolder.finished_engine` does.
     """
-    check_output(out)
-    engine = RunFolder(run).finished_engine(data)
+    check_output_file(out)
+    folder = RunFolder(run)
+    engine = folder.finished_engine(data)
     attributes = engine.data.items.attributes
     if attribute not in attributes:
         found = ", ".join(attributes) or "none"
         raise InputError(f"--attribute {attribute!r}: the items of {engine.data.path} have {found}")
-    day = context_day(engine.log, at)
-    print(f"context: events up to the end of {date_of(day)}", file=sys.stderr)
+    day = told_context_day(folder, engine.log, at)
     names, of_item = category_matrix(attributes[attribute])
     disliked, liked = (counts @ of_item for counts in feedback_matrices(engine.log, day))
     totals = np.asarray(disliked.sum(0)).ravel(), np.asarray(liked.sum(0)).ravel()
@@ -65,10 +63,9 @@ def profile_users(run: Path, attribute: str, data: Path | None, at: str | None, 
         shares = sp.csr_matrix(
             (weight.ravel(), (rows, np.maximum(items, 0).ravel())), (len(users), len(of_item.indptr) - 1)
         )
-        expected = (shares @ of_item).toarray()
-        counts = disliked[start:stop].toarray(), liked[start:stop].toarray()
-        row, category = np.nonzero((counts[0] + counts[1] > 0) | (expected > 0))
-        bad, good = counts[0][row, category], counts[1][row, category]
+        found = [disliked[start:stop], liked[start:stop], shares @ of_item]
+        row, category = sum(found).sorted_indices().nonzero()  # none is below 0
+        bad, good, expected = (np.asarray(matrix[row, category]).ravel() for matrix in found)
         rate = (bad + PSEUDO_EVENTS * everyone[category]) / (bad + good + PSEUDO_EVENTS)
         columns = [
             user_ids.take(pa.array(users[row])),
@@ -77,7 +74,7 @@ def profile_users(run: Path, attribute: str, data: Path | None, at: str | None, 
             pa.array(good.astype(np.int32)),
             pa.array(rate.astype(np.float32)),
             pa.array((rate / everyone[category]).astype(np.float32)),
-            pa.array(expected[row, category].astype(np.float32)),
+            pa.array(expected.astype(np.float32)),
         ]
         return pa.table(columns, schema=SCHEMA)
 
@@ -87,9 +84,11 @@ def profile_users(run: Path, attribute: str, data: Path | None, at: str | None, 
 
 def category_matrix(values: list[tuple[str, ...]]) -> tuple[list[str], sp.csr_matrix]:
     """The distinct values of an attribute, and which item has which: [I, C] of 0 and 1."""
-    names, column = np.unique([name for of_item in values for name in set(of_item)], return_inverse=True)
+    names = sorted({name for of_item in values for name in of_item})
+    number = {name: n for n, name in enumerate(names)}
+    column = [number[name] for of_item in values for name in set(of_item)]
     rows = np.repeat(np.arange(len(values)), [len(set(of_item)) for of_item in values])
-    return names.tolist(), sp.csr_matrix((np.ones(len(rows)), (rows, column)), (len(values), max(len(names), 1)))
+    return names, sp.csr_matrix((np.ones(len(rows)), (rows, column)), (len(values), max(len(names), 1)))
 
 
 def feedback_matrices(log: EventLog, day: int) -> tuple[sp.csr_matrix, sp.csr_matrix]:

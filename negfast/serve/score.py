@@ -8,13 +8,12 @@ import pyarrow as pa
 import pyarrow.compute as compute
 import pyarrow.parquet as parquet
 
-from negfast.data.dataset import date_of
 from negfast.data.log import EventLog
 from negfast.errors import InputError
 from negfast.evaluate.model import candidate_logits
-from negfast.files import atomic_file, check_output
+from negfast.files import atomic_file, check_output_file
 from negfast.run_folder import RunFolder
-from negfast.serve.context import context_day
+from negfast.serve.context import told_context_day
 from negfast.train.verdict import group_candidates
 
 ADDED = ("score", "abstain")
@@ -28,20 +27,20 @@ def score_run(run: Path, candidates: Path, data: Path | None, at: str | None, ou
     the user any event nor the item any like or dislike (negfast's choice). Raises InputError for a missing file or
     column, for a table of which no user or no item is known, and as `RunFolder.finished_engine` does.
     """
-    check_output(out)
+    check_output_file(out)
     table = _read(candidates)
-    engine = RunFolder(run).finished_engine(data)
+    folder = RunFolder(run)
+    engine = folder.finished_engine(data)
     user = _index(table, "user", engine.data.user_ids, candidates)
     item = _index(table, "item", engine.data.items.ids, candidates)
-    day = context_day(engine.log, at)
-    print(f"context: events up to the end of {date_of(day)}", file=sys.stderr)
+    day = told_context_day(folder, engine.log, at)
     answered = knows(engine.log, user, item, day)
     rows = np.flatnonzero(answered)
     rows = rows[np.argsort(user[rows], kind="stable")]
     groups = group_candidates(user[rows], np.full(len(rows), day + 1), item[rows])
     probability = np.full(len(user), np.nan)
     if len(rows):
-        probability[rows] = RunFolder(run).calibration.probability(candidate_logits(engine, groups))
+        probability[rows] = folder.calibration.probability(candidate_logits(engine, groups))
     if not answered.all():
         print(f"abstained: {int((~answered).sum()):,} of {len(answered):,} pairs, nothing known", file=sys.stderr)
     table = table.append_column("score", pa.array(probability, pa.float64(), mask=~answered))

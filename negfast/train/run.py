@@ -191,7 +191,7 @@ def _start_run(run: RunFolder, settings: Config, data: Path | None, model: Path 
     with atomic_file(run.path / "config.toml") as temporary:
         temporary.write_text(to_toml(settings))
     description = {
-        "data": os.path.relpath(data_dir, run.path),
+        "data": os.path.relpath(data_dir.resolve(), run.path.resolve()),
         "semantic_ids": run.fingerprint(dataset),
         "model": None if model is None else str(model),
         "init": None if init is None else str(init),

@@ -37,6 +37,15 @@ class Candidates:
     def group_of_item(self) -> np.ndarray:
         return np.repeat(np.arange(len(self)), np.diff(self.offsets))
 
+    def split(self, most: int) -> "Candidates":
+        """The same with at most ``most`` candidates a group: longer ones are several of the same user and day."""
+        counts = np.diff(self.offsets)
+        pieces = -(-counts // most)
+        group = np.repeat(np.arange(len(self)), pieces)
+        place = np.arange(len(group)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        offsets = np.append(self.offsets[group] + place * most, self.offsets[-1])
+        return Candidates(self.user[group], self.day[group], offsets, self.items)
+
     def take(self, groups: np.ndarray) -> tuple["Candidates", np.ndarray]:
         """The groups at ``groups``, and the places of their candidates in ``items``."""
         counts = np.diff(self.offsets)[groups]

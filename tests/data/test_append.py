@@ -10,10 +10,10 @@ import pytest
 from negfast.data.append import append_events
 from negfast.data.dataset import MANIFEST, Dataset, write_dataset
 from negfast.data.events import Events
-from negfast.data.inspection import inspect_path
 from negfast.data.items import ItemTable
 from negfast.data.log import DAY, EventLog
 from negfast.errors import InputError
+from negfast.inspection import inspect_path
 
 ITEMS = ["a", "b", "c"]
 

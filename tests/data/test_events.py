@@ -269,6 +269,19 @@ def test_items_with_text_attributes_and_quoted_line_breaks(tmp_path):
     assert items.attributes == {"genres": [("Crime", "Drama"), ()], "brand": [("x",), ()]}
 
 
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view()])
+def test_strings_of_any_layout_and_attributes_with_fractions(tmp_path, kind):
+    """As polars writes them; a price is no id, but an attribute all the same."""
+    log, items = tmp_path / "log.parquet", tmp_path / "items.parquet"
+    times = pa.array(["2013-06-01 10:00:00", "2013-06-02 11:00:00"], kind)
+    columns = {"user": pa.array(["u", "v"], kind), "item": pa.array(["a", "b"], kind), "rating": [1, 9], "time": times}
+    parquet.write_table(pa.table(columns), log)
+    events = read_events(log, mapping(time_unit="auto"), None, silent)
+    assert events.user_ids == ["u", "v"] and np.diff(events.log.time).tolist() == [25 * 3600]
+    parquet.write_table(pa.table({"item": ["a", "b"], "price": [12.5, 3.0]}), items)
+    assert read_items(items, ItemMapping(attributes=(("price", ""),))).attributes == {"price": [("12.5",), ("3",)]}
+
+
 def test_items_with_list_attributes(tmp_path):
     path = tmp_path / "items.parquet"
     parquet.write_table(pa.table({"item": [3, 1], "tags": [["a", "b"], None]}), path)

@@ -175,9 +175,12 @@ def test_an_existing_data_set_is_replaced_only_by_force(sources, tmp_path):
     with pytest.raises(InputError, match="--force replaces it"):
         run(sources, out, split=SplitSettings(5))
     assert contents(out) == before
-    (out / "stale").write_text("x")
+    (out / "thesis.tex").write_text("x")
+    with pytest.raises(InputError, match=r"thesis\.tex: is no part of the data set"):
+        run(sources, out, split=SplitSettings(5), force=True)
+    (out / "thesis.tex").rename(out / "events.nfs.000001")  # as an append leaves it that was killed
     assert run(sources, out, split=SplitSettings(5), force=True).horizon == 5
-    assert not (out / "stale").exists()
+    assert not (out / "events.nfs.000001").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "source"]
 
 

@@ -1,5 +1,6 @@
 """A damaged, truncated, unknown or half-written shard is refused or never seen."""
 
+import errno
 import signal
 import subprocess
 import sys
@@ -136,3 +137,10 @@ def test_a_list_of_parts_of_a_replaced_base_is_not_read(small_shard):
     assert not parts.exists()
     parts.write_bytes(kept)  # as if the build had been killed just before it removed the list
     assert open_shard(small_shard).n_events == 1
+
+
+def test_a_file_that_cannot_be_made_is_an_error_of_the_system(tmp_path):
+    log = EventLog(np.array([0, 1]), np.zeros(1, np.int32), np.ones(1, np.uint8), np.zeros(1, np.int64), None, 1)
+    with pytest.raises(OSError, match="none/x.nfs: No such file or directory") as error:
+        write_shard(tmp_path / "none" / "x.nfs", log)
+    assert error.value.errno == errno.ENOENT

@@ -36,11 +36,11 @@ def logs() -> tuple[EventLog, EventLog, EventLog]:
     return log_of(rows + undos), log_of(rows), log_of(never)
 
 
-def features(log: EventLog, day: int) -> np.ndarray:
+def features(log: EventLog, day: int, rich: bool = False) -> np.ndarray:
     table = ItemTable([str(i) for i in range(ITEMS)], [""] * ITEMS, {"kind": [("ab"[i % 2],) for i in range(ITEMS)]})
     user, item = (grid.ravel() for grid in np.meshgrid(np.arange(USERS), np.arange(ITEMS)))
     of_log = HistoryFeatures(log, table, prior_rate=0.3, prior_value=0.0)
-    return of_log.full(user, item, np.full(len(user), day))
+    return (of_log.rich if rich else of_log.full)(user, item, np.full(len(user), day))
 
 
 @pytest.mark.parametrize("day", [UNDONE - 1, UNDONE + 1, DAYS])
@@ -53,6 +53,14 @@ def test_what_is_known_changes_with_the_undo(logs, day):
         assert (mine != expected).nnz == 0
     pairs = [co_dislike_neighbours(log, day).pairs.tolist() for log in (withdrawn, same, other)]
     assert pairs[0] == pairs[1] != pairs[2]
+
+
+def test_more_undos_than_feedback_of_late_are_numbers():
+    """Five likes of long ago are taken back in a week without another event: recent counts are below zero."""
+    rows = [(0, 1, item, LIKE) for item in range(5)] + [(0, 40, item, WITHDRAWN) for item in range(5)]
+    rows += [(user, 2, item, DISLIKE) for user in range(1, USERS) for item in range(3)]
+    known = features(log_of(rows), 42, rich=True)
+    assert np.isfinite(known).all()
 
 
 def test_futures_and_labels_hold_what_happened(logs):

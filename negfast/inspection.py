@@ -1,6 +1,5 @@
 """What `negfast inspect` says of a data set, a shard, a table of tensors, a run or a checkpoint."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from safetensors import SafetensorError, safe_open
 from negfast.data.dataset import Dataset
 from negfast.data.shards import describe_shard
 from negfast.errors import InputError
+from negfast.run_folder import RunFolder
+from negfast.train.checkpoint import STATE, check_checkpoint, read_state
 
 Report = Callable[[str], None]
 
@@ -57,17 +58,19 @@ def inspect_dataset(dataset: Dataset, report: Report) -> None:
 
 
 def inspect_run(path: Path, report: Report) -> None:
-    """What a run was made of, and its checkpoints."""
-    _rows({"run": str(path), **json.loads((path / "run.json").read_text())}, report)
+    """What a run was made of, and its checkpoints, read against their checksums."""
+    _rows({"run": str(path), **RunFolder(path).read()}, report)
     for folder in [*sorted((path / "checkpoints").iterdir()), path / "final"]:
-        if (folder / "state.json").is_file():
-            state = json.loads((folder / "state.json").read_text())
-            report(f"{folder.relative_to(path)}: {_text(state) if state else 'before the first step'}")
+        if (folder / STATE).is_file():
+            check_checkpoint(folder)
+            state = {name: value for name, value in read_state(folder).items() if name != "files"}
+            report(f"{folder.relative_to(path)}: {_text(state) if state else 'before the first step'}, files ok")
 
 
 def inspect_checkpoint(path: Path, report: Report) -> None:
-    """A checkpoint's state and its tensors."""
-    _rows({"checkpoint": str(path), **json.loads((path / "state.json").read_text())}, report)
+    """A checkpoint's state and its tensors, read against the checksums."""
+    check_checkpoint(path)
+    _rows({"checkpoint": str(path), **read_state(path)}, report)
     inspect_tensors(path / "policy.safetensors", report)
 
 
@@ -75,11 +78,12 @@ def inspect_tensors(path: Path, report: Report) -> None:
     """Shapes and types of a safetensors file, each tensor read to its end."""
     total = 0
     try:
-        with safe_open(path, framework="numpy") as tensors:
+        with safe_open(path, framework="pt") as tensors:  # numpy has no bfloat16
             for name in tensors.keys():  # noqa: SIM118 - not a mapping
                 tensor = tensors.get_tensor(name)
-                total += tensor.size
-                report(f"{name:<60} {tensor.dtype!s:<8} {' x '.join(map(str, tensor.shape))}")
+                total += tensor.numel()
+                kind = str(tensor.dtype).removeprefix("torch.")
+                report(f"{name:<60} {kind:<8} {' x '.join(map(str, tensor.shape))}")
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: damaged: {' '.join(str(error).split())}") from error
     report(f"{total:,} numbers, {path.stat().st_size:,} bytes")
