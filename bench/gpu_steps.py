@@ -103,19 +103,20 @@ def sft_rows(device: torch.device, sizes: Sizes, seconds: float) -> list[dict[st
 
 def beam_rows(device: torch.device, sizes: Sizes, seconds: float) -> list[dict[str, Any]]:
     """The constrained beam search, weights in bf16 on a GPU."""
-    ours = Ours(sizes.beam, sizes.beam_shape, device)
-    del ours.optimizer, ours.reference  # their memory
-    policy = ours.policy.eval()
-    if device.type == "cuda":
-        policy.to(torch.bfloat16)
-        policy.in_bfloat16 = False  # nothing is left to cast
-
-    def search() -> torch.Tensor:
-        batch = ours.batch()
-        given = (policy, ours.chooser, batch.layout, batch.tokens, batch.prior, NEXT_DISLIKE)
-        return beam_search(*given, width=sizes.beam_width, top=sizes.beam_width)[0]
 
     def times() -> list[float]:
+        ours = Ours(sizes.beam, sizes.beam_shape, device)  # here, where eager code may be asked for
+        del ours.optimizer, ours.reference  # their memory
+        policy = ours.policy.eval()
+        if device.type == "cuda":
+            policy.to(torch.bfloat16)
+            policy.in_bfloat16 = False  # nothing is left to cast
+
+        def search() -> torch.Tensor:
+            batch = ours.batch()
+            given = (policy, ours.chooser, batch.layout, batch.tokens, batch.prior, NEXT_DISLIKE)
+            return beam_search(*given, width=sizes.beam_width, top=sizes.beam_width)[0]
+
         return timed(search, device, 2 * sizes.repeats)
 
     about = {"bench": "rollout", **sizes.beam.describe(), "beams": sizes.beam_width, **asdict(sizes.beam_shape)}

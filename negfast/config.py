@@ -107,7 +107,6 @@ class Stage:
     warmup: int = setting(20, low=0, help="steps")
     weight_decay: float = setting(0.01, low=0.0, help="of the decoder's matrices")
     clip_norm: float = setting(1.0, above=0.0, help="largest gradient norm")
-    validate_every: int = setting(100, low=1, help="steps; the best weights on valid are kept")
 
     @property
     def round_steps(self) -> int:
@@ -143,6 +142,7 @@ class Sft(Stage):
     steps: int = setting(400, low=0)
     lr: float = setting(5e-4, above=0.0, help="peak of a linear warm-up and a cosine")
     warmup: int = setting(50, low=0, help="steps")
+    validate_every: int = setting(100, low=1, help="steps; the best weights on valid are kept")
     reset_head: bool = setting(True, help="start as the community prior alone, whatever align taught the code head")
     requests: int = setting(64, low=1, help="requests a step")
     target: str = setting("window", choices=("window", "next"), help="F, or only the item of F disliked first")

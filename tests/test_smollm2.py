@@ -62,8 +62,15 @@ if INSTALLED:
         monkeypatch.setattr(tiny, "ITEMS", 50)
         counts = {"align": ("titles", "sid_titles", "attributes", "pairs", "verdicts"), "sft": ("requests", "verdicts")}
         changes = {f"{stage}__{name}": 2 for stage, names in counts.items() for name in names}
-        changes |= {f"{stage}__{name}": 2 for stage in ("align", "sft", "grpo") for name in ("steps", "validate_every")}
-        changes |= {"sft__warmup": 0, "grpo__warmup": 0, "grpo__requests": 2, "eval__valid_requests": 2}
+        changes |= {f"{stage}__steps": 2 for stage in ("align", "sft", "grpo")}
+        changes |= {
+            "sft__validate_every": 2,
+            "grpo__validate_every": 2,
+            "sft__warmup": 0,
+            "grpo__warmup": 0,
+            "grpo__requests": 2,
+            "eval__valid_requests": 2,
+        }
         run = tmp_path / "run"
         run_cli(*tiny.train_arguments(tiny.prepare(tmp_path), run, **changes), "--model", str(checkpoint))
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -131,7 +131,9 @@ def shortened(config: Config, budget: float) -> tuple[str, ...]:
     for stage in ("align", *STAGES):
         settings = getattr(config, stage)
         steps, warmup = (max(int(count > 0), round(count * budget)) for count in (settings.steps, settings.warmup))
-        overrides += [f"{stage}.steps={steps}", f"{stage}.warmup={warmup}", f"{stage}.validate_every={max(1, steps)}"]
+        overrides += [f"{stage}.steps={steps}", f"{stage}.warmup={warmup}"]
+        if stage in STAGES:
+            overrides.append(f"{stage}.validate_every={max(1, steps)}")
     return tuple(overrides)
 
 

@@ -63,7 +63,7 @@ def measured(
         load_weights(run.checkpoints / "align", engine.policy)
     else:
         journal = Journal(run.path, {"align": steps}, None)
-        run_stage(stage, 0, engine.policy, run.path, engine.config.train, journal, None, None)
+        run_stage(stage, 0, engine.policy, run.path, engine.config.train, journal, None, None, 0)
     return {"steps": steps, "epochs": steps * task.batch / len(task.items), **stage.outcome()}
 
 

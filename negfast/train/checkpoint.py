@@ -5,7 +5,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -124,6 +124,13 @@ def latest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Removes what processes left of checkpoints that were killed while they wrote or replaced one."""
+    for pattern in (".*.tmp", ".*.old"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path)
+
+
 def prune_checkpoints(folder: Path, keep: int) -> None:
     """Removes all but the ``keep`` checkpoints that are furthest along."""
     for path in step_checkpoints(folder)[:-keep]:
@@ -184,6 +191,12 @@ class StageCheckpoints:
         if self.pending is not None:
             pending, self.pending = self.pending, None
             pending.result()
+
+    def close(self) -> None:
+        """Waits for what is being written, whatever ended the stage; says nothing of how that went."""
+        if self.pending is not None:
+            wait([self.pending])
+        self.writer.shutdown()
 
     def _submit(self, step: int, parts: dict[str, dict[str, torch.Tensor]]) -> None:
         state = {"stage": self.stage, "step": step}

@@ -132,6 +132,8 @@ def choose_device(name: str) -> torch.device:
         raise InputError(f"train.device: found {name!r}, expected auto, cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError("train.device: found cuda, but this machine has no usable CUDA device")
+    if device.index is not None:
+        torch.cuda.set_device(device)  # where kernels are launched and streams are taken from
     return device
 
 

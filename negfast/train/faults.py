@@ -61,14 +61,18 @@ def explained(
             f"The batch is in {where}: `negfast train --replay {where}` looks for the cause"
         ) from None
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        advice = memory_advice(error, stage, parts)
+        # sharded weights are gathered equally often on every rank, so batches are split equally there
+        accumulate = len(shares) if sharding.sharded_layers(policy) else None
+        advice = memory_advice(error, stage, parts, accumulate)
         if advice is None:
             raise
         raise TrainingError(f"{stage.name} step {step + 1}: {advice}") from error
 
 
-def memory_advice(error: BaseException, stage: "Stage", parts: list[int]) -> str | None:
+def memory_advice(error: BaseException, stage: "Stage", parts: list[int], accumulate: int | None = None) -> str | None:
     """Which setting to change, and to what, so that the step fits; None if ``error`` is not about memory.
+
+    ``accumulate``: in how many parts every rank splits its batch, where that is how batches are to be split.
 
     Memory above that of weights and optimiser grows with the tokens of the largest of this rank's ``parts`` of a step.
     Where it is known what was asked for and what was there, they shrink until the whole would have fitted, else to
@@ -84,6 +88,11 @@ def memory_advice(error: BaseException, stage: "Stage", parts: list[int]) -> str
     sizes = {name: size for name in SIZES[stage.name] if (size := getattr(stage.config, name))}  # 0: switched off
     most = min(size for name, size in sizes.items() if name != "group") // distributed.size()
     if parts and len(parts) * factor <= most and stage.config.can_be_split:
+        if accumulate is not None:
+            return (
+                f"out of memory: asked for {found}; set train.accumulate={accumulate * factor} (now {accumulate}): the "
+                "same result from smaller parts"
+            )
         return (
             f"out of memory: asked for {found}; set train.token_budget={max(parts) // factor} (now a part has "
             f"{max(parts)} tokens): the same result from smaller parts"

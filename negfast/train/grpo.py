@@ -179,7 +179,8 @@ class GrpoStage:
         table = build_reward_table(
             requests, engine.log.n_items, engine.config.reward, self.neighbours, self.content, engine.device
         )
-        return Groups(batch.with_prior(), put(self.rows[picked], engine.device), table)
+        ids = self.rows[whole] + again(whole) * len(engine.train_requests)
+        return Groups(batch.with_prior(), put(ids[mine], engine.device), table)
 
     def sample(self, step: int, groups: Groups) -> GroupStep:
         """Rollouts of the groups at the round that begins with ``step``, with their on-policy loss."""
@@ -302,8 +303,16 @@ def reuse_loss(policy: Policy, batch: PromptBatch, taken: GroupStep) -> GRPOTerm
     return taken.objective(replay_logits(policy, batch, taken.rollout), taken.result.log_prob)
 
 
+def again(rows: np.ndarray) -> np.ndarray:
+    """Which rows int64 [B] stand earlier in the batch already, bool [B]: where an epoch ends and the next begins in it,
+    a request may come twice, and its second group must not be the first one over again."""
+    _, first, place = np.unique(rows, return_index=True, return_inverse=True)
+    return np.arange(len(rows)) != first[place]
+
+
 def gradient_shares(terms: Tensor) -> dict[str, Mean]:
-    """How much of the advantages' absolute sum each reward term makes, from terms [B, G, 3]."""
+    """How much each reward term makes of the absolute deviations of rewards from their group's mean, from terms
+    [B, G, 3]."""
     spread = (terms - terms.mean(1, keepdim=True)).abs().sum((0, 1))
     names = {"share_hit": HIT, "share_collab": COLLABORATIVE, "share_liked": LIKED}
     return {name: Mean(spread[term], spread.sum()) for name, term in names.items()}

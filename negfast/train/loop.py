@@ -61,14 +61,15 @@ def run_stage(
     journal: Journal,
     resume_from: Path | None,
     validate: Callable[[], dict[str, float]] | None,
+    validate_every: int,
     refit: Chosen | None = None,
 ) -> None:
     """Runs ``stage`` to its end and leaves its weights in RUN/checkpoints/<stage>.
 
-    ``validate`` gives metrics of which "score" chooses the weights that are kept (higher is better); None keeps the
-    last. With ``refit`` the stage ends at the step chosen there, on the learning rates of all its steps, and leaves the
-    scale chosen there. Raises TrainingError on a loss or gradient that is not finite, StopRequested after SIGINT or
-    SIGTERM.
+    ``validate``, asked every ``validate_every`` steps, gives metrics of which "score" chooses the weights that are kept
+    (higher is better); None keeps the last. With ``refit`` the stage ends at the step chosen there, on the learning
+    rates of all its steps, and leaves the scale chosen there. Raises TrainingError on a loss or gradient that is not
+    finite, StopRequested after SIGINT or SIGTERM.
     """
     steps = stage.config.steps if refit is None else refit.step
     optimizer = make_optimizer(policy, stage.config)
@@ -81,7 +82,7 @@ def run_stage(
     shares, meter, stop = my_shares(config.accumulate), Meter(policy), _StopFlag()
     reader = read_steps(stage, range(start, steps), shares, config, policy.block.rows.device)
     progress = Progress(stage.name, steps, done=start, quiet=distributed.rank() > 0)
-    with stop:
+    with stop, closing(saved):
         with meter, closing(reader), progress:
             if start == 0 and validate is not None:
                 progress.log(saved.consider(0, validate))
@@ -96,7 +97,7 @@ def run_stage(
                 journal.step(stage.name, done, figures, rate, meter.figures(figures.tokens))
                 progress.update(done, journal.summary())
                 last = done == steps
-                if validate is not None and (last or done % stage.config.validate_every == 0):
+                if validate is not None and (last or done % validate_every == 0):
                     progress.log(saved.consider(done, validate))
                 if last:
                     break
@@ -108,7 +109,7 @@ def run_stage(
                 if stopping:
                     raise StopRequested(f"stopped at {stage.name} step {done}; the checkpoint is written")
         with sharding.gathered(policy):
-            outcome = stage.outcome()
+            outcome = stage.outcome() if steps else {}
         if outcome:
             journal.event("outcome", stage=stage.name, **outcome)
         if refit is not None:

@@ -45,7 +45,7 @@ def build_reward_table(
     """The table of a batch of requests.
 
     ``neighbours`` are co-dislike neighbours counted before T_valid; ``content`` = (ids int32 [I, N], similarity float32
-    [I, N]) stands in where a pair has no co-dislikes. None switches a source off.
+    [I, N]) speaks of items that were co-disliked with none of a request's F. None switches a source off.
     """
     row_of_dislike = np.repeat(np.arange(len(requests)), np.diff(requests.dislike_offsets))
     row_of_like = np.repeat(np.arange(len(requests)), np.diff(requests.like_offsets))

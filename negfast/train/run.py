@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from negfast.config import Config, Model, Sid, load_config, to_toml
+from negfast.config import Config, Model, Sid, Train, load_config, to_toml
 from negfast.data.dataset import Dataset, date_of
 from negfast.data.prepare import SemanticIdSettings
 from negfast.data.samples import prepare_movietweetings
@@ -26,7 +26,14 @@ from negfast.model.verdict_prior import VerdictPrior
 from negfast.run_folder import RunFolder
 from negfast.train import distributed, faults, sharding
 from negfast.train.align import AlignStage
-from negfast.train.checkpoint import latest_checkpoint, load_weights, read_state, save_by_first, save_checkpoint
+from negfast.train.checkpoint import (
+    latest_checkpoint,
+    load_weights,
+    read_state,
+    remove_unfinished,
+    save_by_first,
+    save_checkpoint,
+)
 from negfast.train.engine import Engine, build_engine, choose_device, history_features, mass_weights, use_threads
 from negfast.train.grpo import GrpoStage, check_combinations
 from negfast.train.journal import Journal, check_tensorboard
@@ -63,6 +70,7 @@ def train(
         source = RunFolder(refit.resolve())
         source.require_finished()
         run, settings = RunFolder(out or source.path.with_name(f"{source.path.name}-refit")), source.config
+        check_combinations(settings)  # with as many ranks as there are now
     device = distributed.local_device(choose_device(settings.train.device))
     with distributed.group(device):
         if refit is not None:
@@ -234,10 +242,17 @@ def _check_init(source: RunFolder, dataset: Dataset, model: Path | None, verdict
         raise InputError(f"prompt.day_gaps: found {found}, but --init {source.path} was trained otherwise")
 
 
+def _with_ways(started: Train, now: Train) -> Train:
+    """The settings of a run, but the ways to its result, on which nothing else depends, as they are now."""
+    ways = ("device", "threads", "accumulate", "token_budget", "prefetch", "checkpoint_every", "keep", "tensorboard")
+    return replace(started, **{way: getattr(now, way) for way in ways})
+
+
 def _check_same_run(run: RunFolder, settings: Config, data: Path | None, model: Path | None, init: Path | None) -> Path:
     """The data directory of a run that goes on; InputError where it was started otherwise."""
     description = run.read()
-    if run.config != settings:  # read, not as text: a setting that came later has its default in an older run
+    started_as = run.config  # read, not as text: a setting that came later has its default in an older run
+    if replace(started_as, train=_with_ways(started_as.train, settings.train)) != settings:
         raise InputError(f"{run.path}: was started with other settings than asked for; see its config.toml, or --out")
     for name, given in (("model", model), ("init", init)):
         if given is not None and str(given) != description[name]:
@@ -252,6 +267,7 @@ def _check_same_run(run: RunFolder, settings: Config, data: Path | None, model: 
 def _run_stages(run: RunFolder, engine: Engine) -> None:
     names, refit = list(STAGES), run.refit
     done = [name for name in names if (run.checkpoints / name).is_dir()]
+    distributed.first_does(lambda: remove_unfinished(run.checkpoints))
     resume = latest_checkpoint(run.checkpoints, warn=_say)
     if resume is not None and read_state(resume)["stage"] in done:
         resume = None
@@ -269,6 +285,7 @@ def _run_stages(run: RunFolder, engine: Engine) -> None:
     _tell_implementations(engine, journal)
     _load_start(run, engine, done)
     validations: dict[str, Validation] = {}
+    every = {"sft": engine.config.sft.validate_every, "grpo": engine.config.grpo.validate_every}
     if refit is None:
         valid = evaluation_set(engine.log, engine.split, "valid")
         check_choosable(valid)
@@ -289,6 +306,7 @@ def _run_stages(run: RunFolder, engine: Engine) -> None:
                 journal,
                 resume,
                 validations.get(name),
+                every.get(name, 0),
                 None if refit is None else refit.stages[name],
             )
         except StopRequested as stopped:

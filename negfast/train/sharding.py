@@ -23,16 +23,16 @@ from negfast.errors import InputError
 from negfast.model.policy import Policy
 from negfast.train import distributed
 
-STATE_BYTES = 20  # a weight: itself, gradient, two moments, and GRPO's reference, float32 each
+TRAINED_BYTES, FROZEN_BYTES = 20, 4  # a weight: itself, gradient, two moments and GRPO's reference, float32 each
 ROOM = 0.6  # of a GPU's memory that they may take before `auto` shards
 
 
-def wanted(setting: str, weights: int, memory: int | None) -> bool:
-    """Whether `train.shard` asks for it with ``weights`` on ranks with ``memory`` bytes (None: no GPU); one rank has
-    nobody to share with."""
+def wanted(setting: str, state: int, memory: int | None) -> bool:
+    """Whether `train.shard` asks for it with ``state`` bytes on ranks with ``memory`` bytes (None: no GPU); one rank
+    has nobody to share with."""
     if distributed.size() == 1:
         return False
-    return setting == "fsdp" or (setting == "auto" and memory is not None and STATE_BYTES * weights > ROOM * memory)
+    return setting == "fsdp" or (setting == "auto" and memory is not None and state > ROOM * memory)
 
 
 def shard(policy: Policy, config: Config, device: torch.device) -> bool:
@@ -41,7 +41,8 @@ def shard(policy: Policy, config: Config, device: torch.device) -> bool:
     InputError where ranks could call GRPO's reference, which is gathered for each call, differently often.
     """
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    if not wanted(config.train.shard, sum(p.numel() for p in policy.parameters()), memory):
+    state = sum(p.numel() * (TRAINED_BYTES if p.requires_grad else FROZEN_BYTES) for p in policy.parameters())
+    if not wanted(config.train.shard, state, memory):
         return False
     if config.train.token_budget and config.grpo.beta and config.grpo.steps:
         found = f"train.token_budget: found {config.train.token_budget} with sharded weights and grpo.beta"

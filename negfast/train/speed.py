@@ -1,5 +1,6 @@
 """How fast a step was and how much of the machine it used: tokens/s, MFU, share of time spent on data, memory."""
 
+import re
 import resource
 import time
 from collections.abc import Iterator
@@ -12,16 +13,17 @@ from negfast import spans
 from negfast.model.layout import GroupLayout
 from negfast.model.policy import Policy
 
-# Dense matrix FLOP/s by the makers' data sheets, (bf16, tf32); the longest name that fits counts.
+# Dense matrix FLOP/s in bfloat16 by the makers' data sheets; the name with the most words that are all there counts.
 PEAKS = {
-    "A100": (312e12, 156e12),
-    "A10": (125e12, 62.5e12),
-    "L4": (121e12, 60e12),
-    "L40S": (362e12, 183e12),
-    "H100": (989e12, 495e12),
-    "H100 PCIe": (756e12, 378e12),
-    "H200": (989e12, 495e12),
-    "B200": (2250e12, 1125e12),
+    "A100": 312e12,
+    "A10": 125e12,
+    "L4": 121e12,
+    "L40S": 362e12,
+    "H100": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H200": 989e12,
+    "B200": 2250e12,
 }
 
 
@@ -31,8 +33,8 @@ class Meter:
     A token costs 2 operations a weight of the layers it goes through, and attention 4 * head width * heads a pair of
     query and key; twice that again for the backward, where there is one. Of prompt rows that nobody asks for, the last
     layer makes keys and values only. Heads, norms, the loss and the reference's forward are left out. MFU is this over
-    the time and the peak of the device: a GPU's data sheet (bf16 or tf32, whichever the policy computes in), or what a
-    large product in that type reaches on this CPU, measured once.
+    the time and the peak of the device: for bfloat16 that of a GPU's data sheet, else what a large product in the
+    policy's type reaches here, measured once.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -107,13 +109,19 @@ def peak_memory(device: torch.device) -> float:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Peak matrix FLOP/s of a device: by data sheet for GPUs in ``PEAKS``, else measured."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        known = max((key for key in PEAKS if key in name), key=len, default=None)
+    """Peak matrix FLOP/s of a device: by data sheet for bfloat16 on GPUs in ``PEAKS``, else measured."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        known = data_sheet(torch.cuda.get_device_name(device))
         if known is not None:
-            return PEAKS[known][0 if dtype == torch.bfloat16 else 1]
+            return known
     return measured_flops(device, dtype)
+
+
+def data_sheet(name: str) -> float | None:
+    """What ``PEAKS`` says of a GPU by its name, as PyTorch gives it."""
+    words = set(re.split(r"[\s-]", name))
+    fitting = [key for key in PEAKS if words.issuperset(key.split())]
+    return PEAKS[max(fitting, key=len)] if fitting else None
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:

@@ -24,7 +24,7 @@ def test_a_budget_shortens_every_stage() -> None:
     short = load_config(None, "quickstart", shortened(default, 0.5))
     for stage in ("align", "sft", "grpo"):
         assert getattr(short, stage).steps == getattr(default, stage).steps // 2
-        assert getattr(short, stage).validate_every == getattr(short, stage).steps
+        assert stage == "align" or getattr(short, stage).validate_every == getattr(short, stage).steps
     assert short.eval.valid_requests == default.eval.valid_requests // 2
     assert shortened(default, 1.0) == ()
     nightly = load_config(None, "nightly")

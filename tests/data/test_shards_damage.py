@@ -141,6 +141,6 @@ def test_a_list_of_parts_of_a_replaced_base_is_not_read(small_shard):
 
 def test_a_file_that_cannot_be_made_is_an_error_of_the_system(tmp_path):
     log = EventLog(np.array([0, 1]), np.zeros(1, np.int32), np.ones(1, np.uint8), np.zeros(1, np.int64), None, 1)
-    with pytest.raises(OSError, match="none/x.nfs: No such file or directory") as error:
+    with pytest.raises(OSError, match=r"none/x\.nfs: No such file or directory") as error:
         write_shard(tmp_path / "none" / "x.nfs", log)
     assert error.value.errno == errno.ENOENT

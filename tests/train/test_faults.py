@@ -20,7 +20,7 @@ from negfast.train import checkpoint, faults
 from negfast.train.journal import SHOWN, Journal
 from negfast.train.loop import StageSettings
 from negfast.train.step import Figures, Share
-from tests.tiny import run_cli, train_arguments
+from tests.tiny import SETTINGS, run_cli, train_arguments
 
 
 class Stage:
@@ -127,7 +127,10 @@ def test_a_data_file_that_vanished_is_named(unfinished, tiny_data, tmp_path):
 
 def test_memory_that_is_not_there_names_the_setting_to_change(tmp_path):
     stage = Stage("sft", Sft(requests=64, verdicts=32))
-    with pytest.raises(TrainingError) as raised, faults.explained(stage, 4, None, [Share()], 0, tmp_path) as parts:
+    with (
+        pytest.raises(TrainingError) as raised,
+        faults.explained(stage, 4, torch.nn.Linear(1, 1), [Share()], 0, tmp_path) as parts,
+    ):
         parts.append(5000)
         torch.empty(1 << 58)
     said = str(raised.value)
@@ -146,6 +149,8 @@ def test_advice_about_cuda_memory_says_by_how_much():
         "train.token_budget=4000 (now a part has 8000 tokens)" in advice
         and "90.0 GiB more, with 67.8 of 79.1 GiB in use" in advice
     )
+    advice = faults.memory_advice(error, stage, [8000, 6000], accumulate=2)
+    assert "set train.accumulate=4 (now 2): the same result" in advice
     lower = "grpo.requests=16 (now 32) or grpo.group=8 (now 16)"
     assert lower in faults.memory_advice(error, stage, [500] * 32)  # a request each
     assert lower in faults.memory_advice(
@@ -180,6 +185,18 @@ def test_sigterm_in_a_stages_last_step_stops_before_the_next(tiny_data, tmp_path
         said = run_cli(*train_arguments(tiny_data, run), code=130)
     assert f"stopped after sft, which is finished; `negfast train --out {run}` goes on" in said
     assert (run / "checkpoints" / "sft").is_dir() and not (run / "checkpoints" / "grpo").exists()
+
+
+def test_a_run_goes_on_in_other_ways_to_the_same_result(unfinished):
+    """What a message about memory advises can be followed; what would change the result is refused."""
+    settings = [part for name, value in SETTINGS.items() for part in ("--set", f"{name}={value}")]
+    data = RunFolder(unfinished).data
+    same = ["train", "--preset", "smoke", *settings, "--data", str(data), "--out", str(unfinished)]
+    assert "other settings" in run_cli(*same, "--set", "grpo.lr=0.1", code=2)
+    (unfinished / "checkpoints" / ".2-grpo-000002.77.tmp").mkdir()  # of a process that was killed while it wrote
+    run_cli(*same, "--set", "train.token_budget=600", "--set", "train.checkpoint_every=1")
+    assert RunFolder(unfinished).final.is_dir() and RunFolder(unfinished).config.train.token_budget == 0
+    assert not list((unfinished / "checkpoints").glob(".*"))
 
 
 def test_a_line_of_events_that_was_cut_short_goes(unfinished):

@@ -11,6 +11,7 @@ from negfast.data.dataset import Dataset, date_of
 from negfast.data.log import DISLIKE
 from negfast.data.split import all_requests
 from negfast.run_folder import RunFolder
+from negfast.train import distributed
 from negfast.train.checkpoint import read_state
 from negfast.train.run import train
 from tests import tiny
@@ -120,6 +121,15 @@ def test_a_run_is_not_asked_about_days_that_it_learned_from_in_other_data(tiny_r
     run_cli(*command, "--out", str(tmp_path / "early"))
     said = run_cli("eval", str(tiny_run), "--data", str(tmp_path / "early"), code=2)
     assert f"learned from events before {date_of(data.valid_day)}, so test, from {early[1]} on, tells nothing" in said
+
+
+def test_settings_that_more_ranks_cannot_have_are_refused(tiny_run, tmp_path, monkeypatch):
+    copy = shutil.copytree(tiny_run, tmp_path / "run")
+    settings = (copy / "config.toml").read_text()
+    (copy / "config.toml").write_text(settings.replace('loss = "dr_grpo"', 'loss = "dapo"'))
+    monkeypatch.setattr(distributed, "planned_size", lambda: 2)
+    said = run_cli("train", "--refit", str(copy), "--out", str(tmp_path / "again"), code=2)
+    assert "grpo.loss: found dapo with 2 shares" in said and not (tmp_path / "again").exists()
 
 
 def test_the_same_call_finds_it_and_others_are_refused(tiny_run, refitted, tmp_path):

@@ -1,13 +1,20 @@
 """The share of mixed prompts over the steps of GRPO, and for whom."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 
-from negfast.config import Grpo
+from negfast.config import Grpo, load_config
+from negfast.data.dataset import Dataset
 from negfast.model.prompts import MIXED, NEGATIVE_ONLY
 from negfast.run_folder import RunFolder
 from negfast.train import schedule
+from negfast.train.engine import build_engine
+from negfast.train.grpo import GrpoStage
 from negfast.train.schedule import ViewSchedule, history_bucket, measure_views
+from negfast.train.step import WHOLE, Share
 
 ALL = np.ones(20_000, dtype=bool)
 PROGRESSIVE = Grpo(steps=100, schedule="progressive", negative_phase=0.4, mixed_share=0.6)
@@ -57,3 +64,23 @@ def test_likes_are_welcome_where_they_cost_no_reward(tiny_run, monkeypatch, loss
     assert figures["mixed_gain_0"] == pytest.approx(-loss * figures["negative_reward_0"])
     assert figures["mixed_gain_low_0"] <= figures["mixed_gain_0"]
     assert figures["mixed_gain_1"] == pytest.approx(figures["negative_reward_1"])
+
+
+def test_a_request_that_comes_twice_in_a_step_has_two_numbers(tiny_run: Path) -> None:
+    """Noise is keyed by the number: with the same one its second group would be the first over again."""
+    run = RunFolder(tiny_run)
+    dataset = Dataset.open(run.data)
+    config = load_config(tiny_run / "config.toml", None, ["grpo.requests=33"])
+    policy, tokenizer = run.load_policy(dataset)
+    stage = GrpoStage(build_engine(config, dataset, policy, tokenizer, torch.device("cpu"), run.mass_weights))
+    stage.rows, stage.requests = stage.rows[:50], stage.requests.take(np.arange(50))
+    twice = 0
+    for step in range(4):
+        batch = stage.read_groups(step, WHOLE)
+        assert len(batch.ids.unique()) == len(batch.ids) == 33
+        requests = batch.ids % len(stage.engine.train_requests)
+        assert set(requests.tolist()) <= set(stage.rows.tolist())
+        parts = torch.cat([stage.read_groups(step, Share(number, 3)).ids for number in range(3)])
+        assert torch.equal(parts, batch.ids)
+        twice += 33 - len(requests.unique())
+    assert twice > 0

@@ -41,12 +41,13 @@ def opened(run: RunFolder, checkpoint) -> tuple[dict, dict]:
 
 def test_auto_shards_where_a_gpu_would_be_full(monkeypatch):
     monkeypatch.setattr(distributed, "size", lambda: 8)
-    gpu = 80 * 2**30
-    assert not sharding.wanted("auto", int(0.6e9), gpu) and sharding.wanted("auto", int(4e9), gpu)
-    assert not sharding.wanted("auto", int(4e9), None) and sharding.wanted("fsdp", 10, None)
-    assert not sharding.wanted("none", int(4e9), gpu)
+    gpu, small, large = 80 * 2**30, int(0.6e9) * sharding.TRAINED_BYTES, int(4e9) * sharding.TRAINED_BYTES
+    assert not sharding.wanted("auto", small, gpu) and sharding.wanted("auto", large, gpu)
+    assert not sharding.wanted("auto", int(4e9) * sharding.FROZEN_BYTES, gpu)  # with adapters
+    assert not sharding.wanted("auto", large, None) and sharding.wanted("fsdp", 10, None)
+    assert not sharding.wanted("none", large, gpu)
     monkeypatch.setattr(distributed, "size", lambda: 1)
-    assert not sharding.wanted("fsdp", int(4e9), gpu)
+    assert not sharding.wanted("fsdp", large, gpu)
 
 
 def test_parts_that_ranks_count_for_themselves_are_refused_beside_a_sharded_reference(monkeypatch, tiny_run):

@@ -38,6 +38,23 @@ def test_pairs_of_a_causal_prompt_and_of_answers_that_share_it():
     assert found[0] == pytest.approx(prompts, rel=0.1) and found[1] == pytest.approx(answers)
 
 
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L40", None),
+        ("NVIDIA A10G", None),
+        ("NVIDIA RTX A1000", None),
+    ],
+)
+def test_a_data_sheet_is_found_by_whole_words(name, peak):
+    assert speed.data_sheet(name) == peak
+
+
 def test_figures_of_a_step(monkeypatch):
     now = iter([10.0, 10.5, 10.75, 12.0])  # step begins, data begins and ends, step ends
     meter = Meter(make_small(0).policy)
