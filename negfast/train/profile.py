@@ -20,11 +20,11 @@ from torch.autograd.profiler_util import EventList
 
 from negfast import spans
 from negfast.errors import InputError, TrainingError
-from negfast.train.engine import Engine
+from negfast.train.engine import Engine, choose_device
 from negfast.train.loop import Stage, my_shares, update
 from negfast.train.optimizer import learning_rate, make_optimizer
 from negfast.train.reader import read_steps
-from negfast.train.run import open_stage
+from negfast.train.run import asked_for, check_stage, open_stage
 from negfast.train.speed import Meter
 
 TOP = 10
@@ -50,15 +50,18 @@ def profile(stage: str, steps: int, command: list[str], **train_options: Any) ->
     Writes RUN/profile/STAGE.json (or .nsys-rep) and prints the table. ``command`` is the command line without the
     program, to run again under nsys. InputError on an unknown stage.
     """
-    run, engine, made = open_stage(stage, **train_options)
-    folder = run.path / "profile"
-    folder.mkdir(exist_ok=True)
-    on_gpu = engine.device.type == "cuda"
+    check_stage(stage)
+    run, settings = asked_for(*(train_options[name] for name in ("config", "preset", "out", "overrides")))
+    on_gpu = choose_device(settings.train.device).type == "cuda"
     nsys = shutil.which("nsys") if on_gpu else None
-    if nsys is not None and UNDER_NSYS not in os.environ:
+    folder = run.path / "profile"
+    if nsys is not None and UNDER_NSYS not in os.environ:  # which opens the stage itself: no GPU holds it twice
+        folder.mkdir(parents=True, exist_ok=True)
         report = run_under_nsys(nsys, folder / stage, command)
         print("\n".join(table_of_report(report)))
         return
+    _, engine, made = open_stage(stage, **train_options)
+    folder.mkdir(exist_ok=True)
     steps_of = _Steps(made, engine)
     steps_of.run(WARM_UP)
     if UNDER_NSYS in os.environ:

@@ -65,7 +65,7 @@ def train(
     TrainingError where training cannot go on.
     """
     if refit is None:
-        run, settings = _asked_for(config, preset, out, overrides)
+        run, settings = asked_for(config, preset, out, overrides)
     else:
         source = RunFolder(refit.resolve())
         source.require_finished()
@@ -100,13 +100,18 @@ def open_stage(
 
     It has the weights of the latest stage before it that is finished. InputError on an unknown stage.
     """
-    if name not in STAGES:
-        raise InputError(f"--stage {name!r}: expected one of {', '.join(STAGES)}")
-    run, settings = _asked_for(config, preset, out, overrides)
+    check_stage(name)
+    run, settings = asked_for(config, preset, out, overrides)
     engine = _open_run(run, settings, data, model, init, choose_device(settings.train.device))
     before = list(STAGES)[: list(STAGES).index(name)]
     _load_start(run, engine, [stage for stage in before if (run.checkpoints / stage).is_dir()])
     return run, engine, STAGES[name](engine)
+
+
+def check_stage(name: str) -> None:
+    """InputError where no stage has this name."""
+    if name not in STAGES:
+        raise InputError(f"--stage {name!r}: expected one of {', '.join(STAGES)}")
 
 
 def replay(folder: Path) -> None:
@@ -119,7 +124,7 @@ def replay(folder: Path) -> None:
     print("\n".join(faults.replay(folder, stage, engine.policy)))
 
 
-def _asked_for(
+def asked_for(
     config: Path | None, preset: str | None, out: Path | None, overrides: tuple[str, ...]
 ) -> tuple[RunFolder, Config]:
     """Which run with which settings; without any given, the settings of an existing RUN."""
