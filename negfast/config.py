@@ -78,7 +78,7 @@ class Prompt:
     layout: str = setting(
         "segments",
         choices=("segments", "timeline"),
-        help="segments: likes, then dislikes; timeline: both together in order of time, plain mixing",
+        help="segments: likes, then dislikes; timeline: both together in order of time",
     )
     day_gaps: bool = setting(False, help="markers of the days between an item and the next, after the last up to now")
 
