@@ -211,8 +211,8 @@ Packed pack_chunk(const Shard& shard, const PackRequests& r, size_t first, size_
       const auto time = s.time.begin() + begin;
       context = std::lower_bound(time, time + context, r.cut[first + i]) - time;
     }
-    collect_context(s.item.data() + begin, s.feedback.data() + begin, timed ? s.time.data() + begin : nullptr, context,
-                    layout, s, out.seen_item);
+    const int64_t* time = layout.gap_markers > 0 ? s.time.data() + begin : nullptr;
+    collect_context(s.item.data() + begin, s.feedback.data() + begin, time, context, layout, s, out.seen_item);
     append_prompt(r, first + i, layout, s.kept, out.tokens);
     const auto seen_from = static_cast<size_t>(out.seen_cu.back());
     append_seen_nodes(std::span(out.seen_item).subspan(seen_from), static_cast<int32_t>(first + i), layout, s, out.seen);

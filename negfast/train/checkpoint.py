@@ -5,7 +5,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -195,7 +195,7 @@ class StageCheckpoints:
     def close(self) -> None:
         """Waits for what is being written, whatever ended the stage; says nothing of how that went."""
         if self.pending is not None:
-            wait([self.pending])
+            self.pending.exception()
         self.writer.shutdown()
 
     def _submit(self, step: int, parts: dict[str, dict[str, torch.Tensor]]) -> None:

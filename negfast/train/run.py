@@ -182,7 +182,6 @@ def _start_run(run: RunFolder, settings: Config, data: Path | None, model: Path 
     torch.manual_seed(settings.train.seed)
     shape = dataset.codes.shape[1], int(dataset.manifest["semantic_ids"]["codebook"])
     verdict_features = history_features(dataset, dataset.valid_day).width
-    learned_until = dataset.valid_day
     if init is None:
         texts = [text for text in dataset.items.text if text.strip()]
         policy, tokenizer = build_policy(
@@ -190,7 +189,6 @@ def _start_run(run: RunFolder, settings: Config, data: Path | None, model: Path 
         )
     else:
         source = RunFolder(init)
-        learned_until = max(learned_until, source.learned_until)
         _check_init(source, dataset, model, verdict_features, settings.prompt.day_gaps)
         settings = _with_shape(settings, source.config.model)
         policy, tokenizer = source.load_policy(dataset)
@@ -210,7 +208,7 @@ def _start_run(run: RunFolder, settings: Config, data: Path | None, model: Path 
         "init": None if init is None else str(init),
         "verdict_features": verdict_features,
         "mass_weights": mass_weights(settings.prior, dataset, dataset.valid_day).to_json(),
-        "learned_until": date_of(learned_until),
+        "learned_until": date_of(dataset.valid_day),
     }
     with atomic_file(run.description) as temporary:
         temporary.write_text(json.dumps(description, indent=1) + "\n")
