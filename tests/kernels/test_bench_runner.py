@@ -86,7 +86,7 @@ def test_a_part_that_fails_or_comes_too_late_costs_no_other(tmp_path, monkeypatc
     monkeypatch.setattr(gpu.gpu_steps, "sft_rows", lambda *_: [{"system": "negfast", "case": {}, "status": "ok"}])
     monkeypatch.setattr(gpu.gpu_steps, "Ours", broken)
     rows = gpu.whole_steps(tmp_path, torch.device("cpu"), SMALL, time.monotonic() + 600)
-    assert [row["status"] for row in rows] == ["failed: RuntimeError: out of memory"] * 2 + ["ok"]
+    assert [row["status"] for row in rows] == ["failed: RuntimeError: out of memory"] * 3 + ["ok"]  # both beam searches
     rows = gpu.whole_steps(tmp_path, torch.device("cpu"), SMALL, time.monotonic())
     assert [row["status"] for row in rows] == ["not reached"] * 3
 
