@@ -307,6 +307,11 @@ TABLES: dict[str, tuple[str, str, Callable[[Any], str | None]]] = {
     "verdict-growth": ("verdict_growth.json", "python -m bench.experiments.verdict_growth", verdict_growth_table),
     "likes": ("likes.json", "python -m bench.experiments.likes RUN", likes_table),
     "semantic-ids": ("semantic_ids.json", "python -m bench.experiments.semantic_ids --runs DIR", semantic_ids_table),
+    "semantic-ids-seeds": (
+        "semantic_ids_seeds.json",
+        "python -m bench.experiments.semantic_ids --runs DIR --quantizers rq-kmeans,rq-vae --seeds 0,1,2 --steps 100",
+        semantic_ids_table,
+    ),
     "alignment": ("alignment.json", "python -m bench.experiments.alignment", alignment_table),
     "recovery": ("simulator.json", "python -m bench.experiments.simulator --parts recovery", recovery_table),
     "language-model": (
