@@ -138,7 +138,7 @@ class _Attribute:
         item = np.repeat(np.arange(n_items), np.diff(self.offsets))
         counts = np.bincount(first_values, minlength=len(names))
         if (
-            all_numbers(name for name, count in zip(names, counts, strict=True) if count)
+            _all_numbers(name for name, count in zip(names, counts, strict=True) if count)
             and np.diff(self.offsets[: original + 1]).max(initial=0) == 1
         ):
             numbers = np.array([_number(name) for name in names], np.float32)
@@ -186,7 +186,7 @@ def _logit(rate: np.ndarray) -> np.ndarray:
     return np.log(rate) - np.log1p(-rate)
 
 
-def all_numbers(names: Iterable[str]) -> bool:
+def _all_numbers(names: Iterable[str]) -> bool:
     return not any(np.isnan(_number(name)) for name in names)
 
 

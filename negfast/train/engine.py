@@ -69,7 +69,9 @@ def build_engine(
     trie = build_trie(data.codes, int(data.manifest["semantic_ids"]["codebook"]))
     first_day, last_day = int(log.day.min()) - 1, int(log.day.max())
     dislike_mass, like_mass = weights.masses(log, first_day, last_day)
-    lately_disliked = decayed_mass(log, DISLIKE, config.prior.half_life_days, first_day, last_day)
+    lately_disliked = dislike_mass  # a fitted one holds likes too
+    if config.prior.mass != "decay":
+        lately_disliked = decayed_mass(log, DISLIKE, config.prior.half_life_days, first_day, last_day)
     prior = DevicePrior.build(trie, dislike_mass, like_mass, first_day, weights.eps, device)
     prompts = PromptBuilder(
         data.shard,

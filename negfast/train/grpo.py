@@ -179,7 +179,7 @@ class GrpoStage:
         table = build_reward_table(
             requests, engine.log.n_items, engine.config.reward, self.neighbours, self.content, engine.device
         )
-        ids = self.rows[whole] + again(whole) * len(engine.train_requests)
+        ids = self.rows[whole] + repeated(whole) * len(engine.train_requests)
         return Groups(batch.with_prior(), put(ids[mine], engine.device), table)
 
     def sample(self, step: int, groups: Groups) -> GroupStep:
@@ -303,7 +303,7 @@ def reuse_loss(policy: Policy, batch: PromptBatch, taken: GroupStep) -> GRPOTerm
     return taken.objective(replay_logits(policy, batch, taken.rollout), taken.result.log_prob)
 
 
-def again(rows: np.ndarray) -> np.ndarray:
+def repeated(rows: np.ndarray) -> np.ndarray:
     """Which rows int64 [B] stand earlier in the batch already, bool [B]: where an epoch ends and the next begins in it,
     a request may come twice, and its second group must not be the first one over again."""
     _, first, place = np.unique(rows, return_index=True, return_inverse=True)

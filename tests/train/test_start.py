@@ -32,12 +32,11 @@ def test_a_run_from_another_fits_the_verdicts_prior_anew(tiny_run, tiny_data, tm
     none = {"align__steps": 0, "sft__steps": 0, "grpo__steps": 0}
     run_cli(*train_arguments(tiny_data, out, **none), "--init", str(tiny_run))
     first = load_file(out / "checkpoints" / "initial" / "policy.safetensors")
-    names = [name for name in first if name.startswith("verdict_prior.")]
     assert not first["verdict_prior.wide.weight"].any() and not first["verdict_prior.last.weight"].any()
     ended, before = (load_file(run / "final" / "policy.safetensors") for run in (out, tiny_run))
     assert ended["verdict_prior.wide.weight"].any()
     wide = [float(weights["verdict_prior.wide.weight"].norm()) for weights in (ended, before)]
-    assert wide[0] == pytest.approx(wide[1], rel=0.1) and len(names) > 4
+    assert wide[0] == pytest.approx(wide[1], rel=0.1)
 
 
 @pytest.mark.parametrize(
