@@ -10,15 +10,15 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from negfast.config import Reward
-from negfast.evaluate.expected import expected_rewards, reward_table
-from negfast.evaluate.model import generate
-from negfast.evaluate.predictions import Predictions
-from negfast.evaluate.run import stage_predictions
+from negfast.evaluate.eval import stage_predictions
+from negfast.evaluate.predictions import TOP, Predictions
 from negfast.evaluate.sets import EvalSet
 from negfast.files import atomic_file
-from negfast.run_folder import RunFolder
-from negfast.train.checkpoint import WEIGHTS, read_state
-from negfast.train.engine import Engine
+from negfast.runtime.checkpoint import WEIGHTS, read_state
+from negfast.runtime.engine import Engine
+from negfast.runtime.generation import generate
+from negfast.runtime.run_folder import RunFolder
+from negfast.train.expected import expected_rewards, reward_table
 
 
 def answers(
@@ -47,7 +47,7 @@ def _ask(
 ) -> dict[str, np.ndarray]:
     if name == "prior":
         engine.policy.block.scale.zero_()  # the prior alone chooses
-        answer = Predictions(generated=generate(engine, evalset.requests, with_policy=False)[0])
+        answer = Predictions(generated=generate(engine, evalset.requests, TOP, with_policy=False)[0])
     else:
         answer = stage_predictions(run, engine, name, evalset, valid)
     rewards = expected_rewards(engine, evalset.requests, reward_table(engine, evalset.requests, reward))

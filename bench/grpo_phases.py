@@ -11,7 +11,7 @@ from torch import Tensor
 from bench.grpo_step import Ours
 from negfast.model.layout import GroupLayout
 from negfast.model.policy import Policy
-from negfast.train import grpo
+from negfast.train.grpo import stage as grpo
 
 
 def breakdown(ours: Ours, steps: int = 5) -> dict[str, float]:

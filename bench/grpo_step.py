@@ -18,21 +18,21 @@ from negfast.kernels.trie_grpo import GRPOObjective
 from torch import Tensor
 
 from negfast.config import Config, Model
-from negfast.data.loader import epoch_rows
-from negfast.data.prepare import SemanticIdSettings
-from negfast.data.samples import prepare_movietweetings
 from negfast.model.choice import TrieChooser
 from negfast.model.fused_layers import fuse_layers
 from negfast.model.layout import GroupLayout
 from negfast.model.load import build_policy, small_qwen3
 from negfast.model.policy import Policy
 from negfast.model.prompts import MIXED, PromptBatch
+from negfast.prepare.build import SemanticIdSettings
+from negfast.prepare.samples import prepare_movietweetings
+from negfast.runtime.engine import build_engine
 from negfast.sid.mass_weights import decay_weights
 from negfast.sid.prior import DevicePrior, RequestPrior
 from negfast.sid.tokens import CodeVocabulary
 from negfast.sid.trie import SeenNodes, Trie, build_trie
-from negfast.train.engine import build_engine
-from negfast.train.grpo import GroupStep, freeze, group_loss
+from negfast.train.grpo.stage import GroupStep, freeze, group_loss
+from negfast.train.order import epoch_rows
 
 SHAPE = Model(hidden=256, intermediate=1024, layers=4, heads=4, kv_heads=2, head_dim=64)
 CODEBOOK, TEXT_TOKENS = 256, 8

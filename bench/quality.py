@@ -21,12 +21,12 @@ from bench.machine import device_name, versions, write_result
 from bench.runs import branch, data_of, refitted, trained
 from negfast.config import load_config
 from negfast.evaluate.bootstrap import interval
+from negfast.evaluate.eval import baselines_of, check_predictions, similarity_of
 from negfast.evaluate.metrics import Samples, reliability_curve
 from negfast.evaluate.predictions import Predictions
-from negfast.evaluate.report import HEADLINE, metric_samples, paired_differences, print_table, summary
-from negfast.evaluate.run import baselines_of, check_predictions, similarity_of
 from negfast.evaluate.sets import EvalSet, evaluation_set
-from negfast.run_folder import RunFolder
+from negfast.evaluate.table import HEADLINE, metric_samples, paired_differences, print_table, summary
+from negfast.runtime.run_folder import RunFolder
 
 STRATA = (
     *("FHR@20/all", "FHR@20/cold", "FHR@20/no_past_dislike", "mean_reward/all", "mean_reward/no_past_dislike"),

@@ -10,7 +10,7 @@ from negfast.config import Config, load_config, to_toml
 from negfast.data.dataset import Dataset
 from negfast.errors import InputError
 from negfast.files import atomic_directory
-from negfast.run_folder import RunFolder
+from negfast.runtime.run_folder import RunFolder
 from negfast.train.run import train
 
 

@@ -28,9 +28,9 @@ from negfast.model.choice import TrieChooser
 from negfast.model.fused_layers import fuse_layers
 from negfast.model.layout import GroupLayout
 from negfast.model.policy import Policy
+from negfast.runtime.likelihood import answer_log_probs
 from negfast.sid.tokens import CodeVocabulary
 from negfast.sid.trie import build_trie
-from negfast.train.answers import answer_log_probs
 from negfast.train.speed import Meter
 
 PACKAGES = "negfast", "torch", "transformers", "accelerate", "liger-kernel"

@@ -8,7 +8,7 @@ try:
     main()
 except SystemExit as end:
     if "RANK" in os.environ:
-        from negfast.train.distributed import leave
+        from negfast.runtime.distributed import leave
 
         leave(int(end.code or 0))
     raise

@@ -159,11 +159,11 @@ def prepare(context: click.Context, files: tuple[Path, ...], out: Path, **option
     \b
     negfast prepare log-2026-11-25.csv --like data/2026-11-24 --items items.csv --out data/2026-11-25
     """
-    from negfast.data.prepare import SemanticIdSettings, SplitSettings
-    from negfast.data.rules import parse_rule
+    from negfast.prepare.build import SemanticIdSettings, SplitSettings
+    from negfast.prepare.rules import parse_rule
 
     if options["like"] is not None:
-        from negfast.data.daily import prepare_like
+        from negfast.prepare.daily import prepare_like
 
         _refuse_others(context, "--like", ("files", "out", "force", "like", "items", "valid", "test"))
         prepare_like(
@@ -176,7 +176,7 @@ def prepare(context: click.Context, files: tuple[Path, ...], out: Path, **option
     names = ("levels", "codebook", "quantizer", "encoder", "seed")
     semantic_ids = SemanticIdSettings(*(options[name] for name in names))
     if options["recipe"] is not None:
-        from negfast.data.recipes import prepare_recipe
+        from negfast.prepare.recipes import prepare_recipe
 
         allowed = ("files", "out", "force", "recipe", "dislike", "horizon", "valid", "test", *names)
         _refuse_others(context, "--recipe", allowed)
@@ -201,9 +201,9 @@ def _prepare_mapped(
     events: Path, out: Path, dislike: tuple[Any, ...], split: Any, semantic_ids: Any, options: dict[str, Any]
 ) -> None:
     """`prepare` of a log whose columns the options name."""
-    from negfast.data.events import EventMapping, ItemMapping
-    from negfast.data.prepare import prepare as prepare_dataset
-    from negfast.data.rules import parse_rule
+    from negfast.prepare.build import prepare as prepare_dataset
+    from negfast.prepare.events import EventMapping, ItemMapping
+    from negfast.prepare.rules import parse_rule
 
     prepare_dataset(
         events,
@@ -269,7 +269,7 @@ def inspect(path: Path) -> None:
     negfast inspect data/semantic_ids.safetensors
     negfast inspect runs/quickstart/final
     """
-    from negfast.inspection import inspect_path
+    from negfast.runtime.inspection import inspect_path
 
     inspect_path(path, click.echo)
 
@@ -311,7 +311,7 @@ def train(context: click.Context, gpus: int | None, replay: Path | None, refit: 
     negfast train --refit runs/a --out runs/a-refit
     negfast train --replay runs/a/failed/sft-000120
     """
-    from negfast.train.distributed import launch_gpus, planned_size
+    from negfast.runtime.distributed import launch_gpus, planned_size
 
     if replay is not None:
         from negfast.train.run import replay as find_the_cause
@@ -361,7 +361,7 @@ def evaluate(run: Path, split: str, data: Path | None, all_baselines: bool, as_j
     negfast eval runs/quickstart
     negfast eval runs/quickstart --split valid --json
     """
-    from negfast.evaluate.run import evaluate_run
+    from negfast.evaluate.eval import evaluate_run
 
     evaluate_run(run, split=split, data=data, as_json=as_json, all_baselines=all_baselines)
 
@@ -376,7 +376,7 @@ def report(run: Path, out: Path | None) -> None:
     negfast report runs/quickstart
     negfast report runs/quickstart --out quickstart.html
     """
-    from negfast.evaluate.page import write_page
+    from negfast.evaluate.report import write_page
 
     click.echo(str(write_page(run, out)))
 
@@ -444,7 +444,7 @@ def doctor() -> None:
     \b
     negfast doctor
     """
-    from negfast.doctor import findings
+    from negfast.runtime.doctor import findings
 
     width = max(len(name) for name, _ in findings())
     for name, text in findings():

@@ -29,7 +29,7 @@ def tiny_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _lines(name: str) -> list[str]:
-    data = files("negfast.data").joinpath(f"samples/movietweetings/{name}.zst").read_bytes()
+    data = files("negfast.prepare").joinpath(f"samples/movietweetings/{name}.zst").read_bytes()
     return zstandard.ZstdDecompressor().decompress(data).decode("utf-8").splitlines()
 
 

@@ -142,10 +142,10 @@ def fake(monkeypatch, module, function, behaviour):
         ),
         (
             "eval r --split valid --data d --json --all-baselines",
-            *("negfast.evaluate.run", "evaluate_run"),
+            *("negfast.evaluate.eval", "evaluate_run"),
             {0: Path("r"), "split": "valid", "data": Path("d"), "as_json": True, "all_baselines": True},
         ),
-        ("report r --out p.html", "negfast.evaluate.page", "write_page", {0: Path("r"), 1: Path("p.html")}),
+        ("report r --out p.html", "negfast.evaluate.report", "write_page", {0: Path("r"), 1: Path("p.html")}),
         (
             "user-profiles r --attribute genres --at 2013-08-01 --out f",
             *("negfast.serve.profiles", "profile_users"),

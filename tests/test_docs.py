@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from negfast.cli import main
 from negfast.data.dataset import Dataset
-from negfast.evaluate.page import ROWS
+from negfast.evaluate.report import ROWS
 from tests.tiny import SETTINGS, run_cli, write_log
 
 ROOT = Path(__file__).parents[1]

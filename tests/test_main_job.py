@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from negfast.data.dataset import Dataset
-from negfast.evaluate.model import generate
 from negfast.evaluate.sets import evaluation_set
-from negfast.run_folder import RunFolder
+from negfast.runtime.generation import generate
+from negfast.runtime.run_folder import RunFolder
 from tests.tiny import run_cli, train_arguments
 
 

@@ -15,8 +15,8 @@ from sklearn.metrics import roc_auc_score
 
 from negfast.data.dataset import Dataset, date_of
 from negfast.data.log import DAY
-from negfast.data.samples import MOVIETWEETINGS
-from negfast.run_folder import RunFolder
+from negfast.prepare.samples import MOVIETWEETINGS
+from negfast.runtime.run_folder import RunFolder
 from negfast.train.run import train
 from tests.tiny import SETTINGS, run_cli, write_log
 

@@ -9,15 +9,14 @@ import pytest
 
 from negfast.data.dataset import Dataset, date_of
 from negfast.data.log import DISLIKE, EXPOSED, LIKE, EventLog
-from negfast.evaluate import model as evaluate_model
-from negfast.evaluate.model import candidate_logits
-from negfast.run_folder import RunFolder
+from negfast.evaluate import policy_predictions as evaluate_model
+from negfast.runtime.run_folder import RunFolder
+from negfast.runtime.verdict import candidate_logits, group_candidates
 from negfast.serve import predict
 from negfast.serve.context import context_day
 from negfast.serve.parts import write_in_parts
 from negfast.serve.profiles import category_matrix, feedback_matrices
 from negfast.serve.score import knows
-from negfast.train.verdict import group_candidates
 from tests.tiny import run_cli
 
 SCHEMA = pa.schema([("n", pa.int64())])

@@ -20,11 +20,11 @@ from bench.machine import write_result
 from bench.runs import branch, trained
 from negfast.config import Config, load_config
 from negfast.evaluate.bootstrap import interval
+from negfast.evaluate.eval import similarity_of
 from negfast.evaluate.metrics import Samples
-from negfast.evaluate.report import HEADLINE, metric_samples, paired_differences
-from negfast.evaluate.run import similarity_of
 from negfast.evaluate.sets import evaluation_set
-from negfast.run_folder import RunFolder
+from negfast.evaluate.table import HEADLINE, metric_samples, paired_differences
+from negfast.runtime.run_folder import RunFolder
 
 RESULT = Path(__file__).parents[1] / "results" / "ablations.json"
 DEFAULT = "default"

@@ -11,8 +11,8 @@ import click
 
 from bench.command import Experiment, numbers
 from bench.machine import write_result
+from negfast.runtime.checkpoint import load_weights
 from negfast.train.align import AlignStage, TitleToSid
-from negfast.train.checkpoint import load_weights
 from negfast.train.journal import Journal
 from negfast.train.loop import run_stage
 from negfast.train.run import open_stage

@@ -33,8 +33,8 @@ from negfast.data.split import first_feedback
 from negfast.evaluate.baselines.rates import BOOSTED_PLUS, fit_scorers
 from negfast.evaluate.bootstrap import interval
 from negfast.evaluate.predictions import Predictions
-from negfast.evaluate.report import metric_samples, paired_differences
 from negfast.evaluate.sets import EvalSet, evaluation_set
+from negfast.evaluate.table import metric_samples, paired_differences
 
 RESULT = Path(__file__).parents[1] / "results" / "ceiling.json"
 FOLDS = 5

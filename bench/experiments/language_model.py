@@ -20,10 +20,10 @@ from bench.machine import write_result
 from bench.runs import trained
 from negfast.evaluate.bootstrap import interval
 from negfast.evaluate.metrics import Samples
-from negfast.evaluate.report import paired_differences
 from negfast.evaluate.sets import EvalSet, evaluation_set
-from negfast.run_folder import RunFolder
-from negfast.train.checkpoint import load_weights
+from negfast.evaluate.table import paired_differences
+from negfast.runtime.checkpoint import load_weights
+from negfast.runtime.run_folder import RunFolder
 
 RESULT = Path(__file__).parents[1] / "results" / "language_model.json"
 REQUEST_COLUMNS = ("primary", "next_dislike", "past_dislike")

@@ -15,15 +15,15 @@ import numpy as np
 
 from bench.command import Experiment
 from bench.machine import write_result
-from negfast.data.log import LIKE
+from negfast.data.log import LIKE, history_ends
 from negfast.evaluate.bootstrap import interval, ranked_totals, ratio, resample_users, weighted_sums
-from negfast.evaluate.expected import expected_rewards, item_log_probs, reward_table
 from negfast.evaluate.metrics import FILTER_SHARE, Samples
-from negfast.evaluate.model import filter_logits
-from negfast.evaluate.sets import EvalSet, evaluation_set, history_ends
+from negfast.evaluate.policy_predictions import filter_logits
+from negfast.evaluate.sets import EvalSet, evaluation_set
 from negfast.model.prompts import MIXED, NEGATIVE_ONLY
-from negfast.run_folder import RunFolder
-from negfast.train.engine import Engine
+from negfast.runtime.engine import Engine
+from negfast.runtime.run_folder import RunFolder
+from negfast.train.expected import expected_rewards, item_log_probs, reward_table
 
 RESULT = Path(__file__).parents[1] / "results" / "likes.json"
 SHOWN = (0, 5, 10, 20, 50, 100, 200)

@@ -17,12 +17,12 @@ from bench.command import Experiment
 from bench.machine import write_result
 from negfast.data.split import Requests
 from negfast.evaluate.bootstrap import interval, ratio, resample_users, weighted_sums
-from negfast.evaluate.expected import expected_rewards, reward_table
 from negfast.evaluate.metrics import Samples
-from negfast.evaluate.model import future_log_probs
 from negfast.evaluate.sets import evaluation_set
-from negfast.run_folder import RunFolder
-from negfast.train.engine import Engine
+from negfast.runtime.engine import Engine
+from negfast.runtime.run_folder import RunFolder
+from negfast.train.expected import expected_rewards, reward_table
+from negfast.train.validation import future_log_probs
 
 RESULT = Path(__file__).parents[1] / "results" / "prior_weight.json"
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5)

@@ -8,23 +8,23 @@ from typing import Any
 
 import numpy as np
 
-from negfast.data.events import EventMapping, ItemMapping
+from bench.simulate import FIRST_DAY, Simulation, write_simulation
 from negfast.data.log import DISLIKE, EventLog
-from negfast.data.prepare import SemanticIdSettings, SplitSettings, prepare
-from negfast.data.rules import parse_rule
-from negfast.data.simulate import FIRST_DAY, Simulation, write_simulation
 from negfast.data.split import Requests, Split, only_next
 from negfast.errors import InputError
 from negfast.evaluate.bootstrap import interval, ratio, resample_users, weighted_sums
-from negfast.evaluate.model import candidate_logits, generate
 from negfast.files import atomic_file
-from negfast.train.checkpoint import load_weights
-from negfast.train.engine import Engine
+from negfast.prepare.build import SemanticIdSettings, SplitSettings, prepare
+from negfast.prepare.events import EventMapping, ItemMapping
+from negfast.prepare.rules import parse_rule
+from negfast.runtime.checkpoint import load_weights
+from negfast.runtime.engine import Engine
+from negfast.runtime.generation import generate
+from negfast.runtime.verdict import candidate_logits, group_candidates
 from negfast.train.journal import Journal
 from negfast.train.loop import run_stage
 from negfast.train.run import open_stage
 from negfast.train.sft import SftStage
-from negfast.train.verdict import group_candidates
 
 TARGETS = ("window", "next", "later")
 REQUESTS, TOP, CANDIDATES = 800, 20, 50

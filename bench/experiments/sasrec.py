@@ -14,8 +14,8 @@ import click
 from bench.command import Experiment
 from negfast.data.dataset import Dataset
 from negfast.evaluate.baselines.sasrec import KINDS, SasRec, SasRecSettings, Sequences, fit_sasrec, predict_sasrec
-from negfast.evaluate.report import evaluate_rows
 from negfast.evaluate.sets import EvalSet, evaluation_set
+from negfast.evaluate.table import evaluate_rows
 from negfast.files import atomic_file
 
 METRICS = ("FHR@20", "known_hit_dislike_share@20", "pool_hr@10", "pool_auc")

@@ -9,11 +9,13 @@ import numpy as np
 from bench.runs import trained
 from negfast.evaluate.bootstrap import interval, ratio, resample_users, weighted_sums
 from negfast.evaluate.metrics import Samples
-from negfast.evaluate.model import Calibration, future_log_probs, predict_set
-from negfast.evaluate.report import metric_samples, paired_differences
+from negfast.evaluate.policy_predictions import predict_set
 from negfast.evaluate.sets import EvalSet, evaluation_set
-from negfast.run_folder import RunFolder
-from negfast.train.engine import Engine
+from negfast.evaluate.table import metric_samples, paired_differences
+from negfast.runtime.engine import Engine
+from negfast.runtime.run_folder import RunFolder
+from negfast.runtime.verdict import Calibration
+from negfast.train.validation import future_log_probs
 
 METRICS = ("nll", "FHR@20", "filter_auc", "filter_auc/cold", "pool_auc")
 UNSCALED = Calibration(1.0, 0.0, 0.5)  # none of the metrics looks at the level of a verdict

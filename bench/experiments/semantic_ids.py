@@ -19,9 +19,9 @@ from bench.command import Experiment, numbers
 from bench.experiments.semantic_id_runs import METRICS, downstream, short_run
 from negfast.config import QUANTIZERS
 from negfast.data.dataset import Dataset
-from negfast.data.prepare import SemanticIdSettings
-from negfast.data.samples import prepare_movietweetings
 from negfast.files import atomic_file
+from negfast.prepare.build import SemanticIdSettings
+from negfast.prepare.samples import prepare_movietweetings
 from negfast.sid.build import name_items
 from negfast.sid.embed import embed_items
 

@@ -21,15 +21,15 @@ from bench.experiments.prior_weight import means, nll, with_weight
 from bench.machine import write_result
 from negfast.data.split import Requests
 from negfast.evaluate.bootstrap import interval
-from negfast.evaluate.expected import expected_rewards, reward_table
 from negfast.evaluate.metrics import Samples
 from negfast.evaluate.sets import evaluation_set
 from negfast.model.prompts import MIXED
-from negfast.run_folder import RunFolder
+from negfast.runtime.checkpoint import load_weights
+from negfast.runtime.engine import Engine
+from negfast.runtime.run_folder import RunFolder
 from negfast.sid.prior import NEXT_DISLIKE
-from negfast.train.checkpoint import load_weights
-from negfast.train.engine import Engine
-from negfast.train.rollout import rollout
+from negfast.train.expected import expected_rewards, reward_table
+from negfast.train.grpo.rollout import rollout
 
 RESULT = Path(__file__).parents[1] / "results" / "sharpness.json"
 WALKS = 16  # a request

@@ -20,9 +20,9 @@ import numpy as np
 
 from bench.command import Experiment, numbers
 from bench.experiments.recovery import later_dislikes, recovery
+from bench.simulate import FIRST_DAY, Simulation, SimulationSettings, exposure_policy, simulate
 from negfast.data.dataset import Dataset
 from negfast.data.log import DISLIKE, EventLog
-from negfast.data.simulate import FIRST_DAY, Simulation, SimulationSettings, exposure_policy, simulate
 from negfast.data.split import Requests, all_requests
 from negfast.evaluate.baselines.rates import fit_scorers
 from negfast.evaluate.bootstrap import interval, ranked_totals, ratio, resample_users, weighted_sums

@@ -17,14 +17,14 @@ import torch
 from bench.command import Experiment
 from bench.machine import write_result
 from negfast.data.dataset import Dataset
-from negfast.data.prepare import SemanticIdSettings
-from negfast.data.samples import prepare_movietweetings
 from negfast.evaluate.baselines.rates import fit_scorers
 from negfast.evaluate.bootstrap import interval, ranked_totals, resample_users
 from negfast.evaluate.sets import EvalSet, evaluation_set
 from negfast.model.verdict_prior import VerdictPrior, fit
-from negfast.train.engine import history_features
-from negfast.train.verdict import told_candidates, verdict_start
+from negfast.prepare.build import SemanticIdSettings
+from negfast.prepare.samples import prepare_movietweetings
+from negfast.runtime.engine import history_features
+from negfast.runtime.verdict import told_candidates, verdict_start
 
 RESULT = Path(__file__).parents[1] / "results" / "verdict_growth.json"
 MONTH = 31  # days

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -21,9 +21,6 @@ from negfast.data.shards import Shard, write_shard
 from negfast.data.split import Split, split_requests
 from negfast.errors import InputError
 from negfast.files import atomic_file
-
-if TYPE_CHECKING:
-    from negfast.sid.quantize import Quantizer
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -98,7 +95,7 @@ class Dataset:
 
     @property
     def parts(self) -> list[dict[str, Any]]:
-        """What was appended to the data set, oldest first (`negfast.data.append`)."""
+        """What was appended to the data set, oldest first (`negfast.prepare.append`)."""
         return self.manifest.get("parts", [])
 
     def _files_of(self, name: str) -> list[Path]:
@@ -146,25 +143,18 @@ class Dataset:
         return [user_id for path in self._files_of(USERS) for user_id in _read_parquet(path)["id"].to_pylist()]
 
     @cached_property
-    def _semantic_ids(self) -> dict[str, np.ndarray]:
+    def semantic_ids(self) -> dict[str, np.ndarray]:
         return _load_tensors(self.path / SEMANTIC_IDS)
 
     @property
     def codes(self) -> np.ndarray:
         """Semantic IDs, uint16 [I, L]."""
-        return self._semantic_ids["codes"]
-
-    @cached_property
-    def quantizer(self) -> "Quantizer":
-        """What gave the items their codes, frozen: it codes items to come."""
-        from negfast.sid.quantize import Quantizer  # imports faiss, which most readers need not wait for
-
-        return Quantizer.from_tensors(self._semantic_ids)
+        return self.semantic_ids["codes"]
 
     @property
     def embedding(self) -> np.ndarray:
         """What the semantic IDs were made of, float32 [I, D]."""
-        return self._semantic_ids["embedding"]
+        return self.semantic_ids["embedding"]
 
     @property
     def lineage(self) -> str:
@@ -194,7 +184,7 @@ def write_dataset(
 
     ``manifest`` is what is said of the data; the format version and the files' sizes and checksums are added.
     The shard is written from the log in memory, which split and semantic IDs need whole; a log that does not fit is
-    for `negfast.data.shards.ShardBuilder`, and days that come later for `negfast.data.append.append_events`.
+    for `negfast.data.shards.ShardBuilder`, and days that come later for `negfast.prepare.append.append_events`.
     """
     write_shard(directory / EVENTS, log)
     if log.value is not None:

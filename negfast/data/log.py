@@ -57,3 +57,18 @@ class EventLog:
 
     def __len__(self) -> int:
         return len(self.item)
+
+
+def history_ends(log: EventLog, user: np.ndarray, day: np.ndarray) -> np.ndarray:
+    """Where a user's events up to the end of a day end in the flat columns, int64, one for each (user, day)."""
+    days = log.day.astype(np.int64)
+    low, span = int(days.min()) - 1, int(days.max() - days.min()) + 2
+    keys = log.user.astype(np.int64) * span + (days - low)
+    within = np.clip(day.astype(np.int64) - low, 0, span - 1)
+    return np.searchsorted(keys, user.astype(np.int64) * span + within, side="right")
+
+
+def past_dislikes(log: EventLog, user: np.ndarray, day: np.ndarray) -> np.ndarray:
+    """Dislikes of each user up to the end of each day, int64."""
+    dislikes = np.concatenate([[0], np.cumsum(log.feedback == DISLIKE)])
+    return dislikes[history_ends(log, user, day)] - dislikes[log.user_offsets[user]]

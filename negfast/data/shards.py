@@ -3,7 +3,7 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,23 +29,6 @@ class PackedPrompts:
     seen_request: list[np.ndarray]  # [M_l]
     seen_count: list[np.ndarray]  # [M_l] seen leaves under the node
     seen_slot: list[np.ndarray]  # [S] which of the M_l a seen item is under
-
-
-@dataclass(frozen=True)
-class PackSizes:
-    """How long the arrays of `PackedPrompts` are: B, T, S and M_l of every level."""
-
-    requests: int
-    tokens: int
-    seen: int
-    nodes: list[int]
-
-    def arrays(self, empty: Callable[[int], np.ndarray]) -> PackedPrompts:
-        """`PackedPrompts` of what ``empty(length)`` gives for each array."""
-        b, s = self.requests, self.seen
-        node, request, count = ([empty(m) for m in self.nodes] for _ in range(3))
-        slot = [empty(s) for _ in self.nodes]
-        return PackedPrompts(empty(self.tokens), empty(b + 1), empty(s), empty(b + 1), node, request, count, slot)
 
 
 class Shard:
@@ -144,7 +127,6 @@ class Shard:
         timeline: bool = False,
         gap_markers: range = range(0),
         threads: int = 1,
-        out: Callable[[PackSizes], PackedPrompts] | None = None,
     ) -> PackedPrompts:
         """The prompts of B requests: ``[<likes> sid*] [<dislikes> sid*] [<trending> sid*] [tail]``.
 
@@ -159,9 +141,6 @@ class Shard:
         tokens of gaps of 1, 2 to 3, 4 to 7, ... UTC days, the last one's without an upper end: one follows every item
         of these segments after which that many days pass to the segment's next item, or from its last one to the day of
         the cut's last second.
-
-        ``out`` is told the sizes and gives C-contiguous int32 arrays of at least these lengths to write to, e.g.
-        pinned ones (`negfast.data.loader.PackBuffers`); slices of them are returned. Without it they are new.
 
         Raises InputError for requests outside the tables, arrays that are too short or of another kind, and for a
         damaged shard.
@@ -183,38 +162,18 @@ class Shard:
             gap_markers=len(gap_markers),
             threads=threads,
         )
-        sizes = PackSizes(parts.requests, parts.tokens, parts.seen, parts.nodes)
-        room = sizes.arrays(_new_int32) if out is None else _fitted(out(sizes), sizes)
-        parts.write(**vars(room), threads=threads)
-        return room
+        requests, seen = parts.requests, parts.seen
 
+        def empty(length: int) -> np.ndarray:
+            return np.empty(length, np.int32)
 
-def _new_int32(length: int) -> np.ndarray:
-    return np.empty(length, np.int32)
-
-
-def _fitted(room: PackedPrompts, sizes: PackSizes) -> PackedPrompts:
-    """Slices of the caller's arrays. InputError for one that cannot hold what is to be written."""
-
-    def fit(name: str, array: np.ndarray, length: int) -> np.ndarray:
-        if array.dtype != np.int32 or array.ndim != 1 or not array.flags.c_contiguous or not array.flags.writeable:
-            raise InputError(
-                f"out.{name}: found {array.dtype} {list(array.shape)}, expected a writeable, contiguous int32 array"
-            )
-        if len(array) < length:
-            raise InputError(f"out.{name}: found room for {len(array)}, expected {length} or more")
-        return array[:length]
-
-    fitted: dict[str, Any] = {}
-    for name, wanted in vars(sizes.arrays(lambda length: np.broadcast_to(np.int32(0), length))).items():
-        given = getattr(room, name)
-        if isinstance(wanted, list):
-            if len(given) != len(wanted):
-                raise InputError(f"out.{name}: found {len(given)} levels, expected {len(wanted)}")
-            fitted[name] = [fit(name, g, len(w)) for g, w in zip(given, wanted, strict=True)]
-        else:
-            fitted[name] = fit(name, given, len(wanted))
-    return PackedPrompts(**fitted)
+        node, request, count = ([empty(m) for m in parts.nodes] for _ in range(3))
+        slot = [empty(seen) for _ in parts.nodes]
+        packed = PackedPrompts(
+            empty(parts.tokens), empty(requests + 1), empty(seen), empty(requests + 1), node, request, count, slot
+        )
+        parts.write(**vars(packed), threads=threads)
+        return packed
 
 
 class ShardBuilder:

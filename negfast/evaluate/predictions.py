@@ -5,9 +5,8 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
-from negfast.data.log import EventLog
+from negfast.data.log import EventLog, history_ends
 from negfast.data.split import Requests
-from negfast.evaluate.sets import history_ends
 
 TOP = 50  # items generated for each request
 

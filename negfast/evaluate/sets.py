@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
-from negfast.data.log import DISLIKE, EventLog
+from negfast.data.log import DISLIKE, EventLog, past_dislikes
 from negfast.data.split import Requests, Split, first_dislike_events, first_feedback, first_of_week, next_dislikes
 from negfast.errors import InputError
 
@@ -98,21 +98,6 @@ def check_choosable(valid: EvalSet) -> None:
             f"{len(valid.requests)} requests with a dislike ahead; expected both kinds and a request: prepare the data "
             "with other --valid and --test dates"
         )
-
-
-def history_ends(log: EventLog, user: np.ndarray, day: np.ndarray) -> np.ndarray:
-    """Where a user's events up to the end of a day end in the flat columns, int64, one for each (user, day)."""
-    days = log.day.astype(np.int64)
-    low, span = int(days.min()) - 1, int(days.max() - days.min()) + 2
-    keys = log.user.astype(np.int64) * span + (days - low)
-    within = np.clip(day.astype(np.int64) - low, 0, span - 1)
-    return np.searchsorted(keys, user.astype(np.int64) * span + within, side="right")
-
-
-def past_dislikes(log: EventLog, user: np.ndarray, day: np.ndarray) -> np.ndarray:
-    """Dislikes of each user up to the end of each day, int64."""
-    dislikes = np.concatenate([[0], np.cumsum(log.feedback == DISLIKE)])
-    return dislikes[history_ends(log, user, day)] - dislikes[log.user_offsets[user]]
 
 
 def _pools(log: EventLog, requests: Requests, seed: int) -> tuple[np.ndarray, np.ndarray, int, int]:

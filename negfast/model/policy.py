@@ -20,7 +20,7 @@ from negfast.spans import span
 class CodeBlock(nn.Module):
     """Rows of markers and codes, tied between input and output through ``head``.
 
-    A logit is head(hidden) . row, a code's times ``scale`` (chosen by `negfast.evaluate.model.Validation`). ``head``
+    A logit is head(hidden) . row, a code's times ``scale`` (chosen by `negfast.train.validation.Validation`). ``head``
     starts at zero, so that every code logit does too: with the community prior the untrained policy is exactly the
     decay ranking.
     """

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from negfast.data.dataset import date_of, day_of
 from negfast.data.log import EventLog
 from negfast.errors import InputError
-from negfast.run_folder import RunFolder
+from negfast.runtime.run_folder import RunFolder
 
 
 def told_context_day(run: RunFolder, log: EventLog, at: str | None) -> int:

@@ -14,7 +14,7 @@ from negfast.errors import InputError
 from negfast.files import atomic_directory, check_output
 from negfast.model.lora import merge_adapters
 from negfast.model.policy import Policy
-from negfast.run_folder import RunFolder
+from negfast.runtime.run_folder import RunFolder
 from negfast.sid.trie import Trie
 
 DESCRIPTION = "negfast.json"

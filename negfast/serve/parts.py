@@ -12,9 +12,9 @@ import pyarrow.parquet as parquet
 from negfast.data.dataset import MANIFEST, file_record
 from negfast.files import atomic_file, check_output_file
 from negfast.progress import Progress
-from negfast.run_folder import RunFolder
-from negfast.train.checkpoint import WEIGHTS
-from negfast.train.engine import Engine
+from negfast.runtime.checkpoint import WEIGHTS
+from negfast.runtime.engine import Engine
+from negfast.runtime.run_folder import RunFolder
 
 ABOUT = "about.json"
 

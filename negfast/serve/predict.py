@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow as pa
 
 from negfast.data.split import Requests
-from negfast.evaluate.model import generate
 from negfast.files import check_output_file
-from negfast.run_folder import RunFolder
+from negfast.runtime.generation import generate
+from negfast.runtime.run_folder import RunFolder
 from negfast.serve.context import told_context_day
 from negfast.serve.parts import source_of, write_in_parts
 

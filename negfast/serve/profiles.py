@@ -9,9 +9,9 @@ import scipy.sparse as sp
 from negfast.data.features import PSEUDO_EVENTS
 from negfast.data.log import DISLIKE, EXPOSED, LIKE, EventLog
 from negfast.errors import InputError
-from negfast.evaluate.model import generate
 from negfast.files import check_output_file
-from negfast.run_folder import RunFolder
+from negfast.runtime.generation import generate
+from negfast.runtime.run_folder import RunFolder
 from negfast.serve.context import told_context_day
 from negfast.serve.parts import source_of, write_in_parts
 from negfast.serve.predict import USERS_AT_ONCE, requests_at

@@ -10,11 +10,10 @@ import pyarrow.parquet as parquet
 
 from negfast.data.log import EventLog
 from negfast.errors import InputError
-from negfast.evaluate.model import candidate_logits
 from negfast.files import atomic_file, check_output_file
-from negfast.run_folder import RunFolder
+from negfast.runtime.run_folder import RunFolder
+from negfast.runtime.verdict import candidate_logits, group_candidates
 from negfast.serve.context import told_context_day
-from negfast.train.verdict import group_candidates
 
 ADDED = ("score", "abstain")
 

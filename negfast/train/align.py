@@ -17,18 +17,19 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from negfast.data.loader import epoch_rows, task_rng
 from negfast.data.log import DISLIKE, EventLog
 from negfast.errors import InputError
 from negfast.model.beam import beam_search
 from negfast.model.layout import GroupLayout
+from negfast.runtime.engine import Engine
+from negfast.runtime.likelihood import answer_log_probs, code_ranks
+from negfast.runtime.verdict import prior_logits
 from negfast.sid.prior import NEXT_DISLIKE
 from negfast.staging import put
-from negfast.train.answers import answer_log_probs, code_ranks
-from negfast.train.engine import Engine
+from negfast.train.order import epoch_rows, task_rng
 from negfast.train.step import WHOLE, Mean, Share, StepResult
 from negfast.train.text import EXAMPLES_AT_ONCE, SidToText, attribute_examples, encode, title_examples
-from negfast.train.verdict import VerdictTask, prior_logits
+from negfast.train.verdict_task import VerdictTask
 
 B = TypeVar("B")  # of what a task reads
 

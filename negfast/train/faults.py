@@ -5,20 +5,16 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from negfast.errors import InputError, TrainingError
 from negfast.model.policy import Policy
-from negfast.train import distributed, sharding
-from negfast.train.checkpoint import BATCH, read_state, save_by_first
+from negfast.runtime import distributed, sharding
+from negfast.runtime.checkpoint import BATCH, read_state, save_by_first
 from negfast.train.reader import read_step
-from negfast.train.step import Figures, Share
-
-if TYPE_CHECKING:
-    from negfast.train.loop import Stage
+from negfast.train.step import Figures, Share, Stage
 
 FOLDER = "failed"  # of a run, where failed steps are kept
 CPU_OUT_OF_MEMORY = re.compile(r"(?:not enough memory|can't allocate memory): you tried to allocate (\d+) bytes")
@@ -44,7 +40,7 @@ def require_finite(figures: Figures) -> None:
 
 @contextmanager
 def explained(
-    stage: "Stage", step: int, policy: Policy, shares: list[Share], budget: int, run_dir: Path
+    stage: Stage, step: int, policy: Policy, shares: list[Share], budget: int, run_dir: Path
 ) -> Iterator[list[int]]:
     """Turns what may go wrong in a step into a TrainingError of one line; a step that is not finite is saved first.
 
@@ -69,7 +65,7 @@ def explained(
         raise TrainingError(f"{stage.name} step {step + 1}: {advice}") from error
 
 
-def memory_advice(error: BaseException, stage: "Stage", parts: list[int], accumulate: int | None = None) -> str | None:
+def memory_advice(error: BaseException, stage: Stage, parts: list[int], accumulate: int | None = None) -> str | None:
     """Which setting to change, and to what, so that the step fits; None if ``error`` is not about memory.
 
     ``accumulate``: in how many parts every rank splits its batch, where that is how batches are to be split.
@@ -118,7 +114,7 @@ def _cuda_shortage(message: str) -> tuple[str, int]:
     return f"{asked / 2**30:.1f} GiB more, with {used / 2**30:.1f} of {total / 2**30:.1f} GiB in use", factor
 
 
-def save_failed(folder: Path, stage: "Stage", step: int, policy: Policy, shares: list[Share], budget: int) -> None:
+def save_failed(folder: Path, stage: Stage, step: int, policy: Policy, shares: list[Share], budget: int) -> None:
     """Writes a step that was not finite: the weights it began with, its number and shares, and the batch it read.
 
     ``batch.safetensors`` holds what went through the policy, call by call, in the order of this rank's shares.
@@ -183,7 +179,7 @@ class Recorder:
         return check
 
 
-def replay(folder: Path, stage: "Stage", policy: Policy) -> list[str]:
+def replay(folder: Path, stage: Stage, policy: Policy) -> list[str]:
     """Runs a saved step again with its weights already in ``policy``; lines that say where numbers go wrong.
 
     Rollouts that a step reused (grpo.epochs above 1) are sampled anew from the weights of the step.

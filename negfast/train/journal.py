@@ -8,7 +8,7 @@ from typing import Any
 
 from negfast.errors import InputError
 from negfast.files import atomic_file
-from negfast.train import distributed
+from negfast.runtime import distributed
 from negfast.train.step import Figures
 
 ALWAYS = ("loss", "reward", "kl")  # in every line, null where a stage has none

@@ -4,48 +4,23 @@ import signal
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 
 from negfast import spans
-from negfast.config import Stage as StageSettings
 from negfast.config import Train
 from negfast.model.policy import Policy
 from negfast.progress import Progress
-from negfast.run_folder import Chosen
+from negfast.runtime import distributed, sharding
+from negfast.runtime.run_folder import Chosen
 from negfast.spans import span
-from negfast.train import distributed, faults, sharding
-from negfast.train.checkpoint import StageCheckpoints
+from negfast.train import faults
 from negfast.train.journal import Journal
 from negfast.train.optimizer import learning_rate, make_optimizer
 from negfast.train.reader import read_steps
 from negfast.train.speed import Meter
-from negfast.train.step import Batch, Figures, Share, StepResult, add_up
-
-
-class Stage(Protocol):
-    """One stage of training. What it reads is a pure function of the number of the step and the share of its batch,
-    and what it makes of that one of the weights: that is what makes resuming and reading ahead exact, and what makes
-    ranks and accumulation give the same gradient."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def config(self) -> StageSettings: ...
-
-    def read(self, step: int, share: Share) -> Any:
-        """A `Batch`; may be called by a thread while another step computes."""
-        ...
-
-    def step(self, batch: Any) -> StepResult:
-        """The loss of what ``read`` gave; once for each batch."""
-        ...
-
-    def outcome(self) -> dict[str, float]:
-        """What to note of the finished stage in events.jsonl beside validation."""
-        ...
+from negfast.train.stage_checkpoints import StageCheckpoints
+from negfast.train.step import Batch, Figures, Share, Stage, add_up
 
 
 class StopRequested(Exception):

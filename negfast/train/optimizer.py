@@ -7,7 +7,7 @@ from torch import nn
 
 from negfast.config import Stage
 from negfast.model.policy import Policy
-from negfast.train.sharding import is_sharded
+from negfast.runtime.sharding import is_sharded
 
 
 def make_optimizer(policy: Policy, config: Stage) -> torch.optim.AdamW:

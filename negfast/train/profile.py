@@ -20,12 +20,13 @@ from torch.autograd.profiler_util import EventList
 
 from negfast import spans
 from negfast.errors import InputError, TrainingError
-from negfast.train.engine import Engine, choose_device
-from negfast.train.loop import Stage, my_shares, update
+from negfast.runtime.engine import Engine, choose_device
+from negfast.train.loop import my_shares, update
 from negfast.train.optimizer import learning_rate, make_optimizer
 from negfast.train.reader import read_steps
 from negfast.train.run import asked_for, check_stage, open_stage
 from negfast.train.speed import Meter
+from negfast.train.step import Stage
 
 TOP = 10
 UNDER_NSYS = "NEGFAST_UNDER_NSYS"  # set in the process that nsys watches

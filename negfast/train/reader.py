@@ -3,23 +3,25 @@
 Reading looks at no weights and at nothing that an earlier step left, so when it happens changes no result.
 """
 
-from collections.abc import Generator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TypeVar
 
 import torch
 
 from negfast.config import Train
-from negfast.data.loader import read_ahead
 from negfast.errors import InputError
 from negfast.staging import tensors_in
-from negfast.train.step import Batch, Share
+from negfast.train.step import Batch, Share, Stage
 
-if TYPE_CHECKING:
-    from negfast.train.loop import Stage
+Place = TypeVar("Place")
+Read = TypeVar("Read")
 
 
-def read_step(stage: "Stage", step: int, shares: list[Share], budget: int) -> list[Batch]:
+def read_step(stage: Stage, step: int, shares: list[Share], budget: int) -> list[Batch]:
     """The batches of ``shares`` of a step, halved until none has more than ``budget`` tokens (0: no bound).
 
     InputError where a share that is a single row of one of the stage's tasks has more.
@@ -27,7 +29,7 @@ def read_step(stage: "Stage", step: int, shares: list[Share], budget: int) -> li
     return [part for share in shares for part in _fitting(stage, step, share, stage.read(step, share), budget)]
 
 
-def _fitting(stage: "Stage", step: int, share: Share, batch: Batch, budget: int) -> list[Batch]:
+def _fitting(stage: Stage, step: int, share: Share, batch: Batch, budget: int) -> list[Batch]:
     if not budget or batch.tokens <= budget:
         return [batch]
     halves = share.halves()
@@ -45,7 +47,7 @@ def reads_ahead(config: Train, device: torch.device) -> bool:
 
 
 def read_steps(
-    stage: "Stage", steps: range, shares: list[Share], config: Train, device: torch.device
+    stage: Stage, steps: range, shares: list[Share], config: Train, device: torch.device
 ) -> Generator[list[Batch], None, None]:
     """What `read_step` gives for each of ``steps``, read ahead where `reads_ahead` says so; close it at the end.
 
@@ -71,3 +73,22 @@ def read_steps(
                 for tensor in tensors_in(batches):
                     tensor.record_stream(current)  # else its memory might serve the next copies too early
             yield batches
+
+
+def read_ahead(
+    read: Callable[[Place], Read], places: Iterable[Place], workers: int, ahead: int
+) -> Generator[Read, None, None]:
+    """``read(place)`` of every place in order, by ``workers`` threads that are at most ``ahead`` places further on.
+
+    What a read raises comes out in its turn. Close the iterator to end the threads.
+    """
+    rest, pending = iter(places), deque[Future[Read]]()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="negfast-reader")
+    try:
+        while True:
+            pending.extend(pool.submit(read, place) for place in islice(rest, ahead - len(pending)))
+            if not pending:
+                return
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

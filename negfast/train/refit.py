@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 
 from negfast.data.dataset import date_of
 from negfast.errors import InputError
-from negfast.evaluate.model import calibrate
+from negfast.evaluate.policy_predictions import calibrate
 from negfast.evaluate.sets import evaluation_set
 from negfast.files import atomic_directory, check_output
-from negfast.run_folder import Chosen, Refit, RunFolder
-from negfast.train.checkpoint import load_weights, read_state
-from negfast.train.engine import mass_weights
+from negfast.runtime.checkpoint import load_weights, read_state
+from negfast.runtime.engine import mass_weights
+from negfast.runtime.run_folder import Chosen, Refit, RunFolder
 
 
 def start_refit(run: RunFolder, source: RunFolder, stages: Sequence[str], report: Callable[[str], None]) -> None:

@@ -11,11 +11,9 @@ import torch
 
 from negfast.config import Config, Model, Sid, Train, load_config, to_toml
 from negfast.data.dataset import Dataset, date_of
-from negfast.data.prepare import SemanticIdSettings
-from negfast.data.samples import prepare_movietweetings
 from negfast.errors import InputError
-from negfast.evaluate.model import Validation, calibrate
-from negfast.evaluate.run import evaluate_folder, write_report
+from negfast.evaluate.eval import evaluate_folder, write_report
+from negfast.evaluate.policy_predictions import calibrate
 from negfast.evaluate.sets import check_choosable, evaluation_set
 from negfast.files import atomic_file, check_output
 from negfast.kernels import FULL_VOCABULARY, implementations
@@ -23,10 +21,10 @@ from negfast.model.fused_layers import stock_because
 from negfast.model.load import build_policy, check_model_folder, save_model_files
 from negfast.model.lora import add_adapters, merge_adapters
 from negfast.model.verdict_prior import VerdictPrior
-from negfast.run_folder import RunFolder
-from negfast.train import distributed, faults, sharding
-from negfast.train.align import AlignStage
-from negfast.train.checkpoint import (
+from negfast.prepare.build import SemanticIdSettings
+from negfast.prepare.samples import prepare_movietweetings
+from negfast.runtime import distributed, sharding
+from negfast.runtime.checkpoint import (
     latest_checkpoint,
     load_weights,
     read_state,
@@ -34,13 +32,18 @@ from negfast.train.checkpoint import (
     save_by_first,
     save_checkpoint,
 )
-from negfast.train.engine import Engine, build_engine, choose_device, history_features, mass_weights, use_threads
-from negfast.train.grpo import GrpoStage, check_combinations
+from negfast.runtime.engine import Engine, build_engine, choose_device, history_features, mass_weights, use_threads
+from negfast.runtime.run_folder import RunFolder
+from negfast.runtime.verdict import fit_prior
+from negfast.train import faults
+from negfast.train.align import AlignStage
+from negfast.train.grpo.stage import GrpoStage, check_combinations
 from negfast.train.journal import Journal, check_tensorboard
-from negfast.train.loop import Stage, StopRequested, run_stage
+from negfast.train.loop import StopRequested, run_stage
 from negfast.train.refit import start_refit
 from negfast.train.sft import SCALES, SftStage
-from negfast.train.verdict import fit_prior
+from negfast.train.step import Stage
+from negfast.train.validation import Validation
 
 STAGES: dict[str, Callable[[Engine], Stage]] = {"align": AlignStage, "sft": SftStage, "grpo": GrpoStage}
 

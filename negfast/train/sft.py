@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from negfast.config import Sft
-from negfast.data.loader import epoch_rows, task_rng
 from negfast.data.split import Requests, cut_futures, days_ahead, nearest, only_next
 from negfast.model.prompts import MIXED, NEGATIVE_ONLY, POSITIVE_ONLY, PromptBatch
+from negfast.runtime.engine import Engine
+from negfast.runtime.likelihood import answer_log_probs
 from negfast.sid.prior import NEXT_DISLIKE, NEXT_LIKE
 from negfast.staging import put
-from negfast.train.answers import answer_log_probs
-from negfast.train.engine import Engine
+from negfast.train.order import epoch_rows, task_rng
 from negfast.train.step import WHOLE, Mean, Share, StepResult
-from negfast.train.verdict import VerdictBatch, VerdictTask
+from negfast.train.verdict_task import VerdictBatch, VerdictTask
 
 SCALES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of code logits, tried on valid; the smallest still leaves GRPO a gradient
 

@@ -6,13 +6,14 @@ never averaged, and accumulating on one device or spreading over eight gives the
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from negfast.config import Stage as StageSettings
 from negfast.errors import InputError
-from negfast.train import distributed
+from negfast.runtime import distributed
 
 
 class Batch(Protocol):
@@ -79,6 +80,30 @@ class Figures:
     grad_norm: float  # before clipping
     metrics: dict[str, float | None]
     tokens: int
+
+
+class Stage(Protocol):
+    """One stage of training. What it reads is a pure function of the number of the step and the share of its batch,
+    and what it makes of that one of the weights: that is what makes resuming and reading ahead exact, and what makes
+    ranks and accumulation give the same gradient."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def config(self) -> StageSettings: ...
+
+    def read(self, step: int, share: Share) -> Any:
+        """A `Batch`; may be called by a thread while another step computes."""
+        ...
+
+    def step(self, batch: Any) -> StepResult:
+        """The loss of what ``read`` gave; once for each batch."""
+        ...
+
+    def outcome(self) -> dict[str, float]:
+        """What to note of the finished stage in events.jsonl beside validation."""
+        ...
 
 
 def add_up(results: list[StepResult], norm: Tensor) -> Figures:

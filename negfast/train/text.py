@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from negfast.data.loader import epoch_rows
 from negfast.kernels.vocabulary import vocabulary_nll
 from negfast.model.layout import GroupLayout
 from negfast.model.policy import Policy
+from negfast.runtime.engine import Engine
 from negfast.staging import put
-from negfast.train.engine import Engine
+from negfast.train.order import epoch_rows
 from negfast.train.step import WHOLE, Share
 
 TEXT_TOKENS = 48  # of a title or of an attribute's values are read or said

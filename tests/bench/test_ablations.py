@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from bench.experiments.ablations import ABLATIONS, METRICS, main, print_row, shortened
 from negfast.config import load_config
-from negfast.run_folder import RunFolder
+from negfast.runtime.run_folder import RunFolder
 from tests.bench.test_quality import toml
 from tests.tiny import SETTINGS
 

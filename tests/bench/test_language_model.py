@@ -3,7 +3,7 @@
 import numpy as np
 
 from bench.experiments.language_model import of_users
-from negfast.data.simulate import FIRST_DAY, SimulationSettings, simulate
+from bench.simulate import FIRST_DAY, SimulationSettings, simulate
 from negfast.data.split import split_requests
 from negfast.evaluate.sets import evaluation_set
 

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from bench.experiments.likes import SHOWN, likes_so_far, main
 from negfast.data.log import LIKE
 from negfast.evaluate.sets import evaluation_set
-from negfast.run_folder import RunFolder
+from negfast.runtime.run_folder import RunFolder
 
 
 def test_rows_by_likes_shown_and_by_history(tiny_run: Path, tmp_path: Path) -> None:

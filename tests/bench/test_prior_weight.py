@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from bench.experiments.prior_weight import WEIGHTS, main, nll, with_weight
 from negfast.evaluate.sets import evaluation_set
-from negfast.run_folder import RunFolder
+from negfast.runtime.run_folder import RunFolder
 
 
 def test_rows_of_the_prior_and_of_the_model_by_weight(tiny_run: Path, tmp_path: Path) -> None:

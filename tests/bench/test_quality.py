@@ -15,9 +15,9 @@ from negfast.config import Reward, load_config
 from negfast.data.dataset import Dataset
 from negfast.errors import InputError
 from negfast.evaluate.predictions import Predictions
-from negfast.evaluate.report import metric_samples, paired_differences
 from negfast.evaluate.sets import EvalSet, evaluation_set
-from negfast.run_folder import RunFolder
+from negfast.evaluate.table import metric_samples, paired_differences
+from negfast.runtime.run_folder import RunFolder
 from tests.tiny import SETTINGS
 
 

@@ -12,9 +12,9 @@ from bench.experiments import sharpness
 from bench.experiments.prior_weight import with_weight
 from negfast.evaluate.sets import evaluation_set
 from negfast.model.prompts import MIXED
-from negfast.model.scoring import all_item_log_probs
-from negfast.run_folder import RunFolder
+from negfast.runtime.run_folder import RunFolder
 from negfast.sid.prior import NEXT_DISLIKE
+from tests.model.all_items import all_item_log_probs
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

@@ -8,8 +8,8 @@ import pytest
 from bench.experiments import recovery
 from bench.experiments.recovery import later_dislikes
 from bench.experiments.simulator import filter_effects, simulated_targets, told_to_true
+from bench.simulate import FIRST_DAY, SimulationSettings, simulate
 from negfast.data.log import DISLIKE
-from negfast.data.simulate import FIRST_DAY, SimulationSettings, simulate
 from negfast.data.split import split_requests
 from negfast.errors import InputError
 

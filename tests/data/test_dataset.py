@@ -10,9 +10,10 @@ import pytest
 from negfast.data.dataset import Dataset, write_dataset
 from negfast.data.items import ItemTable
 from negfast.data.log import DISLIKE, EventLog
-from negfast.data.prepare import SemanticIdSettings
-from negfast.data.samples import prepare_movietweetings
 from negfast.errors import InputError
+from negfast.prepare.build import SemanticIdSettings
+from negfast.prepare.samples import prepare_movietweetings
+from negfast.sid.quantize import Quantizer
 
 
 @pytest.fixture
@@ -46,9 +47,8 @@ def test_what_is_written_reads_back(written):
         np.testing.assert_array_equal(getattr(data.log, column), getattr(log, column))
     assert data.items == items
     assert data.user_ids == ["u", "v", "w"]
-    for name, found in (
-        ("codes", data.codes), ("embedding", data.embedding), ("codebooks", data.quantizer.codebooks)
-    ):  # fmt: skip
+    codebooks = Quantizer.from_tensors(data.semantic_ids).codebooks
+    for name, found in (("codes", data.codes), ("embedding", data.embedding), ("codebooks", codebooks)):
         np.testing.assert_array_equal(found, sids[name])
     assert (data.horizon, data.valid_day, data.test_day) == (7, 31, 59)
 
@@ -145,5 +145,5 @@ def test_items_without_attributes(tmp_path):
     data = Dataset.open(path)
     assert data.items == ItemTable(["a"], [""])
     assert data.log.value is None
-    assert data.quantizer.codebooks.shape == (3, 4, 0)
+    assert Quantizer.from_tensors(data.semantic_ids).codebooks.shape == (3, 4, 0)
     assert parquet.read_schema(path / "items.parquet").field("codes").type == pa.list_(pa.uint16(), 3)

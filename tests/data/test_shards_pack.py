@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from negfast.data.loader import Loader, LoaderState, PackBuffers, Permutation
 from negfast.data.log import DISLIKE, LIKE, WITHDRAWN, EventLog
-from negfast.data.shards import PackedPrompts, PackSizes, open_shard, write_shard
+from negfast.data.shards import PackedPrompts, open_shard, write_shard
 from negfast.errors import InputError
 from negfast.sid.trie import build_trie
 
@@ -178,88 +177,3 @@ def packable(tmp_path):
 
 def lists(packed: PackedPrompts) -> list:
     return [[a.tolist() for a in v] if isinstance(v, list) else v.tolist() for v in vars(packed).values()]
-
-
-def test_pack_writes_to_the_callers_arrays(packable):
-    expected = packable(slice(None))
-    rooms = []
-
-    def room(sizes: PackSizes) -> PackedPrompts:
-        rooms.append(sizes.arrays(lambda n: np.full(n + 3, -7, np.int32)))
-        return rooms[-1]
-
-    for threads in (1, 2):
-        packed = packable(slice(None), threads=threads, out=room)
-        assert lists(packed) == lists(expected)
-        for array_or_levels, found in zip(vars(rooms[-1]).values(), vars(packed).values(), strict=True):
-            pairs = zip(array_or_levels, found, strict=True) if isinstance(found, list) else [(array_or_levels, found)]
-            for array, part in pairs:
-                assert np.shares_memory(array, part) or len(part) == 0
-                assert array[len(part) :].tolist() == [-7] * 3
-
-
-def other_kinds(name: str) -> list:
-    def changed(change):
-        def room(sizes: PackSizes) -> PackedPrompts:
-            given = sizes.arrays(lambda n: np.empty(n, np.int32))
-            value = getattr(given, name)
-            return replace(given, **{name: [value[0], change(value[1])] if isinstance(value, list) else change(value)})
-
-        return room
-
-    def read_only(array: np.ndarray) -> np.ndarray:
-        array.flags.writeable = False
-        return array
-
-    return [
-        (changed(lambda a: a[:-1]), f"out.{name}: found room for"),
-        (changed(lambda a: a.astype(np.int64)), f"out.{name}: found int64"),
-        (changed(lambda a: np.empty((len(a), 2), np.int32)), f"out.{name}: found int32"),
-        (changed(lambda a: np.empty(2 * len(a), np.int32)[::2]), f"out.{name}: found int32"),
-        (changed(read_only), f"out.{name}: found int32 .* expected a writeable"),
-    ]
-
-
-@pytest.mark.parametrize("name", ["tokens", "cu_seqlens", "seen_item", "seen_node", "seen_slot"])
-def test_arrays_that_do_not_fit_are_refused(packable, name):
-    for room, message in other_kinds(name):
-        with pytest.raises(InputError, match=message):
-            packable(slice(None), out=room)
-
-
-def test_a_missing_level_is_refused(packable):
-    def room(sizes: PackSizes) -> PackedPrompts:
-        given = sizes.arrays(lambda n: np.empty(n, np.int32))
-        return replace(given, seen_count=given.seen_count[:1])
-
-    with pytest.raises(InputError, match=r"out\.seen_count: found 1 levels, expected 2"):
-        packable(slice(None), out=room)
-
-
-def test_buffers_are_used_in_turn(packable):
-    """A batch is intact until the third call after it, which may be smaller or larger than what was there."""
-    buffers = PackBuffers(3, pin=False)
-    batches = [slice(at, at + n) for at, n in ((0, 9), (9, 20), (29, 5), (34, 8), (3, 50), (0, 1), (0, 60), (5, 5))]
-    expected = [lists(packable(batch)) for batch in batches]
-    given = []
-    for step, batch in enumerate(batches):
-        given.append(packable(batch, out=buffers))
-        for back in range(min(3, step + 1)):
-            assert lists(given[step - back]) == expected[step - back]
-        if step >= 3:
-            assert any(np.shares_memory(given[step].tokens, old.tokens) for old in given[:-1]) or len(
-                given[step].tokens
-            ) > 1.5 * len(given[step - 3].tokens)
-    first = packable(slice(0, 60), out=(one := PackBuffers(1, pin=False)))
-    second = packable(slice(0, 59), out=one)
-    assert np.shares_memory(first.tokens, second.tokens)
-    with pytest.raises(InputError, match="found 0, expected 1 or more"):
-        PackBuffers(0)
-
-
-def test_a_loader_prefetches_into_buffers(packable):
-    buffers = PackBuffers(4, pin=False)
-    places = Permutation(60, 5, 0)[np.arange(60)]
-    loader = Loader(60, 7, lambda rows: packable(rows, out=buffers), LoaderState(5), workers=2, prefetch=3)
-    for step, batch in enumerate(loader):
-        assert lists(batch) == lists(packable(places[7 * step : 7 * step + 7]))

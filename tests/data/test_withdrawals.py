@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from negfast.collab import co_dislike_neighbours
 from negfast.data.features import HistoryFeatures
 from negfast.data.items import ItemTable
 from negfast.data.log import DAY, DISLIKE, EXPOSED, LIKE, WITHDRAWN, EventLog
+from negfast.data.neighbours import co_dislike_neighbours
 from negfast.data.split import all_requests, first_feedback
 from negfast.serve.profiles import feedback_matrices
 

@@ -12,8 +12,8 @@ from negfast.data.log import DISLIKE, EXPOSED, LIKE, EventLog
 from negfast.data.split import all_requests, split_requests
 from negfast.evaluate.baselines import baseline_predictions
 from negfast.evaluate.predictions import TOP, Predictions, check_generated, threshold_for_share
-from negfast.evaluate.report import evaluate_rows
 from negfast.evaluate.sets import EvalSet, evaluation_set
+from negfast.evaluate.table import evaluate_rows
 
 MakeLog = Callable[..., EventLog]
 MakeItems = Callable[..., ItemTable]

@@ -8,8 +8,8 @@ from negfast.data.log import EventLog
 from negfast.data.split import Split, split_requests
 from negfast.evaluate.baselines import baseline_predictions
 from negfast.evaluate.predictions import check_generated
-from negfast.evaluate.report import evaluate_rows, summary
 from negfast.evaluate.sets import EvalSet, evaluation_set
+from negfast.evaluate.table import evaluate_rows, summary
 
 VALID_DAY, TEST_DAY = (int(np.datetime64(day).astype(int)) for day in ("2013-06-17", "2013-07-15"))
 

@@ -1,107 +1,124 @@
-"""Rows, paired differences, JSON and the printed table."""
+"""The HTML report: self-contained and well-formed, its figures those of the run, its charts within their frames."""
 
-import io
 import json
-from collections.abc import Callable
-from dataclasses import replace
+import re
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from rich.console import Console
+from hypothesis import given
+from hypothesis import strategies as st
 
-from negfast.data.log import EventLog
-from negfast.data.split import split_requests
-from negfast.evaluate.predictions import Predictions
-from negfast.evaluate.report import evaluate_rows, metric_samples, paired_differences, print_table, to_json
-from negfast.evaluate.sets import EvalSet, evaluation_set
-
-
-@pytest.fixture
-def test_set(random_log: Callable[..., EventLog]) -> EvalSet:
-    log = random_log(9, n_users=50, n_items=90, n_events=3000)
-    return evaluation_set(log, split_requests(log, 5, 15_025, 15_042), "test")
+from negfast.data.log import DISLIKE, LIKE, EventLog, past_dislikes
+from negfast.evaluate.charts import HEIGHT, WIDTH, Line, bar_chart, line_chart, ticks
+from negfast.evaluate.report import _list
+from negfast.evaluate.report_facts import SHARES, tradeoff
+from tests.tiny import run_cli
 
 
-def guess(evalset: EvalSet, seed: int, skill: float = 0.0, kind: str = "model") -> Predictions:
-    rng = np.random.default_rng(seed)
-    rows = len(evalset.requests)
-    pool = rng.random(evalset.pool_items.shape)
-    pool[:, 0] += skill
-    return Predictions(
-        generated=np.stack([rng.permutation(90)[:50] for _ in range(rows)]).astype(np.int32),
-        filter_score=np.clip(rng.random(len(evalset.filter_user)) * 0.5 + skill * evalset.filter_dislike, 0, 1),
-        filter_is_probability=True,
-        filter_threshold=0.4,
-        pool_score=pool,
-        kind=kind,
+class Balance(HTMLParser):
+    """Every tag that opens is closed, in order; collects attributes that could reach outside the file."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.outside: list[str] = []
+        self.tags: list[str] = []
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.outside += [value for name, value in attrs if name in ("src", "href", "data", "srcset")]
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def page(tiny_run):
+    said = run_cli("report", str(tiny_run))
+    assert said.strip().endswith("report.html")
+    return (tiny_run / "report.html").read_text()
+
+
+def test_the_page_is_whole_and_reaches_nothing_outside(page):
+    found = Balance(page)
+    assert found.outside == [] and "script" not in found.tags and "url(" not in page and "@import" not in page
+    assert found.tags.count("svg") >= 10
+    for heading in ("Beside the baselines", "Training", "As a filter", "By the number of past dislikes",
+                    "Codebook usage", "Example users", "What it was made of"):  # fmt: skip
+        assert f"<h2>{heading}</h2>" in page
+    for chart in ("nats a future dislike", "expected reward", "FHR@20", "filter AUC"):  # what chooses weights, too
+        assert f"<h3>valid: {chart}</h3>" in page
+    assert "prefers-color-scheme: dark" in page and 'name="viewport"' in page
+
+
+def test_its_figures_are_those_of_the_run(page, tiny_run):
+    rows = {row["name"]: row for row in json.loads((tiny_run / "report.json").read_text())["rows"]}
+    body = page[page.index("<tbody>") :]
+    for name, metric in (("boosted", "filter_auc"), ("grpo", "filter_auc"), ("grpo", "FHR@20"), ("decay-4d", "FHR@20")):
+        row = body[body.index(f"<td>{name}</td>") :].split("</tr>")[0]
+        assert f"{rows[name][metric]['mean']:.3f}" in re.sub(r"<small>.*?</small>|<[^>]+>", " ", row)
+    assert str(tiny_run.parent) not in page  # no path of the machine
+
+
+def test_titles_are_escaped():
+    assert (
+        _list(["<script>alert(1)</script> & co"]) == "<ul><li>&lt;script&gt;alert(1)&lt;/script&gt; &amp; co</li></ul>"
     )
 
 
-def test_json_has_the_contract_shape(test_set: EvalSet) -> None:
-    only_pool = Predictions(pool_score=np.zeros(test_set.pool_items.shape), kind="baseline")
-    predictions = {"item-rate": only_pool, "sft": guess(test_set, 1)}
-    found = json.loads(to_json(test_set, evaluate_rows(test_set, predictions, resamples=50)))
-    assert found["split"] == "test" and found["requests"] == len(test_set.requests)
-    assert found["primary_requests"] == test_set.primary.sum() <= found["requests"]
-    assert found["users"] == len(set(test_set.requests.user.tolist()))
-    assert [(row["name"], row["kind"]) for row in found["rows"]] == [("item-rate", "baseline"), ("sft", "model")]
-    sft = found["rows"][1]
-    for metric in ("FHR@5", "FHR@20", "FHR@20/all", "filter_auc", "filter_reduction", "pool_hr@10", "pool_auc"):
-        assert sft[metric].keys() == {"mean", "low", "high"}
-        assert sft[metric]["low"] <= sft[metric]["mean"] <= sft[metric]["high"]
-    assert "FHR@20" not in found["rows"][0] and "soft_FHR@20" not in sft
-    assert sum(point["events"] for point in sft["filter_reliability"]) == found["filter_events"]
+def test_tradeoff():
+    dislike = np.zeros(200, bool)
+    dislike[:40] = True
+    perfect = tradeoff(dislike.astype(float), dislike)
+    at = SHARES.tolist().index(0.2)
+    assert perfect.dislikes_avoided[at] == 1 and perfect.likes_lost[at] == 0
+    worst = tradeoff(-dislike.astype(float), dislike)
+    assert worst.dislikes_avoided[at] == 0 and worst.likes_lost[at] == pytest.approx(40 / 160)
+    assert np.all(np.diff(perfect.likes_lost) >= 0) and np.all(np.diff(worst.likes_lost) >= 0)
 
 
-def test_same_seed_same_rows(test_set: EvalSet) -> None:
-    predictions = {"a": guess(test_set, 1)}
-    first = evaluate_rows(test_set, predictions, resamples=40, seed=3)
-    assert first == evaluate_rows(test_set, predictions, resamples=40, seed=3)
-    other = evaluate_rows(test_set, predictions, resamples=40, seed=4)
-    assert first[0]["FHR@20"]["mean"] == other[0]["FHR@20"]["mean"]
-    assert first[0]["FHR@20"]["low"] != other[0]["FHR@20"]["low"]
+def test_past_dislikes():
+    log = EventLog(
+        np.array([0, 3, 5]), np.arange(5), np.array([DISLIKE, LIKE, DISLIKE, DISLIKE, LIKE], np.uint8),
+        np.array([1, 2, 4, 3, 3]) * 86_400, None, 5,
+    )  # fmt: skip
+    user, day = np.array([0, 0, 0, 1, 1]), np.array([0, 3, 4, 2, 3])
+    assert past_dislikes(log, user, day).tolist() == [0, 1, 2, 0, 1]
 
 
-def test_paired_differences(test_set: EvalSet) -> None:
-    """A row against itself differs by exactly nothing; pairing is tighter than two intervals apart."""
-    base = guess(test_set, 1)
-    assert base.filter_score is not None
-    near = replace(base, filter_score=base.filter_score + 0.02 * test_set.filter_dislike)
-    samples = metric_samples(test_set, {"base": base, "near": near, "skilled": guess(test_set, 2, 0.3)}, resamples=200)
-    for row in paired_differences(samples, [("base", "base")]):
-        assert (row["mean"], row["low"], row["high"]) == (0.0, 0.0, 0.0)
-    (row,) = paired_differences(samples, [("near", "base")], ["filter_auc"])
-    assert {"a": "near", "b": "base", "metric": "filter_auc"}.items() <= row.items()
-    assert 0 < row["low"] <= row["mean"] <= row["high"]
-    single = evaluate_rows(test_set, {"base": base}, resamples=200)[0]["filter_auc"]
-    assert row["high"] - row["low"] < 0.5 * (single["high"] - single["low"])
-    skilled = {r["metric"]: r["low"] for r in paired_differences(samples, [("skilled", "base")])}
-    assert skilled["filter_auc"] > 0 and skilled["pool_auc"] > 0
-    assert skilled["FHR@20"] < 0.1
+@given(low=st.floats(-1e6, 1e6), width=st.floats(0, 1e6))
+def test_ticks_cover_their_range_with_few_round_steps(low, width):
+    found = ticks(low, low + width)
+    slack = max(abs(low), abs(low + width), 1) * 1e-6
+    assert found[0] <= low + slack and found[-1] >= low + width - slack and 2 <= len(found) <= 9
+    assert np.allclose(np.diff(found), found[1] - found[0], rtol=1e-3)
 
 
-def test_table_fits_and_sets_models_below_baselines(test_set: EvalSet) -> None:
-    predictions = {"grpo": guess(test_set, 1), "recent-all-14d": guess(test_set, 2, 0.2, kind="baseline")}
-    predictions["sasrec-dislikes"] = Predictions(generated=guess(test_set, 3).generated, kind="baseline")
-    rows = evaluate_rows(test_set, predictions, resamples=20)
-    out = io.StringIO()
-    print_table(test_set, rows, Console(file=out, width=100))
-    text = out.getvalue()
-    lines = text.splitlines()
-    assert max(map(len, lines)) <= 100 and "…" not in text
-    names = [line.split()[0] for line in lines if line.strip() and line.split()[0] in predictions]
-    assert names == ["recent-all-14d", "sasrec-dislikes", "grpo"]
-    mean = rows[1]["filter_reduction"]["mean"]
-    assert f"{mean * 100:.1f}" in next(line for line in lines if "recent-all-14d" in line)
-
-
-def test_answers_of_another_set_are_refused(test_set: EvalSet) -> None:
-    good = guess(test_set, 1)
-    assert good.filter_score is not None and good.pool_score is not None and good.generated is not None
-    for bad, message in (
-        (replace(good, generated=good.generated[:, :20]), "generated has shape"),
-        (replace(good, filter_score=good.filter_score[1:]), "filter_score has shape"),
-        (replace(good, pool_score=np.where(good.pool_score > 0.5, np.nan, 0.0)), "not finite"),
+def test_everything_is_drawn_within_the_frame():
+    x, y = list(range(5)), [0.1, 0.5, -0.2, 0.9, float("nan")]
+    chart = line_chart([Line("a & b", x, y, [v - 0.3 for v in y[:4]] + [0.0], [v + 0.3 for v in y[:4]] + [0.0]),
+                        Line("c", x, [1.0] * 5, color=1, dots=True)], "x", "y", diagonal=True)  # fmt: skip
+    chart += bar_chart(["a", "b"], [3.0, 0.0], "x", "y", show=1)
+    for name, limit in (
+        ("x", WIDTH),
+        ("x1", WIDTH),
+        ("x2", WIDTH),
+        ("cx", WIDTH),
+        ("y", HEIGHT),
+        ("y1", HEIGHT),
+        ("cy", HEIGHT),
     ):
-        with pytest.raises(ValueError, match=message):
-            evaluate_rows(test_set, {"model": bad}, resamples=5)
+        for value in re.findall(rf' {name}="([^"]+)"', chart):
+            assert -0.01 <= float(value) <= limit + 0.01, (name, value)
+    points = [tuple(map(float, p.split(","))) for line in re.findall(r'points="([^"]*)"', chart) for p in line.split()]
+    assert len(points) == 4 + 5 and all(0 <= px <= WIDTH and 0 <= py <= HEIGHT for px, py in points)
+    assert "a &amp; b" in chart and "nan" not in chart
+    assert "nothing to show" in line_chart([Line("a", [], [])], "x", "y")

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from negfast.data.log import DAY, DISLIKE, EXPOSED, LIKE, EventLog
+from negfast.data.log import DAY, DISLIKE, EXPOSED, LIKE, EventLog, history_ends
 from negfast.data.split import Split, split_requests
 from negfast.errors import InputError
-from negfast.evaluate.sets import POOL, EvalSet, check_choosable, evaluation_set, first_feedback, history_ends
+from negfast.evaluate.sets import POOL, EvalSet, check_choosable, evaluation_set, first_feedback
 
 MakeLog = Callable[..., EventLog]
 FIRST_DAY = 15_000

@@ -14,7 +14,7 @@ from negfast.model.prompts import PromptBatch
 from negfast.sid.prior import DevicePrior
 from negfast.sid.tokens import CodeVocabulary
 from negfast.sid.trie import SeenNodes, build_trie
-from negfast.train.grpo import freeze
+from negfast.train.grpo.stage import freeze
 from tests.sid.reference import random_codes, seen_nodes_reference
 
 TEXT, LEVELS, CODEBOOK, ITEMS, PROMPTS, GROUP = 7, 3, 20, 60, 3, 5

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from negfast.data.log import DAY
-from negfast.run_folder import RunFolder
-from negfast.train.checkpoint import load_weights
-from negfast.train.engine import Engine
+from negfast.runtime.checkpoint import load_weights
+from negfast.runtime.engine import Engine
+from negfast.runtime.run_folder import RunFolder
 from negfast.train.run import train
 from tests.tiny import SETTINGS, run_cli, train_arguments
 

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from negfast.config import Model
 from negfast.data.dataset import Dataset
 from negfast.model.lora import add_adapters, merge_adapters
-from negfast.run_folder import RunFolder
-from negfast.train.grpo import freeze, group_loss
+from negfast.runtime.run_folder import RunFolder
+from negfast.train.grpo.stage import freeze, group_loss
 from tests.tiny import run_cli, train_arguments
 from tests.train.small import make_small
 

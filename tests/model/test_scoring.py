@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from negfast.model.scoring import all_item_log_probs
 from negfast.sid.prior import NEXT_DISLIKE, NEXT_LIKE
+from tests.model.all_items import all_item_log_probs
 from tests.train.small import make_small
 
 

@@ -16,22 +16,15 @@ from safetensors.torch import save_file
 
 from negfast.data.dataset import Dataset
 from negfast.model.policy import Policy
-from negfast.run_folder import RunFolder
-from negfast.train import distributed, sharding
-from negfast.train.checkpoint import (
-    OPTIMIZER,
-    WEIGHTS,
-    load_weights,
-    optimizer_tensors,
-    unique_tensors,
-    write_parts,
-)
-from negfast.train.engine import build_engine
+from negfast.runtime import distributed, sharding
+from negfast.runtime.checkpoint import OPTIMIZER, WEIGHTS, load_weights, optimizer_tensors, unique_tensors, write_parts
+from negfast.runtime.engine import build_engine
+from negfast.runtime.run_folder import RunFolder
+from negfast.runtime.sharding import whole
 from negfast.train.loop import gradients, my_shares, update
 from negfast.train.optimizer import make_optimizer
 from negfast.train.reader import read_step
 from negfast.train.run import STAGES
-from negfast.train.sharding import whole
 
 STEP, RATE = 3, 1e-4
 

@@ -11,13 +11,13 @@ from negfast.config import load_config
 from negfast.data.dataset import Dataset
 from negfast.errors import InputError
 from negfast.model.layout import GroupLayout
-from negfast.run_folder import RunFolder
+from negfast.runtime.engine import build_engine
+from negfast.runtime.likelihood import answer_log_probs, code_ranks
+from negfast.runtime.run_folder import RunFolder
+from negfast.runtime.verdict import fit_prior
 from negfast.train import text
 from negfast.train.align import AlignStage, CoDisliked, held_out_items
-from negfast.train.answers import answer_log_probs, code_ranks
-from negfast.train.engine import build_engine
 from negfast.train.step import Share
-from negfast.train.verdict import fit_prior
 
 
 @pytest.fixture

@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from negfast.config import Grpo, Sft
+from negfast.config import Stage as StageSettings
 from negfast.errors import TrainingError
-from negfast.run_folder import RunFolder
-from negfast.train import checkpoint, faults
+from negfast.runtime import checkpoint
+from negfast.runtime.run_folder import RunFolder
+from negfast.train import faults
 from negfast.train.journal import SHOWN, Journal
-from negfast.train.loop import StageSettings
 from negfast.train.step import Figures, Share
 from tests.tiny import SETTINGS, run_cli, train_arguments
 
@@ -95,7 +96,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_checkpoint_before(tmp_path)
     checkpoint.save_checkpoint(folder, torch.nn.Linear(4, 4), state={"step": 1})
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     script = (
-        "import resource, signal, sys, torch; from pathlib import Path; from negfast.train.checkpoint import *\n"
+        "import resource, signal, sys, torch; from pathlib import Path; from negfast.runtime.checkpoint import *\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
         f"save_checkpoint(Path({str(folder)!r}), torch.nn.Linear(400, 400))"
     )

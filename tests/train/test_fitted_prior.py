@@ -10,9 +10,9 @@ import torch
 from negfast.data.log import DISLIKE
 from negfast.errors import InputError
 from negfast.model.prompts import trending_items
-from negfast.run_folder import RunFolder
+from negfast.runtime.engine import mass_weights
+from negfast.runtime.run_folder import RunFolder
 from negfast.sid.mass_weights import decayed_mass, fit_weights
-from negfast.train.engine import mass_weights
 from negfast.train.run import open_stage
 
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 import torch
 
 from negfast.data.dataset import Dataset
-from negfast.run_folder import RunFolder
-from negfast.train.checkpoint import load_weights
-from negfast.train.engine import build_engine
+from negfast.runtime.checkpoint import load_weights
+from negfast.runtime.engine import build_engine
+from negfast.runtime.run_folder import RunFolder
 from negfast.train.loop import gradients, my_shares
 from negfast.train.reader import read_step
 from negfast.train.sft import SftStage

@@ -10,10 +10,10 @@ import torch
 from negfast import spans
 from negfast.config import Train
 from negfast.errors import InputError
-from negfast.run_folder import RunFolder
+from negfast.runtime.run_folder import RunFolder
 from negfast.staging import tensors_in
 from negfast.train.journal import Journal
-from negfast.train.reader import read_steps
+from negfast.train.reader import read_ahead, read_steps
 from negfast.train.speed import Meter
 from negfast.train.step import Share
 from tests.tiny import run_cli, train_arguments
@@ -93,3 +93,22 @@ def test_every_tensor_of_a_batch_is_found(tiny_run):
             wanted += [prompts.prior.day_row, *prompts.prior.seen.key, *prompts.prior.seen_mass]
             wanted += [batch.items.weights] if stage.name == "sft" else [batch.groups.ids, batch.groups.rewards.terms]
         assert {tensor.data_ptr() for tensor in wanted} <= found
+
+
+def test_reads_ahead_in_order_and_passes_errors_on():
+    started = []
+
+    def read(place: int) -> int:
+        started.append(place)
+        time.sleep(0.02 * (len(started) % 2))  # later reads may be done first
+        if place == 9:
+            raise InputError("damaged")
+        return place
+
+    reads = read_ahead(read, range(10), workers=3, ahead=4)
+    first = next(reads)
+    time.sleep(0.1)
+    assert len(started) == 4  # the one given and what is read ahead of its use
+    assert [first, *(next(reads) for _ in range(8))] == list(range(9))
+    with pytest.raises(InputError, match="damaged"):
+        next(reads)

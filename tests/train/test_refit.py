@@ -10,9 +10,9 @@ import pytest
 from negfast.data.dataset import Dataset, date_of
 from negfast.data.log import DISLIKE
 from negfast.data.split import all_requests
-from negfast.run_folder import RunFolder
-from negfast.train import distributed
-from negfast.train.checkpoint import read_state
+from negfast.runtime import distributed
+from negfast.runtime.checkpoint import read_state
+from negfast.runtime.run_folder import RunFolder
 from negfast.train.run import train
 from tests import tiny
 from tests.tiny import run_cli

@@ -8,8 +8,8 @@ from negfast.config import load_config
 from negfast.data.dataset import Dataset
 from negfast.data.log import DISLIKE, LIKE
 from negfast.data.split import cut_futures, days_ahead
-from negfast.run_folder import RunFolder
-from negfast.train.engine import build_engine
+from negfast.runtime.engine import build_engine
+from negfast.runtime.run_folder import RunFolder
 from negfast.train.sft import NextItems, SftStage
 from negfast.train.step import Share
 

@@ -5,8 +5,8 @@ from safetensors.torch import load_file
 
 from negfast.config import load_config
 from negfast.errors import InputError
-from negfast.run_folder import RunFolder
-from negfast.train.grpo import check_combinations
+from negfast.runtime.run_folder import RunFolder
+from negfast.train.grpo.stage import check_combinations
 from tests.tiny import SETTINGS, run_cli, train_arguments
 
 

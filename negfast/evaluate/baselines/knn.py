@@ -6,11 +6,11 @@ import numba
 import numpy as np
 from scipy import sparse
 
-from negfast.data.log import DISLIKE, EventLog
+from negfast.data.log import DISLIKE, EventLog, history_ends
 from negfast.data.split import Requests
 from negfast.evaluate.baselines.ranking import day_scores
 from negfast.evaluate.predictions import TOP, Predictions
-from negfast.evaluate.sets import EvalSet, history_ends
+from negfast.evaluate.sets import EvalSet
 
 _BLOCK = 512  # requests scored at a time, which bounds the memory for similarities
 

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 import numba
 import numpy as np
 
-from negfast.data.log import DISLIKE, EventLog
+from negfast.data.log import DISLIKE, EventLog, history_ends
 from negfast.data.split import Requests
 from negfast.evaluate.predictions import TOP, Predictions
-from negfast.evaluate.sets import EvalSet, history_ends
+from negfast.evaluate.sets import EvalSet
 
 RANKINGS = ("popularity", "recent-7d", "recent-14d", "decay-4d", "recent-all-14d")
 HALF_LIFE = 4.0  # days; chosen on MovieTweetings' valid split

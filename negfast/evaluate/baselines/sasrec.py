@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from negfast.data.log import DISLIKE, EXPOSED, LIKE, EventLog
+from negfast.data.log import DISLIKE, EXPOSED, LIKE, EventLog, history_ends
 from negfast.evaluate.baselines.ranking import HALF_LIFE
 from negfast.evaluate.predictions import TOP, Predictions
-from negfast.evaluate.sets import EvalSet, history_ends
+from negfast.evaluate.sets import EvalSet
 from negfast.sid.mass_weights import decayed_mass
 
 MASS_EPS = 0.01  # of an item without events lately, under the logarithm

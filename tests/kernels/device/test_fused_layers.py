@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from negfast.model.fused_layers import FusedMlp, FusedNorm, fuse_layers, fused_rotation, stock_because
 from negfast.model.policy import Policy
-from negfast.train.grpo import freeze, group_loss, reuse_loss
+from negfast.train.grpo.stage import freeze, group_loss, reuse_loss
 
 
 class Scalar(float):

@@ -17,11 +17,11 @@ from steps import GROUP, ITEMS, PROMPTS, Job, check, gradients, make_job
 
 from negfast.model import packed_attention
 from negfast.model.beam import beam_search
+from negfast.runtime.likelihood import answer_log_probs
 from negfast.sid.prior import NEXT_DISLIKE
 from negfast.sid.trie import SeenNodes
-from negfast.train import grpo
-from negfast.train.answers import answer_log_probs
-from negfast.train.grpo import group_loss, reuse_loss
+from negfast.train.grpo import stage as grpo
+from negfast.train.grpo.stage import group_loss, reuse_loss
 
 
 @pytest.fixture

@@ -1,0 +1,150 @@
+"""`negfast eval`: a finished run's rows beside the baselines on one split."""
+
+import json
+import sys
+from contextlib import redirect_stdout
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from negfast.data.dataset import date_of
+from negfast.data.log import EventLog
+from negfast.data.neighbours import co_dislike_neighbours, content_neighbours, soft_similarity
+from negfast.data.split import Requests
+from negfast.errors import InputError
+from negfast.evaluate.baselines import baseline_predictions
+from negfast.evaluate.metrics import Similarity
+from negfast.evaluate.policy_predictions import calibrate, predict_set
+from negfast.evaluate.predictions import TOP, Predictions, check_generated
+from negfast.evaluate.sets import EvalSet, evaluation_set
+from negfast.evaluate.table import evaluate_rows, print_table, to_json
+from negfast.files import atomic_file
+from negfast.runtime.checkpoint import load_weights
+from negfast.runtime.engine import Engine
+from negfast.runtime.generation import generate
+from negfast.runtime.run_folder import RunFolder
+
+
+def evaluate_run(run: Path, split: str, data: Path | None, as_json: bool, all_baselines: bool = False) -> None:
+    """Prints the table of ``split`` ("valid" or "test"), or one JSON object. InputError for an unfinished run.
+
+    ``all_baselines`` adds those that have to be trained, SASRec, which takes minutes.
+    """
+    evalset, rows = evaluate_folder(RunFolder(run), split, data, all_baselines)
+    if as_json:
+        print(to_json(evalset, rows))
+    else:
+        print_table(evalset, rows)
+
+
+def evaluate_folder(
+    run: RunFolder, split: str, data: Path | None, all_baselines: bool = False
+) -> tuple[EvalSet, list[dict[str, Any]]]:
+    """The rows of every baseline, of `prior`, and of the run's `sft` and `grpo` weights."""
+    engine = run.finished_engine(data)
+    check_unseen(run, engine, split)
+    sets = {name: evaluation_set(engine.log, engine.split, name) for name in ("valid", "test")}
+    evalset = sets[split]
+    predictions = baselines_of(engine, sets, split, all_baselines)
+    predictions |= model_predictions(run, engine, evalset, sets["valid"])
+    check_predictions(engine.log, evalset, predictions)
+    rows = evaluate_rows(
+        evalset, predictions, similarity_of(engine), engine.config.eval.resamples, engine.config.train.seed
+    )
+    return evalset, rows
+
+
+def check_unseen(run: RunFolder, engine: Engine, split: str) -> None:
+    """InputError where the run learned from what ``split`` asks."""
+    start = {"valid": engine.split.valid_day, "test": engine.split.test_day}[split]
+    if start < run.learned_until:
+        until = date_of(run.learned_until)
+        raise InputError(
+            f"{run.path}: learned from events before {until}, so {split}, from {date_of(start)} on, tells nothing of it"
+        )
+
+
+def baselines_of(engine: Engine, sets: dict[str, EvalSet], split: str, trained: bool) -> dict[str, Predictions]:
+    """What the baselines answer to ``split``, fitted to the same events as the engine's policy.
+
+    Their thresholds are chosen on valid, so by a fit that ends there; ``trained`` as for `baseline_predictions`.
+    """
+    _say("baselines")
+    log, items, frozen = engine.log, engine.data.items, engine.data.valid_day
+    place = list(sets).index(split)
+    if engine.fit_until == frozen:
+        return dict(baseline_predictions(log, items, list(sets.values()), frozen, trained=trained)[place])
+    chosen = baseline_predictions(log, items, list(sets.values()), frozen)[place]
+    fitted = baseline_predictions(log, items, [sets[split]], engine.fit_until, trained=trained)[0]
+    return {
+        name: replace(answer, filter_threshold=chosen[name].filter_threshold) if name in chosen else answer
+        for name, answer in fitted.items()
+    }
+
+
+def model_predictions(run: RunFolder, engine: Engine, evalset: EvalSet, valid: EvalSet) -> dict[str, Predictions]:
+    """What `prior` and the run's `sft` and `grpo` weights answer; ``engine`` is left with the last weights."""
+    _say("prior")
+    predictions = {"prior": Predictions(generated=generate(engine, evalset.requests, TOP, with_policy=False)[0])}
+    for name in ("sft", "grpo"):
+        _say(name)
+        predictions[name] = stage_predictions(run, engine, name, evalset, valid)
+    return predictions
+
+
+def stage_predictions(run: RunFolder, engine: Engine, name: str, evalset: EvalSet, valid: EvalSet) -> Predictions:
+    """What the weights that stage ``name`` ("sft" or "grpo") left answer; ``engine`` is left with them."""
+    load_weights(run.weights(name), engine.policy)
+    calibration = calibrate(engine, valid) if run.refit is None else run.refit.calibration(name)
+    return predict_set(engine, evalset, calibration)
+
+
+def check_predictions(log: EventLog, evalset: EvalSet, predictions: dict[str, Predictions]) -> None:
+    """ValueError where something was generated that may not be."""
+    for answer in predictions.values():
+        if answer.generated is not None:
+            check_generated(log, evalset.requests, answer.generated)
+
+
+def write_report(run: RunFolder, evalset: EvalSet, rows: list[dict[str, Any]]) -> None:
+    """RUN/report.md and RUN/report.json."""
+    text = StringIO()
+    with redirect_stdout(text):
+        print_table(evalset, rows)
+    with atomic_file(run.path / "report.json") as temporary:
+        temporary.write_text(to_json(evalset, rows) + "\n")
+    with atomic_file(run.report) as temporary:
+        table = f"# {run.path.name}: {evalset.name} split\n\n```\n{text.getvalue()}```\n"
+        temporary.write_text(table + alignment_section(run))
+
+
+def alignment_section(run: RunFolder) -> str:
+    """What align's tasks got right on what was held out for them, as Markdown; "" where the stage noted nothing."""
+    found: dict[str, float] = {}
+    for line in (run.path / "events.jsonl").read_text().splitlines():
+        if '"outcome"' in line and '"align"' in line:
+            found = {key: value for key, value in json.loads(line).items() if key not in ("event", "stage")}
+    if not found:
+        return ""
+    rows = "".join(f"| {name} | {value:.3f} |\n" for name, value in found.items())
+    return f"\n## Alignment, on held-out items\n\n| task, figure | |\n|---|---|\n{rows}"
+
+
+def similarity_of(engine: Engine) -> Similarity:
+    """s_u(i, j) of the soft metrics: co-dislikes of other users before T_valid, else content."""
+    neighbours = co_dislike_neighbours(engine.log, engine.data.valid_day)
+    content = content_neighbours(engine.data.embedding, engine.config.reward.content_threshold)
+
+    def similarity(requests: Requests, generated: np.ndarray) -> np.ndarray:
+        return soft_similarity(
+            neighbours, content, requests.user, generated, requests.dislike_offsets, requests.dislikes
+        )
+
+    return similarity
+
+
+def _say(row: str) -> None:
+    print(f"evaluating {row}", file=sys.stderr, flush=True)

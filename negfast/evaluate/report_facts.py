@@ -1,0 +1,115 @@
+"""What the HTML report shows beside the table: filter curves, strata by past dislikes, example users."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.metrics import roc_auc_score
+
+from negfast.data.dataset import Dataset
+from negfast.data.log import DISLIKE, LIKE, EventLog, history_ends, past_dislikes
+from negfast.evaluate.metrics import future_hits
+from negfast.evaluate.predictions import Predictions
+from negfast.evaluate.sets import EvalSet
+
+PAST_BINS = ((0, 0), (1, 2), (3, 5), (6, 15), (16, None))  # numbers of past dislikes, both ends included
+SHARES = np.concatenate([np.arange(1, 21) / 100, np.arange(25, 55, 5) / 100])  # of events filtered
+EXAMPLES, SHOWN = 6, 8  # users shown, and titles in each of their lists
+
+
+@dataclass(frozen=True)
+class Tradeoff:
+    """What filtering the events of highest score catches: shares of all dislikes and of all likes, one a cut."""
+
+    dislikes_avoided: list[float]
+    likes_lost: list[float]
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """Users with so many past dislikes: events and requests, AUC (None with one class only) and FHR@20."""
+
+    label: str
+    events: int
+    filter_auc: float | None
+    requests: int
+    fhr20: float | None
+
+
+@dataclass(frozen=True)
+class Example:
+    """One request: recent history and the generated items, each with what followed ("disliked", "liked" or "")."""
+
+    user: str
+    day: int
+    liked: list[str]
+    disliked: list[str]
+    predicted: list[tuple[str, str]]
+    future: list[str]
+
+
+def tradeoff(score: np.ndarray, dislike: np.ndarray) -> Tradeoff:
+    """At each of ``SHARES``; events of equal score are cut in the order of the set."""
+    order = np.argsort(-score, kind="stable")
+    bad = np.cumsum(dislike[order])
+    cut = np.maximum((SHARES * len(order)).round().astype(int), 1)
+    return Tradeoff((bad[cut - 1] / bad[-1]).tolist(), ((cut - bad[cut - 1]) / max(len(order) - bad[-1], 1)).tolist())
+
+
+def strata(log: EventLog, evalset: EvalSet, answer: Predictions) -> list[Stratum]:
+    """The model by the number of dislikes that the user had before."""
+    assert answer.filter_score is not None and answer.generated is not None
+    of_event = past_dislikes(log, evalset.filter_user, evalset.filter_day - 1)
+    requests = evalset.requests
+    of_request = past_dislikes(log, requests.user, requests.day)
+    hit = np.asarray(future_hits(requests.dislike_offsets, requests.dislikes, answer.generated[:, :20]).any(1))
+    out = []
+    for low, high in PAST_BINS:
+        label = f"{low}+" if high is None else str(low) if low == high else f"{low}-{high}"
+        wanted = np.arange(low, (int(of_event.max(initial=0)) if high is None else high) + 1)
+        events, rows = (np.flatnonzero(np.isin(count, wanted)) for count in (of_event, of_request))
+        labels = evalset.filter_dislike[events]
+        auc = float(roc_auc_score(labels, answer.filter_score[events])) if 0 < labels.sum() < len(labels) else None
+        fhr = float(hit[rows].mean()) if len(rows) else None
+        out.append(Stratum(label, len(events), auc, len(rows), fhr))
+    return out
+
+
+def examples(data: Dataset, evalset: EvalSet, answer: Predictions, seed: int) -> list[Example]:
+    """A random choice of users with past likes and dislikes, half of them with a hit where there are such."""
+    assert answer.generated is not None
+    log, requests = data.log, evalset.requests
+    top = answer.generated[:, : SHOWN + 2]
+    hit = future_hits(requests.dislike_offsets, requests.dislikes, top)
+    liked = future_hits(requests.like_offsets, requests.likes, top)
+    known = np.flatnonzero(past_dislikes(log, requests.user, requests.day) >= 3)
+    shuffled = np.random.default_rng(seed).permutation(known)
+    with_hit = [row for row in shuffled if hit[row].any()][: EXAMPLES // 2]
+    others = [row for row in shuffled if not hit[row].any()]
+    titles = [text or item for text, item in zip(data.items.text, data.items.ids, strict=True)]
+    out = []
+    for row in [*with_hit, *others][:EXAMPLES]:
+        user, day = int(requests.user[row]), int(requests.day[row])
+        start, stop = log.user_offsets[user], history_ends(log, requests.user[[row]], requests.day[[row]])[0]
+        told = [i for i in range(start, stop) if log.feedback[i] in (LIKE, DISLIKE)][::-1]
+        history = {kind: [titles[log.item[i]] for i in told if (log.feedback[i] == DISLIKE) == kind] for kind in (0, 1)}
+        future = requests.dislikes[requests.dislike_offsets[row] : requests.dislike_offsets[row + 1]]
+        words = ["disliked" if bad else "liked" if good else "" for bad, good in zip(hit[row], liked[row], strict=True)]
+        predicted = [(titles[item], word) for item, word in zip(top[row], words, strict=True) if item >= 0]
+        out.append(
+            Example(
+                data.user_ids[user],
+                day,
+                history[0][:SHOWN],
+                history[1][:SHOWN],
+                predicted,
+                [titles[item] for item in future[:SHOWN]],
+            )
+        )
+    return out
+
+
+def tradeoffs(evalset: EvalSet, predictions: Mapping[str, Predictions], names: Sequence[str]) -> dict[str, Tradeoff]:
+    """`tradeoff` of every predictor of ``names`` that scores the filter's events."""
+    scores = {name: predictions[name].filter_score for name in names if name in predictions}
+    return {name: tradeoff(s, evalset.filter_dislike) for name, s in scores.items() if s is not None}

@@ -1,0 +1,215 @@
+"""`negfast prepare --like`: new events join a data set that is there, and no item's semantic ID changes."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import negfast
+from negfast.data.dataset import Dataset, date_of, write_dataset
+from negfast.data.items import ItemTable
+from negfast.data.log import EventLog
+from negfast.data.split import split_requests
+from negfast.errors import InputError
+from negfast.files import atomic_directory
+from negfast.prepare.build import (
+    Report,
+    SplitSettings,
+    check_replaceable,
+    choose_split,
+    counts,
+    report_log,
+    report_split,
+)
+from negfast.prepare.events import EventMapping, Events, ItemMapping, event_columns, index_events, read_items
+from negfast.prepare.readers import join, read_table
+from negfast.prepare.recipes import described_files, read_recipe, withdraw
+from negfast.prepare.rules import parse_rule
+
+
+@dataclass(frozen=True)
+class NewDay:
+    """What the new files hold, indexed for themselves."""
+
+    events: Events
+    items: ItemTable | None
+    takes_back: np.ndarray | None  # uint8 [N], see `negfast.prepare.recipes.withdraw`
+
+
+def prepare_like(
+    files: Sequence[Path],
+    like: Path,
+    out: Path,
+    *,
+    items_path: Path | None = None,
+    split: tuple[str | None, str | None] = (None, None),
+    force: bool = False,
+    report: Report = print,
+) -> Dataset:
+    """Writes the data set ``like`` (or that of a run) with the events of ``files`` added to ``out``.
+
+    Files are read as those of ``like`` were; ``items_path`` describes new items. Old users and items keep their index
+    and their semantic IDs, new ones come after them, new items with IDs of the frozen codebooks. ``split`` are the
+    first days of valid and test; by default they move on by as many days as the log's end does. Raises InputError,
+    also for events that the data set holds already.
+    """
+    check_replaceable(out, force)
+    old = Dataset.open(data_folder(like))
+    day = _read_day(old, files, items_path, report)
+    items, new_items = _all_items(old.items, day, report)
+    log, user_ids = _joined_log(old, day, items, report)
+    report_log(log, items, report)
+    dates = _moved_split(old, log, split)
+    horizon, valid_day, test_day = choose_split(log, dates, report)
+    report_split(split_requests(log, horizon, valid_day, test_day), report)
+    from negfast.sid.assign import assign_new  # both import torch, which bad input need not wait for
+    from negfast.sid.embed import embed_new
+    from negfast.sid.quantize import Quantizer
+
+    settings = old.manifest["semantic_ids"]
+    original = old.manifest.get("original_items", len(old.items))
+    codes, embedding = old.codes, old.embedding
+    if len(new_items):
+        first = old.items.take(range(original))
+        vectors, cold = embed_new(first, new_items, settings["report"]["blocks"], settings["seed"])
+        codes = np.concatenate([codes, assign_new(vectors, cold, Quantizer.from_tensors(old.semantic_ids), codes)])
+        embedding = np.concatenate([embedding, vectors])
+        report(f"semantic IDs: {len(new_items):,} new items by frozen codebooks, {int(cold.sum()):,} of them cold")
+        if old.items.embedding is not None:
+            report(f"items: --like reads no embedding, so those {len(new_items):,} have zeros for theirs")
+    kept = ("mapping", "item_mapping", "recipe", "sample")
+    given = [*files, *([] if items_path is None else [items_path])]
+    without = 0 if old.items.embedding is None else len(items) - original
+    manifest: dict[str, Any] = {
+        "negfast": negfast.__version__,
+        **{key: old.manifest[key] for key in kept if key in old.manifest},
+        "sources": {**described_files(given, first=1 + len(old.manifest["sources"])), **old.manifest["sources"]},
+        "counts": counts(log),
+        "days": {"first": date_of(log.day.min()), "last": date_of(log.day.max())},
+        "split": {"horizon": horizon, "valid": date_of(valid_day), "test": date_of(test_day)},
+        "semantic_ids": settings,
+        "lineage": old.lineage,
+        "original_items": original,
+        **({"items_without_embedding": without} if without else {}),
+    }
+    tensors = {"codes": codes, "embedding": embedding, **Quantizer.from_tensors(old.semantic_ids).tensors()}
+    with atomic_directory(out) as directory:
+        write_dataset(directory, log, user_ids, items, tensors, manifest)
+    report(f"data set: {out}")
+    return Dataset.open(out)
+
+
+def data_folder(path: Path) -> Path:
+    """The data set at ``path``, or the one that the run at ``path`` was trained on."""
+    description = path / "run.json"
+    if not description.is_file():
+        return path
+    try:
+        return path / json.loads(description.read_text())["data"]
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{description}: damaged: {error}") from error
+
+
+def _read_day(old: Dataset, files: Sequence[Path], items_path: Path | None, report: Report) -> NewDay:
+    if "recipe" in old.manifest:
+        recipe = old.manifest["recipe"]
+        given = [*files, *([items_path] if items_path else [])]
+        rules = [parse_rule(rule) for rule in recipe["dislike"]]
+        return NewDay(*read_recipe(recipe["name"], given, report, rules, need_dislikes=False))
+    mapping = mapping_of(old.manifest["mapping"])
+    tables = [read_table(f, event_columns(mapping), names=mapping.columns, separator=mapping.separator) for f in files]
+    events = index_events(join(tables), mapping, None, report, need_dislikes=False)
+    items = None
+    if items_path is not None:
+        if old.manifest["item_mapping"] is None:
+            raise InputError(f"{items_path}: {old.path} was prepared without an item table, expected no --items")
+        items = read_items(items_path, item_mapping_of(old.manifest["item_mapping"]))
+    return NewDay(events, items, None)
+
+
+def mapping_of(described: dict[str, Any]) -> EventMapping:
+    """The mapping that a manifest describes."""
+    rules = {name: tuple(map(parse_rule, described[name])) for name in ("dislike", "like")}
+    columns = described["columns"]
+    return EventMapping(**{**described, **rules, "columns": None if columns is None else tuple(columns)})
+
+
+def item_mapping_of(described: dict[str, Any]) -> ItemMapping:
+    columns, attributes = described["columns"], tuple((name, sep) for name, sep in described["attributes"])
+    return ItemMapping(
+        **{**described, "attributes": attributes, "columns": None if columns is None else tuple(columns)}
+    )
+
+
+def _all_items(old: ItemTable, day: NewDay, report: Report) -> tuple[ItemTable, ItemTable]:
+    """The old items followed by the new ones, and the new ones alone."""
+    known = set(old.ids)
+    of_table = day.items or ItemTable([], [], {name: [] for name in old.attributes})
+    fresh = of_table.take([row for row, item in enumerate(of_table.ids) if item not in known])
+    known.update(fresh.ids)
+    bare = [item for item in day.events.item_ids if item not in known]
+    if bare:
+        report(f"items: {len(bare):,} new ones without a row in an item table (--items), so without text")
+    n = len(bare)
+    added = ItemTable(
+        [*fresh.ids, *bare],
+        [*fresh.text, *[""] * n],
+        {name: [*fresh.attributes.get(name, [()] * len(fresh)), *[()] * n] for name in old.attributes},
+        None if old.embedding is None else np.zeros((len(fresh) + n, old.embedding.shape[1]), np.float32),
+    )
+    both = ItemTable(
+        [*old.ids, *added.ids],
+        [*old.text, *added.text],
+        {name: [*values, *added.attributes[name]] for name, values in old.attributes.items()},
+        None if added.embedding is None else np.concatenate([old.embedding, added.embedding]),
+    )
+    return both, added
+
+
+def _joined_log(old: Dataset, day: NewDay, items: ItemTable, report: Report) -> tuple[EventLog, list[str]]:
+    """All events, sorted by (user, time); of equal times the old ones first."""
+    new, log = day.events, old.log
+    user_ids = [*old.user_ids, *sorted(set(new.user_ids) - set(old.user_ids), key=lambda name: (len(name), name))]
+    user_of = {name: index for index, name in enumerate(user_ids)}
+    item_of = {name: index for index, name in enumerate(items.ids)}
+    new_user = np.array([user_of[name] for name in new.user_ids], np.int32)[new.log.user]
+    new_item = np.array([item_of[name] for name in new.item_ids], np.int32)[new.log.item]
+    user, item = np.concatenate([log.user, new_user]), np.concatenate([log.item, new_item])
+    time, feedback = np.concatenate([log.time, new.log.time]), np.concatenate([log.feedback, new.log.feedback])
+    value = None
+    if log.value is not None or new.log.value is not None:
+        of = [np.full(len(part), np.nan, np.float32) if part.value is None else part.value for part in (log, new.log)]
+        value = np.concatenate(of)
+    _refuse_known(old, len(log), user, item, time, len(items))
+    order = np.lexsort((time, user))
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=len(user_ids)))]).astype(np.int64)
+    joined = EventLog(
+        offsets, item[order], feedback[order], time[order], None if value is None else value[order], len(items)
+    )
+    if day.takes_back is not None:
+        undo = np.concatenate([np.zeros(len(log), np.uint8), day.takes_back])[order]
+        joined = withdraw(joined, undo, report)
+    return joined, user_ids
+
+
+def _refuse_known(old: Dataset, n_old: int, user: np.ndarray, item: np.ndarray, time: np.ndarray, n_items: int) -> None:
+    """InputError if a new event has user, item and time of an old one: a job that runs twice must not count twice."""
+    since = time[n_old:].min()
+    rows = np.flatnonzero(time >= since)  # the old events that can be meant are few
+    pair = user[rows].astype(np.int64) * n_items + item[rows]
+    pair = np.unique(pair, return_inverse=True)[1]
+    key = pair * (int(time[rows].max() - since) + 1) + (time[rows] - since)
+    known = np.isin(key[rows >= n_old], key[rows < n_old])
+    if known.any():
+        raise InputError(
+            f"{old.path}: holds {int(known.sum()):,} of the {len(known):,} events already, expected new ones"
+        )
+
+
+def _moved_split(old: Dataset, log: EventLog, split: tuple[str | None, str | None]) -> SplitSettings:
+    moved = int(log.day.max()) - int(old.log.day.max())
+    valid, test = split
+    return SplitSettings(old.horizon, valid or date_of(old.valid_day + moved), test or date_of(old.test_day + moved))

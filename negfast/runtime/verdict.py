@@ -1,0 +1,156 @@
+"""The verdict task: will this user dislike this item, if it is consumed? Context strictly before the item's day."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from negfast.data.log import DISLIKE, EventLog, history_ends
+from negfast.data.split import first_feedback
+from negfast.model.policy import Policy
+from negfast.model.prompts import MIXED, PromptBatch
+from negfast.model.verdict_prior import fit
+from negfast.runtime.engine import Engine
+from negfast.staging import put
+
+CANDIDATES_AT_ONCE = 512
+WARM_UP_DAYS = 30  # of the log are left out: rates mean little before (negfast's choice)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Candidates of G user-days: group g has ``items[offsets[g]:offsets[g + 1]]``; the context ends before the day."""
+
+    user: np.ndarray  # int32 [G]
+    day: np.ndarray  # int32 [G], the candidates' day
+    offsets: np.ndarray  # int64 [G + 1]
+    items: np.ndarray  # int32 [E]
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    @property
+    def group_of_item(self) -> np.ndarray:
+        return np.repeat(np.arange(len(self)), np.diff(self.offsets))
+
+    def split(self, most: int) -> "Candidates":
+        """The same with at most ``most`` candidates a group: longer ones are several of the same user and day."""
+        counts = np.diff(self.offsets)
+        pieces = -(-counts // most)
+        group = np.repeat(np.arange(len(self)), pieces)
+        place = np.arange(len(group)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        offsets = np.append(self.offsets[group] + place * most, self.offsets[-1])
+        return Candidates(self.user[group], self.day[group], offsets, self.items)
+
+    def take(self, groups: np.ndarray) -> tuple["Candidates", np.ndarray]:
+        """The groups at ``groups``, and the places of their candidates in ``items``."""
+        counts = np.diff(self.offsets)[groups]
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        places = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][groups] - offsets[:-1], counts)
+        return Candidates(self.user[groups], self.day[groups], offsets, self.items[places]), places
+
+
+def told_candidates(
+    log: EventLog, from_day: int, before_day: int, among: np.ndarray | None = None
+) -> tuple[Candidates, np.ndarray]:
+    """The first like or dislike of every user-item pair on days [from_day, before_day), grouped by user-day, and
+    whether each is a dislike, float32 [E]; of the items of the mask ``among`` bool [I] alone, where given."""
+    rows = first_feedback(log)
+    days = log.day
+    rows = rows[(days[rows] >= from_day) & (days[rows] < before_day)]
+    if among is not None:
+        rows = rows[among[log.item[rows]]]
+    return group_candidates(log.user[rows], days[rows], log.item[rows]), (log.feedback[rows] == DISLIKE).astype(
+        np.float32
+    )
+
+
+def verdict_start(log: EventLog, fit_until: int) -> int:
+    """The first day whose feedback is learned from."""
+    first_day = int(log.day.min())
+    return min(first_day + WARM_UP_DAYS, (first_day + fit_until) // 2)
+
+
+def group_candidates(user: np.ndarray, day: np.ndarray, items: np.ndarray) -> Candidates:
+    """Candidates from columns [E] in which equal (user, day) stand together."""
+    starts = np.flatnonzero((np.diff(user, prepend=-1) != 0) | (np.diff(day, prepend=-1) != 0))
+    offsets = np.append(starts, len(user))
+    return Candidates(user[starts].astype(np.int32), day[starts].astype(np.int32), offsets, items.astype(np.int32))
+
+
+@dataclass(frozen=True)
+class VerdictInputs:
+    """Candidates as the policy reads them: one prompt a user-day, its candidates as answers."""
+
+    prompts: PromptBatch
+    answers: Tensor  # int64 [E, L + 1], codes and the verdict marker
+    features: Tensor  # float32 [E, width], of the prior
+
+
+def read_candidates(engine: Engine, candidates: Candidates, view: int = MIXED) -> VerdictInputs:
+    """Prompts, answers and features of candidates, on the device."""
+    before = candidates.day - 1
+    counts = np.diff(candidates.offsets)
+    batch = engine.prompts.build(candidates.user, before, view, counts, trending=False)
+    codes = engine.prompts.item_token_ids[put(candidates.items, engine.device).long()]
+    answers = F.pad(codes, (0, 1), value=engine.policy.vocabulary.marker("verdict"))
+    return VerdictInputs(batch, answers, _on_device(engine, prior_features(engine, candidates)))
+
+
+def verdict_logits(policy: Policy, inputs: VerdictInputs) -> Tensor:
+    """Logit [E] of P(dislike) for every candidate."""
+    batch, answers = inputs.prompts, inputs.answers
+    hidden = policy.hidden(batch.layout, batch.tokens, answers, prompt_rows="none")
+    return policy.verdict_logit(hidden.view(*answers.shape, -1)[:, -1], inputs.features)
+
+
+def prior_features(engine: Engine, candidates: Candidates) -> np.ndarray:
+    """What the verdict's prior looks at, float64 [E, verdict_features]."""
+    owner = candidates.group_of_item
+    return engine.features.rich(candidates.user[owner], candidates.items, candidates.day[owner])
+
+
+@torch.no_grad()
+def prior_logits(engine: Engine, candidates: Candidates) -> np.ndarray:
+    """Logits [E] of the verdict's prior alone."""
+    return engine.policy.verdict_prior(_on_device(engine, prior_features(engine, candidates))).cpu().numpy()
+
+
+def _on_device(engine: Engine, features: np.ndarray) -> Tensor:
+    return put(features.astype(np.float32), engine.device)
+
+
+def fit_prior(engine: Engine) -> None:
+    """Fits the verdict's prior to the first feedback of the train days: where training starts from."""
+    candidates, labels = told_candidates(engine.log, verdict_start(engine.log, engine.fit_until), engine.fit_until)
+    if 0 < labels.sum() < len(labels):
+        fit(engine.policy.verdict_prior, prior_features(engine, candidates), labels, engine.config.train.seed)
+
+
+@torch.no_grad()
+def candidate_logits(engine: Engine, candidates: Candidates, view: int = MIXED) -> np.ndarray:
+    """Verdict logits float64 [E] of candidates, in batches of similar prompt length."""
+    out = np.empty(len(candidates.items))
+    candidates = candidates.split(CANDIDATES_AT_ONCE)
+    ends = history_ends(engine.log, candidates.user, candidates.day - 1)
+    order = np.argsort(ends - engine.log.user_offsets[candidates.user], kind="stable")
+    counts = np.diff(candidates.offsets)[order]
+    batch_of = (np.cumsum(counts) - counts) // CANDIDATES_AT_ONCE
+    for batch in np.unique(batch_of):
+        part, places = candidates.take(order[batch_of == batch])
+        out[places] = verdict_logits(engine.policy, read_candidates(engine, part, view)).double().cpu().numpy()
+    return out
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Platt scaling of verdict logits, fitted on valid: P(dislike) = sigmoid(slope * logit + intercept)."""
+
+    slope: float
+    intercept: float
+    threshold: float  # probability at or above which 10 % of the valid events lie
+
+    def probability(self, logit: np.ndarray) -> np.ndarray:
+        return 1 / (1 + np.exp(-(self.slope * logit + self.intercept)))

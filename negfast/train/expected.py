@@ -1,0 +1,86 @@
+"""What a policy expects to earn: exact log-probabilities of given items, and the mean reward without sampling."""
+
+import numpy as np
+import torch
+
+from negfast.config import Reward
+from negfast.data.log import EventLog
+from negfast.data.neighbours import co_dislike_neighbours, content_neighbours
+from negfast.data.split import Requests
+from negfast.model.prompts import MIXED
+from negfast.runtime.engine import Engine
+from negfast.runtime.likelihood import answer_log_probs
+from negfast.sid.prior import NEXT_DISLIKE
+from negfast.train.grpo.reward import RewardTable, build_reward_table
+
+ANSWERS_AT_ONCE = 8192
+
+
+@torch.no_grad()
+def item_log_probs(
+    engine: Engine, user: np.ndarray, day: np.ndarray, offsets: np.ndarray, items: np.ndarray, view: int = MIXED
+) -> np.ndarray:
+    """log p(item | context, next-dislike), exact on the trie, of ragged lists of items: float64 [len(items)].
+
+    Request r is (``user[r]``, ``day[r]``), int32 [R]; its items are ``items[offsets[r]:offsets[r + 1]]``, int32, unseen
+    by the user up to that day.
+    """
+    out = np.empty(len(items))
+    counts = np.diff(offsets)
+    marker = engine.policy.vocabulary.marker("next-dislike")
+    order = np.argsort(counts, kind="stable")
+    for rows in np.split(order, _cuts(counts[order], engine.config.eval.batch)):
+        rows = np.sort(rows)
+        if not (total := int(counts[rows].sum())):
+            continue
+        places = np.arange(total) + np.repeat(offsets[rows] - np.cumsum(counts[rows]) + counts[rows], counts[rows])
+        batch = engine.prompts.build(user[rows], day[rows], view, counts[rows])
+        answers = torch.from_numpy(items[places]).to(engine.device).long()
+        markers = torch.full_like(answers, marker)
+        log_p = answer_log_probs(engine, batch.layout, batch.tokens, markers, answers, batch.prior, NEXT_DISLIKE)
+        out[places] = log_p.double().cpu().numpy()
+    return out
+
+
+def expected_rewards(engine: Engine, requests: Requests, table: RewardTable, view: int = MIXED) -> np.ndarray:
+    """Each request's expected reward of one item drawn from the policy on its prompt, float64 [R].
+
+    The sum over the unseen items of p(item) * reward(item), without sampling: ``table`` holds every item whose reward
+    is not zero, its rows those of ``requests``, as `reward_table` makes it.
+    """
+    key = table.key[:-1].cpu().numpy()
+    reward = table.terms[:-1].sum(-1).double().cpu().numpy()
+    row, item = key // table.n_items, (key % table.n_items).astype(np.int32)
+    counted = (reward != 0) & ~_seen(engine.log, requests.user[row], requests.day[row], item)
+    row, item, reward = row[counted], item[counted], reward[counted]
+    offsets = np.searchsorted(row, np.arange(len(requests) + 1))
+    probability = np.exp(item_log_probs(engine, requests.user, requests.day, offsets, item, view))
+    return np.bincount(row, probability * reward, len(requests))
+
+
+def reward_table(engine: Engine, requests: Requests, settings: Reward | None = None) -> RewardTable:
+    """The rewards of ``requests`` by ``settings`` (default: the engine's), co-dislikes counted before T_valid."""
+    settings = engine.config.reward if settings is None else settings
+    neighbours = co_dislike_neighbours(engine.log, engine.data.valid_day)
+    content = content_neighbours(engine.data.embedding, settings.content_threshold)
+    return build_reward_table(requests, engine.log.n_items, settings, neighbours, content, engine.device)
+
+
+def _cuts(counts: np.ndarray, most: int) -> list[int]:
+    """Where to cut rows with so many answers each into batches of at most ``most`` rows and `ANSWERS_AT_ONCE`
+    answers; a row with more is a batch of its own."""
+    cuts, start, answers = [], 0, 0
+    for row, count in enumerate(counts.tolist()):
+        if row > start and (row - start == most or answers + count > ANSWERS_AT_ONCE):
+            cuts.append(row)
+            start, answers = row, 0
+        answers += count
+    return cuts
+
+
+def _seen(log: EventLog, user: np.ndarray, day: np.ndarray, item: np.ndarray) -> np.ndarray:
+    """Whether each user had an event with the item up to the end of the day, bool, one for each (user, day, item)."""
+    pairs, first = np.unique(log.user.astype(np.int64) * log.n_items + log.item, return_index=True)
+    wanted = user.astype(np.int64) * log.n_items + item
+    place = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
+    return (pairs[place] == wanted) & (log.day[first[place]] <= day)  # a user's events are in order of time

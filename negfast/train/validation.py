@@ -1,0 +1,71 @@
+"""The look at valid during training, by which the weights that are kept are chosen."""
+
+import numpy as np
+from sklearn.metrics import roc_auc_score
+
+from negfast.data.split import Requests
+from negfast.evaluate.sets import EvalSet
+from negfast.runtime.engine import Engine
+from negfast.runtime.generation import generate
+from negfast.runtime.verdict import candidate_logits, group_candidates
+from negfast.train.expected import expected_rewards, item_log_probs, reward_table
+
+
+def hit_rate(requests: Requests, generated: np.ndarray) -> float:
+    """The share of requests of which a future dislike is among the generated items int32 [R, K]."""
+    owner = np.repeat(np.arange(len(requests)), np.diff(requests.dislike_offsets))
+    hit = np.zeros(len(requests), dtype=bool)
+    np.logical_or.at(hit, owner, (generated[owner] == requests.dislikes[:, None]).any(1))
+    return float(hit.mean())
+
+
+def future_log_probs(engine: Engine, requests: Requests) -> np.ndarray:
+    """log p(item | context, next-dislike) of every item of every F, exact on the trie, float64 [len(dislikes)]."""
+    return item_log_probs(engine, requests.user, requests.day, requests.dislike_offsets, requests.dislikes)
+
+
+class Validation:
+    """The quick look at valid during training, on a fixed sample; its score chooses the weights that are kept.
+
+    The score is the likelihood of the future dislikes or, with ``by_reward``, the expected reward: what SFT and GRPO
+    maximise. Both are exact, and a sample tells them far more surely than hits among twenty items. Valid is asked about
+    the window, also where training has the next item for its target.
+
+    With ``scales`` it also chooses how far to trust what was learned of items, as the policy's scale of code logits
+    against the community prior: what people dislike drifts, and what a model learned of items over the train days
+    ages with it, while the prior, counted up to t, does not (negfast's choice). The scale is the one under which the
+    future dislikes are likeliest.
+    """
+
+    def __init__(self, engine: Engine, valid: EvalSet, scales: tuple[float, ...] = (), by_reward: bool = False) -> None:
+        self.engine, self.scales, self.by_reward = engine, scales, by_reward
+        size = engine.config.eval.valid_requests
+        rng = np.random.default_rng(engine.config.train.seed)
+        rows = np.sort(rng.permutation(len(valid.requests))[:size])
+        self.requests = valid.requests.take(rows)
+        self.rewards = reward_table(engine, self.requests)
+        events = np.sort(rng.permutation(len(valid.filter_user))[: size * 8])
+        order = events[np.lexsort((valid.filter_day[events], valid.filter_user[events]))]
+        self.candidates = group_candidates(valid.filter_user[order], valid.filter_day[order], valid.filter_item[order])
+        self.labels = valid.filter_dislike[order]
+
+    def __call__(self) -> dict[str, float]:
+        """nll (of F, nats a request), scale, reward, FHR@20, filter_auc (where both classes are there) and score;
+        leaves the chosen scale set."""
+        scale = self.engine.policy.block.scale
+        nlls = {}
+        for value in self.scales or (float(scale),):
+            scale.fill_(value)
+            nlls[value] = self._nll()
+        best = min(nlls, key=lambda value: (nlls[value], -value))
+        scale.fill_(best)
+        hits = hit_rate(self.requests, generate(self.engine, self.requests, top=20)[0])
+        reward = float(expected_rewards(self.engine, self.requests, self.rewards).mean())
+        metrics = {"nll": nlls[best], "scale": best, "reward": reward, "FHR@20": hits}
+        if 0 < self.labels.sum() < len(self.labels):
+            metrics["filter_auc"] = float(roc_auc_score(self.labels, candidate_logits(self.engine, self.candidates)))
+        return {**metrics, "score": reward if self.by_reward else -nlls[best]}
+
+    def _nll(self) -> float:
+        counts = np.diff(self.requests.dislike_offsets)
+        return -float((future_log_probs(self.engine, self.requests) / np.repeat(counts, counts)).sum() / len(counts))

@@ -1,0 +1,228 @@
+"""Recipes: each source in a small file of its real format, and what must be refused."""
+
+import gzip
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+
+from negfast.data.log import DAY, DISLIKE, EXPOSED, LIKE, WITHDRAWN
+from negfast.errors import InputError
+from negfast.prepare.recipes import RECIPES, read_recipe, withdraw
+from negfast.prepare.rules import parse_rule
+
+
+def silent(_):
+    pass
+
+
+def read(name, *files, **options):
+    """Every event as (user id, item id, feedback, time, value), in the log's order, and the item table."""
+    events, items, undo = read_recipe(name, files, silent, **options)
+    log = events.log if undo is None else withdraw(events.log, undo, silent)
+    values = [None] * len(log) if log.value is None else log.value.tolist()
+    rows = zip(log.user.tolist(), log.item.tolist(), log.feedback.tolist(), log.time.tolist(), values, strict=True)
+    assert items is None or items.ids == events.item_ids
+    return [(events.user_ids[u], events.item_ids[i], f, t, v) for u, i, f, t, v in rows], items
+
+
+KUAIRAND = (
+    "user_id,video_id,date,hourmin,time_ms,is_click,is_like,is_follow,is_comment,is_forward,is_hate,long_view,"
+    "play_time_ms,duration_ms,profile_stay_time,comment_stay_time,is_profile_enter,is_rand,tab\n"
+)
+
+
+def test_kuairand(tmp_path):
+    first, second = tmp_path / "log_standard_4_08_to_4_21_pure.csv", tmp_path / "log_standard_4_22_to_5_08_pure.csv"
+    first.write_text(
+        KUAIRAND
+        + "0,3784,20220408,400,1649364000123,1,0,0,0,0,0,0,6000,12000,0,0,0,0,1\n"
+        + "0,12,20220408,400,1649364001999,0,0,0,0,0,1,0,900,8000,0,0,0,0,1\n"
+        + "7,3784,20220409,1200,1649476800000,1,1,0,0,0,0,1,19000,12000,0,0,0,0,1\n"
+    )
+    second.write_text(KUAIRAND + "0,441,20220422,100,1650560400000,1,0,1,0,0,0,1,20000,12000,0,0,0,0,1\n")
+    videos = tmp_path / "video_features_basic_pure.csv"
+    videos.write_text(
+        "video_id,author_id,video_type,upload_dt,upload_type,visible_status,video_duration,server_width,server_height,"
+        "music_id,music_type,tag\n"
+        '3784,441,NORMAL,2020-07-08,ShortImport,1.0,17200.0,720,1280,989206467,4.0,"12,65"\n'
+        "12,9,AD,2021-01-01,LongImport,1.0,,720,1280,3,9.0,\n"
+    )
+    rows, items = read("kuairand", first, videos, second)
+    assert rows == [
+        ("0", "3784", EXPOSED, 1649364000, None),
+        ("0", "12", DISLIKE, 1649364001, None),
+        ("0", "441", LIKE, 1650560400, None),
+        ("7", "3784", LIKE, 1649476800, None),
+    ]
+    assert items.ids == ["3784", "12", "441"]  # 441 is of the log only
+    assert items.attributes["tag"] == [("12", "65"), (), ()]
+    assert items.attributes["author_id"] == [("441",), ("9",), ()]
+
+
+def yambda(path, rows):
+    columns = {
+        "uid": pa.array([r[0] for r in rows], pa.uint32()),
+        "timestamp": pa.array([r[1] for r in rows], pa.uint32()),
+        "item_id": pa.array([r[2] for r in rows], pa.uint32()),
+        "is_organic": pa.array([1] * len(rows), pa.uint8()),
+    }
+    parquet.write_table(pa.table(columns), path)
+    return path
+
+
+@pytest.fixture
+def yambda_files(tmp_path):
+    return {
+        "undislikes": yambda(tmp_path / "undislikes.parquet", [(10, 400, 5), (20, DAY + 700, 6)]),
+        "dislikes": yambda(
+            tmp_path / "dislikes.parquet", [(10, 400, 5), (10, 500, 6), (20, 600, 6), (20, DAY + 800, 6)]
+        ),
+        "likes": yambda(tmp_path / "likes.parquet", [(10, 300, 5), (30, 100, 5)]),
+        "unlikes": yambda(tmp_path / "unlikes.parquet", [(30, 105, 5), (10, 505, 6)]),
+        "listens": yambda(tmp_path / "listens.parquet", [(10, 100, 5), (10, 900, 6)]),
+    }
+
+
+def test_yambda_undislike_takes_the_dislike_back(yambda_files):
+    """From its time on, and on the same day altogether, whatever order the files are given in: of equal times a
+    dislike comes before its undislike."""
+    expected = [
+        ("10", "5", EXPOSED, 100, None),  # a listen
+        ("10", "5", EXPOSED, 300, None),  # a like, and the dislike that took its place, taken back the same day
+        ("10", "5", EXPOSED, 400, None),
+        ("10", "5", WITHDRAWN, 400, None),
+        ("10", "6", DISLIKE, 500, None),  # an unlike takes no dislike back
+        ("10", "6", EXPOSED, 505, None),
+        ("10", "6", EXPOSED, 900, None),  # neither does a listen
+        ("20", "6", DISLIKE, 600, None),  # stood at the end of its day
+        ("20", "6", WITHDRAWN, DAY + 700, None),
+        ("20", "6", DISLIKE, DAY + 800, None),  # and again
+        ("30", "5", EXPOSED, 100, None),
+        ("30", "5", WITHDRAWN, 105, None),
+    ]
+    for order in (list(yambda_files), list(yambda_files)[::-1]):
+        rows, items = read("yambda", *(yambda_files[name] for name in order))
+        assert rows == expected and items is None
+
+
+def test_yambda_multi_event(tmp_path, yambda_files):
+    tables = [parquet.read_table(yambda_files[name]) for name in ("listens", "likes", "unlikes", "dislikes")]
+    words = ("listen", "like", "unlike", "dislike")
+    tables = [
+        table.append_column("event_type", pa.array([word] * len(table)).dictionary_encode())
+        for table, word in zip(tables, words, strict=True)
+    ]
+    path = tmp_path / "multi_event.parquet"
+    parquet.write_table(pa.concat_tables(tables, promote_options="permissive").unify_dictionaries(), path)
+    separate = read("yambda", *(yambda_files[f"{word}s"] for word in words))
+    assert read("yambda", path) == separate
+    assert sum(row[2] == DISLIKE for row in separate[0]) == 4
+
+
+def test_amazon_reviews_2023(tmp_path):
+    reviews, meta = tmp_path / "All_Beauty.jsonl.gz", tmp_path / "meta_All_Beauty.jsonl.gz"
+
+    def review(rating, item, user, time, **more):
+        return {
+            "rating": rating, "title": "2020-01-01", "text": "So-so", "images": [], "asin": f"{item}X",
+            "parent_asin": item, "user_id": user, "timestamp": time, "helpful_vote": 0, "verified_purchase": True,
+            **more,
+        }  # fmt: skip
+
+    images = [{"small_image_url": "https://x/s.jpg", "attachment_type": "IMAGE"}]
+    rows = [
+        review(5.0, "B00YQ6X8EO", "AGKHLEW2", 1588687728923),
+        review(2.0, "B081TJ8YS3", "AGKHLEW2", 1588615855070, images=images),
+        review(1.0, "B000NOMETA", "AE74DYR3", 1589665266052),
+    ]
+    with gzip.open(reviews, "wt") as file:
+        file.write("\n".join(map(json.dumps, rows)) + "\n")
+
+    def product(item, title, price, details, categories):
+        return {
+            "main_category": "All Beauty", "title": title, "average_rating": 4.8, "rating_number": 10, "features": [],
+            "description": [], "price": price, "images": [{"thumb": "t", "hi_res": None}], "videos": [],
+            "store": "Howard Products", "categories": categories, "details": details, "parent_asin": item,
+            "bought_together": None,
+        }  # fmt: skip
+
+    products = [  # price and details change their type from line to line, as they do in the source
+        product("B00YQ6X8EO", "Leather Conditioner, 8-Ounce", None, {"UPC": "617390882781"}, []),
+        product("B081TJ8YS3", "Yes to Tomatoes “Charcoal”", 19.99, {"Is Discontinued": True}, ["Beauty", "Skin"]),
+        product("B00UNSOLD0", "Unsold", "from 3.00", {"UPC": 3}, ["Beauty"]),
+    ]
+    with gzip.open(meta, "wt") as file:
+        file.write("\n".join(map(json.dumps, products)) + "\n")
+    rows, items = read("amazon-reviews-2023", meta, reviews)
+    assert rows == [
+        ("AE74DYR3", "B000NOMETA", DISLIKE, 1589665266, 1.0),
+        ("AGKHLEW2", "B081TJ8YS3", DISLIKE, 1588615855, 2.0),
+        ("AGKHLEW2", "B00YQ6X8EO", LIKE, 1588687728, 5.0),
+    ]
+    assert items.ids == ["B00YQ6X8EO", "B081TJ8YS3", "B00UNSOLD0", "B000NOMETA"]
+    assert items.text == ["Leather Conditioner, 8-Ounce", "Yes to Tomatoes “Charcoal”", "Unsold", ""]
+    assert items.attributes["categories"] == [(), ("Beauty", "Skin"), ("Beauty",), ()]
+
+
+def test_movielens(tmp_path):
+    ratings, movies = tmp_path / "ratings.csv", tmp_path / "movies.csv"
+    ratings.write_text("userId,movieId,rating,timestamp\n1,2,3.5,1112486027\n1,29,2.0,1112484676\n2,2,0.5,974820598\n")
+    movies.write_text(
+        "movieId,title,genres\n2,Jumanji (1995),Adventure|Children|Fantasy\n"
+        '29,"City of Lost Children, The (Cité des enfants perdus, La) (1995)",(no genres listed)\n'
+    )
+    rows, items = read("movielens", ratings, movies)
+    assert rows == [
+        ("1", "29", DISLIKE, 1112484676, 2.0),
+        ("1", "2", LIKE, 1112486027, 3.5),
+        ("2", "2", DISLIKE, 974820598, 0.5),
+    ]
+    assert items.text[1].startswith("City of Lost Children, The (Cité")
+    assert items.attributes == {"genres": [("Adventure", "Children", "Fantasy"), ()], "year": [("1995",), ("1995",)]}
+    rows, _ = read("movielens", ratings, movies, dislike=[parse_rule("rating<=1")])
+    assert [row[2] for row in rows] == [LIKE, LIKE, DISLIKE]
+
+
+def test_movielens_1m_is_latin_1(tmp_path):
+    (tmp_path / "ratings.dat").write_text("1::1193::5::978300760\n1::661::1::978302109\n")
+    (tmp_path / "movies.dat").write_bytes(
+        "1193::Misérables, Les (1995)::Drama\n661::James (1996)::Musical\n".encode("latin-1")
+    )
+    rows, items = read("movielens-dat", tmp_path / "ratings.dat", tmp_path / "movies.dat")
+    assert [row[2] for row in rows] == [LIKE, DISLIKE]
+    assert items.text == ["Misérables, Les (1995)", "James (1996)"]
+
+
+def test_movietweetings_is_the_sample(tmp_path, movietweetings):
+    from negfast.prepare.samples import MOVIETWEETINGS
+
+    events, items, _ = read_recipe(
+        "movietweetings", [MOVIETWEETINGS / "ratings.dat.zst", MOVIETWEETINGS / "movies.dat.zst"], silent
+    )
+    log, table = movietweetings
+    np.testing.assert_array_equal(events.log.feedback, log.feedback)
+    np.testing.assert_array_equal(events.log.item, log.item)
+    assert (items.ids, items.text, items.attributes) == (table.ids, table.text, table.attributes)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_foreign_file_is_refused(name, tmp_path):
+    path = tmp_path / "other.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(InputError, match=f"other.csv: found .*expected for --recipe {name}"):
+        read_recipe(name, [path], silent)
+
+
+def test_bad_requests(tmp_path, yambda_files):
+    with pytest.raises(InputError, match="expected one of kuairand"):
+        read_recipe("netflix", [], silent)
+    with pytest.raises(InputError, match="found no events"):
+        read_recipe("movielens", [], silent)
+    with pytest.raises(InputError, match="no such file"):
+        read_recipe("movielens", [tmp_path / "gone.csv"], silent)
+    odd = yambda_files["likes"].rename(tmp_path / "part-0.parquet")
+    with pytest.raises(InputError, match=r"part-0.parquet: no column 'event_type'"):
+        read_recipe("yambda", [odd], silent)
