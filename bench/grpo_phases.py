@@ -11,7 +11,7 @@ from torch import Tensor
 from bench.grpo_step import Ours
 from negfast.model.layout import GroupLayout
 from negfast.model.policy import Policy
-from negfast.train.grpo import stage as grpo
+from negfast.train.grpo import loss as grpo
 
 
 def breakdown(ours: Ours, steps: int = 5) -> dict[str, float]:
@@ -50,7 +50,7 @@ def breakdown(ours: Ours, steps: int = 5) -> dict[str, float]:
             began = time.perf_counter()
             batch = timed("batch", ours.batch)
             with patch.object(ours, "batch", lambda batch=batch: batch):
-                result = timed("before backward", ours.loss).result
+                result = timed("before backward", ours.loss).terms
             timed("backward", result.loss.backward)
             timed("optimiser", ours.update)
             seconds["total"] += time.perf_counter() - began

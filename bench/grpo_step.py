@@ -27,11 +27,11 @@ from negfast.model.prompts import MIXED, PromptBatch
 from negfast.prepare.build import SemanticIdSettings
 from negfast.prepare.samples import prepare_movietweetings
 from negfast.runtime.engine import build_engine
-from negfast.sid.mass_weights import decay_weights
 from negfast.sid.prior import DevicePrior, RequestPrior
 from negfast.sid.tokens import CodeVocabulary
 from negfast.sid.trie import SeenNodes, Trie, build_trie
-from negfast.train.grpo.stage import GroupStep, freeze, group_loss
+from negfast.train.grpo.loss import GroupLoss, GroupStep
+from negfast.train.grpo.stage import freeze
 from negfast.train.order import epoch_rows
 
 SHAPE = Model(hidden=256, intermediate=1024, layers=4, heads=4, kv_heads=2, head_dim=64)
@@ -103,19 +103,9 @@ class Ours:
 
     def loss(self) -> GroupStep:
         """All of a step before its backward."""
-        return group_loss(
-            self.policy,
-            self.reference,
-            self.chooser,
-            self.batch(),
-            torch.arange(len(self.case.lengths), device=self.device),
-            lambda items: dummy_reward(items).unsqueeze(-1),
-            self.objective,
-            self.case.group,
-            seed=0,
-            step=self.steps,
-            full=self.full,
-        )
+        loss = GroupLoss(self.policy, self.reference, self.chooser, self.objective, self.case.group, 0, self.full)
+        ids = torch.arange(len(self.case.lengths), device=self.device)
+        return loss.sample(self.batch(), ids, lambda items: dummy_reward(items).unsqueeze(-1), self.steps)
 
     def update(self) -> None:
         torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
@@ -175,8 +165,7 @@ def quickstart_lengths(requests: int) -> tuple[int, ...]:
         data = prepare_movietweetings(Path(folder) / "data", semantic_ids=settings, report=lambda *_: None)
         shape = data.codes.shape[1], int(data.manifest["semantic_ids"]["codebook"])
         policy, tokenizer = build_policy(config.model, None, ["text"], *shape, 4)
-        weights = decay_weights(config.prior.half_life_days, config.prior.eps)
-        engine = build_engine(config, data, policy, tokenizer, torch.device("cpu"), weights)
+        engine = build_engine(config, data, policy, tokenizer, torch.device("cpu"))
         train = engine.split.train.take(engine.split.train.has_dislikes)
         rows = epoch_rows(config.train.seed, "grpo", 0, len(train), config.grpo.requests)[:requests]
         batch = engine.prompts.build(train.user[rows], train.day[rows], MIXED, 0, tail="next-dislike")

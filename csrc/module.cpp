@@ -103,8 +103,7 @@ void shard_read_rows(const Shard& shard, Column<int32_t> users, Column<int64_t> 
 PackedParts shard_pack(const Shard& shard, Column<int32_t> users, Column<int64_t> cut, Column<uint8_t> views,
                      int64_t like_cap, int64_t dislike_cap, Table<int32_t> item_tokens, Table<int32_t> item_nodes,
                      std::vector<int32_t> markers, Table<int32_t> trending, Column<int32_t> trending_row,
-                     Column<int32_t> tail, bool timeline, int32_t first_gap_marker, int gap_markers,
-                     unsigned threads) {
+                     Column<int32_t> tail, bool timeline, unsigned threads) {
   same_length(cut.size(), users.size(), "cut");
   same_length(views.size(), users.size(), "views");
   same_length(trending_row.size(), users.size(), "trending_row");
@@ -125,9 +124,7 @@ PackedParts shard_pack(const Shard& shard, Column<int32_t> users, Column<int64_t
                           trending.data(),
                           static_cast<int64_t>(trending.shape(0)),
                           static_cast<int64_t>(trending.shape(1)),
-                          timeline,
-                          first_gap_marker,
-                          gap_markers};
+                          timeline};
   nb::gil_scoped_release release;
   return pack(shard, requests, layout, threads);
 }
@@ -223,5 +220,5 @@ NB_MODULE(_core, m) {
       .def("read_rows", &shard_read_rows, "users"_a, "offsets"_a, "table"_a, "out"_a, "threads"_a)
       .def("pack", &shard_pack, nb::kw_only(), "users"_a, "cut"_a, "views"_a, "like_cap"_a, "dislike_cap"_a,
            "item_tokens"_a, "item_nodes"_a, "markers"_a, "trending"_a, "trending_row"_a, "tail"_a, "timeline"_a,
-           "first_gap_marker"_a, "gap_markers"_a, "threads"_a);
+           "threads"_a);
 }

@@ -1,7 +1,6 @@
 #include "packer.hpp"
 
 #include <algorithm>
-#include <bit>
 #include <string>
 
 #include "format.hpp"
@@ -11,7 +10,6 @@ namespace negfast {
 namespace {
 
 constexpr size_t kChunkRequests = 64;
-constexpr int64_t kDay = 86400;  // seconds
 constexpr uint8_t kLike = 1, kDislike = 2;  // also the bits of a view; 0: exposed, 3: withdrawn
 
 // Which items this thread has met in the request at hand; clearing it is a new number, not a pass.
@@ -52,14 +50,13 @@ void radix_sort(std::vector<uint64_t>& keys, std::vector<uint64_t>& other) {
 struct Kept {
   int32_t item;
   uint8_t kind;  // kLike or kDislike
-  int64_t day;   // since 1970, where gaps are shown
 };
 
 struct Scratch {
   std::vector<int64_t> offsets, time;
   std::vector<int32_t> item;
   std::vector<uint8_t> feedback;
-  MetItems seen, told;
+  MetItems seen, judged;
   std::vector<Kept> kept;                  // most recent first
   std::vector<uint64_t> by_item, by_leaf;  // by_leaf: place among the request's items * 2^32 + leaf
   std::vector<uint64_t> other;             // of the sort
@@ -84,64 +81,49 @@ void append_item(int32_t item, const PackLayout& layout, std::vector<int32_t>& t
   tokens.insert(tokens.end(), row, row + layout.levels);
 }
 
-int64_t day_of(int64_t time) { return (time >= 0 ? time : time - (kDay - 1)) / kDay; }
-
 // The last like or dislike of every (user, item) counts and gives it its place, unless it was withdrawn; an exposure
-// says nothing. `time` is null where no gaps are shown.
-void collect_context(const int32_t* item, const uint8_t* feedback, const int64_t* time, int64_t events,
-                     const PackLayout& layout, Scratch& s, std::vector<int32_t>& seen_item) {
+// says nothing.
+void collect_context(const int32_t* item, const uint8_t* feedback, int64_t events, const PackLayout& layout, Scratch& s,
+                     std::vector<int32_t>& seen_item) {
   s.seen.start(layout.items);
-  s.told.start(layout.items);
+  s.judged.start(layout.items);
   s.kept.clear();
   s.by_item.clear();
   int64_t likes_left = layout.like_cap, dislikes_left = layout.dislike_cap;
   for (int64_t i = events - 1; i >= 0; --i) {
     if (s.seen.meet(static_cast<uint32_t>(item[i]))) s.by_item.push_back(static_cast<uint64_t>(item[i]));
-    if (feedback[i] == 0 || !s.told.meet(static_cast<uint32_t>(item[i]))) continue;
+    if (feedback[i] == 0 || !s.judged.meet(static_cast<uint32_t>(item[i]))) continue;
     if (feedback[i] != kLike && feedback[i] != kDislike) continue;
     int64_t& left = feedback[i] == kLike ? likes_left : dislikes_left;
     if (left-- <= 0) continue;
-    s.kept.push_back({item[i], feedback[i], time == nullptr ? 0 : day_of(time[i])});
+    s.kept.push_back({item[i], feedback[i]});
   }
   radix_sort(s.by_item, s.other);
   for (const uint64_t seen : s.by_item) seen_item.push_back(static_cast<int32_t>(seen));
 }
 
-// Nothing for the same day, else the marker of 1, 2 to 3, 4 to 7, ... days; the last one has no upper end.
-void append_gap(int64_t days, const PackLayout& layout, std::vector<int32_t>& tokens) {
-  if (days <= 0 || layout.gap_markers == 0) return;
-  const int doublings = std::bit_width(static_cast<uint64_t>(days)) - 1;
-  tokens.push_back(layout.first_gap_marker + std::min(doublings, layout.gap_markers - 1));
-}
-
-// The kept items of `kinds` in order of time: a marker at the start and wherever the kind changes, and the days between
-// an item and the next, or after the last one `today`.
-void append_segment(uint8_t kinds, int64_t today, const PackLayout& layout, const std::vector<Kept>& kept,
+// The kept items of `kinds` in order of time: a marker at the start and wherever the kind changes.
+void append_segment(uint8_t kinds, const PackLayout& layout, const std::vector<Kept>& kept,
                     std::vector<int32_t>& tokens) {
   auto mark = [&](uint8_t kind) { tokens.push_back(kind == kLike ? layout.likes_marker : layout.dislikes_marker); };
-  uint8_t told = kinds & kLike ? kLike : kDislike;
-  mark(told);
-  const Kept* before = nullptr;
+  uint8_t marked = kinds & kLike ? kLike : kDislike;
+  mark(marked);
   for (auto next = kept.rbegin(); next != kept.rend(); ++next) {
     if (!(kinds & next->kind)) continue;
-    if (before != nullptr) append_gap(next->day - before->day, layout, tokens);
-    if (next->kind != told) mark(next->kind);
+    if (next->kind != marked) mark(next->kind);
     append_item(next->item, layout, tokens);
-    told = next->kind;
-    before = &*next;
+    marked = next->kind;
   }
-  if (before != nullptr) append_gap(today - before->day, layout, tokens);
 }
 
 void append_prompt(const PackRequests& r, size_t i, const PackLayout& layout, const std::vector<Kept>& kept,
                    std::vector<int32_t>& tokens) {
   const uint8_t view = r.views[i];
-  const int64_t today = day_of(r.cut[i] - 1);
   if (layout.timeline) {
-    if (view != 0) append_segment(view, today, layout, kept, tokens);
+    if (view != 0) append_segment(view, layout, kept, tokens);
   } else {
-    if (view & kLike) append_segment(kLike, today, layout, kept, tokens);
-    if (view & kDislike) append_segment(kDislike, today, layout, kept, tokens);
+    if (view & kLike) append_segment(kLike, layout, kept, tokens);
+    if (view & kDislike) append_segment(kDislike, layout, kept, tokens);
   }
   if (r.trending_row[i] >= 0) {
     tokens.push_back(layout.trending_marker);
@@ -191,14 +173,13 @@ Packed pack_chunk(const Shard& shard, const PackRequests& r, size_t first, size_
   const auto users = r.users.subspan(first, n);
   s.offsets.resize(n + 1);
   shard.offsets(users, s.offsets.data());
-  // Times are decoded only where a cut may leave events out or gaps are shown.
+  // Times are decoded only where a cut may leave events out.
   const bool any_cut = std::any_of(r.cut + first, r.cut + first + n, [&](int64_t t) { return t < shard.end_time(); });
-  const bool timed = any_cut || layout.gap_markers > 0;
   const auto events = static_cast<size_t>(s.offsets[n]);
   s.item.resize(events);
   s.feedback.resize(events);
-  s.time.resize(timed ? events : 0);
-  shard.read_chunk(users, s.offsets.data(), s.item.data(), s.feedback.data(), timed ? s.time.data() : nullptr);
+  s.time.resize(any_cut ? events : 0);
+  shard.read_chunk(users, s.offsets.data(), s.item.data(), s.feedback.data(), any_cut ? s.time.data() : nullptr);
 
   Packed out;
   out.cu_seqlens.push_back(0);
@@ -211,8 +192,7 @@ Packed pack_chunk(const Shard& shard, const PackRequests& r, size_t first, size_
       const auto time = s.time.begin() + begin;
       context = std::lower_bound(time, time + context, r.cut[first + i]) - time;
     }
-    const int64_t* time = layout.gap_markers > 0 ? s.time.data() + begin : nullptr;
-    collect_context(s.item.data() + begin, s.feedback.data() + begin, time, context, layout, s, out.seen_item);
+    collect_context(s.item.data() + begin, s.feedback.data() + begin, context, layout, s, out.seen_item);
     append_prompt(r, first + i, layout, s.kept, out.tokens);
     const auto seen_from = static_cast<size_t>(out.seen_cu.back());
     append_seen_nodes(std::span(out.seen_item).subspan(seen_from), static_cast<int32_t>(first + i), layout, s, out.seen);

@@ -27,8 +27,6 @@ struct PackLayout {
   const int32_t* trending;        // [days, trending_width] items, -1 padded
   int64_t trending_days, trending_width;
   bool timeline;                  // likes and dislikes together in order of time, not one after the other
-  int32_t first_gap_marker;       // of 1 day, 2 to 3, 4 to 7, ...
-  int gap_markers;                // 0: gaps are not shown
 };
 
 // The nodes of one level above (or at) the seen items of each request, ordered by (request, node).

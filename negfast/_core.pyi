@@ -90,8 +90,6 @@ class Shard:
         trending_row: NDArray[np.int32],
         tail: NDArray[np.int32],
         timeline: bool,
-        first_gap_marker: int,
-        gap_markers: int,
         threads: int,
     ) -> PackedParts: ...
 

@@ -80,7 +80,6 @@ class Prompt:
         choices=("segments", "timeline"),
         help="segments: likes, then dislikes; timeline: both together in order of time",
     )
-    day_gaps: bool = setting(False, help="markers of the days between an item and the next, after the last up to now")
 
 
 @dataclass(frozen=True)
@@ -88,14 +87,8 @@ class Prior:
     """The community prior on the trie."""
 
     weight: float = setting(1.0, low=0.0, help="0 switches it off")
-    mass: str = setting(
-        "decay",
-        choices=("decay", "fitted"),
-        help="of an item. decay: of its dislikes (likes, for the next like) with one half-life; fitted: of both with "
-        "several, weighted so that train futures are likeliest",
-    )
-    half_life_days: float = setting(4.0, above=0.0, help="of decay, and of the trending segment")
-    eps: float = setting(0.01, above=0.0, help="of decay: mass of an unseen item without events")
+    half_life_days: float = setting(4.0, above=0.0, help="of a dislike's weight, also in the trending segment")
+    eps: float = setting(0.01, above=0.0, help="mass of an unseen item without events")
 
 
 @dataclass(frozen=True)
@@ -152,8 +145,6 @@ class Sft(Stage):
     verdict_weight: float = setting(1.0, low=0.0)
     negative_view: float = setting(0.2, low=0.0, high=1.0, help="share of prompts that show no likes")
     positive_view: float = setting(0.05, low=0.0, high=1.0, help="share of prompts that show no dislikes")
-    context_dropout: float = setting(0.0, low=0.0, high=1.0, help="chance of a history item to be left out of a prompt")
-    varied_horizon: bool = setting(False, help="cut each request's futures at a random horizon that leaves some")
 
 
 @dataclass(frozen=True)
@@ -170,10 +161,6 @@ class Grpo(Stage):
     objective: str = setting("trie", choices=("trie", "full"), help="what log-probabilities are taken over")
     loss: str = setting("dr_grpo", choices=("grpo", "dr_grpo", "dapo"))
     scale_rewards: bool = setting(False, help="divide the advantage by the group's standard deviation")
-    sampling: str = setting("with_replacement", choices=("with_replacement", "without_replacement"))
-    normalised_weights: bool = setting(
-        True, help="without replacement: divide the weights by their sum; biased, steadier"
-    )
     set_size: int = setting(4, low=0, help="k of the max@k advantage; 0: each answer for itself")
     clip_low: float = setting(0.2, low=0.0, high=0.99)
     clip_high: float = setting(0.2, low=0.0)

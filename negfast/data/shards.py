@@ -125,7 +125,6 @@ class Shard:
         trending_row: np.ndarray,
         tail: np.ndarray,
         timeline: bool = False,
-        gap_markers: range = range(0),
         threads: int = 1,
     ) -> PackedPrompts:
         """The prompts of B requests: ``[<likes> sid*] [<dislikes> sid*] [<trending> sid*] [tail]``.
@@ -137,10 +136,7 @@ class Shard:
         ``markers`` are the tokens of likes, dislikes, trending; trending int32 [D, T]: items, -1 padded;
         trending_row int32 [B]: its row, -1 for no segment; tail int32 [B]: the last token, -1 for none. With
         ``timeline`` the first two segments are one, in order of time: it begins with the marker of the first that is
-        shown, and another stands wherever likes turn into dislikes or back. ``gap_markers``, where not empty, are the
-        tokens of gaps of 1, 2 to 3, 4 to 7, ... UTC days, the last one's without an upper end: one follows every item
-        of these segments after which that many days pass to the segment's next item, or from its last one to the day of
-        the cut's last second.
+        shown, and another stands wherever likes turn into dislikes or back.
 
         Raises InputError for requests outside the tables, arrays that are too short or of another kind, and for a
         damaged shard.
@@ -158,8 +154,6 @@ class Shard:
             trending_row=trending_row,
             tail=tail,
             timeline=timeline,
-            first_gap_marker=gap_markers.start,
-            gap_markers=len(gap_markers),
             threads=threads,
         )
         requests, seen = parts.requests, parts.seen

@@ -166,44 +166,6 @@ def only_next(log: EventLog, requests: Requests) -> Requests:
     return replace(requests, dislike_offsets=offsets, dislikes=next_dislikes(log, requests.take(some)))
 
 
-def days_ahead(log: EventLog, requests: Requests) -> Requests:
-    """The same requests, each item of F replaced by the days until its dislike (1 to the horizon), of P until its
-    like."""
-    user, item, _, disliked, liked = _pairs(log)
-    key = user * log.n_items + item
-    ahead = []
-    for offsets, items, days in (
-        (requests.dislike_offsets, requests.dislikes, disliked),
-        (requests.like_offsets, requests.likes, liked),
-    ):
-        row = np.repeat(np.arange(len(requests)), np.diff(offsets))
-        pair = np.searchsorted(key, requests.user[row].astype(np.int64) * log.n_items + items)
-        ahead.append((days[pair] - requests.day[row]).astype(np.int32))
-    return replace(requests, dislikes=ahead[0], likes=ahead[1])
-
-
-def nearest(ahead: Requests) -> np.ndarray:
-    """Days until the first item of each request's F or P comes true, int64 [R]; ``ahead`` from `days_ahead` of requests
-    that have any."""
-    days = np.full(len(ahead), NEVER)
-    for offsets, of_items in ((ahead.dislike_offsets, ahead.dislikes), (ahead.like_offsets, ahead.likes)):
-        np.minimum.at(days, np.repeat(np.arange(len(ahead)), np.diff(offsets)), of_items)
-    return days
-
-
-def cut_futures(requests: Requests, ahead: Requests, horizons: np.ndarray) -> Requests:
-    """The futures that come true within ``horizons`` int [R] days of the requests; ``ahead`` from `days_ahead`."""
-    parts: list[np.ndarray] = []
-    for offsets, items, days in (
-        (requests.dislike_offsets, requests.dislikes, ahead.dislikes),
-        (requests.like_offsets, requests.likes, ahead.likes),
-    ):
-        row = np.repeat(np.arange(len(requests)), np.diff(offsets))
-        near = days <= horizons[row]
-        parts += _ragged(row[near], items[near], len(requests))
-    return Requests(requests.user, requests.day, *parts)
-
-
 def _pairs(log: EventLog) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The distinct pairs: user, item, and the days of the first event, dislike and like (NEVER if none)."""
     key, pair = np.unique(log.user.astype(np.int64) * log.n_items + log.item, return_inverse=True)

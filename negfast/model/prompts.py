@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,14 +10,12 @@ from torch import Tensor
 
 from negfast.config import Prompt
 from negfast.data.log import DAY
+from negfast.data.shards import Shard
 from negfast.model.layout import GroupLayout
 from negfast.sid.prior import DevicePrior, RequestPrior
 from negfast.sid.tokens import CodeVocabulary
 from negfast.sid.trie import SeenNodes, Trie
 from negfast.staging import put
-
-if TYPE_CHECKING:
-    from negfast.data.shards import Shard
 
 NEGATIVE_ONLY, POSITIVE_ONLY, MIXED = 2, 1, 3  # views: bit 0 shows the likes, bit 1 the dislikes
 
@@ -47,7 +44,7 @@ class PromptBuilder:
 
     def __init__(
         self,
-        shard: "Shard",
+        shard: Shard,
         trie: Trie,
         vocabulary: CodeVocabulary,
         prior: DevicePrior,
@@ -70,13 +67,11 @@ class PromptBuilder:
         answers_per_prompt: np.ndarray | int,
         tail: str | None = None,
         trending: bool = True,
-        dropout: tuple[float, np.ndarray] | None = None,
     ) -> PromptBatch:
         """Prompts of ``users`` int [B] at the end of ``days`` int [B], each seen through its view.
 
-        ``tail`` names the marker that ends every prompt; ``trending`` says whether the trending segment is shown;
-        ``dropout`` is the probability with which a history item is left out, and a seed int [B] of each prompt.
-        Pruning and prior know the whole history all the same.
+        ``tail`` names the marker that ends every prompt; ``trending`` says whether the trending segment is shown.
+        Pruning and prior know the whole history whatever is shown.
         """
         size = len(users)
         rows = np.asarray(days, dtype=np.int64) - self.prior.first_day
@@ -98,14 +93,10 @@ class PromptBuilder:
             trending_row=rows.astype(np.int32) if shown else np.full(size, -1, dtype=np.int32),
             tail=np.full(size, -1 if tail is None else self.vocabulary.marker(tail), dtype=np.int32),
             timeline=self.config.layout == "timeline",
-            gap_markers=self.vocabulary.gap_markers,
             threads=self.threads,
         )
-        shown_tokens, cu_seqlens = packed.tokens, packed.cu_seqlens
-        if dropout is not None:
-            shown_tokens, cu_seqlens = drop_history(shown_tokens, cu_seqlens, self.vocabulary, *dropout)
-        tokens = put(shown_tokens, self.device).long()
-        layout = GroupLayout.build(cu_seqlens, answers_per_prompt, self.device)
+        tokens = put(packed.tokens, self.device).long()
+        layout = GroupLayout.build(packed.cu_seqlens, answers_per_prompt, self.device)
 
         def make_prior() -> RequestPrior:
             return self.prior.for_requests(days, SeenNodes.from_packed(packed, self.trie, self.device))
@@ -113,31 +104,10 @@ class PromptBuilder:
         return PromptBatch(tokens, layout, make_prior)
 
 
-def drop_history(
-    tokens: np.ndarray, cu_seqlens: np.ndarray, vocabulary: CodeVocabulary, share: float, seeds: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Packed prompts (tokens int32 [T], offsets [B + 1]) without a random ``share`` of their liked and disliked items.
-
-    Each of the B prompts draws by its own seed, so that what it loses depends on no other. Markers and the trending
-    segment stay; so do gaps, which add up.
-    """
-    first = vocabulary.code_base(1)
-    starts = np.flatnonzero((tokens >= first) & (tokens < first + vocabulary.codebook))
-    markers = np.flatnonzero(tokens < first)  # of segments: gaps come after the codes
-    segment = tokens[markers[np.searchsorted(markers, starts) - 1]]  # the marker that an item follows
-    history = starts[segment != vocabulary.marker("trending")]
-    counts = np.diff(np.searchsorted(history, cu_seqlens))
-    draws = [np.random.default_rng(int(seed)).random(int(n)) for seed, n in zip(seeds, counts, strict=True)]
-    dropped = history[np.concatenate(draws) < share]
-    keep = np.ones(len(tokens), dtype=bool)
-    keep[dropped[:, None] + np.arange(vocabulary.levels)] = False
-    return tokens[keep], np.concatenate([[0], np.cumsum(keep)])[cu_seqlens]
-
-
 def trending_items(dislike_mass: np.ndarray, top: int) -> np.ndarray:
     """The ``top`` items of largest dislike mass at the end of each day, int32 [D, top], best first, -1 padded.
 
-    ``dislike_mass`` float64 [D, I] as from `negfast.sid.mass_weights.decayed_mass`. Ties go to the lower item
+    ``dislike_mass`` float64 [D, I] as from `negfast.sid.prior.decayed_mass`. Ties go to the lower item
     index.
     """
     top = min(top, dislike_mass.shape[1])

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from negfast.config import Config, Prior
+from negfast.config import Config
 from negfast.data.dataset import Dataset
 from negfast.data.features import HistoryFeatures
-from negfast.data.log import DISLIKE, EventLog
+from negfast.data.log import DISLIKE, LIKE, EventLog
 from negfast.data.split import Requests, Split, all_requests
 from negfast.errors import InputError
 from negfast.model.choice import TrieChooser
@@ -19,8 +19,7 @@ from negfast.model.fused_layers import fuse_layers
 from negfast.model.policy import Policy
 from negfast.model.prompts import PromptBuilder, trending_items
 from negfast.runtime import distributed
-from negfast.sid.mass_weights import MassWeights, decay_weights, decayed_mass, fit_weights
-from negfast.sid.prior import DevicePrior
+from negfast.sid.prior import DevicePrior, decayed_mass
 from negfast.sid.trie import Trie, build_trie
 
 
@@ -58,27 +57,25 @@ def build_engine(
     policy: Policy,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
-    weights: MassWeights,
     fit_until: int | None = None,
 ) -> Engine:
-    """Puts the policy on ``device`` and builds the tables beside it: the community prior by ``weights``, as the run
-    keeps them (`mass_weights`). ``fit_until`` (days since 1970) is T_valid by default, later for a final refit."""
+    """Puts the policy on ``device`` and builds the tables beside it. ``fit_until`` (days since 1970) is T_valid by
+    default, later for a final refit."""
     fit_until = data.valid_day if fit_until is None else fit_until
     policy.in_bfloat16 = config.train.dtype == "bfloat16" or (config.train.dtype == "auto" and device.type == "cuda")
     log, threads = data.log, torch.get_num_threads()
     trie = build_trie(data.codes, int(data.manifest["semantic_ids"]["codebook"]))
     first_day, last_day = int(log.day.min()) - 1, int(log.day.max())
-    dislike_mass, like_mass = weights.masses(log, first_day, last_day)
-    lately_disliked = dislike_mass  # a fitted one holds likes too
-    if config.prior.mass != "decay":
-        lately_disliked = decayed_mass(log, DISLIKE, config.prior.half_life_days, first_day, last_day)
-    prior = DevicePrior.build(trie, dislike_mass, like_mass, first_day, weights.eps, device)
+    disliked, liked = (
+        decayed_mass(log, kind, config.prior.half_life_days, first_day, last_day) for kind in (DISLIKE, LIKE)
+    )
+    prior = DevicePrior.build(trie, disliked, liked, first_day, config.prior.eps, device)
     prompts = PromptBuilder(
         data.shard,
         trie,
         policy.vocabulary,
         prior,
-        trending_items(lately_disliked, config.prompt.trending_cap),
+        trending_items(disliked, config.prompt.trending_cap),
         config.prompt,
         device,
         threads,
@@ -97,13 +94,6 @@ def build_engine(
         device,
         fit_until,
     )
-
-
-def mass_weights(settings: Prior, data: Dataset, fit_until: int) -> MassWeights:
-    """What makes the community prior by ``settings``; fitted to futures that end before ``fit_until``."""
-    if settings.mass == "decay":
-        return decay_weights(settings.half_life_days, settings.eps)
-    return fit_weights(data.log, requests_before(data, fit_until))
 
 
 def requests_before(data: Dataset, fit_until: int) -> Requests:

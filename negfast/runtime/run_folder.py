@@ -15,7 +15,6 @@ from negfast.model.policy import Policy
 from negfast.runtime.checkpoint import load_weights, read_state
 from negfast.runtime.engine import Engine, build_engine, choose_device, use_threads
 from negfast.runtime.verdict import Calibration
-from negfast.sid.mass_weights import MassWeights
 
 
 @dataclass(frozen=True)
@@ -105,11 +104,6 @@ class RunFolder:
         return Calibration(**read_state(self.final)["calibration"])
 
     @property
-    def mass_weights(self) -> MassWeights:
-        """What makes the community prior."""
-        return MassWeights.from_json(self._said("mass_weights"))
-
-    @property
     def learned_until(self) -> int:
         """Days since 1970: nothing in the weights comes from events of this day or later, those of --init included."""
         return day_of(self._said("learned_until"))
@@ -153,7 +147,7 @@ class RunFolder:
         """The run's policy, its weights still to be loaded, and its tokenizer."""
         shape = dataset.codes.shape[1], int(dataset.manifest["semantic_ids"]["codebook"])
         config = self.config
-        return rebuild_policy(self.model, config.model, *shape, self.read()["verdict_features"], config.prompt.day_gaps)
+        return rebuild_policy(self.model, config.model, *shape, self.read()["verdict_features"])
 
     def finished_engine(self, data: Path | None) -> Engine:
         """An engine with the run's final weights over ``data`` (default: the data it was trained on), for inference.
@@ -168,7 +162,7 @@ class RunFolder:
         policy, tokenizer = self.load_policy(dataset)
         until = None if self.refit is None else self.refit.until
         device = choose_device(config.train.device)
-        engine = build_engine(config, dataset, policy, tokenizer, device, self.mass_weights, until)
+        engine = build_engine(config, dataset, policy, tokenizer, device, until)
         load_weights(self.final, engine.policy)
         engine.policy.eval().requires_grad_(False)
         return engine

@@ -1,8 +1,8 @@
 """The community prior on the trie: log mass of the unseen items under each child (negfast's choice).
 
 With code logits at zero and weight 1, a walk down the trie draws an unseen item with probability proportional to
-its mass + eps; `negfast.sid.mass_weights` says what makes a mass. One table of node masses a day and branch lies on the
-device; what a request has seen is subtracted there.
+its mass + eps. The mass is that of its decayed dislikes (likes, for the next like). One table of node masses a day and
+branch lies on the device; what a request has seen is subtracted there.
 """
 
 from dataclasses import dataclass
@@ -11,10 +11,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from negfast.data.log import EventLog
 from negfast.sid.trie import DeviceTrie, SeenNodes, Trie
 from negfast.staging import put
 
 NEXT_DISLIKE, NEXT_LIKE = 0, 1  # branches: rows of the mass tables
+
+
+def decayed_mass(log: EventLog, feedback: int, half_life_days: float, first_day: int, last_day: int) -> np.ndarray:
+    """Mass of every item at the end of each day in first_day..last_day, float64 [D, I].
+
+    The events of all users with that feedback count; one of day d weighs 2^-((D - d) / half_life_days) at the end
+    of day D >= d and nothing before. Days are UTC days since 1970.
+    """
+    n_days = last_day - first_day + 1
+    counted = (log.feedback == feedback) & (log.day <= last_day)
+    day, item = log.day[counted].astype(np.int64), log.item[counted].astype(np.int64)
+    row = np.maximum(day - first_day, 0)  # an earlier event enters on the first row, with what is left of it
+    weight = np.exp2(-np.maximum(first_day - day, 0) / half_life_days)
+    counts = np.bincount(row * log.n_items + item, weight, n_days * log.n_items)
+    mass = counts.astype(np.float64).reshape(n_days, log.n_items)  # without events numpy counts integers
+    for today in range(1, n_days):
+        mass[today] += mass[today - 1] * 2.0 ** (-1.0 / half_life_days)
+    return mass
 
 
 @dataclass(frozen=True)

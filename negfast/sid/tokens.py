@@ -1,4 +1,4 @@
-"""The vocabulary block that negfast appends to a model's: markers, L*K semantic-ID codes, level-major, and gaps."""
+"""The vocabulary block that negfast appends to a model's: markers, then L*K semantic-ID codes, level-major."""
 
 from dataclasses import dataclass
 
@@ -16,33 +16,30 @@ MARKERS = (
     "yes",
     "no",
 )
-GAPS = 8  # markers of the days between two items: 1, 2 to 3, 4 to 7, ... 128 or more (negfast's choice)
 
 
 @dataclass(frozen=True)
 class CodeVocabulary:
     """Token ids of the block for L levels of K codes, on top of a vocabulary of ``base`` tokens.
 
-    Ids are ``base + i``: the markers in the order of ``MARKERS``, then the K codes of level 1, of level 2, ..., then
-    where prompts show gaps their ``GAPS`` markers. Levels count from 1 as in the trie, whose level 0 is the root.
+    Ids are ``base + i``: the markers in the order of ``MARKERS``, then the K codes of level 1, of level 2, ...
+    Levels count from 1 as in the trie, whose level 0 is the root.
     """
 
     base: int
     levels: int
     codebook: int
-    day_gaps: bool = False
 
     @property
     def size(self) -> int:
         """Number of tokens of the block."""
-        return len(MARKERS) + self.levels * self.codebook + len(self.gap_markers)
+        return len(MARKERS) + self.levels * self.codebook
 
     @property
     def tokens(self) -> list[str]:
-        """The block's token strings by id: ``<|dislikes|>``, ..., ``<|s1_0|>``, ..., ``<|gap_1|>``, ..."""
+        """The block's token strings by id: ``<|dislikes|>``, ..., ``<|s1_0|>``, ..."""
         codes = [f"<|s{lv}_{c}|>" for lv in range(1, self.levels + 1) for c in range(self.codebook)]
-        gaps = [f"<|gap_{1 << i}|>" for i in range(len(self.gap_markers))]
-        return [f"<|{name}|>" for name in MARKERS] + codes + gaps
+        return [f"<|{name}|>" for name in MARKERS] + codes
 
     def marker(self, name: str) -> int:
         """Token id of a marker, e.g. ``marker("next-dislike")``; an unknown name is a ValueError."""
@@ -53,12 +50,6 @@ class CodeVocabulary:
         if not 1 <= level <= self.levels:
             raise ValueError(f"level {level} is outside 1..{self.levels}")
         return self.base + len(MARKERS) + (level - 1) * self.codebook
-
-    @property
-    def gap_markers(self) -> range:
-        """Token ids of the gaps of 1, 2 to 3, 4 to 7, ... days; empty where prompts show none."""
-        first = self.base + len(MARKERS) + self.levels * self.codebook
-        return range(first, first + (GAPS if self.day_gaps else 0))
 
     def item_tokens(self, codes: np.ndarray) -> np.ndarray:
         """Codes of items, [I, L] of any integer type, to their token ids, int32 [I, L]."""

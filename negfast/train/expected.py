@@ -5,13 +5,12 @@ import torch
 
 from negfast.config import Reward
 from negfast.data.log import EventLog
-from negfast.data.neighbours import co_dislike_neighbours, content_neighbours
 from negfast.data.split import Requests
 from negfast.model.prompts import MIXED
 from negfast.runtime.engine import Engine
 from negfast.runtime.likelihood import answer_log_probs
 from negfast.sid.prior import NEXT_DISLIKE
-from negfast.train.grpo.reward import RewardTable, build_reward_table
+from negfast.train.grpo.reward import RewardTable, build_reward_table, reward_sources
 
 ANSWERS_AT_ONCE = 8192
 
@@ -60,10 +59,7 @@ def expected_rewards(engine: Engine, requests: Requests, table: RewardTable, vie
 
 def reward_table(engine: Engine, requests: Requests, settings: Reward | None = None) -> RewardTable:
     """The rewards of ``requests`` by ``settings`` (default: the engine's), co-dislikes counted before T_valid."""
-    settings = engine.config.reward if settings is None else settings
-    neighbours = co_dislike_neighbours(engine.log, engine.data.valid_day)
-    content = content_neighbours(engine.data.embedding, settings.content_threshold)
-    return build_reward_table(requests, engine.log.n_items, settings, neighbours, content, engine.device)
+    return build_reward_table(requests, reward_sources(engine, engine.data.valid_day, settings), engine.device)
 
 
 def _cuts(counts: np.ndarray, most: int) -> list[int]:

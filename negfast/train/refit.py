@@ -11,7 +11,6 @@ from negfast.evaluate.policy_predictions import calibrate
 from negfast.evaluate.sets import evaluation_set
 from negfast.files import atomic_directory, check_output
 from negfast.runtime.checkpoint import load_weights, read_state
-from negfast.runtime.engine import mass_weights
 from negfast.runtime.run_folder import Chosen, Refit, RunFolder
 
 
@@ -43,10 +42,8 @@ def start_refit(run: RunFolder, source: RunFolder, stages: Sequence[str], report
         chosen[stage] = Chosen(read_state(folder)["step"], float(engine.policy.block.scale), calibration)
     here = run.path.resolve()
     refit = Refit(os.path.relpath(source.path.resolve(), here), engine.data.test_day, chosen)
-    weights = mass_weights(engine.config.prior, engine.data, refit.until)
     description = source.read() | {
         "data": os.path.relpath(source.data.resolve(), here),
-        "mass_weights": weights.to_json(),
         "learned_until": date_of(refit.until),
         "refit": refit.to_json(),
     }

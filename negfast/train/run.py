@@ -32,7 +32,7 @@ from negfast.runtime.checkpoint import (
     save_by_first,
     save_checkpoint,
 )
-from negfast.runtime.engine import Engine, build_engine, choose_device, history_features, mass_weights, use_threads
+from negfast.runtime.engine import Engine, build_engine, choose_device, history_features, use_threads
 from negfast.runtime.run_folder import RunFolder
 from negfast.runtime.verdict import fit_prior
 from negfast.train import faults
@@ -156,7 +156,7 @@ def _open_run(
     dataset = Dataset.open(_check_same_run(run, settings, data, model, init))
     policy, tokenizer = run.load_policy(dataset)
     until = None if run.refit is None else run.refit.until
-    engine = build_engine(settings, dataset, policy, tokenizer, device, run.mass_weights, until)
+    engine = build_engine(settings, dataset, policy, tokenizer, device, until)
     load_weights(run.initial, engine.policy)
     if sharding.shard(engine.policy, settings, device):
         _say(f"layers' weights are sharded over {distributed.size()} ranks")
@@ -187,12 +187,10 @@ def _start_run(run: RunFolder, settings: Config, data: Path | None, model: Path 
     verdict_features = history_features(dataset, dataset.valid_day).width
     if init is None:
         texts = [text for text in dataset.items.text if text.strip()]
-        policy, tokenizer = build_policy(
-            settings.model, model, texts, *shape, verdict_features, settings.prompt.day_gaps
-        )
+        policy, tokenizer = build_policy(settings.model, model, texts, *shape, verdict_features)
     else:
         source = RunFolder(init)
-        _check_init(source, dataset, model, verdict_features, settings.prompt.day_gaps)
+        _check_init(source, dataset, model, verdict_features)
         settings = _with_shape(settings, source.config.model)
         policy, tokenizer = source.load_policy(dataset)
         load_weights(source.final, policy)
@@ -210,7 +208,6 @@ def _start_run(run: RunFolder, settings: Config, data: Path | None, model: Path 
         "model": None if model is None else str(model),
         "init": None if init is None else str(init),
         "verdict_features": verdict_features,
-        "mass_weights": mass_weights(settings.prior, dataset, dataset.valid_day).to_json(),
         "learned_until": date_of(dataset.valid_day),
     }
     with atomic_file(run.description) as temporary:
@@ -231,7 +228,7 @@ def _check_quantizer(dataset: Dataset, wanted: str, embedded: bool) -> None:
         raise InputError(f"sid.quantizer: found {wanted}, but {dataset.path} was prepared with {found}")
 
 
-def _check_init(source: RunFolder, dataset: Dataset, model: Path | None, verdict_features: int, day_gaps: bool) -> None:
+def _check_init(source: RunFolder, dataset: Dataset, model: Path | None, verdict_features: int) -> None:
     """InputError where a run cannot start from the weights of ``source``."""
     source.require_finished()
     source.check_data(dataset)
@@ -243,9 +240,6 @@ def _check_init(source: RunFolder, dataset: Dataset, model: Path | None, verdict
     if source.learned_until > dataset.valid_day:
         until, start = date_of(source.learned_until), date_of(dataset.valid_day)
         raise InputError(f"--init {source.path}: learned from events before {until}, expected none from {start} on")
-    if source.config.prompt.day_gaps != day_gaps:
-        found = "true" if day_gaps else "false"
-        raise InputError(f"prompt.day_gaps: found {found}, but --init {source.path} was trained otherwise")
 
 
 def _with_ways(started: Train, now: Train) -> Train:

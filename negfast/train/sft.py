@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from negfast.config import Sft
-from negfast.data.split import Requests, cut_futures, days_ahead, nearest, only_next
+from negfast.data.split import Requests, only_next
 from negfast.model.prompts import MIXED, NEGATIVE_ONLY, POSITIVE_ONLY, PromptBatch
 from negfast.runtime.engine import Engine
 from negfast.runtime.likelihood import answer_log_probs
@@ -43,7 +43,6 @@ class NextItems:
         has_future = (np.diff(requests.dislike_offsets) > 0) | (np.diff(requests.like_offsets) > 0)
         self.engine, self.settings = engine, settings
         self.requests = requests.take(has_future)
-        self.ahead = days_ahead(engine.log, self.requests) if settings.varied_horizon else None
 
     def read(self, step: int, share: Share = WHOLE) -> ItemBatch:
         """The share's requests and the items drawn of their futures."""
@@ -52,25 +51,14 @@ class NextItems:
         rows = epoch_rows(seed, "next-items", step, size, settings.requests)
         rng = task_rng(seed, "targets", step)
         requests = self.requests.take(rows)
-        if self.ahead is not None:
-            ahead = self.ahead.take(rows)
-            horizons = rng.integers(nearest(ahead), engine.split.horizon + 1)
-            requests = cut_futures(requests, ahead, horizons)
         request, item, branch, weight = draw_targets(requests, settings.targets, settings.like_weight, rng)
         views = draw_views(len(rows), settings.negative_view, settings.positive_view, rng)
-        drop = (settings.context_dropout, rng.integers(2**32, size=len(rows))) if settings.context_dropout else None
 
         mine = share.of(len(rows))
         drawn = (request >= mine.start) & (request < mine.stop)
         request, item, branch, weight = (column[drawn] for column in (request - mine.start, item, branch, weight))
         counts = np.bincount(request, minlength=mine.stop - mine.start)
-        batch = engine.prompts.build(
-            requests.user[mine],
-            requests.day[mine],
-            views[mine],
-            counts,
-            dropout=None if drop is None else (drop[0], drop[1][mine]),
-        )
+        batch = engine.prompts.build(requests.user[mine], requests.day[mine], views[mine], counts)
         names = {NEXT_DISLIKE: "next-dislike", NEXT_LIKE: "next-like"}
         marker_ids = np.array([engine.policy.vocabulary.marker(names[b]) for b in (NEXT_DISLIKE, NEXT_LIKE)])
 

@@ -31,12 +31,10 @@ def reference_pack(log: EventLog, request: dict, item_nodes: np.ndarray) -> Pack
             for i in range(log.user_offsets[user], log.user_offsets[user + 1])
             if log.time[i] < request["cut"][b]
         ]
-        day = [int(t) // DAY for t in log.time[log.user_offsets[user] : log.user_offsets[user + 1]]]
         last: dict[int, tuple[int, int]] = {}  # item -> (place, feedback)
         for place, (item, feedback) in enumerate(events):
             if feedback in (LIKE, DISLIKE, WITHDRAWN):
                 last[item] = (place, feedback)
-        today = (request["cut"][b] - 1) // DAY
         timeline = []
         for bit, kind, marker, cap in (
             (1, LIKE, MARKERS[0], request["like_cap"]),
@@ -50,16 +48,11 @@ def reference_pack(log: EventLog, request: dict, item_nodes: np.ndarray) -> Pack
         if request["timeline"]:
             timeline = timeline[:1] + sorted((event for event in timeline if event[0] >= 0), key=lambda event: event[0])
         before = None
-        for n, (place, marker, item_tokens) in enumerate(timeline):
+        for place, marker, item_tokens in timeline:
             if marker != before or place < 0:
                 tokens.append(marker)
             before = marker
-            if place < 0:
-                continue
             tokens.extend(item_tokens)
-            next_place = timeline[n + 1][0] if n + 1 < len(timeline) else -1
-            next_day = today if next_place < 0 else day[next_place]
-            tokens.extend(gap_tokens(next_day - day[place], request["gap_markers"]))
         if request["trending_row"][b] >= 0:
             tokens.append(MARKERS[2])
             for item in request["trending"][request["trending_row"][b]]:
@@ -81,11 +74,6 @@ def reference_pack(log: EventLog, request: dict, item_nodes: np.ndarray) -> Pack
     return PackedPrompts(tokens, cu, seen_item, seen_cu, nodes, rows, counts, slots)
 
 
-def gap_tokens(days: int, markers: range) -> list[int]:
-    reached = [marker for n, marker in enumerate(markers) if days >= 2**n]
-    return reached[-1:]
-
-
 def random_request(rng: np.random.Generator, log: EventLog, size: int, levels: int) -> dict:
     return {
         "users": rng.integers(0, log.n_users, size).astype(np.int32),
@@ -98,7 +86,6 @@ def random_request(rng: np.random.Generator, log: EventLog, size: int, levels: i
         "trending_row": rng.integers(-1, 3, size).astype(np.int32),
         "tail": rng.choice([-1, 903, 904], size).astype(np.int32),
         "timeline": bool(rng.integers(2)),
-        "gap_markers": range(910, 910 + int(rng.choice([0, 1, 3, 8]))),
     }
 
 

@@ -12,7 +12,8 @@ from negfast.config import Model
 from negfast.data.dataset import Dataset
 from negfast.model.lora import add_adapters, merge_adapters
 from negfast.runtime.run_folder import RunFolder
-from negfast.train.grpo.stage import freeze, group_loss
+from negfast.train.grpo.loss import GroupLoss
+from negfast.train.grpo.stage import freeze
 from tests.tiny import run_cli, train_arguments
 from tests.train.small import make_small
 
@@ -38,8 +39,8 @@ def update(small, reference, step: int) -> None:
     """A GRPO step by hand, with plain gradient descent."""
     rewards = torch.randn(3, 4, 1, dtype=torch.float64)
     ids = torch.arange(3)
-    parts = (small.policy, reference, small.chooser, small.batch(4), ids, lambda _: rewards)
-    group_loss(*parts, GRPOObjective(beta=0.1), 4, 0, step).result.loss.backward()
+    loss = GroupLoss(small.policy, reference, small.chooser, GRPOObjective(beta=0.1), 4, 0)
+    loss.sample(small.batch(4), ids, lambda _: rewards, step).terms.loss.backward()
     with torch.no_grad():
         for parameter in small.policy.parameters():
             if parameter.grad is not None:
@@ -54,8 +55,8 @@ def test_untrained_adapters_change_nothing():
 
 def test_gradients_reach_adapters_and_code_block_alone():
     small = adapted(2)
-    parts = (small.policy, None, small.chooser, small.batch(4), torch.arange(3), lambda _: torch.randn(3, 4, 1))
-    group_loss(*parts, GRPOObjective(beta=0.0), 4, 0, 0).result.loss.backward()
+    loss = GroupLoss(small.policy, None, small.chooser, GRPOObjective(beta=0.0), 4, 0)
+    loss.sample(small.batch(4), torch.arange(3), lambda _: torch.randn(3, 4, 1), 0).terms.loss.backward()
     touched = {name for name, parameter in small.policy.named_parameters() if parameter.grad is not None}
     linears = [name for name, module in small.policy.decoder.named_modules() if hasattr(module, "lora_A")]
     assert len(linears) == 2 * 7  # q, k, v, o, gate, up and down of each layer

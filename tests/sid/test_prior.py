@@ -5,8 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from negfast.data.log import DAY, DISLIKE, LIKE, EventLog
-from negfast.sid.mass_weights import decayed_mass
-from negfast.sid.prior import NEXT_DISLIKE, NEXT_LIKE, DevicePrior, child_log_prior
+from negfast.sid.prior import NEXT_DISLIKE, NEXT_LIKE, DevicePrior, child_log_prior, decayed_mass
 from negfast.sid.trie import SeenNodes, build_trie
 
 from .reference import random_codes, seen_nodes_reference
@@ -108,3 +107,33 @@ def test_days_outside_the_table_and_eps_are_refused():
             prior.for_requests(np.array([FIRST, day]), seen)
     with pytest.raises(ValueError, match="eps"):
         DevicePrior.build(trie, masses[0], masses[1], FIRST, 0.0, "cpu")
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32), half_life=st.floats(0.3, 30), start=st.integers(-3, 8))
+def test_mass_is_the_sum_over_events(seed, half_life, start):
+    rng = np.random.default_rng(seed)
+    log = random_log(rng, 5, 7, 60, 12)
+    first, last = FIRST + start, FIRST + start + int(rng.integers(0, 9))
+    mass = decayed_mass(log, LIKE, half_life, first, last)
+    assert mass.shape == (last - first + 1, 7) and mass.dtype == np.float64
+    for row, today in enumerate(range(first, last + 1)):
+        expected = np.zeros(7)
+        for item, feedback, time in zip(log.item, log.feedback, log.time, strict=True):
+            if feedback == LIKE and time < (today + 1) * DAY:
+                expected[item] += 2.0 ** (-(today - time // DAY) / half_life)
+        np.testing.assert_allclose(mass[row], expected, rtol=1e-12, atol=0)
+
+
+def test_nothing_after_the_day_matters():
+    rng = np.random.default_rng()
+    log = random_log(rng, 6, 20, 400, 10)
+    later = log.time >= (FIRST + 6) * DAY
+    item, feedback = log.item.copy(), log.feedback.copy()
+    item[later] = rng.integers(0, 20, later.sum())
+    feedback[later] = DISLIKE
+    shifted = EventLog(log.user_offsets, item, feedback, log.time, None, 20)
+    before = decayed_mass(log, DISLIKE, 4.0, FIRST, FIRST + 9)
+    after = decayed_mass(shifted, DISLIKE, 4.0, FIRST, FIRST + 9)
+    assert np.array_equal(before[:6], after[:6])
+    assert not np.array_equal(before[6:], after[6:])

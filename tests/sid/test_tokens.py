@@ -19,15 +19,6 @@ def test_ids_count_up_through_markers_and_level_major_codes():
         assert [id_of[f"<|s{lv + 1}_{code}|>"] for lv, code in enumerate(expected)] == row.tolist()
 
 
-def test_gaps_come_after_the_codes():
-    without, vocabulary = (CodeVocabulary(base=1000, levels=3, codebook=7, day_gaps=on) for on in (False, True))
-    assert vocabulary.tokens[: without.size] == without.tokens
-    assert [vocabulary.tokens[token - 1000] for token in vocabulary.gap_markers] == [
-        f"<|gap_{days}|>" for days in (1, 2, 4, 8, 16, 32, 64, 128)
-    ]
-    assert len(without.gap_markers) == 0 and vocabulary.size == len(vocabulary.tokens) == without.size + 8
-
-
 @pytest.mark.parametrize("level", [0, 4, -1])
 def test_levels_outside_are_refused(level):
     with pytest.raises(ValueError, match=r"outside 1\.\.3"):

@@ -61,7 +61,7 @@ def opened_stages(run: RunFolder, shard: str = "none") -> Iterator[tuple[Policy,
     """The stages one after the other, of one policy with the run's first weights."""
     dataset = Dataset.open(run.data)
     policy, tokenizer = run.load_policy(dataset)
-    engine = build_engine(run.config, dataset, policy, tokenizer, torch.device("cpu"), run.mass_weights)
+    engine = build_engine(run.config, dataset, policy, tokenizer, torch.device("cpu"))
     load_weights(run.checkpoints / "initial", policy)
     sharding.shard(policy, replace(run.config, train=replace(run.config.train, shard=shard)), torch.device("cpu"))
     for make in STAGES.values():

@@ -30,7 +30,7 @@ def make_engine(tiny_run):
         dataset = Dataset.open(run.data)
         torch.manual_seed(5)
         policy, tokenizer = run.load_policy(dataset)
-        engine = build_engine(config, dataset, policy, tokenizer, torch.device("cpu"), run.mass_weights)
+        engine = build_engine(config, dataset, policy, tokenizer, torch.device("cpu"))
         torch.nn.init.normal_(policy.block.head.weight, std=0.3)
         return engine
 

@@ -18,7 +18,7 @@ def sft_gradient(run: RunFolder, dtype: str) -> tuple[float, torch.Tensor]:
     config, dataset = run.config, Dataset.open(run.data)
     policy, tokenizer = run.load_policy(dataset)
     config = replace(config, train=replace(config.train, dtype=dtype))
-    engine = build_engine(config, dataset, policy, tokenizer, torch.device("cpu"), run.mass_weights)
+    engine = build_engine(config, dataset, policy, tokenizer, torch.device("cpu"))
     load_weights(run.checkpoints / "initial", policy)
     stage = SftStage(engine)
     torch.manual_seed(1)

@@ -18,7 +18,7 @@ from negfast.data.log import DISLIKE, EXPOSED, LIKE, EventLog, history_ends
 from negfast.evaluate.baselines.ranking import HALF_LIFE
 from negfast.evaluate.predictions import TOP, Predictions
 from negfast.evaluate.sets import EvalSet
-from negfast.sid.mass_weights import decayed_mass
+from negfast.sid.prior import decayed_mass
 
 MASS_EPS = 0.01  # of an item without events lately, under the logarithm
 _BLOCK = 256  # prompts scored against all items at a time

@@ -1,102 +1,195 @@
-"""GRPO's objective at the nodes that a rollout visited: by the kernel where kernels run, else in eager code."""
+"""GRPO's loss of a batch of groups: rollout, reward, reference policy and objective, in one pass over each prompt.
 
+The objective is computed by the kernel where kernels run, else by its eager reference.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from negfast.kernels.dispatch import runs_triton
+from negfast.kernels.dispatch import runs_liger, runs_triton
 from negfast.kernels.fused_trie_grpo import trie_grpo
-from negfast.kernels.trie_grpo import GRPOObjective, GRPOTerms, log_policy, trie_grpo_reference
-from negfast.kernels.trie_rows import RowTokens, TrieRows, TrieTables
+from negfast.kernels.trie_grpo import (
+    GRPOObjective,
+    GRPOTerms,
+    SampledTokens,
+    grpo_terms,
+    k3,
+    log_policy,
+    trie_grpo_reference,
+)
+from negfast.kernels.trie_rows import RowTokens
+from negfast.kernels.vocabulary import row_entropy, vocabulary_nll
 from negfast.model.choice import TrieChooser
 from negfast.model.compact import compact_rows, compact_tables
-from negfast.sid.prior import RequestPrior
-from negfast.train.grpo.rollout import Rollout
+from negfast.model.policy import Policy
+from negfast.model.prompts import PromptBatch
+from negfast.sid.prior import NEXT_DISLIKE, RequestPrior
+from negfast.sid.tokens import CodeVocabulary
+from negfast.spans import span
+from negfast.train.grpo.rollout import Rollout, replay_hidden, replay_logits, rollout
 
 
-class CompactRollout(NamedTuple):
-    """The choices and tokens of a rollout as kernels read them."""
+class GroupStep(NamedTuple):
+    """A rollout, what it earned, and its loss."""
 
-    tables: TrieTables
-    rows: TrieRows
-    tokens: RowTokens
-
-
-def compact_rollout(chooser: TrieChooser, prior: RequestPrior, branch: int, sampled: Rollout) -> CompactRollout | None:
-    """None where the eager reference computes: it reads the dense form that sampling made."""
-    if not runs_triton(sampled.items.device):
-        return None
-    items, group = sampled.items.flatten(), sampled.items.shape[1]
-    nodes, requests = [torch.zeros_like(sampled.rows[0])], [sampled.rows[0]]
-    for level, answers in enumerate(sampled.rows[1:]):
-        nodes.append(chooser.trie.item_nodes[items[answers], level].long())
-        requests.append(answers // group)
-    tables = compact_tables(chooser, prior)
-    shape = (chooser.trie.levels, len(items))
-    row, counted = sampled.tokens.row.view(shape), sampled.tokens.counted.view(shape)
-    rows = compact_rows(tables, prior, branch, nodes, requests)
-    return CompactRollout(tables, rows, RowTokens.from_rows(row, counted, len(sampled.choice.logits)))
+    rollout: Rollout
+    reward: Tensor  # [B, G, terms]; their sum is a completion's reward
+    terms: GRPOTerms
+    reference: Tensor | None  # [R, K] logits of the reference policy, where beta > 0
 
 
 @dataclass(frozen=True)
-class TrieLoss:
-    """The objective at the rows of a rollout: all of it but the policy's logits there.
+class GroupLoss:
+    """The loss of groups of ``group`` completions of ``policy``, each sampled on the trie.
 
-    rewards    [B, G]
-    reference  [R, K] logits of the frozen policy at the same rows; needed where beta > 0
-    answer_weight  [B * G] or None
+    ``reference`` is the frozen policy of the KL, needed where the objective has beta > 0. The default objective takes
+    log-probabilities over the codes that the trie allows, with the community prior; ``full`` over the whole vocabulary,
+    as general libraries do: every token counts then, forced ones too, and the KL is k3. Raises ValueError on what
+    cannot be combined.
     """
 
-    sampled: Rollout
-    compact: CompactRollout | None
-    rewards: Tensor
+    policy: Policy
+    reference: Policy | None
+    chooser: TrieChooser
     objective: GRPOObjective
-    levels: int
-    reference: Tensor | None
-    answer_weight: Tensor | None = None
+    group: int
+    seed: int  # of the sampling noise
+    full: bool = False
 
-    def __call__(self, logits: Tensor, old_log_prob: Tensor | None = None) -> GRPOTerms:
-        """Terms with tokens [T] flat, level by level; ``old_log_prob`` [T] of the policy that sampled, else on-policy.
+    def __post_init__(self) -> None:
+        if (self.objective.beta > 0) != (self.reference is not None):
+            found = f"found {self.reference is not None} with beta {self.objective.beta:g}"
+            raise ValueError(f"reference: {found}, expected one exactly where beta is above 0")
+        if self.full:
+            check_full(self.objective, self.chooser.prior_weight)
+
+    def sample(
+        self, prompts: PromptBatch, request_ids: Tensor, reward: Callable[[Tensor], Tensor], step: int
+    ) -> GroupStep:
+        """An on-policy step up to its loss. ``request_ids`` int64 [B] key the noise, with ``step``; ``reward`` gives
+        the reward's terms [B, G, n] of items int64 [B, G]."""
+        sampled = rollout(
+            self.policy,
+            self.chooser,
+            prompts,
+            request_ids,
+            NEXT_DISLIKE,
+            self.group,
+            self.seed,
+            step,
+            self.objective.temperature,
+            keep_forced=self.full,
+        )
+        earned, reference = reward(sampled.items), None
+        if self.reference is not None:
+            with span("reference"), torch.no_grad():
+                if self.full:
+                    reference = self.reference.full_logits(replay_hidden(self.reference, prompts, sampled))
+                else:
+                    reference = replay_logits(self.reference, prompts, sampled)
+        with span("loss"):
+            if self.full:
+                terms = self._over_vocabulary(sampled, earned.sum(-1), reference)
+            else:
+                terms = self._over_trie(prompts.prior, sampled, sampled.choice.logits, earned.sum(-1), reference, None)
+        return GroupStep(sampled, earned, terms, reference)
+
+    def reuse(self, prompts: PromptBatch, taken: GroupStep) -> GRPOTerms:
+        """The loss of an earlier rollout under the policy as it is now, by a second pass, with ratios against then."""
+        logits = replay_logits(self.policy, prompts, taken.rollout)
+        rewards, old_log_prob = taken.reward.sum(-1), taken.terms.log_prob
+        with span("loss"):
+            return self._over_trie(prompts.prior, taken.rollout, logits, rewards, taken.reference, old_log_prob)
+
+    def _over_trie(
+        self,
+        prior: RequestPrior,
+        sampled: Rollout,
+        logits: Tensor,
+        rewards: Tensor,
+        reference: Tensor | None,
+        old_log_prob: Tensor | None,
+    ) -> GRPOTerms:
+        """Terms with tokens [T] flat, level by level, of ``logits`` [R, K] at the nodes of a rollout; ``old_log_prob``
+        [T] of the policy that sampled, else on-policy.
 
         A reward that is not finite makes the loss so, which the training loop refuses; to look here would make the
         host wait for the device.
         """
-        if self.compact is None:
-            return self._eager(logits, old_log_prob)
-        tables, rows, row_tokens = self.compact
-        tokens, shape = self.sampled.tokens, (self.levels, self.rewards.numel())
-        real = torch.float32
+        choice, tokens, levels = sampled.choice, sampled.tokens, sampled.codes.shape[1]
+        if not runs_triton(logits.device):
+            if reference is not None:
+                reference = log_policy(reference, choice.valid, choice.log_prior, self.objective.temperature)
+            return trie_grpo_reference(
+                logits,
+                choice.valid,
+                choice.log_prior,
+                tokens,
+                rewards,
+                self.objective,
+                levels,
+                reference,
+                old_log_prob,
+            )
+        tables, items = compact_tables(self.chooser, prior), sampled.items.flatten()
+        nodes, requests = [torch.zeros_like(sampled.rows[0])], [sampled.rows[0]]
+        for level, completions in enumerate(sampled.rows[1:]):
+            nodes.append(self.chooser.trie.item_nodes[items[completions], level].long())
+            requests.append(completions // self.group)
+        shape, real = (levels, len(items)), torch.float32
+        row, counted = tokens.row.view(shape), tokens.counted.view(shape)
         terms = trie_grpo(
             logits,
             tables,
-            rows,
-            row_tokens,
+            compact_rows(tables, prior, NEXT_DISLIKE, nodes, requests),
+            RowTokens.from_rows(row, counted, len(choice.logits)),
             tokens.code.int().view(shape),
-            tokens.counted.view(shape),
-            self.rewards.to(real),
+            counted,
+            rewards.to(real),
             self.objective,
-            None if self.reference is None else self.reference.to(logits.dtype),
+            None if reference is None else reference.to(logits.dtype),
             old_log_prob=None if old_log_prob is None else old_log_prob.to(real).view(shape),
-            answer_weight=None if self.answer_weight is None else self.answer_weight.to(real),
             check_rewards=False,
         )
         return GRPOTerms(terms.loss, *(term.flatten() for term in terms.per_token))
 
-    def _eager(self, logits: Tensor, old_log_prob: Tensor | None) -> GRPOTerms:
-        choice, reference = self.sampled.choice, self.reference
+    def _over_vocabulary(self, sampled: Rollout, rewards: Tensor, reference: Tensor | None) -> GRPOTerms:
+        """Terms over the whole vocabulary; ``reference`` [R, V]."""
+        policy, objective = self.policy, self.objective
+        tokens, levels = vocabulary_tokens(policy.vocabulary, sampled), sampled.codes.shape[1]
+        if not runs_liger(sampled.hidden.device):
+            logits = policy.full_logits(sampled.hidden)
+            valid = torch.ones_like(logits, dtype=torch.bool)
+            if reference is not None:
+                reference = log_policy(reference, valid, None, objective.temperature)
+            return trie_grpo_reference(logits, valid, None, tokens, rewards, objective, levels, reference)
+        # Liger knows one target a row: a prompt's row at level 1 is repeated for each of its completions
+        logits = policy.full_logits(sampled.hidden[tokens.row]) / objective.temperature
+        entropy = row_entropy(logits)  # first, since Liger leaves gradients in the logits' memory
+        log_prob = -vocabulary_nll(logits, tokens.code)
+        kl = torch.zeros_like(log_prob)
         if reference is not None:
-            reference = log_policy(reference, choice.valid, choice.log_prior, self.objective.temperature)
-        return trie_grpo_reference(
-            logits,
-            choice.valid,
-            choice.log_prior,
-            self.sampled.tokens,
-            self.rewards,
-            self.objective,
-            self.levels,
-            reference,
-            old_log_prob,
-            self.answer_weight,
-        )
+            frozen = reference.float() / objective.temperature
+            kl = k3(log_prob, frozen[tokens.row, tokens.code] - frozen.logsumexp(-1)[tokens.row])
+        return grpo_terms(log_prob, kl, entropy, tokens, rewards, objective, levels)
+
+
+def check_full(objective: GRPOObjective, prior_weight: float) -> None:
+    """ValueError where an objective over the whole vocabulary cannot be computed: it knows neither nodes nor prior."""
+    if objective.beta and objective.kl != "k3":
+        raise ValueError(f"kl: found {objective.kl}, expected k3 with the full objective")
+    if prior_weight:
+        raise ValueError(f"prior weight: found {prior_weight:g}, expected 0 with the full objective")
+
+
+def vocabulary_tokens(vocabulary: CodeVocabulary, sampled: Rollout) -> SampledTokens:
+    """The tokens of a rollout as choices among the whole vocabulary: ids instead of codes, all of them counted."""
+    tokens, (completions, levels) = sampled.tokens, sampled.codes.shape
+    first = torch.tensor([vocabulary.code_base(level + 1) for level in range(levels)], device=tokens.code.device)
+    return SampledTokens(
+        tokens.row, tokens.code + first.repeat_interleave(completions), tokens.answer, torch.ones_like(tokens.counted)
+    )

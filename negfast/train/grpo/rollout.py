@@ -30,11 +30,6 @@ class Rollout:
     tokens: SampledTokens
     hidden: Tensor  # [R, d], what each choice was made after, with a gradient
     rows: list[Tensor]  # per level, int64 [R_l]: the prompt of each row of level 1, below it the answer, ascending
-    weight: Tensor | None = None  # [B, G], share of each answer in a mean over its group; None: 1 / G
-
-    def mean(self, values: Tensor) -> Tensor:
-        """The mean of values [B, G] over answers and prompts, as an estimate under the policy."""
-        return values.mean() if self.weight is None else (self.weight * values).sum(1).mean()
 
 
 def rollout(

@@ -26,17 +26,17 @@ class ViewSchedule:
     ("static").
     """
 
-    def __init__(self, settings: Grpo, welcome: np.ndarray) -> None:
-        """``welcome`` bool [R]: the requests whose prompts may be mixed."""
-        self.settings, self.welcome = settings, welcome
+    def __init__(self, settings: Grpo, allow_mixed: np.ndarray) -> None:
+        """``allow_mixed`` bool [R]: the requests whose prompts may be mixed."""
+        self.settings, self.allow_mixed = settings, allow_mixed
 
     def share(self, step: int) -> float:
         """Share of mixed prompts to be expected at a step."""
-        return self._rise(step) * float(self.welcome.mean())
+        return self._rise(step) * float(self.allow_mixed.mean())
 
     def draw(self, step: int, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The views of the requests at ``rows`` int [B] at a step, uint8."""
-        mixed = (rng.random(len(rows)) < self._rise(step)) & self.welcome[rows]
+        mixed = (rng.random(len(rows)) < self._rise(step)) & self.allow_mixed[rows]
         return np.where(mixed, MIXED, NEGATIVE_ONLY).astype(np.uint8)
 
     def _rise(self, step: int) -> float:
@@ -67,9 +67,9 @@ def measure_views(engine: Engine, requests: Requests) -> tuple[np.ndarray, dict[
     """
     bucket = history_bucket(engine, requests)
     rng = np.random.default_rng(engine.config.train.seed)
-    welcome, figures = np.zeros(len(BUCKETS) + 1, dtype=bool), dict[str, float]()
+    allow_mixed, figures = np.zeros(len(BUCKETS) + 1, dtype=bool), dict[str, float]()
     rows = np.sort(
-        np.concatenate([rng.permutation(np.flatnonzero(bucket == n))[:MEASURED] for n in range(len(welcome))])
+        np.concatenate([rng.permutation(np.flatnonzero(bucket == n))[:MEASURED] for n in range(len(allow_mixed))])
     )
     part = requests.take(rows)
     table = reward_table(engine, part)
@@ -81,10 +81,10 @@ def measure_views(engine: Engine, requests: Requests) -> tuple[np.ndarray, dict[
         sums = weighted_sums(resample_users(len(users), RESAMPLES, engine.config.train.seed), user, columns)
         found, earned = interval(ratio(sums[:, 0], sums[:, 1])), float(negative[mine].mean())
         assert found["mean"] is not None and found["low"] is not None
-        welcome[number] = found["low"] > -TOLERANCE * earned
+        allow_mixed[number] = found["low"] > -TOLERANCE * earned
         figures |= {
             f"mixed_gain_{number}": found["mean"],
             f"mixed_gain_low_{number}": found["low"],
             f"negative_reward_{number}": earned,
         }
-    return welcome, figures
+    return allow_mixed, figures

@@ -8,12 +8,13 @@ import triton.language as tl
 from cases import relative_error
 from negfast.kernels import dispatch
 from negfast.kernels.trie_grpo import GRPOObjective
-from steps import GROUP, PROMPTS, SHAPE, check, gradients, make_job
+from steps import GROUP, PROMPTS, SHAPE, check, gradients, make_job, thirds
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from negfast.model.fused_layers import FusedMlp, FusedNorm, fuse_layers, fused_rotation, stock_because
 from negfast.model.policy import Policy
-from negfast.train.grpo.stage import freeze, group_loss, reuse_loss
+from negfast.train.grpo.loss import GroupLoss
+from negfast.train.grpo.stage import freeze
 
 
 class Scalar(float):
@@ -67,10 +68,10 @@ def test_a_step_by_one_pass_and_by_two(decoder: str, device: torch.device, seed:
 
     def both(job) -> list:
         batch, ids = job.batch(GROUP), torch.arange(PROMPTS, device=device)
-        given = (job.policy, job.reference, job.chooser, batch, ids)
-        taken = group_loss(*given, lambda x: (x % 3 / 2).unsqueeze(-1), GRPOObjective(beta=0.1), GROUP, 1, seed)
-        first = taken.result.loss, gradients(job, taken.result.loss)
-        again = reuse_loss(job.policy, batch, taken).loss
+        loss = GroupLoss(job.policy, job.reference, job.chooser, GRPOObjective(beta=0.1), GROUP, 1)
+        taken = loss.sample(batch, ids, thirds, seed)
+        first = taken.terms.loss, gradients(job, taken.terms.loss)
+        again = loss.reuse(batch, taken).loss
         return [first, (again, gradients(job, again))]
 
     for found, expected in zip(both(job), both(stock), strict=True):

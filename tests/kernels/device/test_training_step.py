@@ -13,15 +13,15 @@ import torch
 from cases import relative_error
 from negfast.kernels import dispatch, fused_trie_grpo, sid_cross_entropy, vocabulary
 from negfast.kernels.trie_grpo import GRPOObjective, GRPOTerms
-from steps import GROUP, ITEMS, PROMPTS, Job, check, gradients, make_job
+from steps import GROUP, ITEMS, PROMPTS, Job, check, gradients, make_job, thirds
 
 from negfast.model import packed_attention
 from negfast.model.beam import beam_search
 from negfast.runtime.likelihood import answer_log_probs
 from negfast.sid.prior import NEXT_DISLIKE
 from negfast.sid.trie import SeenNodes
-from negfast.train.grpo import stage as grpo
-from negfast.train.grpo.stage import group_loss, reuse_loss
+from negfast.train.grpo import loss as grpo
+from negfast.train.grpo.loss import GroupLoss
 
 
 @pytest.fixture
@@ -48,10 +48,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 OBJECTIVES = {
-    "default": (GRPOObjective(beta=0.1), {}),
-    "off-policy k3 grpo": (GRPOObjective(beta=0.1, kl="k3", loss="grpo", scale_rewards=True, temperature=0.8), {}),
-    "max@2": (GRPOObjective(beta=0.1, set_size=2, loss="dapo"), {}),
-    "without replacement": (GRPOObjective(beta=0.1), {"sampling": "without_replacement"}),
+    "default": GRPOObjective(beta=0.1),
+    "off-policy k3 grpo": GRPOObjective(beta=0.1, kl="k3", loss="grpo", scale_rewards=True, temperature=0.8),
+    "max@2": GRPOObjective(beta=0.1, set_size=2, loss="dapo"),
 }
 
 
@@ -59,34 +58,30 @@ OBJECTIVES = {
 def test_grpo(name: str, device: torch.device, seed: int, calls: dict[str, int]):
     """Rollout, reference, loss and backward; then another update from the same rollout by a second pass."""
     job = make_job(seed, device)
-    objective, options = OBJECTIVES[name]
+    loss = GroupLoss(job.policy, job.reference, job.chooser, OBJECTIVES[name], GROUP, 1)
 
     def step() -> tuple:
         batch = job.batch(GROUP)
-        ids = torch.arange(PROMPTS, device=device)
-        arguments = (job.policy, job.reference, job.chooser, batch, ids)
-        return batch, group_loss(*arguments, lambda x: (x % 3 / 2).unsqueeze(-1), objective, GROUP, 1, seed, **options)
+        return batch, loss.sample(batch, torch.arange(PROMPTS, device=device), thirds, seed)
 
     batch, taken = step()
     used = dict(calls)
     assert used["grpo"] == 1 and min(used["prompt"], used["last"], used["answer"]) >= 1
-    found = taken.result.loss, gradients(job, taken.result.loss)
+    found = taken.terms.loss, gradients(job, taken.terms.loss)
     with dispatch.eager():
         _, expected = step()
-        check(found, (expected.result.loss, gradients(job, expected.result.loss)))
+        check(found, (expected.terms.loss, gradients(job, expected.terms.loss)))
     assert calls == used, "the reference used a kernel"
     assert torch.equal(taken.rollout.items, expected.rollout.items)
-    for kernel, eager in zip(taken.result.per_token, expected.result.per_token, strict=True):
+    for kernel, eager in zip(taken.terms.per_token, expected.terms.per_token, strict=True):
         torch.testing.assert_close(kernel, eager, rtol=1e-4, atol=1e-5)
-    if options:
-        return
     with torch.no_grad():
         for parameter in job.policy.block.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    again = reuse_loss(job.policy, batch, taken).loss
+    again = loss.reuse(batch, taken).loss
     found = again, gradients(job, again)
     with dispatch.eager():
-        again = reuse_loss(job.policy, batch, expected).loss
+        again = loss.reuse(batch, expected).loss
         check(found, (again, gradients(job, again)))
 
 
@@ -96,8 +91,8 @@ def test_grpo_that_carries_forced_answers_along(device: torch.device, seed: int,
     ids = torch.arange(PROMPTS, device=device)
 
     def step() -> torch.Tensor:
-        given = (job.policy, job.reference, job.chooser, job.batch(GROUP), ids)
-        return group_loss(*given, lambda x: (x % 3 / 2).unsqueeze(-1), objective, GROUP, 1, seed).result.loss
+        loss = GroupLoss(job.policy, job.reference, job.chooser, objective, GROUP, 1)
+        return loss.sample(job.batch(GROUP), ids, thirds, seed).terms.loss
 
     with dispatch.eager():
         expected = step()
@@ -121,8 +116,8 @@ def test_grpo_over_the_whole_vocabulary(
     ids = torch.arange(PROMPTS, device=device)
 
     def step() -> GRPOTerms:
-        given = (job.policy, reference, job.chooser, job.batch(GROUP), ids)
-        return group_loss(*given, lambda x: (x % 3 / 2).unsqueeze(-1), objective, GROUP, 1, seed, full=True).result
+        loss = GroupLoss(job.policy, reference, job.chooser, objective, GROUP, 1, full=True)
+        return loss.sample(job.batch(GROUP), ids, thirds, seed).terms
 
     found = step()
     assert calls["vocabulary"] == 1 and calls["grpo"] == 0

@@ -9,10 +9,11 @@ from negfast.data.log import DISLIKE, LIKE, EventLog, history_ends
 from negfast.data.neighbours import co_dislike_neighbours, content_neighbours, similarity_rows
 from negfast.data.split import split_requests
 from negfast.sid.embed import embed_tfidf, item_texts
-from negfast.sid.mass_weights import decayed_mass
-from negfast.train.grpo.reward import COLLABORATIVE, build_reward_table
+from negfast.sid.prior import decayed_mass
+from negfast.train.grpo.reward import TERMS, RewardSources, build_reward_table
 
 CPU = torch.device("cpu")
+COLLAB = [term.name for term in TERMS].index("collab")
 
 
 def random_log(rng: np.random.Generator, users: int = 25, items: int = 30, days: int = 40) -> EventLog:
@@ -32,7 +33,7 @@ def test_equals_the_definition_item_by_item(seed):
     config = Reward(collab_weight=0.7, collab_cap=0.15, like_penalty=0.2)
     neighbours = co_dislike_neighbours(log, 20)
     content = content_neighbours(rng.normal(size=(log.n_items, 4)).astype(np.float32), 0.5)
-    table = build_reward_table(requests, log.n_items, config, neighbours, content, CPU)
+    table = build_reward_table(requests, RewardSources(config, log.n_items, neighbours, content), CPU)
     rows = torch.arange(len(requests))[:, None]
     found = table.look_up(rows, torch.arange(log.n_items).expand(len(requests), -1)).sum(-1).numpy()
 
@@ -62,32 +63,32 @@ def test_copying_history_hubs_and_chance_earn_less_than_recency(movietweetings):
     requests = requests.take(requests.has_dislikes)
     neighbours = co_dislike_neighbours(log, valid)
     content = content_neighbours(embed_tfidf(item_texts(items)), Reward().content_threshold)
-    table = build_reward_table(requests, log.n_items, Reward(), neighbours, content, CPU)
+    table = build_reward_table(requests, RewardSources(Reward(), log.n_items, neighbours, content), CPU)
     rng = np.random.default_rng()
     size = 20
 
     mass = decayed_mass(log, DISLIKE, 4.0, int(log.day.min()), valid)
     ends = history_ends(log, requests.user, requests.day)
     item_of_key = (table.key[:-1] % log.n_items).numpy()
-    near_reward = np.bincount(item_of_key, table.terms[:-1, COLLABORATIVE].numpy(), log.n_items)
+    near_reward = np.bincount(item_of_key, table.terms[:-1, COLLAB].numpy(), log.n_items)
     hubs = np.argsort(-near_reward)[:size]  # the constant answer that the collaborative term pays best
-    answers = {name: np.full((len(requests), size), -1) for name in ("recency", "copy", "near copy", "hubs", "random")}
+    lists = {name: np.full((len(requests), size), -1) for name in ("recency", "copy", "near copy", "hubs", "random")}
     for r, (user, day) in enumerate(zip(requests.user, requests.day, strict=True)):
         past = slice(log.user_offsets[user], ends[r])
         seen = np.unique(log.item[past])
         score = mass[day - int(log.day.min())].copy()
         score[seen] = -1
-        answers["recency"][r] = np.argsort(-score, kind="stable")[:size]
+        lists["recency"][r] = np.argsort(-score, kind="stable")[:size]
         disliked = log.item[past][log.feedback[past] == DISLIKE][-size:]
-        answers["copy"][r, : len(disliked)] = disliked
+        lists["copy"][r, : len(disliked)] = disliked
         ids, similarity = similarity_rows(neighbours, np.full(len(disliked), user, np.int32), disliked)
         near = np.setdiff1d(ids[similarity > 0], seen)[:size]
-        answers["near copy"][r, : len(near)] = near
-        answers["hubs"][r] = hubs
-        answers["random"][r] = rng.choice(np.setdiff1d(np.arange(log.n_items), seen), size, replace=False)
+        lists["near copy"][r, : len(near)] = near
+        lists["hubs"][r] = hubs
+        lists["random"][r] = rng.choice(np.setdiff1d(np.arange(log.n_items), seen), size, replace=False)
     rows = torch.arange(len(requests))[:, None]
     earned = {
         name: float(table.look_up(rows, torch.from_numpy(chosen.astype(np.int64))).sum(-1).mean())
-        for name, chosen in answers.items()
+        for name, chosen in lists.items()
     }
     assert all(earned[name] < 0.7 * earned["recency"] for name in earned if name != "recency"), earned

@@ -72,7 +72,7 @@ def test_a_request_that_comes_twice_in_a_step_has_two_numbers(tiny_run: Path) ->
     dataset = Dataset.open(run.data)
     config = load_config(tiny_run / "config.toml", None, ["grpo.requests=33"])
     policy, tokenizer = run.load_policy(dataset)
-    stage = GrpoStage(build_engine(config, dataset, policy, tokenizer, torch.device("cpu"), run.mass_weights))
+    stage = GrpoStage(build_engine(config, dataset, policy, tokenizer, torch.device("cpu")))
     stage.rows, stage.requests = stage.rows[:50], stage.requests.take(np.arange(50))
     twice = 0
     for step in range(4):
