@@ -28,7 +28,7 @@ from negfast.model.choice import TrieChooser
 from negfast.model.fused_layers import fuse_layers
 from negfast.model.layout import GroupLayout
 from negfast.model.policy import Policy
-from negfast.runtime.likelihood import answer_log_probs
+from negfast.runtime.likelihood import target_log_probs
 from negfast.sid.tokens import CodeVocabulary
 from negfast.sid.trie import build_trie
 from negfast.train.speed import Meter
@@ -109,7 +109,7 @@ class Ours:
         layout = GroupLayout.build(self.cu_seqlens, self.case.targets, self.device)
         tokens, items = self.tokens.to(self.device), self.items.to(self.device)
         markers = torch.full_like(items, self.marker)
-        loss = -answer_log_probs(self.engine, layout, tokens, markers, items, None, 0).mean()
+        loss = -target_log_probs(self.engine, layout, tokens, markers, items, None, 0).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
         self.optimizer.step()

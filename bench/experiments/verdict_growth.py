@@ -24,7 +24,7 @@ from negfast.model.verdict_prior import VerdictPrior, fit
 from negfast.prepare.build import SemanticIdSettings
 from negfast.prepare.samples import prepare_movietweetings
 from negfast.runtime.engine import history_features
-from negfast.runtime.verdict import told_candidates, verdict_start
+from negfast.runtime.verdict import first_feedback_candidates, verdict_start
 
 RESULT = Path(__file__).parents[1] / "results" / "verdict_growth.json"
 MONTH = 31  # days
@@ -71,7 +71,7 @@ def fitted_scores(dataset: Dataset, evalset: EvalSet, end: int) -> tuple[dict[st
     log = dataset.log
     asked = (evalset.filter_user, evalset.filter_item, evalset.filter_day)
     features = history_features(dataset, end)
-    candidates, labels = told_candidates(log, verdict_start(log, end), end)
+    candidates, labels = first_feedback_candidates(log, verdict_start(log, end), end)
     owner = candidates.group_of_item
     seen = features.rich(candidates.user[owner], candidates.items, candidates.day[owner])
     wanted = torch.from_numpy(features.rich(*asked)).float()

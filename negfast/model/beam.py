@@ -53,7 +53,7 @@ def beam_search(
         parents = (index // choice.logits.shape[1] + requests[:, None] * beams).flatten()
         slots = torch.arange(prompts * keep, device=device)
         if level == 0:
-            layout.set_answers(slots, keep)
+            layout.set_completions(slots, keep)
         else:
             layout.branch(parents, slots, keep)
         codes = index % choice.logits.shape[1]

@@ -1,10 +1,12 @@
-"""The group layout: ragged prompts packed without padding, and the answers that share each of them.
+"""The group layout: ragged prompts packed without padding, and the completions that share each of them.
 
 One `GroupLayout` travels with a call of a stock transformers decoder (`model(..., layout=layout)` hands it to the
 registered attention function) and holds, layer by layer, the keys and values that later calls attend to. Rows of a
-call are packed: first the prompts' tokens, if the call holds prompts, then the answers' tokens, answer by answer.
-Linear layers, norms and MLPs therefore touch no padding. Attention works on buckets of prompts of similar length
-and similar number of answers, each padded to its largest.
+call are packed: first the prompts' tokens, if the call holds prompts, then the tokens of one completion after the
+other. Linear layers, norms and MLPs therefore touch no padding. Attention works on buckets of prompts of similar length
+and similar number of completions, each padded to its largest.
+
+A completion is whatever follows a shared prompt: what a rollout samples, a target of SFT, a candidate of a verdict.
 """
 
 from collections import UserDict
@@ -18,7 +20,7 @@ from torch import Tensor
 from negfast import staging
 
 FILL = 0.75  # a bucket's shortest prompt is at least this share of its longest
-CROWD = 4.0  # a bucket's numbers of answers differ by less than this factor
+CROWD = 4.0  # a bucket's numbers of completions differ by less than this factor
 
 PromptRows = Literal["all", "last", "none"]
 
@@ -38,7 +40,7 @@ class Bucket:
 @dataclass
 class LayerKeys:
     """What one layer keeps: the prompts' keys and values, per bucket [b, Hk, P, D], or where kernels compute all of
-    them packed, [T, Hk, D]; the answers' own [A, n, Hk, D]."""
+    them packed, [T, Hk, D]; the completions' own [A, n, Hk, D]."""
 
     prompt_key: list[Tensor]
     prompt_value: list[Tensor]
@@ -46,7 +48,7 @@ class LayerKeys:
     own_value: Tensor | None = None
 
     def append_own(self, key: Tensor, value: Tensor) -> None:
-        """Keys and values [A, n, Hk, D] of the answers' new tokens."""
+        """Keys and values [A, n, Hk, D] of the completions' new tokens."""
         if self.own_key is not None and self.own_value is not None:
             key, value = torch.cat([self.own_key, key], dim=1), torch.cat([self.own_value, value], dim=1)
         self.own_key, self.own_value = key, value
@@ -63,7 +65,7 @@ class Keys(UserDict[int, LayerKeys]):
 
 @dataclass
 class GroupLayout:
-    """B prompts of ragged length, A answers, each belonging to one prompt.
+    """B prompts of ragged length, A completions, each belonging to one prompt.
 
     lengths       int64 [B]     tokens of each prompt
     cu_seqlens    int32 [B + 1] their offsets
@@ -71,9 +73,9 @@ class GroupLayout:
     buckets                     of prompts
     token_order   int64 [T]     packed rows in the order of buckets; None where that is their order anyway
     place         int64 [B]     place of each prompt in the order of buckets
-    slots         int64 [A]     prompt * group + number of each answer; ascending
-    group         int           at least the largest number of answers of a prompt
-    cells         list[int]     cells that each bucket's grid has for a prompt's answers
+    slots         int64 [A]     prompt * group + number of each completion; ascending
+    group         int           at least the largest number of completions of a prompt
+    cells         list[int]     cells that each bucket's grid has for a prompt's completions
     grid_base     int64 [B]     first cell of each prompt in the grid of all buckets
     """
 
@@ -90,14 +92,16 @@ class GroupLayout:
     holds_prompts: bool = True  # whether the rows of the current call begin with the prompts
     prompt_rows: PromptRows = "all"  # of the current call's prompts, the rows whose hidden states it gives
     keys_only: bool = False  # while a layer gives nothing but the prompts' keys and values
-    new_tokens: int = 0  # tokens that each answer adds in the current call
-    past_tokens: int = 0  # tokens that each answer added in earlier calls
+    new_tokens: int = 0  # tokens that each completion adds in the current call
+    past_tokens: int = 0  # tokens that each completion added in earlier calls
     keys: Keys = field(default_factory=Keys)
-    _answer_offsets: Tensor | None = None  # once asked for
+    _completion_offsets: Tensor | None = None  # once asked for
 
     @classmethod
-    def build(cls, cu_seqlens: np.ndarray, answers_per_prompt: np.ndarray | int, device: torch.device) -> "GroupLayout":
-        """Layout of prompts with offsets ``cu_seqlens`` int [B + 1] and 0 or more answers each."""
+    def build(
+        cls, cu_seqlens: np.ndarray, completions_per_prompt: np.ndarray | int, device: torch.device
+    ) -> "GroupLayout":
+        """Layout of prompts with offsets ``cu_seqlens`` int [B + 1] and 0 or more completions each."""
         lengths = np.diff(cu_seqlens).astype(np.int64)
         if len(lengths) == 0 or lengths.min() < 1:
             raise ValueError(f"prompt lengths: found {lengths.min() if len(lengths) else 'none'}, expected at least 1")
@@ -105,7 +109,7 @@ class GroupLayout:
         def put(array: np.ndarray) -> Tensor:
             return staging.put(array, device)
 
-        counts = np.broadcast_to(np.asarray(answers_per_prompt, dtype=np.int64), len(lengths))
+        counts = np.broadcast_to(np.asarray(completions_per_prompt, dtype=np.int64), len(lengths))
         crowd = np.log(np.maximum(counts, 1)) // np.log(CROWD)
         order = np.lexsort((lengths, crowd))
         parts = [part for c in np.unique(crowd) for part in _similar(order[crowd[order] == c], lengths)]
@@ -130,14 +134,14 @@ class GroupLayout:
         )
 
     def fresh(self, slots: Tensor, group: int) -> "GroupLayout":
-        """A layout of the same prompts for other answers, with nothing computed yet."""
+        """A layout of the same prompts for other completions, with nothing computed yet."""
         layout = replace(self, keys=Keys(), past_tokens=0, new_tokens=0)
-        layout.set_answers(slots, group)
+        layout.set_completions(slots, group)
         return layout
 
-    def set_answers(self, slots: Tensor, group: int) -> None:
-        """New answers at ``slots`` int64 [A], up to ``group`` of each prompt."""
-        self.slots, self.group, self._answer_offsets = slots, group, None
+    def set_completions(self, slots: Tensor, group: int) -> None:
+        """New completions at ``slots`` int64 [A], up to ``group`` of each prompt."""
+        self.slots, self.group, self._completion_offsets = slots, group, None
         self.cells = [group] * len(self.buckets)
         self.grid_base = self.place * group
 
@@ -150,21 +154,21 @@ class GroupLayout:
         return self.positions.shape[0]
 
     @property
-    def answers(self) -> int:
+    def completions(self) -> int:
         return self.slots.shape[0]
 
     @property
-    def answer_prompt(self) -> Tensor:
-        """The prompt of each answer, int64 [A]."""
+    def completion_prompt(self) -> Tensor:
+        """The prompt of each completion, int64 [A]."""
         return self.slots // self.group
 
     @property
-    def answer_offsets(self) -> Tensor:
-        """Where each prompt's answers begin, int32 [B + 1] from 0 to A."""
-        if self._answer_offsets is None:
+    def completion_offsets(self) -> Tensor:
+        """Where each prompt's completions begin, int32 [B + 1] from 0 to A."""
+        if self._completion_offsets is None:
             first_slots = torch.arange(self.prompts + 1, device=self.slots.device) * self.group
-            self._answer_offsets = torch.searchsorted(self.slots, first_slots, out_int32=True)
-        return self._answer_offsets
+            self._completion_offsets = torch.searchsorted(self.slots, first_slots, out_int32=True)
+        return self._completion_offsets
 
     @property
     def longest(self) -> int:
@@ -181,27 +185,27 @@ class GroupLayout:
         return sum(bucket.prompts * cells for bucket, cells in zip(self.buckets, self.cells, strict=True))
 
     def grid_places(self) -> Tensor | None:
-        """The cell of each answer in the grid of all buckets, int64 [A]; None where answers fill it in order."""
-        if self.token_order is None and self.answers == self.grid_size:
+        """The cell of each completion in the grid of all buckets, int64 [A]; None where they fill it in order."""
+        if self.token_order is None and self.completions == self.grid_size:
             return None
-        return self.grid_base[self.answer_prompt] + self.slots % self.group
+        return self.grid_base[self.completion_prompt] + self.slots % self.group
 
-    def answer_positions(self) -> Tensor:
-        """Position of each answer token of the current call, int64 [A * n]: an answer follows its prompt."""
+    def completion_positions(self) -> Tensor:
+        """Position of each completion token of the current call, int64 [A * n]: a completion follows its prompt."""
         step = torch.arange(self.past_tokens, self.past_tokens + self.new_tokens, device=self.slots.device)
-        return (self.lengths[self.answer_prompt][:, None] + step).reshape(-1)
+        return (self.lengths[self.completion_prompt][:, None] + step).reshape(-1)
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with the answers ``rows`` int64 [A'] only, ascending indices into the present ones."""
-        self.slots, self._answer_offsets = self.slots[rows], None
+        """Go on with the completions ``rows`` int64 [A'] only, ascending indices into the present ones."""
+        self.slots, self._completion_offsets = self.slots[rows], None
         for layer in self.keys.values():
             if layer.own_key is not None and layer.own_value is not None:
                 layer.own_key, layer.own_value = layer.own_key[rows], layer.own_value[rows]
 
     def branch(self, parents: Tensor, slots: Tensor, group: int) -> None:
-        """New answers that go on from the answers ``parents`` int64 [A'], at ``slots`` int64 [A']."""
+        """New completions that go on from the completions ``parents`` int64 [A'], at ``slots`` int64 [A']."""
         self.keep(parents)
-        self.set_answers(slots, group)
+        self.set_completions(slots, group)
 
 
 def _similar(rows: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:

@@ -32,7 +32,7 @@ def last_token_attention(kept: LayerKeys, layout: GroupLayout, query: Tensor, sc
 
 def answer_attention(kept: LayerKeys, layout: GroupLayout, query: Tensor, scale: float) -> Tensor:
     """Attention of the answers' new tokens, query [A * n, H, D], over their prompt and their own tokens so far."""
-    queries = query.unflatten(0, (layout.answers, layout.new_tokens))
+    queries = query.unflatten(0, (layout.completions, layout.new_tokens))
     tensors = queries, kept.prompt_key[0], kept.prompt_value[0], *kept.own()
-    offsets, sizes = (layout.cu_seqlens, layout.answer_offsets), (layout.longest, layout.group)
+    offsets, sizes = (layout.cu_seqlens, layout.completion_offsets), (layout.longest, layout.group)
     return over_prompt_and_own(*tensors, *offsets, *sizes, scale).flatten(0, 1)

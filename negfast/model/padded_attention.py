@@ -64,7 +64,7 @@ def last_token_attention(kept: LayerKeys, layout: GroupLayout, query: Tensor, sc
 
 def answer_attention(kept: LayerKeys, layout: GroupLayout, query: Tensor, scale: float) -> Tensor:
     """Attention of the answers' new tokens, query [A * n, H, D], over their prompt and their own tokens so far."""
-    answers, new, past = layout.answers, layout.new_tokens, layout.past_tokens
+    answers, new, past = layout.completions, layout.new_tokens, layout.past_tokens
     own_key, own_value = kept.own()
     heads, dim, kv_heads = query.shape[1], query.shape[2], own_key.shape[2]
     repeat = heads // kv_heads

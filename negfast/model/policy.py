@@ -1,7 +1,7 @@
 """The policy: a stock transformers decoder plus a code block of its own, driven over a group layout.
 
 The code block holds the rows of markers and semantic-ID codes. It is a Parameter apart from the model's vocabulary,
-so a code answer never touches the text rows: not forward, not backward, not in the optimiser.
+so a code never touches the text rows: not forward, not backward, not in the optimiser.
 """
 
 import torch
@@ -75,11 +75,11 @@ class Policy(nn.Module):
         self,
         layout: GroupLayout,
         prompt_tokens: Tensor | None,
-        answer_tokens: Tensor | None,
+        completion_tokens: Tensor | None,
         has_text: bool = False,
         prompt_rows: PromptRows = "all",
     ) -> Tensor:
-        """Final hidden states [rows + A * n, d] of a call that adds prompts [T], answer tokens [A, n], or both.
+        """Final hidden states [rows + A * n, d] of a call that adds prompts [T], completion tokens [A, n], or both.
 
         ``prompt_rows`` says which of the prompts' come first: all T, the B of their last tokens, or none; the last
         layer computes no others. Keys and values of the call stay in the layout, with gradients where these are on.
@@ -89,14 +89,14 @@ class Policy(nn.Module):
         layout.prompt_rows = prompt_rows
         if prompt_tokens is not None:
             layout.keys.clear()
-        layout.new_tokens = 0 if answer_tokens is None else answer_tokens.shape[1]
+        layout.new_tokens = 0 if completion_tokens is None else completion_tokens.shape[1]
         tokens, positions = [], []
         if prompt_tokens is not None:
             tokens.append(prompt_tokens)
             positions.append(layout.positions)
-        if answer_tokens is not None:
-            tokens.append(answer_tokens.reshape(-1))
-            positions.append(layout.answer_positions())
+        if completion_tokens is not None:
+            tokens.append(completion_tokens.reshape(-1))
+            positions.append(layout.completion_positions())
         embedded = self.embed(torch.cat(tokens), has_text)
         precision = torch.autocast(embedded.device.type, torch.bfloat16, enabled=self.in_bfloat16)
         with span("prompt" if prompt_tokens is not None else f"level {layout.past_tokens + 2}"), precision:
@@ -109,8 +109,8 @@ class Policy(nn.Module):
         hidden = out.last_hidden_state[0].to(embedded.dtype)
         if prompt_tokens is None or prompt_rows == "all" or self.drops_prompt_rows:
             return hidden
-        answers = hidden[layout.prompt_tokens :]
-        return answers if prompt_rows == "none" else torch.cat([hidden[layout.last_prompt_row], answers])
+        completions = hidden[layout.prompt_tokens :]
+        return completions if prompt_rows == "none" else torch.cat([hidden[layout.last_prompt_row], completions])
 
     def level_rows(self, level: int) -> Tensor:
         """The block's rows [K, d] of the codes of a level in 1..L."""
@@ -135,8 +135,8 @@ class Policy(nn.Module):
     def verdict_logit(self, hidden: Tensor, features: Tensor) -> Tensor:
         """Logit [R] of P(dislike) after the verdict marker; ``features`` [R, verdict_features] its prior's."""
         yes, no = (self.vocabulary.marker(name) - self.vocabulary.base for name in ("yes", "no"))
-        answer = self.block.head(hidden) @ (self.block.rows[yes] - self.block.rows[no])
-        return answer + self.verdict_prior(features)
+        margin = self.block.head(hidden) @ (self.block.rows[yes] - self.block.rows[no])
+        return margin + self.verdict_prior(features)
 
 
 def embedding_rows(model: PreTrainedModel) -> Tensor:

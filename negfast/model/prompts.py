@@ -64,7 +64,7 @@ class PromptBuilder:
         users: np.ndarray,
         days: np.ndarray,
         views: np.ndarray | int,
-        answers_per_prompt: np.ndarray | int,
+        completions_per_prompt: np.ndarray | int,
         tail: str | None = None,
         trending: bool = True,
     ) -> PromptBatch:
@@ -96,7 +96,7 @@ class PromptBuilder:
             threads=self.threads,
         )
         tokens = put(packed.tokens, self.device).long()
-        layout = GroupLayout.build(packed.cu_seqlens, answers_per_prompt, self.device)
+        layout = GroupLayout.build(packed.cu_seqlens, completions_per_prompt, self.device)
 
         def make_prior() -> RequestPrior:
             return self.prior.for_requests(days, SeenNodes.from_packed(packed, self.trie, self.device))

@@ -1,4 +1,4 @@
-"""Cross entropy of given items as answers on the trie: what every SFT task shares."""
+"""Cross entropy of given items as targets on the trie: what every SFT task shares."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from negfast.sid.prior import RequestPrior
 from negfast.spans import span
 
 
-def answer_log_probs(
+def target_log_probs(
     engine: Engine,
     layout: GroupLayout,
     prompt_tokens: Tensor,
@@ -22,14 +22,14 @@ def answer_log_probs(
     branch: int | Tensor,
     has_text: bool = False,
 ) -> Tensor:
-    """log p(item | prompt, marker) of A answers, [A]: the exact log-probability on the trie, with gradients.
+    """log p(item | prompt, marker) of A targets, [A]: the exact log-probability on the trie, with gradients.
 
-    ``markers`` int64 [A] are fed before an answer's codes (a branch, or <|item|>), ``items`` int64 [A]. Prompts and
-    answers go through the policy in one call.
+    ``markers`` int64 [A] are fed before a target's codes (a branch, or <|item|>), ``items`` int64 [A]. Prompts and
+    targets go through the policy in one call.
     """
     policy, levels = engine.policy, engine.chooser.trie.levels
     states, nodes, chosen = _at_true_nodes(engine, layout, prompt_tokens, markers, items, has_text)
-    requests = layout.answer_prompt
+    requests = layout.completion_prompt
     with span("loss"):
         if runs_triton(states.device):
             logits = torch.cat([policy.code_logits(states[:, level], level + 1) for level in range(levels)])
@@ -56,7 +56,7 @@ def code_ranks(
     states, nodes, chosen = _at_true_nodes(engine, layout, prompt_tokens, markers, items, has_text)
     ranks = []
     for level, (node, code) in enumerate(zip(nodes, chosen, strict=True)):
-        choice = engine.chooser.choose(engine.policy, states[:, level], level, node, layout.answer_prompt, None, 0)
+        choice = engine.chooser.choose(engine.policy, states[:, level], level, node, layout.completion_prompt, None, 0)
         log_p, own = choice.log_probs(), code.unsqueeze(1)
         at_own = log_p.gather(1, own)
         lower = torch.arange(log_p.shape[1], device=log_p.device) < own

@@ -52,7 +52,7 @@ class Candidates:
         return Candidates(self.user[groups], self.day[groups], offsets, self.items[places]), places
 
 
-def told_candidates(
+def first_feedback_candidates(
     log: EventLog, from_day: int, before_day: int, among: np.ndarray | None = None
 ) -> tuple[Candidates, np.ndarray]:
     """The first like or dislike of every user-item pair on days [from_day, before_day), grouped by user-day, and
@@ -124,7 +124,9 @@ def _on_device(engine: Engine, features: np.ndarray) -> Tensor:
 
 def fit_prior(engine: Engine) -> None:
     """Fits the verdict's prior to the first feedback of the train days: where training starts from."""
-    candidates, labels = told_candidates(engine.log, verdict_start(engine.log, engine.fit_until), engine.fit_until)
+    candidates, labels = first_feedback_candidates(
+        engine.log, verdict_start(engine.log, engine.fit_until), engine.fit_until
+    )
     if 0 < labels.sum() < len(labels):
         fit(engine.policy.verdict_prior, prior_features(engine, candidates), labels, engine.config.train.seed)
 

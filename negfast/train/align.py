@@ -22,12 +22,12 @@ from negfast.errors import InputError
 from negfast.model.beam import beam_search
 from negfast.model.layout import GroupLayout
 from negfast.runtime.engine import Engine
-from negfast.runtime.likelihood import answer_log_probs, code_ranks
+from negfast.runtime.likelihood import code_ranks, target_log_probs
 from negfast.runtime.verdict import prior_logits
 from negfast.sid.prior import NEXT_DISLIKE
 from negfast.staging import put
 from negfast.train.order import epoch_rows, task_rng
-from negfast.train.step import WHOLE, Mean, Share, StepResult
+from negfast.train.step import WHOLE, Mean, MicroBatch, StepResult
 from negfast.train.text import EXAMPLES_AT_ONCE, SidToText, attribute_examples, encode, title_examples
 from negfast.train.verdict_task import VerdictTask
 
@@ -41,7 +41,7 @@ TOP = 20  # of the generated items that a held-out pair's second item should be 
 class Task(Protocol[B]):
     """A task of the stage."""
 
-    def read(self, step: int, share: Share = WHOLE) -> B: ...
+    def read(self, step: int, micro_batch: MicroBatch = WHOLE) -> B: ...
 
     def loss(self, batch: B) -> Tensor: ...
 
@@ -54,10 +54,10 @@ class SidBatch:
 
     layout: GroupLayout
     token_ids: Tensor  # int64 [T], of the prompts
-    markers: Tensor  # int64 [B], before each answer
+    markers: Tensor  # int64 [B], before each target
     items: Tensor  # int64 [B]
     has_text: bool  # whether any of the prompts' tokens is the decoder's own
-    whole: int  # items of the whole batch, of which these may be a share
+    whole: int  # items of the whole batch, of which these may be a micro-batch
     tokens: int
 
 
@@ -74,18 +74,18 @@ class TitleToSid:
         encoded = encode(engine, [texts[i].strip() for i in named])
         self.prompts = {int(i): np.array([marker, *ids], dtype=np.int64) for i, ids in zip(named, encoded, strict=True)}
 
-    def read(self, step: int, share: Share = WHOLE) -> SidBatch:
-        """The share's titles of a step."""
+    def read(self, step: int, micro_batch: MicroBatch = WHOLE) -> SidBatch:
+        """The micro-batch's titles of a step."""
         engine = self.engine
         whole = epoch_rows(engine.config.train.seed, "titles", step, len(self.items), self.batch)
-        return self.of(self.items[whole[share.of(len(whole))]], len(whole))
+        return self.of(self.items[whole[micro_batch.of(len(whole))]], len(whole))
 
     def of(self, items: np.ndarray, whole: int) -> SidBatch:
         """The titles of ``items``, int64 [B]."""
         return sid_batch(self.engine, [self.prompts[item] for item in items.tolist()], "item", items, whole, True)
 
     def loss(self, batch: SidBatch) -> Tensor:
-        """The share's part of the mean negative log-likelihood of an item."""
+        """The micro-batch's part of the mean negative log-likelihood of an item."""
         return sid_nll(self.engine, batch)
 
     def accuracy(self) -> dict[str, float]:
@@ -146,14 +146,14 @@ class CoDisliked:
         marker = self.engine.policy.vocabulary.marker("item")
         return [np.concatenate([[marker], sid]) for sid in self.engine.prompts.item_tokens[items].astype(np.int64)]
 
-    def read(self, step: int, share: Share = WHOLE) -> SidBatch:
-        """The share's pairs of a step."""
-        engine, mine = self.engine, share.of(self.batch)
+    def read(self, step: int, micro_batch: MicroBatch = WHOLE) -> SidBatch:
+        """The micro-batch's pairs of a step."""
+        engine, mine = self.engine, micro_batch.of(self.batch)
         first, second = self.draw(self.users, self.batch, task_rng(engine.config.train.seed, "pairs", step))
         return sid_batch(engine, self.prompts(first[mine]), "next-dislike", second[mine], self.batch, False)
 
     def loss(self, batch: SidBatch) -> Tensor:
-        """The share's part of the mean negative log-likelihood of the second item of a pair."""
+        """The micro-batch's part of the mean negative log-likelihood of the second item of a pair."""
         return sid_nll(self.engine, batch)
 
     @torch.no_grad()
@@ -232,16 +232,16 @@ def sid_batch(
 
 
 def sid_nll(engine: Engine, batch: SidBatch) -> Tensor:
-    """Summed negative log-likelihood of a share's items over the whole batch's number of them."""
-    log_p = answer_log_probs(engine, batch.layout, batch.token_ids, batch.markers, batch.items, None, 0, batch.has_text)
+    """Summed negative log-likelihood of a micro-batch's items over the whole batch's number of them."""
+    log_p = target_log_probs(engine, batch.layout, batch.token_ids, batch.markers, batch.items, None, 0, batch.has_text)
     return -log_p.sum() / batch.whole
 
 
 @dataclass(frozen=True)
 class AlignBatch:
-    """What a share of a step reads, by task."""
+    """What a micro-batch of a step reads, by task."""
 
-    share: Share
+    micro_batch: MicroBatch
     of: dict[str, Any]
 
     @property
@@ -284,14 +284,15 @@ class AlignStage:
         if settings.steps and not self.tasks:
             raise InputError("align: every task is off or without data, expected at least one; or set align.steps=0")
 
-    def read(self, step: int, share: Share = WHOLE) -> AlignBatch:
-        return AlignBatch(share, {name: task.read(step, share) for name, task in self.tasks.items()})
+    def read(self, step: int, micro_batch: MicroBatch = WHOLE) -> AlignBatch:
+        return AlignBatch(micro_batch, {name: task.read(step, micro_batch) for name, task in self.tasks.items()})
 
     def step(self, batch: AlignBatch) -> StepResult:
         self.policy.block.scale.fill_(1.0)  # the weights of --init come with the one that their valid days wanted
         losses = {name: task.loss(batch.of[name]) for name, task in self.tasks.items()}
         metrics: dict[str, Mean | float | None] = {
-            f"{name}_{'bce' if name == 'verdict' else 'nll'}": batch.share.part(loss) for name, loss in losses.items()
+            f"{name}_{'bce' if name == 'verdict' else 'nll'}": batch.micro_batch.part(loss)
+            for name, loss in losses.items()
         }
         return StepResult(torch.stack(list(losses.values())).sum(), metrics, batch.tokens)
 

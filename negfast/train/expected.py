@@ -8,11 +8,11 @@ from negfast.data.log import EventLog
 from negfast.data.split import Requests
 from negfast.model.prompts import MIXED
 from negfast.runtime.engine import Engine
-from negfast.runtime.likelihood import answer_log_probs
+from negfast.runtime.likelihood import target_log_probs
 from negfast.sid.prior import NEXT_DISLIKE
 from negfast.train.grpo.reward import RewardTable, build_reward_table, reward_sources
 
-ANSWERS_AT_ONCE = 8192
+TARGETS_AT_ONCE = 8192
 
 
 @torch.no_grad()
@@ -34,9 +34,9 @@ def item_log_probs(
             continue
         places = np.arange(total) + np.repeat(offsets[rows] - np.cumsum(counts[rows]) + counts[rows], counts[rows])
         batch = engine.prompts.build(user[rows], day[rows], view, counts[rows])
-        answers = torch.from_numpy(items[places]).to(engine.device).long()
-        markers = torch.full_like(answers, marker)
-        log_p = answer_log_probs(engine, batch.layout, batch.tokens, markers, answers, batch.prior, NEXT_DISLIKE)
+        targets = torch.from_numpy(items[places]).to(engine.device).long()
+        markers = torch.full_like(targets, marker)
+        log_p = target_log_probs(engine, batch.layout, batch.tokens, markers, targets, batch.prior, NEXT_DISLIKE)
         out[places] = log_p.double().cpu().numpy()
     return out
 
@@ -63,14 +63,14 @@ def reward_table(engine: Engine, requests: Requests, settings: Reward | None = N
 
 
 def _cuts(counts: np.ndarray, most: int) -> list[int]:
-    """Where to cut rows with so many answers each into batches of at most ``most`` rows and `ANSWERS_AT_ONCE`
-    answers; a row with more is a batch of its own."""
-    cuts, start, answers = [], 0, 0
+    """Where to cut rows with so many targets each into batches of at most ``most`` rows and `TARGETS_AT_ONCE`
+    targets; a row with more is a batch of its own."""
+    cuts, start, targets = [], 0, 0
     for row, count in enumerate(counts.tolist()):
-        if row > start and (row - start == most or answers + count > ANSWERS_AT_ONCE):
+        if row > start and (row - start == most or targets + count > TARGETS_AT_ONCE):
             cuts.append(row)
-            start, answers = row, 0
-        answers += count
+            start, targets = row, 0
+        targets += count
     return cuts
 
 

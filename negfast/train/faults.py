@@ -14,11 +14,11 @@ from negfast.model.policy import Policy
 from negfast.runtime import distributed, sharding
 from negfast.runtime.checkpoint import BATCH, read_state, save_by_first
 from negfast.train.reader import read_step
-from negfast.train.step import Figures, Share, Stage
+from negfast.train.step import Figures, MicroBatch, Stage
 
 FOLDER = "failed"  # of a run, where failed steps are kept
 CPU_OUT_OF_MEMORY = re.compile(r"(?:not enough memory|can't allocate memory): you tried to allocate (\d+) bytes")
-SIZES = {  # what a stage's batch is made of, the setting to lower where its shares cannot be made smaller
+SIZES = {  # what a stage's batch is made of, the setting to lower where its micro-batches cannot be made smaller
     "align": ("titles", "sid_titles", "attributes", "pairs", "verdicts"),
     "sft": ("requests", "verdicts"),
     "grpo": ("requests", "group"),
@@ -40,7 +40,7 @@ def require_finite(figures: Figures) -> None:
 
 @contextmanager
 def explained(
-    stage: Stage, step: int, policy: Policy, shares: list[Share], budget: int, run_dir: Path
+    stage: Stage, step: int, policy: Policy, micro_batches: list[MicroBatch], budget: int, run_dir: Path
 ) -> Iterator[list[int]]:
     """Turns what may go wrong in a step into a TrainingError of one line; a step that is not finite is saved first.
 
@@ -51,14 +51,14 @@ def explained(
         yield parts
     except NotFinite as error:
         where = run_dir / FOLDER / f"{stage.name}-{step + 1:06d}"
-        save_failed(where, stage, step, policy, shares, budget)
+        save_failed(where, stage, step, policy, micro_batches, budget)
         raise TrainingError(
             f"{stage.name} step {step + 1}: {error}, expected finite numbers; nothing was updated. "
             f"The batch is in {where}: `negfast train --replay {where}` looks for the cause"
         ) from None
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         # sharded weights are gathered equally often on every rank, so batches are split equally there
-        accumulate = len(shares) if sharding.sharded_layers(policy) else None
+        accumulate = len(micro_batches) if sharding.sharded_layers(policy) else None
         advice = memory_advice(error, stage, parts, accumulate)
         if advice is None:
             raise
@@ -98,7 +98,7 @@ def memory_advice(error: BaseException, stage: Stage, parts: list[int], accumula
 
 
 def _cuda_shortage(message: str) -> tuple[str, int]:
-    """What PyTorch asked for, in words, and by what factor a share has to shrink."""
+    """What PyTorch asked for, in words, and by what factor a micro-batch has to shrink."""
     units = {"MiB": 2**20, "GiB": 2**30, "KiB": 2**10, "bytes": 1}
 
     def size(pattern: str) -> float | None:
@@ -114,20 +114,22 @@ def _cuda_shortage(message: str) -> tuple[str, int]:
     return f"{asked / 2**30:.1f} GiB more, with {used / 2**30:.1f} of {total / 2**30:.1f} GiB in use", factor
 
 
-def save_failed(folder: Path, stage: Stage, step: int, policy: Policy, shares: list[Share], budget: int) -> None:
-    """Writes a step that was not finite: the weights it began with, its number and shares, and the batch it read.
+def save_failed(
+    folder: Path, stage: Stage, step: int, policy: Policy, micro_batches: list[MicroBatch], budget: int
+) -> None:
+    """Writes a step that was not finite: the weights it began with, its number, and the batch it read.
 
-    ``batch.safetensors`` holds what went through the policy, call by call, in the order of this rank's shares.
+    ``batch.safetensors`` holds what went through the policy, call by call, in the order of this rank's micro-batches.
     """
     state = {
         "stage": stage.name,
         "step": step,
-        "shares": shares[0].count,
+        "micro_batches": micro_batches[0].count,
         "token_budget": budget,
         "not_finite": [n for n, p in policy.named_parameters() if p.grad is not None and not finite(p.grad)],
     }
     with Recorder(policy) as recorder, sharding.gathered(policy), torch.no_grad():
-        for batch in read_step(stage, step, shares, budget):
+        for batch in read_step(stage, step, micro_batches, budget):
             stage.step(batch)
     save_by_first(folder, policy, state, batch=recorder.tensors)
 
@@ -185,13 +187,16 @@ def replay(folder: Path, stage: Stage, policy: Policy) -> list[str]:
     Rollouts that a step reused (grpo.epochs above 1) are sampled anew from the weights of the step.
     """
     state = read_state(folder)
-    step, shares = state["step"], [Share(number, state["shares"]) for number in range(state["shares"])]
+    step, micro_batches = (
+        state["step"],
+        [MicroBatch(number, state["micro_batches"]) for number in range(state["micro_batches"])],
+    )
     budget = state["token_budget"]
-    lines = [f"{stage.name} step {step + 1}, {len(shares)} share{'s' * (len(shares) > 1)}"]
+    lines = [f"{stage.name} step {step + 1}, {len(micro_batches)} micro-batch{'es' * (len(micro_batches) > 1)}"]
     wrong = [name for name, p in policy.named_parameters() if not finite(p)]
     lines += [f"weights that are not finite: {_some(wrong)}"] if wrong else []
     policy.train()
-    for number, batch in enumerate(read_step(stage, step - step % stage.config.round_steps, shares, budget)):
+    for number, batch in enumerate(read_step(stage, step - step % stage.config.round_steps, micro_batches, budget)):
         policy.zero_grad()
         with Recorder(policy) as recorder:
             result = stage.step(batch)

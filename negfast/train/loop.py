@@ -20,7 +20,7 @@ from negfast.train.optimizer import learning_rate, make_optimizer
 from negfast.train.reader import read_steps
 from negfast.train.speed import Meter
 from negfast.train.stage_checkpoints import StageCheckpoints
-from negfast.train.step import Batch, Figures, Share, Stage, add_up
+from negfast.train.step import Batch, Figures, MicroBatch, Stage, add_up
 
 
 class StopRequested(Exception):
@@ -54,8 +54,8 @@ def run_stage(
     )
     start = 0 if resume_from is None else saved.resume(resume_from)
     distributed.share_weights(policy)
-    shares, meter, stop = my_shares(config.accumulate), Meter(policy), _StopFlag()
-    reader = read_steps(stage, range(start, steps), shares, config, policy.block.rows.device)
+    micro_batches, meter, stop = my_micro_batches(config.accumulate), Meter(policy), _StopFlag()
+    reader = read_steps(stage, range(start, steps), micro_batches, config, policy.block.rows.device)
     progress = Progress(stage.name, steps, done=start, quiet=distributed.rank() > 0)
     with stop, closing(saved):
         with meter, closing(reader), progress:
@@ -63,7 +63,10 @@ def run_stage(
                 progress.log(saved.consider(0, validate))
             for step in range(start, steps):
                 rate = learning_rate(step, stage.config)
-                with meter.step(), faults.explained(stage, step, policy, shares, config.token_budget, run_dir) as parts:
+                with (
+                    meter.step(),
+                    faults.explained(stage, step, policy, micro_batches, config.token_budget, run_dir) as parts,
+                ):
                     with spans.data():
                         batches = next(reader)
                     parts += [batch.tokens for batch in batches]
@@ -129,10 +132,10 @@ def gradients(stage: Stage, policy: Policy, batches: list[Batch]) -> tuple[Figur
     return add_up(results, norm), norm
 
 
-def my_shares(accumulate: int) -> list[Share]:
-    """This rank's shares of a batch: ``accumulate`` of them, one after the other."""
+def my_micro_batches(accumulate: int) -> list[MicroBatch]:
+    """This rank's micro-batches of a batch: ``accumulate`` of them, one after the other."""
     first, count = distributed.rank() * accumulate, distributed.size() * accumulate
-    return [Share(first + number, count) for number in range(accumulate)]
+    return [MicroBatch(first + number, count) for number in range(accumulate)]
 
 
 class _StopFlag:

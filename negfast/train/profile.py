@@ -21,7 +21,7 @@ from torch.autograd.profiler_util import EventList
 from negfast import spans
 from negfast.errors import InputError, TrainingError
 from negfast.runtime.engine import Engine, choose_device
-from negfast.train.loop import my_shares, update
+from negfast.train.loop import my_micro_batches, update
 from negfast.train.optimizer import learning_rate, make_optimizer
 from negfast.train.reader import read_steps
 from negfast.train.run import asked_for, check_stage, open_stage
@@ -91,8 +91,8 @@ class _Steps:
     def run(self, steps: int) -> float:
         """Seconds of ``steps`` further steps."""
         self.figures = []
-        shares = my_shares(self.train.accumulate)
-        reader = read_steps(self.stage, range(self.done, self.done + steps), shares, self.train, self.device)
+        micro_batches = my_micro_batches(self.train.accumulate)
+        reader = read_steps(self.stage, range(self.done, self.done + steps), micro_batches, self.train, self.device)
         with self.meter, closing(reader):
             for _ in range(steps):
                 rate = learning_rate(self.done, self.stage.config)

@@ -15,28 +15,32 @@ import torch
 from negfast.config import Train
 from negfast.errors import InputError
 from negfast.staging import tensors_in
-from negfast.train.step import Batch, Share, Stage
+from negfast.train.step import Batch, MicroBatch, Stage
 
 Place = TypeVar("Place")
 Read = TypeVar("Read")
 
 
-def read_step(stage: Stage, step: int, shares: list[Share], budget: int) -> list[Batch]:
-    """The batches of ``shares`` of a step, halved until none has more than ``budget`` tokens (0: no bound).
+def read_step(stage: Stage, step: int, micro_batches: list[MicroBatch], budget: int) -> list[Batch]:
+    """The batches of ``micro_batches`` of a step, halved until none has more than ``budget`` tokens (0: no bound).
 
-    InputError where a share that is a single row of one of the stage's tasks has more.
+    InputError where a micro-batch that is a single row of one of the stage's tasks has more.
     """
-    return [part for share in shares for part in _fitting(stage, step, share, stage.read(step, share), budget)]
+    return [
+        part
+        for micro_batch in micro_batches
+        for part in _fitting(stage, step, micro_batch, stage.read(step, micro_batch), budget)
+    ]
 
 
-def _fitting(stage: Stage, step: int, share: Share, batch: Batch, budget: int) -> list[Batch]:
+def _fitting(stage: Stage, step: int, micro_batch: MicroBatch, batch: Batch, budget: int) -> list[Batch]:
     if not budget or batch.tokens <= budget:
         return [batch]
-    halves = share.halves()
+    halves = micro_batch.halves()
     try:
         batches = [stage.read(step, half) for half in halves]
     except InputError as error:
-        found = f"train.token_budget={budget}: {stage.name} step {step + 1} has a share of {batch.tokens} tokens"
+        found = f"train.token_budget={budget}: {stage.name} step {step + 1} has a micro-batch of {batch.tokens} tokens"
         raise InputError(f"{found} that cannot be split: {error}") from None
     return [p for half, read in zip(halves, batches, strict=True) for p in _fitting(stage, step, half, read, budget)]
 
@@ -47,14 +51,14 @@ def reads_ahead(config: Train, device: torch.device) -> bool:
 
 
 def read_steps(
-    stage: Stage, steps: range, shares: list[Share], config: Train, device: torch.device
+    stage: Stage, steps: range, micro_batches: list[MicroBatch], config: Train, device: torch.device
 ) -> Generator[list[Batch], None, None]:
     """What `read_step` gives for each of ``steps``, read ahead where `reads_ahead` says so; close it at the end.
 
     On CUDA the thread copies on a stream of its own, and the caller's current stream waits for it, not the host.
     """
     if not reads_ahead(config, device):
-        yield from (read_step(stage, step, shares, config.token_budget) for step in steps)
+        yield from (read_step(stage, step, micro_batches, config.token_budget) for step in steps)
         return
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     if stream is not None:
@@ -62,7 +66,7 @@ def read_steps(
 
     def read(step: int) -> tuple[list[Batch], torch.cuda.Event | None]:
         with nullcontext() if stream is None else torch.cuda.stream(stream):
-            batches = read_step(stage, step, shares, config.token_budget)
+            batches = read_step(stage, step, micro_batches, config.token_budget)
             return batches, None if stream is None else stream.record_event()
 
     with closing(read_ahead(read, steps, workers=1, ahead=2)) as ahead:  # the one asked for, and the next

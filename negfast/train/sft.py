@@ -10,11 +10,11 @@ from negfast.config import Sft
 from negfast.data.split import Requests, only_next
 from negfast.model.prompts import MIXED, NEGATIVE_ONLY, POSITIVE_ONLY, PromptBatch
 from negfast.runtime.engine import Engine
-from negfast.runtime.likelihood import answer_log_probs
+from negfast.runtime.likelihood import target_log_probs
 from negfast.sid.prior import NEXT_DISLIKE, NEXT_LIKE
 from negfast.staging import put
 from negfast.train.order import epoch_rows, task_rng
-from negfast.train.step import WHOLE, Mean, Share, StepResult
+from negfast.train.step import WHOLE, Mean, MicroBatch, StepResult
 from negfast.train.verdict_task import VerdictBatch, VerdictTask
 
 SCALES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of code logits, tried on valid; the smallest still leaves GRPO a gradient
@@ -22,10 +22,10 @@ SCALES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of code logits, tried on valid; the smal
 
 @dataclass(frozen=True)
 class ItemBatch:
-    """A share's prompts and their target items; A answers, sorted by prompt."""
+    """A micro-batch's prompts and their target items; A targets, sorted by prompt."""
 
     prompts: PromptBatch
-    markers: Tensor  # int64 [A], before an answer
+    markers: Tensor  # int64 [A], before a target
     items: Tensor  # int64 [A]
     branches: Tensor  # int64 [A]
     weights: Tensor  # float32 [A]
@@ -44,8 +44,8 @@ class NextItems:
         self.engine, self.settings = engine, settings
         self.requests = requests.take(has_future)
 
-    def read(self, step: int, share: Share = WHOLE) -> ItemBatch:
-        """The share's requests and the items drawn of their futures."""
+    def read(self, step: int, micro_batch: MicroBatch = WHOLE) -> ItemBatch:
+        """The micro-batch's requests and the items drawn of their futures."""
         engine, settings = self.engine, self.settings
         seed, size = engine.config.train.seed, len(self.requests)
         rows = epoch_rows(seed, "next-items", step, size, settings.requests)
@@ -54,7 +54,7 @@ class NextItems:
         request, item, branch, weight = draw_targets(requests, settings.targets, settings.like_weight, rng)
         views = draw_views(len(rows), settings.negative_view, settings.positive_view, rng)
 
-        mine = share.of(len(rows))
+        mine = micro_batch.of(len(rows))
         drawn = (request >= mine.start) & (request < mine.stop)
         request, item, branch, weight = (column[drawn] for column in (request - mine.start, item, branch, weight))
         counts = np.bincount(request, minlength=mine.stop - mine.start)
@@ -69,10 +69,10 @@ class NextItems:
         return ItemBatch(batch.with_prior(), markers, items, branches, weights, len(rows), tokens)
 
     def loss(self, batch: ItemBatch) -> tuple[Tensor, dict[str, Mean]]:
-        """(the share's part of the loss, metrics). An item of F weighs 1/|F drawn|, of P like_weight/|P drawn|; mean
-        over requests."""
+        """(the micro-batch's part of the loss, metrics). An item of F weighs 1/|F drawn|, of P like_weight/|P drawn|;
+        the mean is over requests."""
         prompts, weights = batch.prompts, batch.weights
-        log_p = answer_log_probs(
+        log_p = target_log_probs(
             self.engine, prompts.layout, prompts.tokens, batch.markers, batch.items, prompts.prior, batch.branches
         )
         loss = -(weights * log_p).sum() / batch.requests
@@ -112,9 +112,9 @@ def draw_views(size: int, negative: float, positive: float, rng: np.random.Gener
 
 @dataclass(frozen=True)
 class SftBatch:
-    """What a share of a step reads."""
+    """What a micro-batch of a step reads."""
 
-    share: Share
+    micro_batch: MicroBatch
     items: ItemBatch
     verdicts: VerdictBatch | None
 
@@ -136,11 +136,13 @@ class SftStage:
         self.next_items = NextItems(engine, self.config)
         self.verdict = VerdictTask(engine, self.config.verdicts)
 
-    def read(self, step: int, share: Share = WHOLE) -> SftBatch:
+    def read(self, step: int, micro_batch: MicroBatch = WHOLE) -> SftBatch:
         verdicts = (
-            self.verdict.read(step, share) if self.config.verdict_weight and len(self.verdict.candidates) else None
+            self.verdict.read(step, micro_batch)
+            if self.config.verdict_weight and len(self.verdict.candidates)
+            else None
         )
-        return SftBatch(share, self.next_items.read(step, share), verdicts)
+        return SftBatch(micro_batch, self.next_items.read(step, micro_batch), verdicts)
 
     def step(self, batch: SftBatch) -> StepResult:
         self.engine.policy.block.scale.fill_(1.0)  # validation may have left another
@@ -148,7 +150,7 @@ class SftStage:
         if batch.verdicts is not None:
             verdict = self.verdict.loss(batch.verdicts)
             loss = loss + self.config.verdict_weight * verdict
-            metrics["verdict_bce"] = batch.share.part(verdict)
+            metrics["verdict_bce"] = batch.micro_batch.part(verdict)
         return StepResult(loss, {**metrics}, batch.tokens)
 
     def outcome(self) -> dict[str, float]:

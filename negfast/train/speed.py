@@ -60,15 +60,15 @@ class Meter:
 
     def _count(self, _: nn.Module, __: tuple, inputs: dict) -> None:
         rows, layout = inputs["inputs_embeds"].shape[1], inputs["layout"]
-        prompts, answers = attention_pairs(layout)
-        once = (self.layers - 1) * (2.0 * self.weights * rows + self.pair * (prompts + answers))
+        prompts, completions = attention_pairs(layout)
+        once = (self.layers - 1) * (2.0 * self.weights * rows + self.pair * (prompts + completions))
         if layout.holds_prompts and layout.prompt_rows != "all" and self.policy.drops_prompt_rows:
             last = layout.prompts if layout.prompt_rows == "last" else 0
             rows_kept = rows - layout.prompt_tokens + last
             once += 2.0 * (self.key_weights * rows + (self.weights - self.key_weights) * rows_kept)
-            once += self.pair * (answers + last * layout.prompt_tokens / layout.prompts)
+            once += self.pair * (completions + last * layout.prompt_tokens / layout.prompts)
         else:
-            once += 2.0 * self.weights * rows + self.pair * (prompts + answers)
+            once += 2.0 * self.weights * rows + self.pair * (prompts + completions)
         self.operations += once * (3 if torch.is_grad_enabled() else 1)
 
     @contextmanager
@@ -94,11 +94,11 @@ class Meter:
 
 def attention_pairs(layout: GroupLayout) -> tuple[float, float]:
     """Pairs of query and key of one layer in the layout's current call: of the prompts' queries, taken as equally long
-    within a bucket, and of the answers'."""
+    within a bucket, and of the completions'."""
     lengths = [(bucket.prompts, bucket.tokens / bucket.prompts) for bucket in layout.buckets]
     prompts = sum(count * length * (length + 1) / 2 for count, length in lengths) if layout.holds_prompts else 0.0
     mean = layout.prompt_tokens / layout.prompts + layout.past_tokens + (layout.new_tokens + 1) / 2
-    return prompts, layout.answers * layout.new_tokens * mean
+    return prompts, layout.completions * layout.new_tokens * mean
 
 
 def peak_memory(device: torch.device) -> float:

@@ -1,8 +1,8 @@
-"""What one step of a stage is: its share of a batch, what it gives, and how the parts of a batch add up.
+"""What one step of a stage is: its micro-batch, what it gives, and how micro-batches add up.
 
-A step's batch is the same whatever computes it: its rows are split into equal shares, one or more for each rank, and
-every loss is a sum over a share's rows divided by the size of the *whole* batch. So gradients of shares are added,
-never averaged, and accumulating on one device or spreading over eight gives the big batch's gradient.
+A step's batch is the same whatever computes it. Its rows are split into equal micro-batches, one or more for each rank,
+and every loss is a sum over a micro-batch's rows divided by the size of the *whole* batch. So gradients of micro-batches
+are added, never averaged: accumulating on one device or spreading over eight gives the big batch's gradient.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from negfast.runtime import distributed
 
 
 class Batch(Protocol):
-    """What a stage read for one share of a step, on the device."""
+    """What a stage read for one micro-batch of a step, on the device."""
 
     @property
     def tokens(self) -> int:
@@ -26,38 +26,38 @@ class Batch(Protocol):
 
 
 @dataclass(frozen=True)
-class Share:
+class MicroBatch:
     """Part ``index`` of ``count`` of a step's batch."""
 
     index: int = 0
     count: int = 1
 
     def of(self, size: int) -> slice:
-        """The rows of a batch of ``size`` that belong to this share; shares differ by one row at most.
+        """The rows of a batch of ``size`` that belong to this micro-batch; micro-batches differ by one row at most.
 
-        InputError where there are fewer rows than shares.
+        InputError where there are fewer rows than micro-batches.
         """
         if size < self.count:
             raise InputError(
-                f"train: found a batch of {size} rows for {self.count} shares (ranks x train.accumulate, halved for "
-                "train.token_budget), expected at least a row for each"
+                f"train: found a batch of {size} rows for {self.count} micro-batches (ranks x train.accumulate, halved "
+                "for train.token_budget), expected at least a row for each"
             )
         return slice(size * self.index // self.count, size * (self.index + 1) // self.count)
 
-    def halves(self) -> "tuple[Share, Share]":
-        """The two shares, of twice as many, that this one's rows fall into."""
-        return Share(2 * self.index, 2 * self.count), Share(2 * self.index + 1, 2 * self.count)
+    def halves(self) -> "tuple[MicroBatch, MicroBatch]":
+        """The two micro-batches, of twice as many, that this one's rows fall into."""
+        return MicroBatch(2 * self.index, 2 * self.count), MicroBatch(2 * self.index + 1, 2 * self.count)
 
     def part(self, loss: Tensor) -> "Mean":
-        """This share's part of the batch's ``loss``, as a figure that adds up to it."""
+        """This micro-batch's part of the batch's ``loss``, as a figure that adds up to it."""
         return Mean(loss.detach(), 1 / self.count)
 
 
-WHOLE = Share()
+WHOLE = MicroBatch()
 
 
 class Mean(NamedTuple):
-    """A figure of a share as a sum and what to divide it by, so that shares add up to the figure of the batch."""
+    """A figure of a micro-batch as a sum and what to divide it by, so that they add up to the figure of the batch."""
 
     total: Tensor
     weight: Tensor | float = 1.0
@@ -65,10 +65,10 @@ class Mean(NamedTuple):
 
 @dataclass
 class StepResult:
-    """What a stage gives for one share of a step."""
+    """What a stage gives for one micro-batch of a step."""
 
-    loss: Tensor  # scalar with gradient; the batch's loss is the sum over shares
-    metrics: dict[str, Mean | float | None]  # detached; a number is the same in every share
+    loss: Tensor  # scalar with gradient; the batch's loss is the sum over micro-batches
+    metrics: dict[str, Mean | float | None]  # detached; a number is the same in every micro-batch
     tokens: int  # tokens that went through the policy, forward and backward
 
 
@@ -83,7 +83,7 @@ class Figures:
 
 
 class Stage(Protocol):
-    """One stage of training. What it reads is a pure function of the number of the step and the share of its batch,
+    """One stage of training. What it reads is a pure function of the number of the step and the micro-batch,
     and what it makes of that one of the weights: that is what makes resuming and reading ahead exact, and what makes
     ranks and accumulation give the same gradient."""
 
@@ -93,7 +93,7 @@ class Stage(Protocol):
     @property
     def config(self) -> StageSettings: ...
 
-    def read(self, step: int, share: Share) -> Any:
+    def read(self, step: int, micro_batch: MicroBatch) -> Any:
         """A `Batch`; may be called by a thread while another step computes."""
         ...
 
@@ -107,7 +107,7 @@ class Stage(Protocol):
 
 
 def add_up(results: list[StepResult], norm: Tensor) -> Figures:
-    """The step's figures from this rank's shares and those of all others, by one sum and one copy to the host."""
+    """The step's figures over the micro-batches of all ranks, by one sum and one copy to the host."""
     means = [name for name, value in results[0].metrics.items() if isinstance(value, Mean)]
     rows = [
         torch.stack(

@@ -16,7 +16,7 @@ from negfast.model.policy import Policy
 from negfast.runtime.engine import Engine
 from negfast.staging import put
 from negfast.train.order import epoch_rows
-from negfast.train.step import WHOLE, Share
+from negfast.train.step import WHOLE, MicroBatch
 
 TEXT_TOKENS = 48  # of a title or of an attribute's values are read or said
 EXAMPLES_AT_ONCE = 256
@@ -73,15 +73,15 @@ class SidToText:
         """``name`` sets the order of the examples; ``held`` are never trained on."""
         self.engine, self.name, self.batch, self.train, self.held = engine, name, batch, train, held
 
-    def read(self, step: int, share: Share = WHOLE) -> "PackedText":
-        """The share's examples of a step."""
+    def read(self, step: int, micro_batch: MicroBatch = WHOLE) -> "PackedText":
+        """The micro-batch's examples of a step."""
         rows = epoch_rows(self.engine.config.train.seed, self.name, step, len(self.train), self.batch)
         count = sum(len(self.train[row].answer) for row in rows)
-        return pack(self.engine, [self.train[row] for row in rows[share.of(len(rows))]], count)
+        return pack(self.engine, [self.train[row] for row in rows[micro_batch.of(len(rows))]], count)
 
     def loss(self, batch: "PackedText") -> Tensor:
-        """The share's part of the mean negative log-likelihood of an answer's token."""
-        return text_nll(self.engine.policy, answer_states(self.engine, batch), batch.targets) / batch.answer_tokens
+        """The micro-batch's part of the mean negative log-likelihood of an answer's token."""
+        return text_nll(self.engine.policy, answer_states(self.engine, batch), batch.targets) / batch.completion_tokens
 
     @torch.no_grad()
     def accuracy(self) -> dict[str, float]:
@@ -110,14 +110,14 @@ class PackedText:
     token_ids: Tensor  # int64 [T]
     rows: Tensor  # int64 [N]
     targets: Tensor  # int64 [N]
-    answer_tokens: int  # of the whole batch, of which these may be a share
+    completion_tokens: int  # of the whole batch, of which these may be a micro-batch
 
     @property
     def tokens(self) -> int:
         return len(self.token_ids)
 
 
-def pack(engine: Engine, examples: Sequence[TextExample], answer_tokens: int) -> PackedText:
+def pack(engine: Engine, examples: Sequence[TextExample], completion_tokens: int) -> PackedText:
     """Packs examples; the last token of an answer is a target alone, since nothing comes after it."""
     vocabulary, item_tokens = engine.policy.vocabulary, engine.prompts.item_tokens
     item, text = vocabulary.marker("item"), vocabulary.marker("text")
@@ -136,7 +136,7 @@ def pack(engine: Engine, examples: Sequence[TextExample], answer_tokens: int) ->
         put(np.concatenate(tokens), engine.device),
         put(rows, engine.device),
         put(targets, engine.device),
-        answer_tokens,
+        completion_tokens,
     )
 
 

@@ -10,19 +10,19 @@ from negfast.runtime.engine import Engine
 from negfast.runtime.verdict import (
     VerdictInputs,
     candidate_logits,
+    first_feedback_candidates,
     read_candidates,
-    told_candidates,
     verdict_logits,
     verdict_start,
 )
 from negfast.staging import put
 from negfast.train.order import epoch_rows
-from negfast.train.step import WHOLE, Share
+from negfast.train.step import WHOLE, MicroBatch
 
 
 @dataclass(frozen=True)
 class VerdictBatch:
-    """A share's candidates and what became of them."""
+    """A micro-batch's candidates and what became of them."""
 
     inputs: VerdictInputs
     labels: Tensor  # float32 [E]
@@ -37,19 +37,19 @@ class VerdictTask:
         """``batch``: user-days a step; ``among`` bool [I]: of these items alone."""
         start = verdict_start(engine.log, engine.fit_until)
         self.engine, self.batch = engine, batch
-        self.candidates, self.labels = told_candidates(engine.log, start, engine.fit_until, among)
+        self.candidates, self.labels = first_feedback_candidates(engine.log, start, engine.fit_until, among)
 
-    def read(self, step: int, share: Share = WHOLE) -> VerdictBatch:
-        """The share's user-days of a step."""
+    def read(self, step: int, micro_batch: MicroBatch = WHOLE) -> VerdictBatch:
+        """The micro-batch's user-days of a step."""
         whole = epoch_rows(self.engine.config.train.seed, "verdict", step, len(self.candidates), self.batch)
         count = int(np.diff(self.candidates.offsets)[whole].sum())
-        candidates, places = self.candidates.take(whole[share.of(len(whole))])
+        candidates, places = self.candidates.take(whole[micro_batch.of(len(whole))])
         inputs = read_candidates(self.engine, candidates)
         tokens = len(inputs.prompts.tokens) + inputs.answers.numel()
         return VerdictBatch(inputs, put(self.labels[places], self.engine.device), count, tokens)
 
     def loss(self, batch: VerdictBatch) -> Tensor:
-        """The share's part of the mean binary cross entropy over candidates."""
+        """The micro-batch's part of the mean binary cross entropy over candidates."""
         logits = verdict_logits(self.engine.policy, batch.inputs)
         return F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="sum") / batch.candidates
 

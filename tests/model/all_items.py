@@ -19,8 +19,8 @@ def all_item_log_probs(
 ) -> Tensor:
     """log p(item | context) of every item for B prompts that end with the branch's marker, [B, I]; -inf where seen.
 
-    Every node of the trie above the leaves is visited once a prompt, so the cost is that of as many answer tokens as
-    the trie has inner nodes, times B. The probabilities of a prompt sum to 1. Gradients flow where they are on.
+    Every node of the trie above the leaves is visited once a prompt, so the cost is that of as many completion tokens
+    as the trie has inner nodes, times B. The probabilities of a prompt sum to 1. Gradients flow where they are on.
     """
     trie, prompts, device = chooser.trie, layout.prompts, prompt_tokens.device
     hidden = policy.hidden(layout, prompt_tokens, None, prompt_rows="last")
@@ -39,7 +39,7 @@ def all_item_log_probs(
             break
         slots = torch.arange(prompts * below, device=device)
         if level == 0:
-            layout.set_answers(slots, below)
+            layout.set_completions(slots, below)
         else:
             parents = (torch.arange(prompts, device=device)[:, None] * size + parent).flatten()
             layout.branch(parents, slots, below)

@@ -48,39 +48,39 @@ def random_tokens(policy: Policy, *shape: int) -> torch.Tensor:
     return torch.randint(0, policy.vocabulary.base + policy.vocabulary.size, shape)
 
 
-def separate_forwards(policy: Policy, prompts: list[torch.Tensor], answers: torch.Tensor, group: np.ndarray):
-    """log p of every answer token [A, L] over the full vocabulary by one causal forward of the stock model each."""
+def separate_forwards(policy: Policy, prompts: list[torch.Tensor], completions: torch.Tensor, group: np.ndarray):
+    """log p of every completion token [A, L] over the full vocabulary by one causal forward of the stock model each."""
     policy.decoder.set_attn_implementation("sdpa")  # eager takes its softmax in fp32
     owner = np.repeat(np.arange(len(prompts)), group)
     rows = []
     for a, b in enumerate(owner):
-        tokens = torch.cat([prompts[b], answers[a]])
+        tokens = torch.cat([prompts[b], completions[a]])
         out = policy.decoder(inputs_embeds=policy.embed(tokens, True).unsqueeze(0), use_cache=False)
         hidden = out.last_hidden_state[0, len(prompts[b]) - 1 : -1]
-        rows.append(policy.full_logits(hidden).log_softmax(-1).gather(-1, answers[a][:, None])[:, 0])
+        rows.append(policy.full_logits(hidden).log_softmax(-1).gather(-1, completions[a][:, None])[:, 0])
     policy.decoder.set_attn_implementation("negfast_group")
     return torch.stack(rows)
 
 
-def group_forward(policy: Policy, prompts: list[torch.Tensor], answers: torch.Tensor, group: np.ndarray, mode: str):
+def group_forward(policy: Policy, prompts: list[torch.Tensor], completions: torch.Tensor, group: np.ndarray, mode: str):
     """The same through one prompt pass and one pass a level (single-pass), or all in one call (two-pass)."""
     cu = np.cumsum([0] + [len(p) for p in prompts])
     layout = GroupLayout.build(cu, group, torch.device("cpu"))
-    length = answers.shape[1]
+    length = completions.shape[1]
     rows, tokens = ("all", int(cu[-1])) if mode.endswith("whole") else ("last", len(prompts))
     last = layout.last_prompt_row if rows == "all" else torch.arange(len(prompts))
     if mode.startswith("single"):
-        states = [policy.hidden(layout, torch.cat(prompts), None, True, rows)[last][layout.answer_prompt]]
+        states = [policy.hidden(layout, torch.cat(prompts), None, True, rows)[last][layout.completion_prompt]]
         for level in range(length - 1):
-            states.append(policy.hidden(layout, None, answers[:, level : level + 1], True))
+            states.append(policy.hidden(layout, None, completions[:, level : level + 1], True))
         states = torch.stack(states, 1)
     else:
-        fed = answers[:, :-1] if length > 1 else None
+        fed = completions[:, :-1] if length > 1 else None
         hidden = policy.hidden(layout, torch.cat(prompts), fed, True, rows)
-        first = hidden[last][layout.answer_prompt].unsqueeze(1)
-        rest = hidden[tokens:].view(len(answers), length - 1, hidden.shape[-1])
+        first = hidden[last][layout.completion_prompt].unsqueeze(1)
+        rest = hidden[tokens:].view(len(completions), length - 1, hidden.shape[-1])
         states = torch.cat([first, rest], 1)
-    return policy.full_logits(states).log_softmax(-1).gather(-1, answers[..., None])[..., 0]
+    return policy.full_logits(states).log_softmax(-1).gather(-1, completions[..., None])[..., 0]
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
@@ -92,13 +92,13 @@ def test_equals_separate_forwards_in_fp64(exact_norms, kind, mode, length, group
     lengths = torch.randint(1, 23, (4,)).numpy() if group != 3 else np.full(4, 9)
     counts = np.array([2, 0, 5, 1]) if group == "ragged" else np.full(4, group)
     prompts = [random_tokens(policy, n) for n in lengths]
-    answers = random_tokens(policy, counts.sum(), length)
+    completions = random_tokens(policy, counts.sum(), length)
     weight = torch.randn(counts.sum(), length, dtype=torch.float64)
 
-    expected = separate_forwards(policy, prompts, answers, counts)
+    expected = separate_forwards(policy, prompts, completions, counts)
     trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
     wanted = torch.autograd.grad((weight * expected).sum(), list(trained.values()), allow_unused=True)
-    found = group_forward(policy, prompts, answers, counts, mode)
+    found = group_forward(policy, prompts, completions, counts, mode)
     gradients = torch.autograd.grad((weight * found).sum(), list(trained.values()), allow_unused=True)
 
     assert relative_error(found, expected) < 1e-9
@@ -115,10 +115,10 @@ def test_prompt_rows_are_a_choice_of_the_whole(trimmed):
         policy.decoder.layers[-1]._forward_pre_hooks.clear()
         policy.drops_prompt_rows = False
     cu = np.array([0, 3, 11, 12, 30])
-    tokens, answers = random_tokens(policy, 30), random_tokens(policy, 8, 2)
+    tokens, completions = random_tokens(policy, 30), random_tokens(policy, 8, 2)
 
     def hidden(rows):
-        return policy.hidden(GroupLayout.build(cu, 2, torch.device("cpu")), tokens, answers, True, rows)
+        return policy.hidden(GroupLayout.build(cu, 2, torch.device("cpu")), tokens, completions, True, rows)
 
     whole = hidden("all")
     assert relative_error(hidden("none"), whole[30:]) < 1e-9
@@ -129,9 +129,9 @@ def test_equals_separate_forwards_in_the_stock_model():
     policy = make_policy("qwen3", torch.float32)
     counts = np.full(3, 4)
     prompts = [random_tokens(policy, n) for n in (5, 17, 30)]
-    answers = random_tokens(policy, 12, 3)
-    expected = separate_forwards(policy, prompts, answers, counts)
-    found = group_forward(policy, prompts, answers, counts, "single-pass")
+    completions = random_tokens(policy, 12, 3)
+    expected = separate_forwards(policy, prompts, completions, counts)
+    found = group_forward(policy, prompts, completions, counts, "single-pass")
     assert relative_error(found, expected) < 1e-6
 
 

@@ -16,18 +16,18 @@ def test_is_gumbel_and_independent_of_neighbours():
 
 
 def test_every_part_of_the_key_counts():
-    request, answer = torch.tensor([5]), torch.tensor([2])
-    base = keyed_gumbel(1, 2, request, answer, 0, 8)
-    assert (base == keyed_gumbel(1, 2, request, answer, 0, 8)).all()
+    request, completion = torch.tensor([5]), torch.tensor([2])
+    base = keyed_gumbel(1, 2, request, completion, 0, 8)
+    assert (base == keyed_gumbel(1, 2, request, completion, 0, 8)).all()
     others = [
-        keyed_gumbel(2, 2, request, answer, 0, 8),
-        keyed_gumbel(1, 3, request, answer, 0, 8),
-        keyed_gumbel(1, 2, request + 1, answer, 0, 8),
-        keyed_gumbel(1, 2, request, answer + 1, 0, 8),
-        keyed_gumbel(1, 2, request, answer, 1, 8),
+        keyed_gumbel(2, 2, request, completion, 0, 8),
+        keyed_gumbel(1, 3, request, completion, 0, 8),
+        keyed_gumbel(1, 2, request + 1, completion, 0, 8),
+        keyed_gumbel(1, 2, request, completion + 1, 0, 8),
+        keyed_gumbel(1, 2, request, completion, 1, 8),
     ]
     assert all((base != other).all() for other in others)
-    assert (keyed_gumbel(1, 2, request, answer, 0, 16)[:, :8] == base).all()
+    assert (keyed_gumbel(1, 2, request, completion, 0, 16)[:, :8] == base).all()
 
 
 def test_noise_is_finite_for_every_draw():

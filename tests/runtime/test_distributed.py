@@ -19,7 +19,7 @@ from negfast.runtime import distributed
 from negfast.runtime.run_folder import RunFolder
 from negfast.train.grpo.stage import check_combinations
 from negfast.train.reader import read_step
-from negfast.train.step import Share
+from negfast.train.step import MicroBatch
 from tests.tiny import run_cli, train_arguments
 from tests.train.rank_gradients import opened_stages, stage_gradients
 
@@ -47,10 +47,12 @@ def test_a_token_budget_bounds_every_part_and_gives_the_whole_batch(tiny_run, wh
     budget, run = 700, RunFolder(tiny_run)
     assert_same(stage_gradients(run, 1, budget), whole)
     for _, stage in opened_stages(run):
-        batches, tokens = read_step(stage, 3, [Share()], budget), stage.read(3).tokens
+        batches, tokens = read_step(stage, 3, [MicroBatch()], budget), stage.read(3).tokens
         assert max(batch.tokens for batch in batches) <= budget < tokens == sum(batch.tokens for batch in batches)
-        with pytest.raises(InputError, match=f"train.token_budget=20: {stage.name} step 4 has a share of .* tokens"):
-            read_step(stage, 3, [Share()], 20)
+        with pytest.raises(
+            InputError, match=f"train.token_budget=20: {stage.name} step 4 has a micro-batch of .* tokens"
+        ):
+            read_step(stage, 3, [MicroBatch()], 20)
 
 
 def test_two_ranks_sample_the_same_items_and_agree_in_gradients(tiny_run, whole, tmp_path):
@@ -129,10 +131,10 @@ def children(pid: int) -> list[int]:
 
 
 def test_a_batch_smaller_than_its_shares_is_refused():
-    parts = [Share(number, 3).of(7) for number in range(3)]
+    parts = [MicroBatch(number, 3).of(7) for number in range(3)]
     assert [list(range(7))[part] for part in parts] == [[0, 1], [2, 3], [4, 5, 6]]
     with pytest.raises(InputError, match="found a batch of 2 rows for 3 shares"):
-        Share(0, 3).of(2)
+        MicroBatch(0, 3).of(2)
 
 
 def test_a_loss_over_all_counted_tokens_is_refused_in_shares():

@@ -21,7 +21,7 @@ from negfast.runtime.checkpoint import OPTIMIZER, WEIGHTS, load_weights, optimiz
 from negfast.runtime.engine import build_engine
 from negfast.runtime.run_folder import RunFolder
 from negfast.runtime.sharding import whole
-from negfast.train.loop import gradients, my_shares, update
+from negfast.train.loop import gradients, my_micro_batches, update
 from negfast.train.optimizer import make_optimizer
 from negfast.train.reader import read_step
 from negfast.train.run import STAGES
@@ -43,7 +43,7 @@ def stage_gradients(
         items: list[torch.Tensor] = []
         if name == "grpo":
             keep_items(stage, items)
-        figures, norm = gradients(stage, policy, read_step(stage, STEP, my_shares(accumulate), budget))
+        figures, norm = gradients(stage, policy, read_step(stage, STEP, my_micro_batches(accumulate), budget))
         found |= {f"{name}/{n}": whole(p.grad).clone() for n, p in policy.named_parameters() if p.grad is not None}
         found[f"{name} figures"] = torch.tensor([figures.loss, norm.item(), *map(float, figures.metrics.values())])
         if items:
@@ -51,7 +51,7 @@ def stage_gradients(
         policy.zero_grad()
     if out is not None:
         optimizer = make_optimizer(policy, stage.config)
-        update(stage, policy, optimizer, RATE, read_step(stage, STEP, my_shares(accumulate), budget))
+        update(stage, policy, optimizer, RATE, read_step(stage, STEP, my_micro_batches(accumulate), budget))
         parts = {WEIGHTS: unique_tensors(policy), OPTIMIZER: optimizer_tensors(policy, optimizer)}
         distributed.first_does(lambda: write_parts(out, parts, {}))
     return found

@@ -12,12 +12,12 @@ from negfast.data.dataset import Dataset
 from negfast.errors import InputError
 from negfast.model.layout import GroupLayout
 from negfast.runtime.engine import build_engine
-from negfast.runtime.likelihood import answer_log_probs, code_ranks
+from negfast.runtime.likelihood import code_ranks, target_log_probs
 from negfast.runtime.run_folder import RunFolder
 from negfast.runtime.verdict import fit_prior
 from negfast.train import text
 from negfast.train.align import AlignStage, CoDisliked, held_out_items
-from negfast.train.step import Share
+from negfast.train.step import MicroBatch
 
 
 @pytest.fixture
@@ -54,9 +54,9 @@ def test_text_loss_is_that_of_the_stock_model(make_engine):
             for level, c in enumerate(engine.data.codes[example.item])
         ]
         prompt = [policy.vocabulary.marker("item"), *codes, policy.vocabulary.marker("text"), *example.question]
-        tokens = torch.tensor(prompt + example.answer)
+        tokens = torch.tensor(prompt + example.target)
         log_p = stock(inputs_embeds=policy.embed(tokens, True)[None]).logits[0].log_softmax(-1)
-        for place, token in enumerate(example.answer):
+        for place, token in enumerate(example.target):
             expected -= log_p[len(prompt) + place - 1, token]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
 
@@ -67,8 +67,8 @@ def test_what_is_asked_and_answered(make_engine):
     titles, genres = (make(engine, np.arange(3)) for make in (text.title_examples, text.attribute_examples))
     end = engine.tokenizer.eos_token
     for item, (title, genre) in enumerate(zip(titles, genres, strict=True)):
-        assert say(title.answer) == engine.data.items.text[item] + end and title.question == []
-        assert (say(genre.question), say(genre.answer)) == (
+        assert say(title.target) == engine.data.items.text[item] + end and title.question == []
+        assert (say(genre.question), say(genre.target)) == (
             "genre:",
             f" {engine.data.items.attributes['genre'][item][0]}{end}",
         )
@@ -109,7 +109,7 @@ def test_code_ranks_are_those_of_whole_items(make_engine):
         layout, tokens, markers, items = batch(np.arange(n_items))
         ranks = code_ranks(engine, layout, tokens, markers, items).numpy()
         layout, *_ = batch(np.arange(n_items))
-        log_p = answer_log_probs(engine, layout, tokens, markers, items, None, 0).double().numpy()
+        log_p = target_log_probs(engine, layout, tokens, markers, items, None, 0).double().numpy()
     mass = np.exp(log_p)
     np.testing.assert_allclose(mass.sum(), 1, rtol=1e-4)
     for item in range(n_items):
@@ -142,7 +142,7 @@ def test_pair_hits_are_those_of_an_exhaustive_ranking(make_engine):
             layout = GroupLayout.build(np.array([0, len(prompt)]), engine.log.n_items, engine.device)
             markers = torch.full((engine.log.n_items,), engine.policy.vocabulary.marker("next-dislike"))
             every = torch.arange(engine.log.n_items)
-            log_p = answer_log_probs(engine, layout, torch.from_numpy(prompt), markers, every, None, 0)
+            log_p = target_log_probs(engine, layout, torch.from_numpy(prompt), markers, every, None, 0)
             log_p[item] = -torch.inf
             ranks[item] = log_p.argsort(descending=True).argsort().numpy()
     assert all(a != b for a, b in zip(first, second, strict=True))
@@ -194,7 +194,7 @@ def test_shares_add_up(make_engine):
     engine = make_engine()
     stage = AlignStage(engine)
     whole = stage.step(stage.read(2))
-    parts = [stage.step(stage.read(2, Share(index, 3))) for index in range(3)]
+    parts = [stage.step(stage.read(2, MicroBatch(index, 3))) for index in range(3)]
     torch.testing.assert_close(sum(part.loss for part in parts), whole.loss, rtol=1e-4, atol=1e-5)
     assert sum(part.tokens for part in parts) == whole.tokens
 

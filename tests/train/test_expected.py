@@ -35,7 +35,7 @@ def every_item(engine: Engine, user: np.ndarray, day: np.ndarray) -> np.ndarray:
     [Reward(), Reward(collab_weight=0.0), Reward(like_penalty=0.6, content_threshold=-1.0, collab_cap=0.05)],
 )
 def test_the_expected_reward_is_the_sum_over_all_items(engine, settings, monkeypatch):
-    monkeypatch.setattr(expected, "ANSWERS_AT_ONCE", 100)  # several batches
+    monkeypatch.setattr(expected, "TARGETS_AT_ONCE", 100)  # several batches
     requests = evaluation_set(engine.log, engine.split, "valid").requests.take(np.arange(40))
     table = reward_table(engine, requests, settings)
     probability = np.exp(every_item(engine, requests.user, requests.day))
@@ -62,5 +62,5 @@ def test_lists_of_any_length_and_none(engine):
 
 
 def test_batches_hold_so_many_rows_and_answers(monkeypatch):
-    monkeypatch.setattr(expected, "ANSWERS_AT_ONCE", 10)
+    monkeypatch.setattr(expected, "TARGETS_AT_ONCE", 10)
     assert expected._cuts(np.array([0, 0, 1, 4, 5, 6, 11, 12]), 3) == [3, 5, 6, 7]

@@ -20,7 +20,7 @@ from negfast.runtime import checkpoint
 from negfast.runtime.run_folder import RunFolder
 from negfast.train import faults
 from negfast.train.journal import SHOWN, Journal
-from negfast.train.step import Figures, Share
+from negfast.train.step import Figures, MicroBatch
 from tests.tiny import SETTINGS, run_cli, train_arguments
 
 
@@ -130,7 +130,7 @@ def test_memory_that_is_not_there_names_the_setting_to_change(tmp_path):
     stage = Stage("sft", Sft(requests=64, verdicts=32))
     with (
         pytest.raises(TrainingError) as raised,
-        faults.explained(stage, 4, torch.nn.Linear(1, 1), [Share()], 0, tmp_path) as parts,
+        faults.explained(stage, 4, torch.nn.Linear(1, 1), [MicroBatch()], 0, tmp_path) as parts,
     ):
         parts.append(5000)
         torch.empty(1 << 58)

@@ -8,7 +8,7 @@ from negfast.data.dataset import Dataset
 from negfast.runtime.checkpoint import load_weights
 from negfast.runtime.engine import build_engine
 from negfast.runtime.run_folder import RunFolder
-from negfast.train.loop import gradients, my_shares
+from negfast.train.loop import gradients, my_micro_batches
 from negfast.train.reader import read_step
 from negfast.train.sft import SftStage
 from tests.train.rank_gradients import STEP
@@ -23,7 +23,7 @@ def sft_gradient(run: RunFolder, dtype: str) -> tuple[float, torch.Tensor]:
     stage = SftStage(engine)
     torch.manual_seed(1)
     torch.nn.init.normal_(policy.block.head.weight, std=0.1)
-    figures, _ = gradients(stage, policy, read_step(stage, STEP, my_shares(1), 0))
+    figures, _ = gradients(stage, policy, read_step(stage, STEP, my_micro_batches(1), 0))
     flat = torch.cat([p.grad.flatten() for n, p in policy.named_parameters() if n.startswith("decoder.layers")])
     assert {p.grad.dtype for p in policy.parameters() if p.grad is not None} == {torch.float32}
     return figures.loss, flat

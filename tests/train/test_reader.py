@@ -15,7 +15,7 @@ from negfast.staging import tensors_in
 from negfast.train.journal import Journal
 from negfast.train.reader import read_ahead, read_steps
 from negfast.train.speed import Meter
-from negfast.train.step import Share
+from negfast.train.step import MicroBatch
 from tests.tiny import run_cli, train_arguments
 from tests.train.rank_gradients import opened_stages
 from tests.train.small import make_small
@@ -30,7 +30,7 @@ class Slow:
     seconds: float
     name: str = "sft"
 
-    def read(self, step: int, share: Share) -> int:
+    def read(self, step: int, micro_batch: MicroBatch) -> int:
         time.sleep(self.seconds)
         if step == 3:
             raise InputError("damaged")
@@ -40,7 +40,7 @@ class Slow:
 @pytest.mark.parametrize("prefetch", ["on", "off"])
 def test_the_wait_that_is_logged_is_the_wait_there_was(prefetch):
     """With reading of 0.1 s and computing of 0.2 s only the first step waits for a batch that is read ahead."""
-    reader = read_steps(Slow(0.1), range(3), [Share()], Train(prefetch=prefetch), CPU)
+    reader = read_steps(Slow(0.1), range(3), [MicroBatch()], Train(prefetch=prefetch), CPU)
     meter, waits = Meter(make_small(0).policy), []
     for step in range(3):
         with meter.step():
@@ -54,7 +54,7 @@ def test_the_wait_that_is_logged_is_the_wait_there_was(prefetch):
 
 @pytest.mark.parametrize("prefetch", ["on", "off"])
 def test_what_reading_raises_comes_out_at_its_step(prefetch):
-    reader = read_steps(Slow(0.0), range(2, 5), [Share()], Train(prefetch=prefetch), CPU)
+    reader = read_steps(Slow(0.0), range(2, 5), [MicroBatch()], Train(prefetch=prefetch), CPU)
     assert next(reader) == [2]
     with pytest.raises(InputError, match="damaged"):
         next(reader)

@@ -17,10 +17,10 @@ def test_operations_are_those_of_the_decoders_products(prompt_rows):
     meter = Meter(small.policy)
     meter.pair = 0
     batch = small.batch(2)
-    answers = torch.full((6, 2), 9)
+    completions = torch.full((6, 2), 9)
     counter = FlopCounterMode(display=False)
     with meter, meter.step(), counter:
-        small.policy.hidden(batch.layout, small.tokens, answers, prompt_rows=prompt_rows).sum().backward()
+        small.policy.hidden(batch.layout, small.tokens, completions, prompt_rows=prompt_rows).sum().backward()
     products = sum(
         count for name, count in counter.get_flop_counts()["Global"].items() if str(name) in ("aten.mm", "aten.addmm")
     )
@@ -33,9 +33,9 @@ def test_pairs_of_a_causal_prompt_and_of_answers_that_share_it():
     layout.new_tokens = 2
     lengths = layout.lengths.tolist()
     prompts = sum(n * (n + 1) / 2 for n in lengths)
-    answers = sum(2 * (n + 1) + 2 * (n + 2) for n in lengths)
+    completions = sum(2 * (n + 1) + 2 * (n + 2) for n in lengths)
     found = speed.attention_pairs(layout)
-    assert found[0] == pytest.approx(prompts, rel=0.1) and found[1] == pytest.approx(answers)
+    assert found[0] == pytest.approx(prompts, rel=0.1) and found[1] == pytest.approx(completions)
 
 
 @pytest.mark.parametrize(

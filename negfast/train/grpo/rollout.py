@@ -1,7 +1,7 @@
 """Rollout and training pass in one: the prompt once, then level by level choose, sample and go on, with gradients.
 
 On-policy, the forward that samples *is* the forward that trains. Level 1 is chosen once per prompt for all of its
-answers; an answer whose remaining choices are all forced (one unseen leaf below it) is carried no further.
+completions; a completion whose remaining choices are all forced (one unseen leaf below it) is carried no further.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from negfast.model.prompts import PromptBatch
 
 @dataclass(frozen=True)
 class Rollout:
-    """G answers of each of B prompts, and the policy's choices at every node they visited.
+    """G completions of each of B prompts, and the policy's choices at every node they visited.
 
     items int64 [B, G]; ``choice`` holds R rows in the order of levels; ``tokens`` are the L*B*G sampled tokens of
     `negfast.kernels.trie_grpo`; ``codes`` int64 [B*G, L]. ``choice.logits`` carries the gradient.
@@ -29,7 +29,7 @@ class Rollout:
     choice: Choice
     tokens: SampledTokens
     hidden: Tensor  # [R, d], what each choice was made after, with a gradient
-    rows: list[Tensor]  # per level, int64 [R_l]: the prompt of each row of level 1, below it the answer, ascending
+    rows: list[Tensor]  # per level, int64 [R_l]: the prompt of each row of level 1, below it the completion, ascending
 
 
 def rollout(
@@ -47,20 +47,20 @@ def rollout(
     """Samples ``group`` items of every prompt of ``batch`` (prompts end with the branch's marker), with replacement.
 
     ``request_ids`` int64 [B] key the noise, so the same request draws the same numbers in any batch. ``keep_forced``
-    carries every answer to its end, for objectives in which forced tokens count.
+    carries every completion to its end, for objectives in which forced tokens count.
     """
     layout, trie = batch.layout, chooser.trie
     prompts, device = layout.prompts, batch.tokens.device
-    answer = torch.arange(prompts * group, device=device)
-    owner, number = answer // group, answer % group
+    completion = torch.arange(prompts * group, device=device)
+    owner, number = completion // group, completion % group
 
     hidden = policy.hidden(layout, batch.tokens, None, prompt_rows="last")
     roots = torch.zeros(prompts, dtype=torch.int64, device=device)
     choices = [chooser.choose(policy, hidden, 0, roots, owner[::group], batch.prior, branch)]
     rows, states = [owner[::group]], [hidden]
-    layout.set_answers(answer, group)
-    carried, row_of_carried = answer, owner  # level 1 is one row a prompt, whatever the number of answers
-    node, codes, token_rows, counted, offset = torch.zeros_like(answer), [], [], [], 0
+    layout.set_completions(completion, group)
+    carried, row_of_carried = completion, owner  # level 1 is one row a prompt, whatever the number of completions
+    node, codes, token_rows, counted, offset = torch.zeros_like(completion), [], [], [], 0
     for level in range(trie.levels):
         choice = choices[-1]
         noise = keyed_gumbel(seed, step, request_ids[owner[carried]], number[carried], level, trie.codebook)
@@ -70,8 +70,10 @@ def rollout(
         next_node[carried] = choice.children[row_of_carried, sampled]
         open_choice = choice.valid.sum(-1) > 1
         codes.append(code)
-        token_rows.append(torch.zeros_like(answer).index_copy(0, carried, row_of_carried + offset))
-        counted.append(torch.zeros_like(answer, dtype=torch.bool).index_copy(0, carried, open_choice[row_of_carried]))
+        token_rows.append(torch.zeros_like(completion).index_copy(0, carried, row_of_carried + offset))
+        counted.append(
+            torch.zeros_like(completion, dtype=torch.bool).index_copy(0, carried, open_choice[row_of_carried])
+        )
         node, offset = next_node, offset + len(choice.logits)
         if level == trie.levels - 1:
             break
@@ -93,7 +95,7 @@ def rollout(
         torch.cat([c.children for c in choices]),
     )
     sampled_tokens = SampledTokens(
-        torch.cat(token_rows), torch.cat(codes), answer.repeat(trie.levels), torch.cat(counted)
+        torch.cat(token_rows), torch.cat(codes), completion.repeat(trie.levels), torch.cat(counted)
     )
     items = trie.leaf_item[node].long().view(prompts, group)
     return Rollout(items, torch.stack(codes, 1), merged, sampled_tokens, torch.cat(states), rows)
@@ -108,7 +110,7 @@ def _forced(
     batch: PromptBatch,
     branch: int,
 ) -> tuple[Tensor, Tensor]:
-    """The code and child of every answer that is carried no further: the only unseen way on. Zeros for the rest."""
+    """The code and child of every completion that is carried no further: the only unseen way on. Zeros for the rest."""
     code, child = torch.zeros_like(node), torch.zeros_like(node)
     if len(carried) < len(node):
         rest = torch.ones_like(node, dtype=torch.bool).index_fill(0, carried, False).nonzero()[:, 0]
@@ -121,7 +123,7 @@ def _forced(
 def replay_hidden(policy: Policy, batch: PromptBatch, sampled: Rollout) -> Tensor:
     """Hidden states [R, d] of ``policy`` at the nodes of a rollout, row for row those of ``sampled.hidden``.
 
-    One forward of prompts and answers together: the reference policy, or the policy itself in two-pass mode.
+    One forward of prompts and completions together: the reference policy, or the policy itself in two-pass mode.
     """
     levels = sampled.codes.shape[1]
     first_codes = torch.tensor(
@@ -129,8 +131,8 @@ def replay_hidden(policy: Policy, batch: PromptBatch, sampled: Rollout) -> Tenso
     )
     fed = sampled.rows[1] if levels > 1 else sampled.rows[0][:0]
     layout = batch.layout.fresh(fed, sampled.items.shape[1])
-    answers = sampled.codes[fed, : levels - 1] + first_codes if len(fed) else None
-    hidden = policy.hidden(layout, batch.tokens, answers, prompt_rows="last")
+    completions = sampled.codes[fed, : levels - 1] + first_codes if len(fed) else None
+    hidden = policy.hidden(layout, batch.tokens, completions, prompt_rows="last")
     states = hidden[layout.prompts :].view(len(fed), levels - 1, hidden.shape[-1])
     rows = [hidden[: layout.prompts]]
     for level in range(1, len(sampled.rows)):

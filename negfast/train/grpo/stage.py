@@ -25,13 +25,13 @@ from negfast.train.grpo.reward import HIT, TERMS, RewardTable, build_reward_tabl
 from negfast.train.grpo.schedule import ViewSchedule, history_bucket, measure_views
 from negfast.train.order import epoch_rows, task_rng
 from negfast.train.sft import ItemBatch, NextItems
-from negfast.train.step import WHOLE, Mean, Share, StepResult
+from negfast.train.step import WHOLE, Mean, MicroBatch, StepResult
 from negfast.train.verdict_task import VerdictBatch, VerdictTask
 
 
 @dataclass(frozen=True)
 class Groups:
-    """A share's requests of a round, one group of completions each."""
+    """A micro-batch's requests of a round, one group of completions each."""
 
     prompts: PromptBatch
     ids: Tensor  # int64 [B], which key the noise
@@ -40,10 +40,10 @@ class Groups:
 
 @dataclass(frozen=True)
 class GrpoBatch:
-    """What a share of a step reads; no groups where an earlier rollout serves again."""
+    """What a micro-batch of a step reads; no groups where an earlier rollout serves again."""
 
     step: int
-    share: Share
+    micro_batch: MicroBatch
     groups: Groups | None
     items: ItemBatch | None
     verdicts: VerdictBatch | None
@@ -62,7 +62,9 @@ class GrpoStage:
     def __init__(self, engine: Engine) -> None:
         settings = self.config = engine.config.grpo
         self.engine = engine
-        self.kept: dict[Share, tuple[PromptBatch, GroupStep]] = {}  # rollouts that later steps of their round reuse
+        self.kept: dict[
+            MicroBatch, tuple[PromptBatch, GroupStep]
+        ] = {}  # rollouts that later steps of their round reuse
         train = engine.train_requests
         if engine.config.reward.target == "next":
             train = only_next(engine.log, train)
@@ -86,28 +88,28 @@ class GrpoStage:
         self.next_items = NextItems(engine, engine.config.sft)
         self.verdict = VerdictTask(engine, engine.config.sft.verdicts)
 
-    def read(self, step: int, share: Share = WHOLE) -> GrpoBatch:
+    def read(self, step: int, micro_batch: MicroBatch = WHOLE) -> GrpoBatch:
         settings = self.config
         round_, again = divmod(step, settings.epochs)
-        groups = None if again else self.read_groups(round_, share)
-        items = self.next_items.read(step, share) if settings.sft_weight else None
+        groups = None if again else self.read_groups(round_, micro_batch)
+        items = self.next_items.read(step, micro_batch) if settings.sft_weight else None
         use_verdict_loss = settings.verdict_weight > 0 and len(self.verdict.candidates) > 0
-        verdicts = self.verdict.read(step, share) if use_verdict_loss else None
+        verdicts = self.verdict.read(step, micro_batch) if use_verdict_loss else None
         tokens = sum(part.tokens for part in (items, verdicts) if part is not None)
         if groups is not None:
             completions = len(groups.ids) * settings.group
             tokens += len(groups.prompts.tokens) + completions * (self.engine.trie.levels - 1)
-        return GrpoBatch(step, share, groups, items, verdicts, tokens)
+        return GrpoBatch(step, micro_batch, groups, items, verdicts, tokens)
 
     def step(self, batch: GrpoBatch) -> StepResult:
         settings = self.config
         if batch.groups is None:
-            prompts, taken = self.kept[batch.share]  # a stage starts and resumes between rounds
+            prompts, taken = self.kept[batch.micro_batch]  # a stage starts and resumes between rounds
             taken = taken._replace(terms=self.loss.reuse(prompts, taken))
         else:
             prompts, taken = batch.groups.prompts, self.sample(batch.step, batch.groups)
             if settings.epochs > 1:
-                self.kept[batch.share] = (prompts, taken)
+                self.kept[batch.micro_batch] = (prompts, taken)
         sampled, reward, terms, _ = taken
         part = len(reward) / min(settings.requests, len(self.requests))  # of the batch's groups
         loss, tokens = part * terms.loss, len(prompts.tokens) + sum(len(rows) for rows in sampled.rows[1:])
@@ -130,23 +132,23 @@ class GrpoStage:
         if batch.items is not None:
             items, _ = self.next_items.loss(batch.items)
             loss, tokens = loss + settings.sft_weight * items, tokens + batch.items.tokens
-            metrics["sft_loss"] = batch.share.part(items)
+            metrics["sft_loss"] = batch.micro_batch.part(items)
         if batch.verdicts is not None:
             verdict = self.verdict.loss(batch.verdicts)
             loss, tokens = loss + settings.verdict_weight * verdict, tokens + batch.verdicts.tokens
-            metrics["verdict_bce"] = batch.share.part(verdict)
+            metrics["verdict_bce"] = batch.micro_batch.part(verdict)
         return StepResult(loss, metrics, tokens)
 
     def outcome(self) -> dict[str, float]:
         return self.measured
 
-    def read_groups(self, round_: int, share: Share) -> Groups:
-        """The share's requests of the stage's round ``round_``."""
+    def read_groups(self, round_: int, micro_batch: MicroBatch) -> Groups:
+        """The micro-batch's requests of the stage's round ``round_``."""
         engine, settings = self.engine, self.config
         seed, step = engine.config.train.seed, round_ * settings.epochs
         whole = epoch_rows(seed, "grpo", round_, len(self.requests), settings.requests)
         views = self.schedule.draw(step, whole, task_rng(seed, "views", step))
-        mine = share.of(len(whole))
+        mine = micro_batch.of(len(whole))
         picked = whole[mine]
         requests = self.requests.take(picked)
         batch = engine.prompts.build(requests.user, requests.day, views[mine], settings.group, tail="next-dislike")
@@ -185,11 +187,11 @@ def check_combinations(config: Config) -> None:
     if config.train.checkpoint_every % settings.epochs:
         found = config.train.checkpoint_every
         raise InputError(f"train.checkpoint_every: found {found}, expected a multiple of grpo.epochs={settings.epochs}")
-    shares = config.train.accumulate * distributed.planned_size()
-    if settings.loss == "dapo" and shares > 1:
+    micro_batches = config.train.accumulate * distributed.planned_size()
+    if settings.loss == "dapo" and micro_batches > 1:
         raise InputError(
-            f"grpo.loss: found dapo with {shares} shares of a batch (ranks x train.accumulate), expected dr_grpo or "
-            "grpo: a share does not know how many tokens the others count"
+            f"grpo.loss: found dapo with {micro_batches} micro-batches (ranks x train.accumulate), expected dr_grpo or "
+            "grpo: a micro-batch does not know how many tokens the others count"
         )
     if config.train.token_budget and not settings.can_be_split:
         raise InputError(

@@ -32,7 +32,7 @@ def test_log_probs_of_samples_equal_separate_forwards(seed, group):
     log_p = sampled.choice.log_probs()
     counted = sampled.tokens.counted
     of_token = torch.where(counted, log_p[sampled.tokens.row, sampled.tokens.code], 0.0)
-    of_answer = torch.zeros(sampled.items.numel(), dtype=log_p.dtype).index_add(0, sampled.tokens.answer, of_token)
+    of_answer = torch.zeros(sampled.items.numel(), dtype=log_p.dtype).index_add(0, sampled.tokens.completion, of_token)
     for b, items in enumerate(sampled.items.tolist()):
         assert not set(items) & set(small.seen[b])
         found = of_answer.view_as(sampled.items)[b].detach().numpy()
@@ -44,18 +44,18 @@ def test_forced_tokens_cost_no_forward_and_do_not_count():
     small = make_small(5, items=30, levels=4, codebook=4)
     _, sampled = sample(small, 8)
     unseen = [set(range(30)) - set(seen) for seen in small.seen]
-    for answer, item in enumerate(sampled.items.flatten().tolist()):
-        b = answer // 8
+    for completion, item in enumerate(sampled.items.flatten().tolist()):
+        b = completion // 8
         for level in range(4):
             prefix = small.trie.codes[item, :level]
             options = {
                 int(small.trie.codes[i, level]) for i in unseen[b] if (small.trie.codes[i, :level] == prefix).all()
             }
-            token = level * sampled.items.numel() + answer
+            token = level * sampled.items.numel() + completion
             assert bool(sampled.tokens.counted[token]) == (len(options) > 1)
             below = [i for i in unseen[b] if (small.trie.codes[i, :level] == prefix).all()]
             if level:
-                assert (answer in sampled.rows[level].tolist()) == (len(below) > 1)
+                assert (completion in sampled.rows[level].tolist()) == (len(below) > 1)
 
 
 @pytest.mark.parametrize("seed", range(3))

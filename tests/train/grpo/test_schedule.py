@@ -14,7 +14,7 @@ from negfast.runtime.run_folder import RunFolder
 from negfast.train.grpo import schedule
 from negfast.train.grpo.schedule import ViewSchedule, history_bucket, measure_views
 from negfast.train.grpo.stage import GrpoStage
-from negfast.train.step import WHOLE, Share
+from negfast.train.step import WHOLE, MicroBatch
 
 ALL = np.ones(20_000, dtype=bool)
 PROGRESSIVE = Grpo(steps=100, schedule="progressive", negative_phase=0.4, mixed_share=0.6)
@@ -34,13 +34,13 @@ def test_the_others_do_not_change(name: str, share: float) -> None:
 
 
 def test_views_are_drawn_with_the_share_for_those_who_may_have_them() -> None:
-    welcome = np.arange(len(ALL)) % 4 > 0
-    views = ViewSchedule(PROGRESSIVE, welcome)
-    rows = np.random.default_rng(1).permutation(len(welcome))
+    allow_mixed = np.arange(len(ALL)) % 4 > 0
+    views = ViewSchedule(PROGRESSIVE, allow_mixed)
+    rows = np.random.default_rng(1).permutation(len(allow_mixed))
     drawn = views.draw(99, rows, np.random.default_rng(0))
     assert set(drawn.tolist()) == {MIXED, NEGATIVE_ONLY}
-    assert (drawn[~welcome[rows]] == NEGATIVE_ONLY).all()
-    assert (drawn[welcome[rows]] == MIXED).mean() == pytest.approx(0.6, abs=0.02)
+    assert (drawn[~allow_mixed[rows]] == NEGATIVE_ONLY).all()
+    assert (drawn[allow_mixed[rows]] == MIXED).mean() == pytest.approx(0.6, abs=0.02)
     assert views.share(99) == pytest.approx(0.6 * 0.75)
 
 
@@ -58,9 +58,9 @@ def test_likes_are_welcome_where_they_cost_no_reward(tiny_run, monkeypatch, loss
         return negative * gain if view == MIXED else negative
 
     monkeypatch.setattr(schedule, "expected_rewards", rewards)
-    welcome, figures = measure_views(engine, requests)
+    allow_mixed, figures = measure_views(engine, requests)
     assert set(history_bucket(engine, requests)) == {0, 1}
-    assert welcome.tolist() == [expected, True]
+    assert allow_mixed.tolist() == [expected, True]
     assert figures["mixed_gain_0"] == pytest.approx(-loss * figures["negative_reward_0"])
     assert figures["mixed_gain_low_0"] <= figures["mixed_gain_0"]
     assert figures["mixed_gain_1"] == pytest.approx(figures["negative_reward_1"])
@@ -80,7 +80,7 @@ def test_a_request_that_comes_twice_in_a_step_has_two_numbers(tiny_run: Path) ->
         assert len(batch.ids.unique()) == len(batch.ids) == 33
         requests = batch.ids % len(stage.engine.train_requests)
         assert set(requests.tolist()) <= set(stage.rows.tolist())
-        parts = torch.cat([stage.read_groups(step, Share(number, 3)).ids for number in range(3)])
+        parts = torch.cat([stage.read_groups(step, MicroBatch(number, 3)).ids for number in range(3)])
         assert torch.equal(parts, batch.ids)
         twice += 33 - len(requests.unique())
     assert twice > 0
