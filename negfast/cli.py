@@ -1,5 +1,6 @@
 """The command line. Exit codes: 0 done, 1 failed, 2 bad usage or input, 130 interrupted."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,9 @@ import click
 
 from negfast.config import ENCODERS, QUANTIZERS
 from negfast.errors import InputError, TrainingError
+
+# Idle OpenMP threads that spin make training 4 to 20 times slower where anything else runs. Read when torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Commands import what they run inside: --help and bad usage should not wait for torch.
 
@@ -299,8 +303,13 @@ def train_options(command: Callable[..., None]) -> Callable[..., None]:
     "--refit", type=EXISTING, metavar="RUN",
     help="Train a finished run again on everything before the test day, with what it chose on valid.",
 )  # fmt: skip
+@click.option(
+    "--whole-log", is_flag=True, help="With --refit: on all events, for production; no table is left to make."
+)
 @click.pass_context
-def train(context: click.Context, gpus: int | None, replay: Path | None, refit: Path | None, **options: Any) -> None:
+def train(
+    context: click.Context, gpus: int | None, replay: Path | None, refit: Path | None, whole_log: bool, **options: Any
+) -> None:
     """Train: align, sft, grpo, then the table on the test split.
 
     \b
@@ -309,6 +318,7 @@ def train(context: click.Context, gpus: int | None, replay: Path | None, refit: 
     negfast train my.toml --data data --model Qwen3-0.6B --out runs/a --set grpo.steps=500
     negfast train --gpus 8 --data data --model Qwen3-0.6B --out runs/a
     negfast train --refit runs/a --out runs/a-refit
+    negfast train --refit runs/a --whole-log --out runs/a-production
     negfast train --replay runs/a/failed/sft-000120
     """
     from negfast.runtime.distributed import launch_gpus, planned_size
@@ -322,12 +332,19 @@ def train(context: click.Context, gpus: int | None, replay: Path | None, refit: 
         sys.exit(launch_gpus(gpus, sys.argv[1:]))
     elif gpus is not None and gpus != planned_size():
         raise click.UsageError(f"--gpus {gpus}: found {planned_size()} ranks started by torchrun", context)
+    elif refit is not None:
+        from negfast.runtime.run_folder import RunFolder
+        from negfast.train.run import refit as train_again
+
+        _refuse_others(context, "--refit", ("refit", "whole_log", "out", "gpus"))
+        train_again(RunFolder(refit.resolve()), options["out"], whole_log)
+    elif whole_log:
+        raise click.UsageError("--whole-log: expected --refit RUN beside it", context)
     else:
         from negfast.train.run import train as run
+        from negfast.train.start import TrainOptions
 
-        if refit is not None:
-            _refuse_others(context, "--refit", ("refit", "out", "gpus"))
-        run(**options, refit=refit)
+        run(TrainOptions(**options))
 
 
 @main.command()
@@ -344,8 +361,9 @@ def profile(stage: str, steps: int, **options: Any) -> None:
     negfast profile --stage sft --steps 10 --out runs/quickstart
     """
     from negfast.train.profile import profile as run
+    from negfast.train.start import TrainOptions
 
-    run(stage, steps, sys.argv[1:], **options)
+    run(stage, steps, sys.argv[1:], TrainOptions(**options))
 
 
 @main.command("eval")

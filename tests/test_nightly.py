@@ -18,6 +18,7 @@ from negfast.data.log import DAY
 from negfast.prepare.samples import MOVIETWEETINGS
 from negfast.runtime.run_folder import RunFolder
 from negfast.train.run import train
+from negfast.train.start import TrainOptions
 from tests.tiny import SETTINGS, run_cli, write_log
 
 DAYS = 6  # of MovieTweetings; each is scored by the day before it, so a week in all
@@ -26,7 +27,7 @@ DAYS = 6  # of MovieTweetings; each is scored by the day before it, so a week in
 def nightly(data: Path, init: Path, out: Path, settings: dict[str, object]) -> None:
     """`negfast train --preset nightly --init`, without the table of the test split."""
     overrides = tuple(f"{key}={value}" for key, value in settings.items())
-    train(config=None, preset="nightly", data=data, model=None, init=init, out=out, overrides=overrides, table=False)
+    train(TrainOptions(preset="nightly", data=data, init=init, out=out, overrides=overrides), table=False)
 
 
 def foresight(run: Path, data: Path, pairs: tuple[list[str], list[str]], folder: Path) -> np.ndarray:
@@ -114,7 +115,8 @@ def test_a_week_of_movietweetings(tmp_path: Path, capsys: pytest.CaptureFixture)
     command = ["prepare", "--recipe", "movietweetings", str(tmp_path / "ratings.dat"), str(movies), *dates]
     run_cli(*command, "--encoder", "tfidf", "--out", str(tmp_path / "data0"))
     first, data = tmp_path / "run0", tmp_path / "data0"
-    train(None, "smoke", data, None, None, first, ("sft.steps=60", "sft.validate_every=30"), table=False)
+    settings = ("sft.steps=60", "sft.validate_every=30")
+    train(TrainOptions(preset="smoke", data=data, out=first, overrides=settings), table=False)
     run, figures, answered = first, [], []
     smaller = {"sft.steps": 40, "sft.requests": 32, "sft.verdicts": 32, "sft.validate_every": 20, "grpo.steps": 5,
                "grpo.requests": 8, "grpo.group": 8, "grpo.warmup": 1, "eval.beam": 50,

@@ -157,10 +157,16 @@ class Dataset:
         return self.semantic_ids["embedding"]
 
     @property
-    def lineage(self) -> str:
-        """The same for data sets whose codebooks, and semantic IDs of the items that both have, are the same."""
-        made = self.manifest["files"][SEMANTIC_IDS]["sha256"]
-        return self.manifest.get("lineage", made)
+    def fingerprint(self) -> str:
+        """The same for data sets of the same events, items, semantic IDs and split; runs keep that of theirs."""
+        files = {name: record["sha256"] for name, record in self.manifest["files"].items()}
+        told = json.dumps([files, self.manifest["split"]], sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()
+
+    @property
+    def extends(self) -> list[str]:
+        """Fingerprints of the data sets that this one was made of by adding events, oldest first."""
+        return self.manifest.get("extends", [])
 
     def replace_manifest(self, manifest: dict[str, Any]) -> None:
         """Makes the directory the data set that ``manifest`` describes, at once or not at all."""

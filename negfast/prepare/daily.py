@@ -91,7 +91,7 @@ def prepare_like(
         "days": {"first": date_of(log.day.min()), "last": date_of(log.day.max())},
         "split": {"horizon": horizon, "valid": date_of(valid_day), "test": date_of(test_day)},
         "semantic_ids": settings,
-        "lineage": old.lineage,
+        "extends": [*old.extends, old.fingerprint],
         "original_items": original,
         **({"items_without_embedding": without} if without else {}),
     }

@@ -1,6 +1,5 @@
 """Everything that stages, evaluation and serving share: data set, policy, trie, prior, prompts on one device."""
 
-import os
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,9 +17,11 @@ from negfast.model.choice import TrieChooser
 from negfast.model.fused_layers import fuse_layers
 from negfast.model.policy import Policy
 from negfast.model.prompts import PromptBuilder, trending_items
-from negfast.runtime import distributed
+from negfast.runtime.machine import available_memory
 from negfast.sid.prior import DevicePrior, decayed_mass
 from negfast.sid.trie import Trie, build_trie
+
+TABLE_BYTES = 64  # a day and item while the prior's tables are built: two masses and their copies in the trie's order
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def build_engine(
     log, threads = data.log, torch.get_num_threads()
     trie = build_trie(data.codes, int(data.manifest["semantic_ids"]["codebook"]))
     first_day, last_day = int(log.day.min()) - 1, int(log.day.max())
+    check_memory(last_day - first_day + 1, log.n_items)
     disliked, liked = (
         decayed_mass(log, kind, config.prior.half_life_days, first_day, last_day) for kind in (DISLIKE, LIKE)
     )
@@ -112,23 +114,12 @@ def history_features(data: Dataset, fit_until: int) -> HistoryFeatures:
     return HistoryFeatures(log, data.items, rate, float(known.mean()) if len(known) else 0.0)
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of ``train.device``: "auto" takes CUDA where there is one. InputError where it is not to be had."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"train.device: found {name!r}, expected auto, cpu or cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"train.device: found {name!r}, expected auto, cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("train.device: found cuda, but this machine has no usable CUDA device")
-    if device.index is not None:
-        torch.cuda.set_device(device)  # where kernels are launched and streams are taken from
-    return device
-
-
-def use_threads(count: int) -> None:
-    """Sets the CPU threads of `train.threads`; 0 takes all that the process may use, shared with the other ranks."""
-    torch.set_num_threads(count or max(1, len(os.sched_getaffinity(0)) // distributed.local_size()))
+def check_memory(days: int, items: int) -> None:
+    """InputError where the tables of the community prior, which has a mass for every day and item, would not fit."""
+    needed = days * items * TABLE_BYTES
+    available = available_memory()
+    if needed > available:
+        raise InputError(
+            f"the community prior needs {needed / 2**30:.1f} GiB for {days:,} days x {items:,} items, but "
+            f"{available / 2**30:.1f} GiB are free; prepare a shorter log or fewer items"
+        )

@@ -13,8 +13,11 @@ from negfast.errors import InputError
 from negfast.model.load import rebuild_policy
 from negfast.model.policy import Policy
 from negfast.runtime.checkpoint import load_weights, read_state
-from negfast.runtime.engine import Engine, build_engine, choose_device, use_threads
+from negfast.runtime.engine import Engine, build_engine
+from negfast.runtime.machine import choose_device, use_threads
 from negfast.runtime.verdict import Calibration
+
+FORMAT = 2  # of run.json and of what lies beside it
 
 
 @dataclass(frozen=True)
@@ -109,10 +112,10 @@ class RunFolder:
         return day_of(self._said("learned_until"))
 
     def _said(self, name: str) -> Any:
-        """A part of run.json. InputError for a run of an earlier version, which has none."""
+        """A part of run.json. InputError where it has none."""
         read = self.read()
         if name not in read:
-            raise InputError(f"{self.description}: found no {name}, expected a run of this version; train it again")
+            raise InputError(f"{self.description}: damaged: found no {name}")
         return read[name]
 
     @property
@@ -125,23 +128,26 @@ class RunFolder:
         if not self.exists:
             raise InputError(f"{self.path}: found no run.json, expected a run directory")
         try:
-            return json.loads(self.description.read_text())
-        except ValueError as error:
+            read = json.loads(self.description.read_text())
+            version = read.get("format")
+        except (ValueError, AttributeError) as error:
             raise InputError(f"{self.description}: damaged: {error}") from error
+        if version != FORMAT:
+            raise InputError(f"{self.description}: found a run of format {version}, expected {FORMAT}; train it again")
+        return read
 
     def require_finished(self) -> None:
         self.read()
         if not self.final.is_dir():
-            raise InputError(f"{self.path}: the run is unfinished; `negfast train --out {self.path}` goes on")
+            raise InputError(f"{self.path}: the run is unfinished; `negfast train --out {self.path}` resumes it")
 
     def check_data(self, dataset: Dataset) -> None:
-        """InputError where the data set has other semantic IDs than those the run was trained on."""
-        if self.read()["semantic_ids"] != self.fingerprint(dataset):
-            raise InputError(f"{dataset.path}: found other semantic IDs than those that {self.path} was trained on")
-
-    @staticmethod
-    def fingerprint(dataset: Dataset) -> str:
-        return dataset.lineage
+        """InputError unless the data set is the one that the run was trained on, or extends it."""
+        if self._said("fingerprint") not in (dataset.fingerprint, *dataset.extends):
+            raise InputError(
+                f"{dataset.path}: is not the data set that {self.path} was trained on, or has changed since; expected "
+                "that one, or one that `prepare --like` made of it"
+            )
 
     def load_policy(self, dataset: Dataset) -> tuple[Policy, PreTrainedTokenizerBase]:
         """The run's policy, its weights still to be loaded, and its tokenizer."""

@@ -13,19 +13,20 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.autograd.profiler_util import EventList
 
 from negfast import spans
 from negfast.errors import InputError, TrainingError
-from negfast.runtime.engine import Engine, choose_device
+from negfast.runtime.engine import Engine
+from negfast.runtime.machine import choose_device
 from negfast.train.loop import my_micro_batches, update
 from negfast.train.optimizer import learning_rate, make_optimizer
 from negfast.train.reader import read_steps
-from negfast.train.run import asked_for, check_stage, open_stage
+from negfast.train.run import check_stage, open_stage
 from negfast.train.speed import Meter
+from negfast.train.start import TrainOptions, settings_of
 from negfast.train.step import Stage
 
 TOP = 10
@@ -44,7 +45,7 @@ class Line:
     share: float
 
 
-def profile(stage: str, steps: int, command: list[str], **train_options: Any) -> None:
+def profile(stage: str, steps: int, command: list[str], options: TrainOptions) -> None:
     """Profiles ``steps`` steps of ``stage`` of the run that `negfast train` with the same options would start or go on
     with, from the weights the stage would start from (of a run that has not got there: those it has).
 
@@ -52,7 +53,7 @@ def profile(stage: str, steps: int, command: list[str], **train_options: Any) ->
     program, to run again under nsys. InputError on an unknown stage.
     """
     check_stage(stage)
-    run, settings = asked_for(*(train_options[name] for name in ("config", "preset", "out", "overrides")))
+    run, settings = settings_of(options)
     on_gpu = choose_device(settings.train.device).type == "cuda"
     nsys = shutil.which("nsys") if on_gpu else None
     folder = run.path / "profile"
@@ -61,7 +62,7 @@ def profile(stage: str, steps: int, command: list[str], **train_options: Any) ->
         report = run_under_nsys(nsys, folder / stage, command)
         print("\n".join(table_of_report(report)))
         return
-    _, engine, made = open_stage(stage, **train_options)
+    _, engine, made = open_stage(stage, options)
     folder.mkdir(exist_ok=True)
     steps_of = _Steps(made, engine)
     steps_of.run(WARM_UP)

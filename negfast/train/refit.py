@@ -1,11 +1,12 @@
-"""A final refit: a finished run's training again, on everything before T_test, with all that was chosen on valid."""
+"""A final refit: a finished run's training again, on everything before T_test or on the whole log, with all that was
+chosen on valid."""
 
 import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
 
-from negfast.data.dataset import date_of
+from negfast.data.dataset import Dataset, date_of, day_of
 from negfast.errors import InputError
 from negfast.evaluate.policy_predictions import calibrate
 from negfast.evaluate.sets import evaluation_set
@@ -14,17 +15,24 @@ from negfast.runtime.checkpoint import load_weights, read_state
 from negfast.runtime.run_folder import Chosen, Refit, RunFolder
 
 
-def start_refit(run: RunFolder, source: RunFolder, stages: Sequence[str], report: Callable[[str], None]) -> None:
+def start_refit(
+    run: RunFolder, source: RunFolder, stages: Sequence[str], whole_log: bool, report: Callable[[str], None]
+) -> None:
     """Makes ``run`` a refit of the finished ``source``, at its first step; one that is there already is left as it is.
 
     It has ``source``'s first weights and settings and, of each of ``stages``, the step, scale and calibration that were
-    chosen on valid; semantic IDs are those of the data set. InputError where ``source`` is unfinished or a refit
-    itself, or ``run`` something else.
+    chosen on valid; semantic IDs are those of the data set. It learns from everything before T_test, with ``whole_log``
+    from all events. InputError where ``source`` is unfinished or a refit itself, or ``run`` something else.
     """
     source.require_finished()
+    dataset = Dataset.open(source.data)
+    until = day_of(dataset.manifest["days"]["last"]) + 1 if whole_log else dataset.test_day
     if run.exists:
         if run.refit is None or (run.path / run.refit.of).resolve() != source.path.resolve():
             raise InputError(f"{run.path}: found another run, expected nothing or the refit of {source.path}")
+        if run.refit.until != until:
+            found, expected = date_of(run.refit.until), date_of(until)
+            raise InputError(f"{run.path}: found a refit on events before {found}, expected one before {expected}")
         return
     if run.path.exists():
         raise InputError(f"{run.path}: exists and is no run, expected nothing or the refit of {source.path}")
@@ -41,7 +49,7 @@ def start_refit(run: RunFolder, source: RunFolder, stages: Sequence[str], report
         calibration = None if stage == "align" else calibrate(engine, valid)
         chosen[stage] = Chosen(read_state(folder)["step"], float(engine.policy.block.scale), calibration)
     here = run.path.resolve()
-    refit = Refit(os.path.relpath(source.path.resolve(), here), engine.data.test_day, chosen)
+    refit = Refit(os.path.relpath(source.path.resolve(), here), until, chosen)
     description = source.read() | {
         "data": os.path.relpath(source.data.resolve(), here),
         "learned_until": date_of(refit.until),

@@ -1,8 +1,8 @@
 """What one step of a stage is: its micro-batch, what it gives, and how micro-batches add up.
 
-A step's batch is the same whatever computes it. Its rows are split into equal micro-batches, one or more for each rank,
-and every loss is a sum over a micro-batch's rows divided by the size of the *whole* batch. So gradients of micro-batches
-are added, never averaged: accumulating on one device or spreading over eight gives the big batch's gradient.
+A step's batch is the same whatever computes it. Its rows are split into equal micro-batches, one or more for each
+rank, and every loss is a sum over a micro-batch's rows divided by the size of the *whole* batch. So gradients of
+micro-batches are added, never averaged: accumulating on one device or spreading over eight gives the same gradient.
 """
 
 from dataclasses import dataclass

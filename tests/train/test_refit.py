@@ -13,7 +13,7 @@ from negfast.data.split import all_requests
 from negfast.runtime import distributed
 from negfast.runtime.checkpoint import read_state
 from negfast.runtime.run_folder import RunFolder
-from negfast.train.run import train
+from negfast.train.run import refit
 from tests import tiny
 from tests.tiny import run_cli
 
@@ -80,12 +80,13 @@ def test_nothing_from_the_test_day_on_is_learned(tiny_run, tiny_data, refitted, 
     assert changed > 100
     events.write_text("\n".join(told) + "\n")
     other = tiny.prepare_log(tmp_path, events, items)
-    assert Dataset.open(other).test_day == data.test_day and Dataset.open(other).lineage == data.lineage
+    assert Dataset.open(other).test_day == data.test_day
     copied = tmp_path / "source"
     shutil.copytree(tiny_run, copied)
-    description = RunFolder(tiny_run).read() | {"data": str(other)}
+    told_of_it = {"data": str(other), "fingerprint": Dataset.open(other).fingerprint}
+    description = RunFolder(tiny_run).read() | told_of_it
     (copied / "run.json").write_text(json.dumps(description))
-    train(None, None, None, None, None, tmp_path / "refit", (), table=False, refit=copied)
+    refit(RunFolder(copied), tmp_path / "refit", table=False)
     again = RunFolder(tmp_path / "refit")
     assert again.refit.stages == refitted[0].refit.stages
     weights = [(folder.final / "policy.safetensors").read_bytes() for folder in (refitted[0], again)]
@@ -129,7 +130,7 @@ def test_settings_that_more_ranks_cannot_have_are_refused(tiny_run, tmp_path, mo
     (copy / "config.toml").write_text(settings.replace('loss = "dr_grpo"', 'loss = "dapo"'))
     monkeypatch.setattr(distributed, "planned_size", lambda: 2)
     said = run_cli("train", "--refit", str(copy), "--out", str(tmp_path / "again"), code=2)
-    assert "grpo.loss: found dapo with 2 shares" in said and not (tmp_path / "again").exists()
+    assert "grpo.loss: found dapo with 2 micro-batches" in said and not (tmp_path / "again").exists()
 
 
 def test_the_same_call_finds_it_and_others_are_refused(tiny_run, refitted, tmp_path):
