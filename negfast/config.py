@@ -65,7 +65,6 @@ class Model:
     intermediate: int = setting(384, low=8, help="width of the MLP")
     text_vocab: int = setting(2048, low=257, help="byte-level BPE tokens trained on the item texts")
     lora_rank: int = setting(0, low=0, help="of LoRA adapters; 0 trains all of the decoder's weights")
-    lora_alpha: int = setting(16, low=1, help="what the adapters add is scaled by lora_alpha / lora_rank")
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,6 @@ class Stage:
     steps: int = setting(300, low=0)
     lr: float = setting(1e-3, above=0.0, help="peak of a linear warm-up and a cosine")
     warmup: int = setting(20, low=0, help="steps")
-    weight_decay: float = setting(0.01, low=0.0, help="of the decoder's matrices")
-    clip_norm: float = setting(1.0, above=0.0, help="largest gradient norm")
 
     @property
     def round_steps(self) -> int:
@@ -125,7 +122,6 @@ class Align(Stage):
     held_out: float = setting(
         0.05, low=0.0, high=0.5, help="share of the items, and of the pairs' users, to measure on"
     )
-    cut: float = setting(0.5, above=0.0, high=1.0, help="share of the train days that pairs may come from")
 
 
 @dataclass(frozen=True)
@@ -156,12 +152,12 @@ class Grpo(Stage):
     warmup: int = setting(10, low=0, help="steps")
     validate_every: int = setting(50, low=1, help="steps; the best weights on valid are kept")
     requests: int = setting(32, low=1, help="requests (groups) a step")
-    group: int = setting(64, low=2, help="answers a request")
+    group: int = setting(64, low=2, help="completions a request")
     epochs: int = setting(1, low=1, help="updates from one rollout; more than 1 need a second pass each")
     objective: str = setting("trie", choices=("trie", "full"), help="what log-probabilities are taken over")
     loss: str = setting("dr_grpo", choices=("grpo", "dr_grpo", "dapo"))
     scale_rewards: bool = setting(False, help="divide the advantage by the group's standard deviation")
-    set_size: int = setting(4, low=0, help="k of the max@k advantage; 0: each answer for itself")
+    set_size: int = setting(4, low=0, help="k of the max@k advantage; 0: each completion for itself")
     clip_low: float = setting(0.2, low=0.0, high=0.99)
     clip_high: float = setting(0.2, low=0.0)
     beta: float = setting(0.04, low=0.0, help="weight of the KL to the SFT policy")
@@ -201,18 +197,19 @@ class Reward:
     collab_cap: float = setting(0.1, low=0.0, high=1.0, help="most that the term may earn")
     like_penalty: float = setting(0.1, low=0.0, help="mu; the break-even dislike rate is mu / (1 + mu)")
     target: str = setting("window", choices=("window", "next"), help="F, or only the item of F disliked first")
-    content_threshold: float = setting(0.8, low=-1.0, high=1.0, help="least content similarity that counts")
 
 
 @dataclass(frozen=True)
 class Train:
     seed: int = setting(0, low=0)
+    weight_decay: float = setting(0.01, low=0.0, help="of the decoder's matrices")
+    clip_norm: float = setting(1.0, above=0.0, help="largest gradient norm")
     device: str = setting("auto", help="auto, cpu, cuda, cuda:1, ...")
     threads: int = setting(0, low=0, help="CPU threads; 0: all that the process may use")
     dtype: str = setting(
         "auto",
         choices=("auto", "float32", "bfloat16"),
-        help="of the decoder's products; weights and optimiser are float32. auto: bfloat16 on CUDA",
+        help="matmul dtype of the decoder; weights and optimiser are float32. auto: bfloat16 on CUDA",
     )
     accumulate: int = setting(1, low=1, help="parts of a rank's batch, one after the other; the result is the same")
     token_budget: int = setting(
@@ -227,14 +224,12 @@ class Train:
         "auto", choices=("auto", "on", "off"), help="read a step's batch while the one before computes. auto: on CUDA"
     )
     checkpoint_every: int = setting(100, low=1, help="steps")
-    keep: int = setting(2, low=1, help="checkpoints kept")
     tensorboard: bool = setting(False, help="write RUN/tensorboard too; needs the package tensorboard")
 
 
 @dataclass(frozen=True)
 class Eval:
     beam: int = setting(64, low=1, help="beams kept above the last level")
-    batch: int = setting(64, low=1, help="requests scored at once")
     valid_requests: int = setting(1250, low=1, help="requests of the validation during training")
     resamples: int = setting(1000, low=1, help="of the paired bootstrap over users")
 

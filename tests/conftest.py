@@ -1,6 +1,9 @@
+import os
 import re
 from importlib.resources import files
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads, as the command does
 
 import numpy as np
 import pytest

@@ -18,6 +18,7 @@ from negfast.data.log import DISLIKE, EXPOSED, EventLog
 
 TOP = 50
 MIN_USERS = 2
+CONTENT_THRESHOLD = 0.8  # least cosine of content neighbours (negfast's choice)
 _COUNT_SHRINKAGE, _MARGIN_SHRINKAGE = 5.0, 3.0
 
 
@@ -67,7 +68,9 @@ def similarity_rows(neighbours: Neighbours, users: np.ndarray, items: np.ndarray
     )
 
 
-def content_neighbours(embedding: np.ndarray, threshold: float, top: int = TOP) -> tuple[np.ndarray, np.ndarray]:
+def content_neighbours(
+    embedding: np.ndarray, threshold: float = CONTENT_THRESHOLD, top: int = TOP
+) -> tuple[np.ndarray, np.ndarray]:
     """Items of cosine >= ``threshold``, best first: ids int32 [I, top] (-1 padded), cosine float32 [I, top] (0 padded).
 
     Exact search, quadratic in I. An item with a zero embedding has no neighbours.

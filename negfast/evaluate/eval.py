@@ -136,7 +136,7 @@ def alignment_section(run: RunFolder) -> str:
 def similarity_of(engine: Engine) -> Similarity:
     """s_u(i, j) of the soft metrics: co-dislikes of other users before T_valid, else content."""
     neighbours = co_dislike_neighbours(engine.log, engine.data.valid_day)
-    content = content_neighbours(engine.data.embedding, engine.config.reward.content_threshold)
+    content = content_neighbours(engine.data.embedding)
 
     def similarity(requests: Requests, generated: np.ndarray) -> np.ndarray:
         return soft_similarity(

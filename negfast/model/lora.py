@@ -7,6 +7,8 @@ from negfast.config import Model
 from negfast.errors import InputError
 from negfast.model.policy import Policy
 
+ALPHA = 16  # what adapters of rank r add is scaled by ALPHA / r (negfast's choice)
+
 
 def add_adapters(policy: Policy, config: Model) -> None:
     """Adapters of rank ``config.lora_rank``, which change nothing until they are trained; none where it is 0.
@@ -22,7 +24,7 @@ def add_adapters(policy: Policy, config: Model) -> None:
         raise InputError(found) from error
 
     policy.text_head.requires_grad_(False)
-    settings = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules="all-linear")
+    settings = LoraConfig(r=config.lora_rank, lora_alpha=ALPHA, target_modules="all-linear")
     inject_adapter_in_model(settings, policy.decoder)  # freezes what it finds there
 
 

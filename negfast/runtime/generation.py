@@ -9,6 +9,8 @@ from negfast.model.prompts import MIXED
 from negfast.runtime.engine import Engine
 from negfast.sid.prior import NEXT_DISLIKE
 
+REQUESTS_AT_ONCE = 64
+
 
 def generate(engine: Engine, requests: Requests, top: int, with_policy: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """The ``top`` items that each request's user will most probably dislike: int32 [R, top] and log p float32 [R, top].
@@ -20,9 +22,8 @@ def generate(engine: Engine, requests: Requests, top: int, with_policy: bool = T
     # requests of similar length together: attention pads a batch's prompts to its longest
     ends = history_ends(engine.log, requests.user, requests.day)
     order = np.argsort(ends - engine.log.user_offsets[requests.user], kind="stable")
-    size = engine.config.eval.batch
-    for start in range(0, len(order), size):
-        rows = order[start : start + size]
+    for start in range(0, len(order), REQUESTS_AT_ONCE):
+        rows = order[start : start + REQUESTS_AT_ONCE]
         batch = engine.prompts.build(requests.user[rows], requests.day[rows], MIXED, 0, tail="next-dislike")
         found, log_p = beam_search(
             engine.policy if with_policy else None,

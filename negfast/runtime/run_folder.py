@@ -26,7 +26,7 @@ class Chosen:
 
     step: int  # of the weights that were kept
     scale: float  # of code logits
-    calibration: Calibration | None  # of verdicts; None after align, which answers none
+    calibration: Calibration | None  # of verdicts; None after align, which trains none to the end
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Refit:
 
     def calibration(self, stage: str) -> Calibration:
         calibration = self.stages[stage].calibration
-        assert calibration is not None, f"{stage} answers no verdicts"
+        assert calibration is not None, f"{stage} has no calibration"
         return calibration
 
     def to_json(self) -> dict[str, Any]:

@@ -82,28 +82,28 @@ def group_candidates(user: np.ndarray, day: np.ndarray, items: np.ndarray) -> Ca
 
 @dataclass(frozen=True)
 class VerdictInputs:
-    """Candidates as the policy reads them: one prompt a user-day, its candidates as answers."""
+    """Candidates as the policy reads them: one prompt a user-day, its candidates as completions."""
 
     prompts: PromptBatch
-    answers: Tensor  # int64 [E, L + 1], codes and the verdict marker
+    tokens: Tensor  # int64 [E, L + 1], codes and the verdict marker
     features: Tensor  # float32 [E, width], of the prior
 
 
 def read_candidates(engine: Engine, candidates: Candidates, view: int = MIXED) -> VerdictInputs:
-    """Prompts, answers and features of candidates, on the device."""
+    """Prompts, tokens and features of candidates, on the device."""
     before = candidates.day - 1
     counts = np.diff(candidates.offsets)
     batch = engine.prompts.build(candidates.user, before, view, counts, trending=False)
     codes = engine.prompts.item_token_ids[put(candidates.items, engine.device).long()]
-    answers = F.pad(codes, (0, 1), value=engine.policy.vocabulary.marker("verdict"))
-    return VerdictInputs(batch, answers, _on_device(engine, prior_features(engine, candidates)))
+    tokens = F.pad(codes, (0, 1), value=engine.policy.vocabulary.marker("verdict"))
+    return VerdictInputs(batch, tokens, _on_device(engine, prior_features(engine, candidates)))
 
 
 def verdict_logits(policy: Policy, inputs: VerdictInputs) -> Tensor:
     """Logit [E] of P(dislike) for every candidate."""
-    batch, answers = inputs.prompts, inputs.answers
-    hidden = policy.hidden(batch.layout, batch.tokens, answers, prompt_rows="none")
-    return policy.verdict_logit(hidden.view(*answers.shape, -1)[:, -1], inputs.features)
+    batch, tokens = inputs.prompts, inputs.tokens
+    hidden = policy.hidden(batch.layout, batch.tokens, tokens, prompt_rows="none")
+    return policy.verdict_logit(hidden.view(*tokens.shape, -1)[:, -1], inputs.features)
 
 
 def prior_features(engine: Engine, candidates: Candidates) -> np.ndarray:

@@ -101,7 +101,7 @@ class DevicePrior:
 def child_log_prior(
     trie: DeviceTrie, prior: RequestPrior, branch: int | Tensor, level: int, nodes: Tensor, request_rows: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What may follow each node, and its log mass, for R answers in progress.
+    """What may follow each node, and its log mass, for R completions in progress.
 
     ``nodes`` [R] are of a level in 0..L-1, ``request_rows`` [R] their requests, ``branch`` NEXT_DISLIKE or NEXT_LIKE,
     one for all or int64 [R]. Returns (log_mass [R, K] in the table's dtype, valid bool [R, K]): a code is valid

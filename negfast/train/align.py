@@ -1,7 +1,7 @@
 """Stage 1, align: what semantic IDs mean, item by item.
 
 Title -> SID, SID -> title, SID -> attributes, SID -> a co-disliked item, and verdicts. Pairs come from events before an
-earlier cut (`align.cut` of the train days), so that they do not memorise the futures of later train requests.
+earlier cut (`PAIR_DAYS` of the train days), so that they do not memorise the futures of later train requests.
 
 What the stage has learned is measured on a seeded share of the items (`align.held_out`): no task on text and no verdict
 is trained on them, and no pair on the same share of the users. The verdict's prior, which knows items by what was
@@ -33,6 +33,7 @@ from negfast.train.verdict_task import VerdictTask
 
 B = TypeVar("B")  # of what a task reads
 
+PAIR_DAYS = 0.5  # share of the train days that pairs come from
 PAIRS_MEASURED = 300
 CLOSE = 10  # of the first level's codes that a held-out title's own should be among
 TOP = 20  # of the generated items that a held-out pair's second item should be among
@@ -50,7 +51,7 @@ class Task(Protocol[B]):
 
 @dataclass(frozen=True)
 class SidBatch:
-    """Prompts, and the item that each is to be answered with."""
+    """Prompts, and the item that each should lead to."""
 
     layout: GroupLayout
     token_ids: Tensor  # int64 [T], of the prompts
@@ -217,7 +218,7 @@ def disliked_items(log: EventLog, before_day: int) -> tuple[np.ndarray, np.ndarr
 def sid_batch(
     engine: Engine, prompts: list[np.ndarray], marker: str, items: np.ndarray, whole: int, has_text: bool
 ) -> SidBatch:
-    """``prompts`` int64 each, to be answered with ``items`` int64 [B] after ``marker``."""
+    """``prompts`` int64 each, with the targets ``items`` int64 [B] after ``marker``."""
     cu_seqlens = np.concatenate([[0], np.cumsum([len(p) for p in prompts])])
     targets = put(items, engine.device)
     return SidBatch(
@@ -273,7 +274,7 @@ class AlignStage:
                 self.tasks[name] = SidToText(engine, name, count, wanted, examples(engine, held))
         if settings.pairs:
             first_day = int(engine.log.day.min())
-            before_day = first_day + round((engine.fit_until - first_day) * settings.cut)
+            before_day = first_day + round((engine.fit_until - first_day) * PAIR_DAYS)
             pairs = CoDisliked(engine, settings.pairs, before_day, settings.held_out)
             if len(pairs.users):
                 self.tasks["pair"] = pairs

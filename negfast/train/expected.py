@@ -8,6 +8,7 @@ from negfast.data.log import EventLog
 from negfast.data.split import Requests
 from negfast.model.prompts import MIXED
 from negfast.runtime.engine import Engine
+from negfast.runtime.generation import REQUESTS_AT_ONCE
 from negfast.runtime.likelihood import target_log_probs
 from negfast.sid.prior import NEXT_DISLIKE
 from negfast.train.grpo.reward import RewardTable, build_reward_table, reward_sources
@@ -28,7 +29,7 @@ def item_log_probs(
     counts = np.diff(offsets)
     marker = engine.policy.vocabulary.marker("next-dislike")
     order = np.argsort(counts, kind="stable")
-    for rows in np.split(order, _cuts(counts[order], engine.config.eval.batch)):
+    for rows in np.split(order, _cuts(counts[order], REQUESTS_AT_ONCE)):
         rows = np.sort(rows)
         if not (total := int(counts[rows].sum())):
             continue

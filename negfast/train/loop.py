@@ -47,11 +47,9 @@ def run_stage(
     finite, StopRequested after SIGINT or SIGTERM.
     """
     steps = stage.config.steps if refit is None else refit.step
-    optimizer = make_optimizer(policy, stage.config)
+    optimizer = make_optimizer(policy, stage.config, config)
     background = policy.block.rows.is_cuda
-    saved = StageCheckpoints(
-        run_dir / "checkpoints", number, stage.name, policy, optimizer, config.keep, journal, background
-    )
+    saved = StageCheckpoints(run_dir / "checkpoints", number, stage.name, policy, optimizer, journal, background)
     start = 0 if resume_from is None else saved.resume(resume_from)
     distributed.share_weights(policy)
     micro_batches, meter, stop = my_micro_batches(config.accumulate), Meter(policy), _StopFlag()
@@ -70,7 +68,7 @@ def run_stage(
                     with spans.data():
                         batches = next(reader)
                     parts += [batch.tokens for batch in batches]
-                    figures = update(stage, policy, optimizer, rate, batches)
+                    figures = update(stage, policy, optimizer, rate, config.clip_norm, batches)
                 done = step + 1
                 journal.step(stage.name, done, figures, rate, meter.figures(figures.tokens))
                 progress.update(done, journal.summary())
@@ -98,7 +96,12 @@ def run_stage(
 
 
 def update(
-    stage: Stage, policy: Policy, optimizer: torch.optim.Optimizer, rate: float, batches: list[Batch]
+    stage: Stage,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    rate: float,
+    clip_norm: float,
+    batches: list[Batch],
 ) -> Figures:
     """One optimiser step over this rank's ``batches``, taken out of the list, and those of all others.
 
@@ -110,7 +113,7 @@ def update(
     figures, norm = gradients(stage, policy, batches)
     faults.require_finite(figures)
     with span("optimiser"):
-        sharding.clip(list(policy.parameters()), stage.config.clip_norm, norm)
+        sharding.clip(list(policy.parameters()), clip_norm, norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return figures

@@ -5,12 +5,12 @@ import math
 import torch
 from torch import nn
 
-from negfast.config import Stage
+from negfast.config import Stage, Train
 from negfast.model.policy import Policy
 from negfast.runtime.sharding import is_sharded
 
 
-def make_optimizer(policy: Policy, config: Stage) -> torch.optim.AdamW:
+def make_optimizer(policy: Policy, config: Stage, train: Train) -> torch.optim.AdamW:
     """AdamW; weight decay for the decoder's matrices only."""
     trained = [(n, p) for n, p in policy.named_parameters() if p.requires_grad]
     decayed = [p for n, p in trained if p.ndim == 2 and n.startswith("decoder.layers")]
@@ -18,7 +18,7 @@ def make_optimizer(policy: Policy, config: Stage) -> torch.optim.AdamW:
     rest = [p for _, p in trained if id(p) not in taken]
     groups = [
         {"params": part, "weight_decay": decay}
-        for params, decay in ((decayed, config.weight_decay), (rest, 0.0))
+        for params, decay in ((decayed, train.weight_decay), (rest, 0.0))
         for part in _alike(params)
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)

@@ -86,7 +86,7 @@ class _Steps:
     def __init__(self, stage: Stage, engine: Engine) -> None:
         self.stage, self.policy, self.done = stage, engine.policy, 0
         self.train, self.device = engine.config.train, engine.device
-        self.optimizer, self.meter = make_optimizer(self.policy, stage.config), Meter(self.policy)
+        self.optimizer, self.meter = make_optimizer(self.policy, stage.config, self.train), Meter(self.policy)
         self.figures: list[dict[str, float]] = []
 
     def run(self, steps: int) -> float:
@@ -100,7 +100,7 @@ class _Steps:
                 with self.meter.step():
                     with spans.data():
                         batches = next(reader)
-                    figures = update(self.stage, self.policy, self.optimizer, rate, batches)
+                    figures = update(self.stage, self.policy, self.optimizer, rate, self.train.clip_norm, batches)
                 self.figures.append(self.meter.figures(figures.tokens))
                 self.done += 1
         return sum(figures["seconds"] for figures in self.figures)

@@ -24,7 +24,8 @@ from negfast.runtime.run_folder import RunFolder
 from negfast.runtime.verdict import fit_prior
 from negfast.train import faults
 from negfast.train.align import AlignStage
-from negfast.train.grpo.stage import GrpoStage, check_combinations
+from negfast.train.combinations import check_combinations
+from negfast.train.grpo.stage import GrpoStage
 from negfast.train.journal import Journal
 from negfast.train.loop import StopRequested, run_stage
 from negfast.train.refit import start_refit

@@ -27,9 +27,11 @@ from negfast.runtime.checkpoint import (
 from negfast.runtime.sharding import gathered
 from negfast.train.journal import Journal
 
+KEPT = 2  # checkpoints within a stage
+
 
 class StageCheckpoints:
-    """What a stage keeps: its last ``keep`` checkpoints, its best weights on valid, and at its end those to go on with.
+    """What a stage keeps: its last ``KEPT`` checkpoints, its best weights on valid, and at its end those to go on with.
 
     Rank 0 writes; on the others nothing is written and every question has the same answer.
     """
@@ -41,12 +43,11 @@ class StageCheckpoints:
         stage: str,
         policy: nn.Module,
         optimizer: torch.optim.Optimizer,
-        keep: int,
         journal: Journal,
         background: bool,
     ) -> None:
         """``background`` writes checkpoints in a thread while training goes on: worth it where the CPU is idle."""
-        self.folder, self.number, self.stage, self.keep = folder, number, stage, keep
+        self.folder, self.number, self.stage = folder, number, stage
         self.policy, self.optimizer, self.journal = policy, optimizer, journal
         self.best = folder / f"best-{stage}"
         self.best_score, self.best_step = -math.inf, 0
@@ -90,7 +91,7 @@ class StageCheckpoints:
 
         def write() -> None:
             write_parts(self.folder / f"{self.number}-{self.stage}-{step:06d}", parts, state)
-            prune_checkpoints(self.folder, self.keep)
+            prune_checkpoints(self.folder, KEPT)
             self.journal.event("checkpoint", stage=self.stage, step=step)
 
         self.pending = self.writer.submit(write)

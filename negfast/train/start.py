@@ -22,10 +22,10 @@ from negfast.runtime.checkpoint import load_weights, save_checkpoint
 from negfast.runtime.engine import Engine, build_engine, history_features
 from negfast.runtime.machine import use_threads
 from negfast.runtime.run_folder import FORMAT, RunFolder
-from negfast.train.grpo.stage import check_combinations
+from negfast.train.combinations import check_combinations
 from negfast.train.journal import check_tensorboard
 
-EXECUTION = ("device", "threads", "accumulate", "token_budget", "prefetch", "checkpoint_every", "keep", "tensorboard")
+EXECUTION = ("device", "threads", "accumulate", "token_budget", "prefetch", "checkpoint_every", "tensorboard")
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,7 @@ def _start(run: RunFolder, settings: Config, options: TrainOptions) -> None:
 
 def _with_shape(settings: Config, model: Model) -> Config:
     """``settings`` with the shape of the ``model`` that --init brought, whatever was asked for; adapters are new."""
-    adapters = {"lora_rank": settings.model.lora_rank, "lora_alpha": settings.model.lora_alpha}
-    return replace(settings, model=replace(model, **adapters))
+    return replace(settings, model=replace(model, lora_rank=settings.model.lora_rank))
 
 
 def _check_quantizer(dataset: Dataset, wanted: str, embedded: bool) -> None:

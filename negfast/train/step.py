@@ -21,7 +21,7 @@ class Batch(Protocol):
 
     @property
     def tokens(self) -> int:
-        """Tokens that go through the policy at once, forward and backward; at most, where answers are yet to come."""
+        """Tokens that go through the policy at once, forward and backward; at most, where completions are yet to be sampled."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Text as an answer: what the model says of an item in its own words, by cross entropy over its whole vocabulary.
+"""Text as a target: what the model says of an item in its own words, by cross entropy over its whole vocabulary.
 
 ``<|item|> sid <|text|>`` -> the title; ``<|item|> sid <|text|> genres:`` -> the values of an attribute.
 """
@@ -24,20 +24,20 @@ EXAMPLES_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class TextExample:
-    """What is asked of an item, and the answer."""
+    """What is asked of an item, and what should follow."""
 
     item: int
     kind: str  # "title", or the attribute's name
     question: list[int]  # tokens after <|text|>
-    answer: list[int]  # tokens, the end of text included where the tokenizer has one
+    target: list[int]  # tokens, the end of text included where the tokenizer has one
 
 
 def title_examples(engine: Engine, items: np.ndarray) -> list[TextExample]:
     """SID -> title, for the ``items`` that have one."""
     texts = engine.data.items.text
     named = [int(i) for i in items if texts[i].strip()]
-    answers = encode(engine, [texts[i].strip() for i in named])
-    return [TextExample(i, "title", [], answer + _end(engine)) for i, answer in zip(named, answers, strict=True)]
+    targets = encode(engine, [texts[i].strip() for i in named])
+    return [TextExample(i, "title", [], target + _end(engine)) for i, target in zip(named, targets, strict=True)]
 
 
 def attribute_examples(engine: Engine, items: np.ndarray) -> list[TextExample]:
@@ -46,9 +46,9 @@ def attribute_examples(engine: Engine, items: np.ndarray) -> list[TextExample]:
     for name, column in engine.data.items.attributes.items():
         having = [int(i) for i in items if column[i]]
         [question] = encode(engine, [f"{name}:"])
-        answers = encode(engine, [" " + ", ".join(sorted(column[i])) for i in having])
+        targets = encode(engine, [" " + ", ".join(sorted(column[i])) for i in having])
         examples += [
-            TextExample(i, name, question, answer + _end(engine)) for i, answer in zip(having, answers, strict=True)
+            TextExample(i, name, question, target + _end(engine)) for i, target in zip(having, targets, strict=True)
         ]
     return examples
 
@@ -67,7 +67,7 @@ def _end(engine: Engine) -> list[int]:
 
 
 class SidToText:
-    """``<|item|> sid <|text|> question`` -> answer, packed without padding."""
+    """``<|item|> sid <|text|> question`` -> target, packed without padding."""
 
     def __init__(self, engine: Engine, name: str, batch: int, train: list[TextExample], held: list[TextExample]):
         """``name`` sets the order of the examples; ``held`` are never trained on."""
@@ -76,23 +76,23 @@ class SidToText:
     def read(self, step: int, micro_batch: MicroBatch = WHOLE) -> "PackedText":
         """The micro-batch's examples of a step."""
         rows = epoch_rows(self.engine.config.train.seed, self.name, step, len(self.train), self.batch)
-        count = sum(len(self.train[row].answer) for row in rows)
+        count = sum(len(self.train[row].target) for row in rows)
         return pack(self.engine, [self.train[row] for row in rows[micro_batch.of(len(rows))]], count)
 
     def loss(self, batch: "PackedText") -> Tensor:
-        """The micro-batch's part of the mean negative log-likelihood of an answer's token."""
-        return text_nll(self.engine.policy, answer_states(self.engine, batch), batch.targets) / batch.completion_tokens
+        """The micro-batch's part of the mean negative log-likelihood of a target token."""
+        return text_nll(self.engine.policy, target_states(self.engine, batch), batch.targets) / batch.target_tokens
 
     @torch.no_grad()
     def accuracy(self) -> dict[str, float]:
-        """Of the held-out items: the share of answer tokens that the model puts first after the true ones before them,
-        and of each kind the share of answers it gets right from end to end, as it would say them greedily."""
+        """Of the held-out items: the share of target tokens that the model puts first after the true ones before them,
+        and of each kind the share of targets it gets right from end to end, as it would say them greedily."""
         right, kinds = [], []
         for start in range(0, len(self.held), EXAMPLES_AT_ONCE):
             examples = self.held[start : start + EXAMPLES_AT_ONCE]
-            packed = pack(self.engine, examples, sum(len(example.answer) for example in examples))
-            said = self.engine.policy.text_head(answer_states(self.engine, packed)).argmax(-1)
-            lengths = [len(example.answer) for example in examples]
+            packed = pack(self.engine, examples, sum(len(example.target) for example in examples))
+            said = self.engine.policy.text_head(target_states(self.engine, packed)).argmax(-1)
+            lengths = [len(example.target) for example in examples]
             right += (said == packed.targets).cpu().split(lengths)
             kinds += [example.kind for example in examples]
         if not kinds:
@@ -106,41 +106,41 @@ class SidToText:
 class PackedText:
     """Examples one after the other: ``rows`` are the packed places after which the tokens ``targets`` come."""
 
-    layout: GroupLayout  # prompts without answers
+    layout: GroupLayout  # prompts without completions
     token_ids: Tensor  # int64 [T]
     rows: Tensor  # int64 [N]
     targets: Tensor  # int64 [N]
-    completion_tokens: int  # of the whole batch, of which these may be a micro-batch
+    target_tokens: int  # of the whole batch, of which these may be a micro-batch
 
     @property
     def tokens(self) -> int:
         return len(self.token_ids)
 
 
-def pack(engine: Engine, examples: Sequence[TextExample], completion_tokens: int) -> PackedText:
-    """Packs examples; the last token of an answer is a target alone, since nothing comes after it."""
+def pack(engine: Engine, examples: Sequence[TextExample], target_tokens: int) -> PackedText:
+    """Packs examples; the last token of an example is a target alone, since nothing comes after it."""
     vocabulary, item_tokens = engine.policy.vocabulary, engine.prompts.item_tokens
     item, text = vocabulary.marker("item"), vocabulary.marker("text")
     tokens = [
-        np.array([item, *item_tokens[e.item].tolist(), text, *e.question, *e.answer[:-1]], dtype=np.int64)
+        np.array([item, *item_tokens[e.item].tolist(), text, *e.question, *e.target[:-1]], dtype=np.int64)
         for e in examples
     ]
     ends = np.cumsum([len(sequence) for sequence in tokens])
-    answers = np.array([len(example.answer) for example in examples])
-    before = np.concatenate([[0], np.cumsum(answers)])
-    rows = np.arange(before[-1]) + np.repeat(ends - before[1:], answers)
+    lengths = np.array([len(example.target) for example in examples])
+    before = np.concatenate([[0], np.cumsum(lengths)])
+    rows = np.arange(before[-1]) + np.repeat(ends - before[1:], lengths)
 
-    targets = np.concatenate([np.array(example.answer, dtype=np.int64) for example in examples])
+    targets = np.concatenate([np.array(example.target, dtype=np.int64) for example in examples])
     return PackedText(
         GroupLayout.build(np.concatenate([[0], ends]), 0, engine.device),
         put(np.concatenate(tokens), engine.device),
         put(rows, engine.device),
         put(targets, engine.device),
-        completion_tokens,
+        target_tokens,
     )
 
 
-def answer_states(engine: Engine, packed: PackedText) -> Tensor:
+def target_states(engine: Engine, packed: PackedText) -> Tensor:
     """Hidden states [N, d] after which the targets come."""
     return engine.policy.hidden(packed.layout, packed.token_ids, None, has_text=True)[packed.rows]
 

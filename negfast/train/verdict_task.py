@@ -45,7 +45,7 @@ class VerdictTask:
         count = int(np.diff(self.candidates.offsets)[whole].sum())
         candidates, places = self.candidates.take(whole[micro_batch.of(len(whole))])
         inputs = read_candidates(self.engine, candidates)
-        tokens = len(inputs.prompts.tokens) + inputs.answers.numel()
+        tokens = len(inputs.prompts.tokens) + inputs.tokens.numel()
         return VerdictBatch(inputs, put(self.labels[places], self.engine.device), count, tokens)
 
     def loss(self, batch: VerdictBatch) -> Tensor:

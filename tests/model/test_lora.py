@@ -21,7 +21,7 @@ from tests.train.small import make_small
 def adapted(seed: int, trained: bool = True):
     """A small policy with adapters, as training leaves them or as they start."""
     small = make_small(seed)
-    add_adapters(small.policy, Model(lora_rank=3, lora_alpha=5))
+    add_adapters(small.policy, Model(lora_rank=3))
     small.policy.double()
     if trained:
         for name, parameter in small.policy.named_parameters():

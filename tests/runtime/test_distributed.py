@@ -17,7 +17,7 @@ from negfast.config import load_config
 from negfast.errors import InputError
 from negfast.runtime import distributed
 from negfast.runtime.run_folder import RunFolder
-from negfast.train.grpo.stage import check_combinations
+from negfast.train.combinations import check_combinations
 from negfast.train.reader import read_step
 from negfast.train.step import MicroBatch
 from tests.tiny import run_cli, train_arguments

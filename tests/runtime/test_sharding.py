@@ -33,7 +33,7 @@ def test_two_ranks_that_share_the_weights_agree_with_one(tiny_run, tmp_path):
 def opened(run: RunFolder, checkpoint) -> tuple[dict, dict]:
     """Weights and the optimiser's state of a checkpoint, read by one process as a run would go on from it."""
     policy, _ = run.load_policy(Dataset.open(run.data))
-    optimizer = make_optimizer(policy, run.config.grpo)
+    optimizer = make_optimizer(policy, run.config.grpo, run.config.train)
     load_weights(checkpoint, policy)
     load_optimizer(checkpoint, policy, optimizer)
     return unique_tensors(policy), {n: optimizer.state[p] for n, p in policy.named_parameters() if p in optimizer.state}

@@ -50,8 +50,15 @@ def stage_gradients(
             found["items"] = torch.cat(items)
         policy.zero_grad()
     if out is not None:
-        optimizer = make_optimizer(policy, stage.config)
-        update(stage, policy, optimizer, RATE, read_step(stage, STEP, my_micro_batches(accumulate), budget))
+        optimizer = make_optimizer(policy, stage.config, run.config.train)
+        update(
+            stage,
+            policy,
+            optimizer,
+            RATE,
+            run.config.train.clip_norm,
+            read_step(stage, STEP, my_micro_batches(accumulate), budget),
+        )
         parts = {WEIGHTS: unique_tensors(policy), OPTIMIZER: optimizer_tensors(policy, optimizer)}
         distributed.first_does(lambda: write_parts(out, parts, {}))
     return found

@@ -43,7 +43,7 @@ def test_text_loss_is_that_of_the_stock_model(make_engine):
     policy, items = engine.policy, np.arange(12)
     examples = text.title_examples(engine, items)[:7] + text.attribute_examples(engine, items)[:6]
     packed = text.pack(engine, examples, 1)
-    found = text.text_nll(policy, text.answer_states(engine, packed), packed.targets)
+    found = text.text_nll(policy, text.target_states(engine, packed), packed.targets)
     stock = Qwen3ForCausalLM._from_config(policy.decoder.config, attn_implementation="eager")
     stock.model.load_state_dict(policy.decoder.state_dict())
     stock.tie_weights()

@@ -32,7 +32,7 @@ def every_item(engine: Engine, user: np.ndarray, day: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(
     "settings",
-    [Reward(), Reward(collab_weight=0.0), Reward(like_penalty=0.6, content_threshold=-1.0, collab_cap=0.05)],
+    [Reward(), Reward(collab_weight=0.0), Reward(like_penalty=0.6, collab_cap=0.05)],
 )
 def test_the_expected_reward_is_the_sum_over_all_items(engine, settings, monkeypatch):
     monkeypatch.setattr(expected, "TARGETS_AT_ONCE", 100)  # several batches

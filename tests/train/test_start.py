@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from negfast.config import load_config
 from negfast.errors import InputError
 from negfast.runtime.run_folder import RunFolder
-from negfast.train.grpo.stage import check_combinations
+from negfast.train.combinations import check_combinations
 from tests.tiny import SETTINGS, run_cli, train_arguments
 
 

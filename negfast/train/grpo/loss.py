@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from negfast.config import Grpo
+from negfast.errors import InputError
 from negfast.kernels.dispatch import runs_liger, runs_triton
 from negfast.kernels.fused_trie_grpo import trie_grpo
 from negfast.kernels.trie_grpo import (
@@ -176,6 +178,23 @@ class GroupLoss:
             frozen = reference.float() / objective.temperature
             kl = k3(log_prob, frozen[tokens.row, tokens.code] - frozen.logsumexp(-1)[tokens.row])
         return grpo_terms(log_prob, kl, entropy, tokens, rewards, objective, levels)
+
+
+def objective_of(settings: Grpo) -> GRPOObjective:
+    """The stage's objective. InputError where the settings contradict each other."""
+    try:
+        return GRPOObjective(
+            loss=settings.loss,
+            scale_rewards=settings.scale_rewards,
+            set_size=settings.set_size,
+            clip_low=settings.clip_low,
+            clip_high=settings.clip_high,
+            beta=settings.beta,
+            kl=settings.kl,
+            temperature=settings.temperature,
+        )
+    except ValueError as error:
+        raise InputError(f"grpo: {error}") from error
 
 
 def check_full(objective: GRPOObjective, prior_weight: float) -> None:

@@ -38,7 +38,7 @@ def reward_sources(engine: Engine, until: int, settings: Reward | None = None) -
     """Of an engine's log and items, co-dislikes counted before the day ``until``; ``settings``: the engine's."""
     settings = engine.config.reward if settings is None else settings
     neighbours = co_dislike_neighbours(engine.log, until)
-    content = content_neighbours(engine.data.embedding, settings.content_threshold)
+    content = content_neighbours(engine.data.embedding)
     return RewardSources(settings, engine.log.n_items, neighbours, content)
 
 

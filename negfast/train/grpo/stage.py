@@ -11,16 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from negfast.config import Config, Grpo
 from negfast.data.split import only_next
-from negfast.errors import InputError
-from negfast.kernels.trie_grpo import GRPOObjective
 from negfast.model.policy import Policy
 from negfast.model.prompts import PromptBatch
-from negfast.runtime import distributed, sharding
+from negfast.runtime import sharding
 from negfast.runtime.engine import Engine
 from negfast.staging import put
-from negfast.train.grpo.loss import GroupLoss, GroupStep, check_full
+from negfast.train.grpo.loss import GroupLoss, GroupStep, objective_of
 from negfast.train.grpo.reward import HIT, TERMS, RewardTable, build_reward_table, reward_sources
 from negfast.train.grpo.schedule import ViewSchedule, history_bucket, measure_views
 from negfast.train.order import epoch_rows, task_rng
@@ -160,54 +157,6 @@ class GrpoStage:
         """Rollouts of the groups at the round that begins with ``step``, with their on-policy loss."""
         rows = torch.arange(len(groups.ids), device=self.engine.device)[:, None]
         return self.loss.sample(groups.prompts, groups.ids, lambda items: groups.rewards.look_up(rows, items), step)
-
-
-def objective_of(settings: Grpo) -> GRPOObjective:
-    """The stage's objective. InputError where the settings contradict each other."""
-    try:
-        return GRPOObjective(
-            loss=settings.loss,
-            scale_rewards=settings.scale_rewards,
-            set_size=settings.set_size,
-            clip_low=settings.clip_low,
-            clip_high=settings.clip_high,
-            beta=settings.beta,
-            kl=settings.kl,
-            temperature=settings.temperature,
-        )
-    except ValueError as error:
-        raise InputError(f"grpo: {error}") from error
-
-
-def check_combinations(config: Config) -> None:
-    """InputError where settings of the stage contradict each other or those of others."""
-    settings, prior_weight = config.grpo, config.prior.weight
-    if (views := config.sft.negative_view + config.sft.positive_view) > 1:
-        raise InputError(f"sft.negative_view + sft.positive_view: found {views:g}, expected at most 1")
-    if config.train.checkpoint_every % settings.epochs:
-        found = config.train.checkpoint_every
-        raise InputError(f"train.checkpoint_every: found {found}, expected a multiple of grpo.epochs={settings.epochs}")
-    micro_batches = config.train.accumulate * distributed.planned_size()
-    if settings.loss == "dapo" and micro_batches > 1:
-        raise InputError(
-            f"grpo.loss: found dapo with {micro_batches} micro-batches (ranks x train.accumulate), expected dr_grpo or "
-            "grpo: a micro-batch does not know how many tokens the others count"
-        )
-    if config.train.token_budget and not settings.can_be_split:
-        raise InputError(
-            f"train.token_budget: found {config.train.token_budget} with grpo.loss={settings.loss} and "
-            f"grpo.epochs={settings.epochs}, expected 0: such a batch cannot be split"
-        )
-    objective = objective_of(settings)
-    if settings.objective == "full":
-        try:
-            check_full(objective, prior_weight)
-        except ValueError as error:
-            raise InputError(f"grpo.objective=full: {error}") from error
-        if settings.epochs > 1:
-            raise InputError(f"grpo.epochs={settings.epochs}: found grpo.objective=full, expected trie")
-    if settings.set_size > settings.group:
-        raise InputError(f"grpo.set_size: found {settings.set_size}, expected at most grpo.group={settings.group}")
 
 
 def repeated(rows: np.ndarray) -> np.ndarray:

@@ -8,8 +8,9 @@ from negfast.kernels.trie_grpo import GRPOObjective
 
 from negfast.config import Config, load_config
 from negfast.errors import InputError
+from negfast.train.combinations import check_combinations
 from negfast.train.grpo.loss import GroupLoss
-from negfast.train.grpo.stage import check_combinations, freeze
+from negfast.train.grpo.stage import freeze
 from tests.train.small import make_small
 
 BETA, GROUP = 0.1, 5

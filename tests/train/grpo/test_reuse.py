@@ -10,8 +10,9 @@ from negfast.kernels.trie_grpo import GRPOObjective
 
 from negfast.config import load_config
 from negfast.errors import InputError
+from negfast.train.combinations import check_combinations
 from negfast.train.grpo.loss import GroupLoss
-from negfast.train.grpo.stage import GrpoStage, check_combinations, freeze
+from negfast.train.grpo.stage import GrpoStage, freeze
 from tests.tiny import run_cli, train_arguments
 from tests.train.small import make_small
 

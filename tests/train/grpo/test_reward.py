@@ -62,7 +62,7 @@ def test_copying_history_hubs_and_chance_earn_less_than_recency(movietweetings):
     requests = split_requests(log, 7, valid, test).train
     requests = requests.take(requests.has_dislikes)
     neighbours = co_dislike_neighbours(log, valid)
-    content = content_neighbours(embed_tfidf(item_texts(items)), Reward().content_threshold)
+    content = content_neighbours(embed_tfidf(item_texts(items)))
     table = build_reward_table(requests, RewardSources(Reward(), log.n_items, neighbours, content), CPU)
     rng = np.random.default_rng()
     size = 20
