@@ -1,4 +1,4 @@
-"""Runs that benchmarks and experiments train once and find again."""
+"""Runs that benchmarks and experiments train once and reuse."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def trained(
     overrides: tuple[str, ...],
     model: Path | None = None,
 ) -> RunFolder:
-    """The finished run ``out`` with these settings; trained, or trained on, where it is not there yet.
+    """The finished run ``out`` with these settings; trained, or resumed, where it is not finished yet.
 
     The test split is left alone. InputError where ``out`` was trained otherwise: with other settings, of another model,
     or on a data set with other files than ``data`` (None: whatever it was).
@@ -41,7 +41,7 @@ def trained(
 
 
 def refitted(out: Path, source: RunFolder) -> RunFolder:
-    """The finished refit ``out`` of ``source``; trained, or trained on, where it is not there yet."""
+    """The finished refit ``out`` of ``source``; trained, or resumed, where it is not finished yet."""
     train(None, None, None, None, None, out, (), table=False, refit=source.path)
     return RunFolder(out)
 
@@ -49,8 +49,7 @@ def refitted(out: Path, source: RunFolder) -> RunFolder:
 def branch(source: RunFolder, folder: Path, settings: Config, stages: Sequence[str]) -> None:
     """Makes ``folder`` a run with other settings that has the ``stages`` of ``source`` behind it, the first ones.
 
-    What ``source`` answered with weights that both have stays answered (`bench.answers`): the settings that differ are
-    those of later stages.
+    Kept predictions are copied too (`bench.predictions`): the settings that differ are those of later stages.
     """
     if folder.exists():
         return
@@ -58,8 +57,8 @@ def branch(source: RunFolder, folder: Path, settings: Config, stages: Sequence[s
         shutil.copytree(source.model, made / "model")
         for stage in ("initial", *stages):
             shutil.copytree(source.checkpoints / stage, made / "checkpoints" / stage)
-        if (source.path / "answers").is_dir():
-            shutil.copytree(source.path / "answers", made / "answers")
+        if (source.path / "predictions").is_dir():
+            shutil.copytree(source.path / "predictions", made / "predictions")
         (made / "config.toml").write_text(to_toml(settings))
         description = source.read() | {"data": os.path.relpath(source.data.resolve(), folder.resolve())}
         (made / "run.json").write_text(json.dumps(description, indent=1) + "\n")
