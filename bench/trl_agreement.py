@@ -8,7 +8,7 @@ from negfast.serve.export import merged_model
 
 
 def check_against_trl() -> dict[str, float]:
-    """Loss and gradient of the full objective against TRL's on the same answers and weights, as relative errors.
+    """Loss and gradient of the full objective against TRL's on the same completions and weights, as relative errors.
 
     The loss's is relative to the mean absolute advantage, since advantages sum to 0; a gradient's is the largest
     difference over the largest value. Raises AssertionError where one is above 1e-5.
@@ -50,7 +50,7 @@ def check_against_trl() -> dict[str, float]:
 
 
 def padded_inputs(ours: Ours, completions: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Prompts padded on the left, once for every answer, as the peer has them."""
+    """Prompts padded on the left, once for every completion, as the peer has them."""
     lengths, group = ours.case.lengths, ours.case.group
     prompts = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
     mask = torch.zeros_like(prompts)

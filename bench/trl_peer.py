@@ -109,7 +109,7 @@ def make_trainer(
             gradient_accumulation_steps=case.answers // micro_batch,
             num_generations=case.group,
             max_completion_length=case.levels,
-            generation_kwargs={"min_new_tokens": case.levels},  # an early end must not make its answers shorter
+            generation_kwargs={"min_new_tokens": case.levels},  # an early end must not make its completions shorter
             max_steps=steps,
             learning_rate=1e-6,
             lr_scheduler_type="constant",

@@ -1,4 +1,4 @@
-"""What the simulator experiments measure, in worlds where the answer is known."""
+"""What the simulator experiment measures, in worlds where the truth is known."""
 
 from dataclasses import replace
 
