@@ -49,10 +49,10 @@ def run(
 ) -> dict[str, Any]:
     """Writes the table of ``split`` over the ``seeds`` (comma-separated) to ``out``, and prints it.
 
-    Runs lie in ``runs``/seed-N; what is there already is not trained again. ``long`` adds the row ``sft-long``
-    (``runs``/long-N): SFT that goes on from align for as long as the run's SFT and GRPO took together. ``align`` adds
+    Runs lie in ``runs``/seed-N; finished ones are reused. ``long`` adds the row ``sft-long``
+    (``runs``/long-N): SFT that continues from align for as long as the run's SFT and GRPO took together. ``align`` adds
     the rows ``sft-no-align`` and ``grpo-no-align`` (``runs``/no-align-N): all but the align stage. ``refit`` adds the
-    table of the final refits (``runs``/refit-N), which only test can ask. Without ``sasrec`` the baselines that are
+    table of the final refits (``runs``/refit-N), on the test split only. Without ``sasrec`` the baselines that are
     trained are left out.
     """
     chosen = numbers(seeds, "--seeds")
@@ -69,14 +69,14 @@ def run(
     engine = finished[0].finished_engine(None)
     sets = {name: evaluation_set(engine.log, engine.split, name) for name in ("valid", "test")}
     result, samples = table(sets, split, chosen, model_rows(finished, longer, unaligned), sasrec, resamples)
-    result = {**summary(sets[split]), "seeds": chosen, "frozen_at": "valid", **result}
+    made_by = {"device": device_name(), "versions": versions("negfast", "torch", "scikit-learn")}
+    result = {**made_by, **summary(sets[split]), "seeds": chosen, "frozen_at": "valid", **result}
     if longer:
         result["sft_long_steps"] = longer[0].config.sft.steps
     if again:
         refits, refit_samples = table(sets, split, chosen, model_rows(again), sasrec, resamples)
         gained = gains(samples, refit_samples)
         result["refit"] = {"frozen_at": "test", "rows": refits["rows"], "minus_frozen": gained}
-    result |= {"device": device_name(), "versions": versions("negfast", "torch", "scikit-learn")}
     if out is not None:
         write_result(out, result)
     return result

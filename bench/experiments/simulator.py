@@ -64,9 +64,9 @@ def main(
     chosen = numbers(seeds, "--seeds")
     settings = SimulationSettings(users=users, items=items, days=days, seed=seed)
     simulation = simulate(settings)
-    result: Result = {"settings": asdict(settings), "filter": filter_effects(simulation)}
+    result: Result = {"device": device_name(), "versions": versions("negfast", "torch", "scikit-learn")}
+    result |= {"settings": asdict(settings), "filter": filter_effects(simulation)}
     result["recovery"] = recovery(simulation, runs, preset, steps, chosen)
-    result |= {"device": device_name(), "versions": versions("negfast", "torch", "scikit-learn")}
     write_result(out, result)
     print(json.dumps(result, indent=1))
 
