@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from negfast.kernels.answer_attention import answer_attention
+from negfast.kernels.completion_attention import completion_attention
 from negfast.kernels.prompt_attention import prompt_attention
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -89,7 +89,7 @@ def answer_case(
             return out.transpose(1, 2).reshape(data.grad.shape)
 
         calls = {
-            "negfast": lambda *tensors: answer_attention(*tensors, *data.offsets, *data.sizes),
+            "negfast": lambda *tensors: completion_attention(*tensors, *data.offsets, *data.sizes),
             "sdpa, prompt copied per answer": copied,
         }
         if device.type == "cuda" or not backward:  # FlexAttention has no backward on the CPU
@@ -112,7 +112,7 @@ def answer_case(
         "kv_heads": kv_heads,
     }
     shape |= {"dim": dim, "pass": "forward + backward" if backward else "forward"}
-    return Case("answer_attention", shape, elements * 2, flops, build)
+    return Case("completion_attention", shape, elements * 2, flops, build)
 
 
 def _attention_systems(calls: dict[str, Callable[..., Tensor]], data: Any, backward: bool) -> dict[str, Callable]:

@@ -1,4 +1,4 @@
-"""How experiments answer bad input: one line on stderr and exit code 2."""
+"""Bad input of experiments: one line on stderr and exit code 2."""
 
 from typing import Any
 
@@ -7,16 +7,18 @@ import click
 from negfast.errors import InputError
 
 
+class Refused(click.ClickException):
+    exit_code = 2
+
+
 class Experiment(click.Command):
-    """A command whose bad input is told in one line."""
+    """A command that refuses bad input in one line."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except InputError as error:
-            refused = click.ClickException(str(error))
-            refused.exit_code = 2
-            raise refused from error
+            raise Refused(str(error)) from error
 
 
 def numbers(text: str, option: str) -> list[int]:

@@ -78,13 +78,13 @@ def measure(name: str, case: Case, repeats: int, peer: str, result: dict[str, An
     if peer == "trl":
         from bench.trl_peer import peer_steps, sweep
 
-        swept = sweep(case, sorted({min(size, case.answers) for size in MICRO_BATCHES}))
+        swept = sweep(case, sorted({min(size, case.completions) for size in MICRO_BATCHES}))
         best = min(swept, key=lambda size: swept[size])
         timer = peer_steps(case, best, repeats, between)
         row = describe("trl", name, systems[1].case, timer.wall)
         row |= {"cpu_s": statistics.median(timer.cpu), "peak_mib": swept[best][1], "micro_batch": best}
         row["sweep_s"] = {str(size): wall for size, (wall, _) in swept.items()}
-        row["tokens"] = (max(case.lengths) + case.levels) * case.answers
+        row["tokens"] = (max(case.lengths) + case.levels) * case.completions
         rows.append(row)
     else:
         for _ in range(repeats):

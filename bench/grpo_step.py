@@ -42,7 +42,7 @@ SEEN = 100  # items that each request has met
 
 @dataclass(frozen=True)
 class Case:
-    """Prompts of ``lengths`` tokens, ``group`` answers of ``levels`` tokens to each."""
+    """Prompts of ``lengths`` tokens, ``group`` completions of ``levels`` tokens to each."""
 
     lengths: tuple[int, ...]
     group: int
@@ -50,7 +50,7 @@ class Case:
     objective: str = "trie"
 
     @property
-    def answers(self) -> int:
+    def completions(self) -> int:
         return len(self.lengths) * self.group
 
     def describe(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a result says about the machine it was made on, and how it is kept."""
+"""The machine that a result was made on, and how a result is written."""
 
 import json
 import os
@@ -39,6 +39,23 @@ def resident_mib(peak: bool = False) -> float:
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Writes a result as JSON, whole or not at all; a figure that is not finite raises ValueError."""
+    """Writes a result as JSON with one row a line; a figure that is not finite raises ValueError."""
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", "utf-8")
+        temporary.write_text(_laid_out(result) + "\n", "utf-8")
+
+
+def _laid_out(value: Any) -> str:
+    """A line for each row of a list of objects and for each key of what holds such a list; the rest is compact."""
+    if isinstance(value, dict) and any(_has_rows(part) for part in value.values()):
+        return "{\n" + ",\n".join(f"{json.dumps(key)}: {_laid_out(part)}" for key, part in value.items()) + "\n}"
+    if _is_rows(value):
+        return "[\n" + ",\n".join(json.dumps(row, allow_nan=False) for row in value) + "\n]"
+    return json.dumps(value, allow_nan=False)
+
+
+def _has_rows(value: Any) -> bool:
+    return _is_rows(value) or (isinstance(value, dict) and any(map(_has_rows, value.values())))
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and isinstance(value[0], dict)

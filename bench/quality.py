@@ -1,10 +1,10 @@
-"""``python -m bench quality``: the final table. Trains a run a seed, or finds it finished, and measures all once.
+"""``python -m bench quality``: the final table. Trains a run a seed, or reuses a finished one, and evaluates all.
 
 A model's row is the mean over seeds: every metric is averaged over the seeds' runs under the same resamples of users,
-and the interval is that of the averages; so it speaks of users, and the seeds' own values stand beside it. Differences
-are paired: both sides under the same resamples. Settings are chosen with ``--split valid``; the test split is for the
-end. Beside the frozen table, of what was fitted before T_valid, stands that of the final refits, of models and
-baselines alike, and their paired differences.
+and the interval is that of the averages. So intervals exclude seed variance; the seeds' own values stand beside.
+Differences are paired: both sides under the same resamples. Settings are chosen with ``--split valid``; the test split
+is for the end. The frozen table holds what was fitted before T_valid; the refit table holds models and baselines fitted
+before T_test, with their paired differences from the frozen ones.
 """
 
 import json
@@ -15,26 +15,22 @@ from typing import Any
 
 import numpy as np
 
-from bench.answers import answers
 from bench.command import numbers
 from bench.machine import device_name, versions, write_result
+from bench.predictions import predictions_of
 from bench.runs import branch, data_of, refitted, trained
 from negfast.config import load_config
 from negfast.evaluate.bootstrap import interval
 from negfast.evaluate.eval import baselines_of, check_predictions, similarity_of
-from negfast.evaluate.metrics import Samples, reliability_curve
+from negfast.evaluate.metrics import Samples
 from negfast.evaluate.predictions import Predictions
 from negfast.evaluate.sets import EvalSet, evaluation_set
 from negfast.evaluate.table import HEADLINE, metric_samples, paired_differences, print_table, summary
 from negfast.runtime.run_folder import RunFolder
 
-STRATA = (
-    *("FHR@20/all", "FHR@20/cold", "FHR@20/no_past_dislike", "mean_reward/all", "mean_reward/no_past_dislike"),
-    *(f"{m}/{s}" for m in ("filter_auc", "pool_hr@10", "pool_auc") for s in ("cold", "no_past_dislike")),
-)
-METRICS = ("mean_reward", *HEADLINE, "FHR@5", "FHR@10", "FHR@50", "soft_FHR@20", *STRATA)
-BY_SEED = ("mean_reward", *HEADLINE)
-MODELS = ("sft", "grpo", "sft-long")
+METRICS = ("mean_reward", *HEADLINE)
+STRATA = tuple(f"{m}/{s}" for m in ("FHR@20", "filter_auc") for s in ("cold", "no_past_dislike"))
+SHOWN = (*METRICS, "filter_likes_lost_per_dislike", "filter_ece", *STRATA)
 
 
 def run(
@@ -53,10 +49,10 @@ def run(
 ) -> dict[str, Any]:
     """Writes the table of ``split`` over the ``seeds`` (comma-separated) to ``out``, and prints it.
 
-    Runs lie in ``runs``/seed-N; what is there already is not trained again. ``long`` adds the row ``sft-long``
-    (``runs``/long-N): SFT that goes on from align for as long as the run's SFT and GRPO took together. ``align`` adds
+    Runs lie in ``runs``/seed-N; finished ones are reused. ``long`` adds the row ``sft-long``
+    (``runs``/long-N): SFT that continues from align for as long as the run's SFT and GRPO took together. ``align`` adds
     the rows ``sft-no-align`` and ``grpo-no-align`` (``runs``/no-align-N): all but the align stage. ``refit`` adds the
-    table of the final refits (``runs``/refit-N), which only test can ask. Without ``sasrec`` the baselines that are
+    table of the final refits (``runs``/refit-N), on the test split only. Without ``sasrec`` the baselines that are
     trained are left out.
     """
     chosen = numbers(seeds, "--seeds")
@@ -73,13 +69,14 @@ def run(
     engine = finished[0].finished_engine(None)
     sets = {name: evaluation_set(engine.log, engine.split, name) for name in ("valid", "test")}
     result, samples = table(sets, split, chosen, model_rows(finished, longer, unaligned), sasrec, resamples)
-    result = {**summary(sets[split]), "seeds": chosen, "frozen_at": "valid", **result}
+    made_by = {"device": device_name(), "versions": versions("negfast", "torch", "scikit-learn")}
+    result = {**made_by, **summary(sets[split]), "seeds": chosen, "frozen_at": "valid", **result}
     if longer:
         result["sft_long_steps"] = longer[0].config.sft.steps
     if again:
         refits, refit_samples = table(sets, split, chosen, model_rows(again), sasrec, resamples)
-        result["refit"] = {"frozen_at": "test", **refits, "minus_frozen": gains(samples, refit_samples)}
-    result |= {"device": device_name(), "versions": versions("negfast", "torch", "scikit-learn")}
+        gained = gains(samples, refit_samples)
+        result["refit"] = {"frozen_at": "test", "rows": refits["rows"], "minus_frozen": gained}
     if out is not None:
         write_result(out, result)
     return result
@@ -124,7 +121,7 @@ def equal_compute(done: RunFolder) -> int:
 def model_rows(
     finished: Sequence[RunFolder], longer: Sequence[RunFolder] = (), unaligned: Sequence[RunFolder] = ()
 ) -> dict[str, tuple[str, Sequence[RunFolder]]]:
-    """The rows of models: the stage whose weights answer, and a run a seed."""
+    """The rows of models: the stage whose weights predict, and a run a seed."""
     rows = {
         "sft-no-align": ("sft", unaligned),
         "grpo-no-align": ("grpo", unaligned),
@@ -148,14 +145,14 @@ def table(
     first = models["grpo"][1][0]
     engine, reward = first.finished_engine(None), first.config.reward
     predictions = baselines_of(engine, sets, split, sasrec)
-    predictions |= answers(first, ["prior"], evalset, valid, reward)
+    predictions |= predictions_of(first, ["prior"], evalset, valid, reward)
     for name, (stage, folders) in models.items():
         for seed, done in zip(seeds, folders, strict=True):
             _say(f"{name}, {done.path}")
-            predictions[f"{name}#{seed}"] = answers(done, [stage], evalset, valid, reward)[stage]
+            predictions[f"{name}#{seed}"] = predictions_of(done, [stage], evalset, valid, reward)[stage]
     check_predictions(engine.log, evalset, predictions)
     samples = metric_samples(evalset, predictions, similarity_of(engine), resamples)
-    rows, averaged = table_rows(evalset, predictions, samples)
+    rows, averaged = table_rows(predictions, samples)
     differences = paired_differences(averaged, compared(averaged), METRICS)
     print_table(evalset, rows)
     for line in difference_lines(differences):
@@ -165,7 +162,7 @@ def table(
 
 
 def table_rows(
-    evalset: EvalSet, predictions: Mapping[str, Predictions], samples: Mapping[str, Samples]
+    predictions: Mapping[str, Predictions], samples: Mapping[str, Samples]
 ) -> tuple[list[dict[str, Any]], dict[str, Samples]]:
     """A row for each name, "name#seed" averaged over seeds, and the averaged samples."""
     members: dict[str, list[str]] = {}
@@ -176,24 +173,19 @@ def table_rows(
         averaged[name] = {
             metric: np.mean([samples[part][metric] for part in parts], axis=0) for metric in samples[parts[0]]
         }
-        answers = [predictions[part] for part in parts]
-        row: dict[str, Any] = {"name": name, "kind": answers[0].kind}
-        row |= {metric: interval(values) for metric, values in averaged[name].items()}
+        row: dict[str, Any] = {"name": name, "kind": predictions[parts[0]].kind}
+        row |= {metric: interval(averaged[name][metric]) for metric in SHOWN if metric in averaged[name]}
         if "#" in parts[0]:
-            heads = [metric for metric in BY_SEED if metric in averaged[name]]
+            heads = [metric for metric in METRICS if metric in averaged[name]]
             row["by_seed"] = {metric: [_figure(samples[part][metric]) for part in parts] for metric in heads}
-        scores = [answer.filter_score for answer in answers if answer.filter_score is not None]
-        if scores and answers[0].filter_is_probability:  # of all seeds together
-            dislikes = np.tile(evalset.filter_dislike, len(scores))
-            row["filter_reliability"] = reliability_curve(np.concatenate(scores), dislikes)
         rows.append(row)
     return rows, averaged
 
 
 def compared(averaged: Mapping[str, Samples]) -> list[tuple[str, str]]:
-    """The pairs of rows whose differences are reported: every row of `MODELS` with every other row before it."""
+    """The pairs of rows whose differences are reported: ``grpo`` with every row above it."""
     names = list(averaged)
-    return [(a, b) for a in MODELS if a in averaged for b in names if names.index(b) < names.index(a)]
+    return [("grpo", other) for other in names[: names.index("grpo")]]
 
 
 def grpo_minus_sft(seeds: Sequence[int], samples: Mapping[str, Samples]) -> list[dict[str, Any]]:
@@ -206,13 +198,13 @@ def grpo_minus_sft(seeds: Sequence[int], samples: Mapping[str, Samples]) -> list
             if f"{other}#{seed}" not in samples:
                 continue
             a, b = samples[f"grpo#{seed}"], samples[f"{other}#{seed}"]
-            entry |= {prefix + metric: interval(a[metric] - b[metric]) for metric in BY_SEED if metric in a}
+            entry |= {prefix + metric: interval(a[metric] - b[metric]) for metric in METRICS if metric in a}
         out.append(entry)
     return out
 
 
 def gains(frozen: Mapping[str, Samples], refit: Mapping[str, Samples]) -> list[dict[str, Any]]:
-    """What a row gains by the refit, paired: the same users, resamples and questions."""
+    """What a row gains by the refit, paired: the same users, resamples and requests."""
     return [
         {"name": name, "metric": metric, **interval(refit[name][metric] - frozen[name][metric])}
         for name in refit
@@ -222,12 +214,12 @@ def gains(frozen: Mapping[str, Samples], refit: Mapping[str, Samples]) -> list[d
 
 
 def difference_lines(differences: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The headline differences of the models and their strongest rivals, for reading."""
+    """The headline differences of the final weights and their strongest rivals, for reading."""
     rivals = ("decay-4d", "item-rate", "logistic", "boosted", "boosted-plus", "sft-no-align", "grpo-no-align", "sft")
     return [
         f"{d['a']:>8} - {d['b']:<12} {d['metric']:<26} {d['mean']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}]"
         for d in differences
-        if d["b"] in rivals and d["metric"] in BY_SEED and d["mean"] is not None and d["low"] is not None
+        if d["b"] in rivals and d["metric"] in METRICS and d["mean"] is not None and d["low"] is not None
     ]
 
 

@@ -65,7 +65,8 @@ def both_sides(case: Case) -> tuple[Any, Any]:
     ours = Ours(case)
     ours.seen = [np.empty(0, dtype=np.int64)] * len(case.lengths)
     ours.policy.eval()
-    model, following = merged_model(ours.policy), allowed_tokens(ours)
+    model: Any = merged_model(ours.policy)
+    following = allowed_tokens(ours)
     prompts, prompt = len(case.lengths), case.lengths[0]
     tokens = ours.tokens.view(prompts, prompt)
     item_of = {tuple(codes): item for item, codes in enumerate(ours.trie.codes.tolist())}

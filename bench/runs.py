@@ -1,4 +1,4 @@
-"""Runs that benchmarks and experiments train once and find again."""
+"""Runs that benchmarks and experiments train once and reuse."""
 
 import json
 import os
@@ -11,7 +11,8 @@ from negfast.data.dataset import Dataset
 from negfast.errors import InputError
 from negfast.files import atomic_directory
 from negfast.runtime.run_folder import RunFolder
-from negfast.train.run import train
+from negfast.train.run import refit, train
+from negfast.train.start import TrainOptions
 
 
 def trained(
@@ -22,35 +23,34 @@ def trained(
     overrides: tuple[str, ...],
     model: Path | None = None,
 ) -> RunFolder:
-    """The finished run ``out`` with these settings; trained, or trained on, where it is not there yet.
+    """The finished run ``out`` with these settings; trained, or resumed, where it is not finished yet.
 
     The test split is left alone. InputError where ``out`` was trained otherwise: with other settings, of another model,
-    or on a data set with other files than ``data`` (None: whatever it was).
+    or on another data set than ``data`` (None: whatever it was).
     """
     run = RunFolder(out)
     if not run.final.is_dir():
         data = None if data is None else data.resolve()  # runs may be links
-        train(config, preset, data, model, None, out, overrides, table=False)
+        train(TrainOptions(config, preset, data, model, None, out, overrides), table=False)
     elif run.config != load_config(config, preset, overrides):
         raise InputError(f"{out}: was trained with other settings than asked for; see its config.toml")
     elif run.read()["model"] != (None if model is None else str(model)):
         raise InputError(f"{out}: was trained with --model {run.read()['model']}, found {model}")
-    elif data is not None and Dataset.open(data).manifest["files"] != Dataset.open(run.data).manifest["files"]:
+    elif data is not None and Dataset.open(data).fingerprint != Dataset.open(run.data).fingerprint:
         raise InputError(f"{out}: was trained on {run.data}, which is another data set than {data}")
     return run
 
 
 def refitted(out: Path, source: RunFolder) -> RunFolder:
-    """The finished refit ``out`` of ``source``; trained, or trained on, where it is not there yet."""
-    train(None, None, None, None, None, out, (), table=False, refit=source.path)
+    """The finished refit ``out`` of ``source``; trained, or resumed, where it is not finished yet."""
+    refit(source, out, table=False)
     return RunFolder(out)
 
 
 def branch(source: RunFolder, folder: Path, settings: Config, stages: Sequence[str]) -> None:
     """Makes ``folder`` a run with other settings that has the ``stages`` of ``source`` behind it, the first ones.
 
-    What ``source`` answered with weights that both have stays answered (`bench.answers`): the settings that differ are
-    those of later stages.
+    Kept predictions are copied too (`bench.predictions`): the settings that differ are those of later stages.
     """
     if folder.exists():
         return
@@ -58,8 +58,8 @@ def branch(source: RunFolder, folder: Path, settings: Config, stages: Sequence[s
         shutil.copytree(source.model, made / "model")
         for stage in ("initial", *stages):
             shutil.copytree(source.checkpoints / stage, made / "checkpoints" / stage)
-        if (source.path / "answers").is_dir():
-            shutil.copytree(source.path / "answers", made / "answers")
+        if (source.path / "predictions").is_dir():
+            shutil.copytree(source.path / "predictions", made / "predictions")
         (made / "config.toml").write_text(to_toml(settings))
         description = source.read() | {"data": os.path.relpath(source.data.resolve(), folder.resolve())}
         (made / "run.json").write_text(json.dumps(description, indent=1) + "\n")

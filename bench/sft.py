@@ -120,8 +120,8 @@ class Ours:
         """The same as padded rows have them: prompt, marker, codes; labels on the codes."""
         prompts = self.tokens.split(np.diff(self.cu_seqlens).tolist())
         rows = []
-        for answer, item in enumerate(self.items.tolist()):
-            ids = torch.cat([prompts[answer // self.case.targets], torch.tensor([self.marker]), self.codes[item]])
+        for target, item in enumerate(self.items.tolist()):
+            ids = torch.cat([prompts[target // self.case.targets], torch.tensor([self.marker]), self.codes[item]])
             labels = torch.full_like(ids, -100)
             labels[-self.case.levels :] = ids[-self.case.levels :]
             rows.append({"input_ids": ids, "labels": labels})
@@ -132,7 +132,9 @@ class Turns(TrainerCallback):
     """Takes the time of the Trainer's steps, and runs ``between`` after each."""
 
     def __init__(self, between: Callable[[], Any]) -> None:
-        self.between, self.seconds, self.between_seconds = between, [], []
+        self.between = between
+        self.seconds: list[float] = []
+        self.between_seconds: list[float] = []
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.began = time.perf_counter()

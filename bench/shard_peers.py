@@ -36,8 +36,16 @@ class Reader(Protocol):
 class Peer(Protocol):
     name: str
     checksums: bool
-    users: int | None  # at most so many users are written and read, so that slow formats end in bounded time
-    random_users: int | None  # and so many read at random
+
+    @property
+    def users(self) -> int | None:
+        """At most so many users are written and read, so that slow formats end in bounded time."""
+        ...
+
+    @property
+    def random_users(self) -> int | None:
+        """At most so many users are read at random."""
+        ...
 
     def write(self, folder: Path, log: EventLog) -> None: ...
     def open(self, folder: Path) -> Reader: ...
@@ -86,7 +94,7 @@ class PlanesReader:
         if len(out) > 1:
             planes += [*gap.view(np.uint8).reshape(-1, 4).T, out[1][:n]]
         for k, plane in enumerate(planes, start=chunk * 9):
-            frame = self.map[self.begin[k] : self.begin[k + 1]]
+            frame = self.map[self.begin[k] : self.begin[k + 1]].data
             plane[:] = np.frombuffer(self.decompressor.decompress(frame), np.uint8)
         if len(out) > 1:
             np.cumsum(gap, out=out[2][:n])
@@ -102,7 +110,7 @@ class PlanesReader:
 
     def random(self, users: np.ndarray, out: Columns) -> int:
         room = int(np.diff(self.offsets[:: self.chunk_users], append=self.offsets[-1]).max())
-        scratch = np.empty(room, np.int32), np.empty(room, np.uint8), np.empty(room, np.int64)
+        scratch: Columns = np.empty(room, np.int32), np.empty(room, np.uint8), np.empty(room, np.int64)
         at = 0
         for user in users:
             chunk = int(user) // self.chunk_users

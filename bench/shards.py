@@ -15,7 +15,6 @@ import mmap
 import multiprocessing
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -30,7 +29,7 @@ import numpy as np
 
 from bench.machine import device_name, versions, write_result
 from bench.sequences import Sequences, make_sequences
-from bench.shard_peers import Columns, Peer, installed_peers
+from bench.shard_peers import Peer, installed_peers
 from negfast.data.log import DAY, EventLog
 from negfast.data.shards import describe_shard, open_shard, write_shard
 
@@ -58,7 +57,7 @@ class Bench:
     def __init__(self, data: Sequences, folder: Path) -> None:
         self.log, self.codes, self.folder = data.log, data.codes, folder
         n = len(data.log)
-        self.out: Columns = _shared(n, np.int32), _shared(n, np.uint8), _shared(n, np.int64)
+        self.out = _shared(n, np.int32), _shared(n, np.uint8), _shared(n, np.int64)
         self.tokens = _shared(n * data.codes.shape[1], np.uint16).reshape(n, -1)
         self.order = np.random.default_rng(1).permutation(data.log.n_users)
 
@@ -152,9 +151,10 @@ def negfast_contender(bench: Bench, cores: int, resolution: str, time_unit: int)
 
     def read_random() -> None:
         shard, at = open_shard(path), 0
+        item, sign, time = bench.out
         for first in range(0, len(users), BATCH_USERS):
             batch = users[first : first + BATCH_USERS]
-            offsets, *_ = shard.get_many(batch, cores, tuple(c[at:] for c in bench.out))
+            offsets, *_ = shard.get_many(batch, cores, (item[at:], sign[at:], time[at:]))
             at += int(offsets[-1])
 
     return Contender(
@@ -264,7 +264,11 @@ def _cores(cores: int, tasks: list[Callable[[int], None]]) -> Iterator[Callable[
         return
     _tasks[:] = tasks
     with multiprocessing.get_context("fork").Pool(cores) as pool:
-        yield lambda task: pool.map(_call, [(task, core) for core in range(cores)], chunksize=1) and None
+
+        def there(task: int) -> None:
+            pool.map(_call, [(task, core) for core in range(cores)], chunksize=1)
+
+        yield there
 
 
 @contextlib.contextmanager
@@ -283,7 +287,7 @@ def _quiet() -> Iterator[None]:
 
 def _shared(n: int, dtype: type) -> np.ndarray:
     """Zeros that forked processes write to as well, their pages already there."""
-    array = np.frombuffer(mmap.mmap(-1, max(1, n) * np.dtype(dtype).itemsize), dtype)[:n]
+    array: np.ndarray = np.frombuffer(mmap.mmap(-1, max(1, n) * np.dtype(dtype).itemsize), dtype)[:n]
     array[:] = 0
     return array
 
@@ -342,7 +346,3 @@ def _line(row: dict[str, Any]) -> str:
         f"  sequential {row['sequential_mev_s']:6.1f} Mev/s  random {row['random_users_s']:9.0f} users/s"
         f"  packed {row['packed_mtok_s']:6.0f} Mtok/s"
     )
-
-
-if __name__ == "__main__":
-    run(*(int(argument) for argument in sys.argv[1:]))

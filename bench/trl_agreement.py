@@ -8,7 +8,7 @@ from negfast.serve.export import merged_model
 
 
 def check_against_trl() -> dict[str, float]:
-    """Loss and gradient of the full objective against TRL's on the same answers and weights, as relative errors.
+    """Loss and gradient of the full objective against TRL's on the same completions and weights, as relative errors.
 
     The loss's is relative to the mean absolute advantage, since advantages sum to 0; a gradient's is the largest
     difference over the largest value. Raises AssertionError where one is above 1e-5.
@@ -21,14 +21,14 @@ def check_against_trl() -> dict[str, float]:
     sampled, terms, result, _ = ours.loss()
     result.loss.backward()
 
-    trainer = make_trainer(merged_model(ours.policy), [[2]] * 3, case, case.answers, 1, StepTimer())
+    trainer = make_trainer(merged_model(ours.policy), [[2]] * 3, case, case.completions, 1, StepTimer())
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
     first = torch.tensor([ours.policy.vocabulary.code_base(level) for level in range(1, case.levels + 1)])
     inputs = padded_inputs(ours, sampled.codes + first)
     rewards = terms.sum(-1)
     inputs["advantages"] = (rewards - rewards.mean(1, keepdim=True)).flatten()
-    inputs["num_items_in_batch"] = torch.tensor(case.answers * case.levels)
+    inputs["num_items_in_batch"] = torch.tensor(case.completions * case.levels)
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
     with torch.no_grad():
@@ -50,7 +50,7 @@ def check_against_trl() -> dict[str, float]:
 
 
 def padded_inputs(ours: Ours, completions: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Prompts padded on the left, once for every answer, as the peer has them."""
+    """Prompts padded on the left, once for every completion, as the peer has them."""
     lengths, group = ours.case.lengths, ours.case.group
     prompts = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
     mask = torch.zeros_like(prompts)

@@ -106,10 +106,10 @@ def make_trainer(
         config = GRPOConfig(
             output_dir=folder,
             per_device_train_batch_size=micro_batch,
-            gradient_accumulation_steps=case.answers // micro_batch,
+            gradient_accumulation_steps=case.completions // micro_batch,
             num_generations=case.group,
             max_completion_length=case.levels,
-            generation_kwargs={"min_new_tokens": case.levels},  # an early end must not make its answers shorter
+            generation_kwargs={"min_new_tokens": case.levels},  # an early end must not make its completions shorter
             max_steps=steps,
             learning_rate=1e-6,
             lr_scheduler_type="constant",

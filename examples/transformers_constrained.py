@@ -36,7 +36,7 @@ class Trie:
             self.unseen.insert(0, np.add.reduceat(self.unseen[0], first[:-1]))
 
     def children(self, tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens that may follow the answer ``tokens``, and the nodes that they lead to.
+        """The tokens that may follow the completion ``tokens``, and the nodes that they lead to.
 
         Where fewer codes exist than beams, beam search goes on with beams of no probability: those get a token too.
         """
@@ -51,7 +51,7 @@ class Trie:
         return codes[open_], nodes[open_]
 
     def item(self, tokens: list[int]) -> int:
-        """The row of the SID table that a whole answer names."""
+        """The row of the SID table that a whole completion names."""
         codes, nodes = self.children(tokens[:-1])
         return int(self.leaf_item[nodes[codes == tokens[-1]][0]])
 
@@ -98,10 +98,12 @@ def main() -> None:
         output_scores=True,
         pad_token_id=tokenizer.pad_token_id or 0,
     )
-    for answer, score in zip(found.sequences[:, ids.shape[1] :].tolist(), found.sequences_scores.tolist(), strict=True):
+    for completion, score in zip(
+        found.sequences[:, ids.shape[1] :].tolist(), found.sequences_scores.tolist(), strict=True
+    ):
         if score == -np.inf:
             continue
-        row = trie.item(answer)
+        row = trie.item(completion)
         print(f"{np.exp(score):.5f}  {items[row]}  {texts[row]}")
 
 

@@ -21,15 +21,17 @@ from vllm import LLM, SamplingParams
 
 
 def beam_search(model: LLM, trie: Trie, start: list[int], beams: int) -> list[tuple[float, list[int]]]:
-    """(log-probability, answer tokens), best first; probabilities are over the codes that exist."""
+    """(log-probability, completion tokens), best first; probabilities are over the codes that exist."""
     alive: list[tuple[float, list[int]]] = [(0.0, [])]
     for _ in range(trie.levels):
         allowed = [trie.children(tokens)[0].tolist() for _, tokens in alive]
-        asked = [
+        sampling = [
             SamplingParams(max_tokens=1, temperature=0.0, allowed_token_ids=codes, logprobs=min(len(codes), beams))
             for codes in allowed
         ]
-        outputs = model.generate([{"prompt_token_ids": start + tokens} for _, tokens in alive], asked, use_tqdm=False)
+        outputs = model.generate(
+            [{"prompt_token_ids": start + tokens} for _, tokens in alive], sampling, use_tqdm=False
+        )
         grown = [
             (score + entry.logprob, [*tokens, token])
             for (score, tokens), codes, output in zip(alive, allowed, outputs, strict=True)
@@ -60,8 +62,8 @@ def main() -> None:
         logprobs_mode="processed_logprobs",  # after the codes that do not exist were struck out
     )
     start = prompt(AutoTokenizer.from_pretrained(options.folder), tokens, options.liked, options.disliked)
-    for score, answer in beam_search(model, trie, start, beams)[: options.top]:
-        row = trie.item(answer)
+    for score, completion in beam_search(model, trie, start, beams)[: options.top]:
+        row = trie.item(completion)
         print(f"{np.exp(score):.5f}  {items[row]}  {texts[row]}")
 
 

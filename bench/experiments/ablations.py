@@ -1,11 +1,10 @@
 """``python -m bench.experiments.ablations``: each part of the method changed alone, measured on valid.
 
-Every entry of `ABLATIONS` is the default run with some settings changed, and compared with it under the same resamples
-of valid's users: a difference below zero says that the change makes it worse. Runs lie in a folder of their own and are
-found again, and so are their answers: the command can be stopped and called again. What a change does not concern is
-not trained again: GRPO's settings start from the default's SFT weights, SFT's from its align weights. ``--budget 0.25``
-trains every run, the default too, for that share of the steps of each stage, and chooses weights between a stage's
-first and last by that share of the validation's requests; the result says so. The test split is left alone.
+Every entry of `ABLATIONS` is the default run with some settings changed. It is compared with the default under the same
+resamples of valid's users: below zero, the change makes it worse. Runs and their predictions are kept, so the command
+can be stopped and called again. Stages that a change does not affect are not trained again: GRPO's settings start from
+the default's SFT weights, SFT's from its align weights. ``--budget 0.25`` trains every run, the default too, for that
+share of the steps of each stage, and validates on that share of the requests. The test split is not used.
 """
 
 import json
@@ -14,27 +13,26 @@ from typing import Any
 
 import click
 
-from bench.answers import answers
 from bench.command import Experiment
 from bench.machine import write_result
+from bench.predictions import predictions_of
 from bench.runs import branch, trained
 from negfast.config import Config, load_config
 from negfast.evaluate.bootstrap import interval
 from negfast.evaluate.eval import similarity_of
 from negfast.evaluate.metrics import Samples
 from negfast.evaluate.sets import evaluation_set
-from negfast.evaluate.table import HEADLINE, metric_samples, paired_differences
+from negfast.evaluate.table import metric_samples, paired_differences
 from negfast.runtime.run_folder import RunFolder
 
 RESULT = Path(__file__).parents[1] / "results" / "ablations.json"
 DEFAULT = "default"
-METRICS = ("mean_reward", *HEADLINE, "soft_FHR@20", "filter_auc/cold", "filter_auc/no_past_dislike", "pool_auc/cold")
+METRICS = ("mean_reward", "FHR@20", "filter_auc", "pool_auc")
 
 ABLATIONS: dict[str, tuple[str, ...]] = {  # in the order in which they are run
     "random-sids": ("sid.quantizer=random",),
     "no-align": ("align.steps=0",),
     "no-prior": ("prior.weight=0",),
-    "fitted-prior": ("prior.mass=fitted",),
     "flat-prior": ("prior.eps=0.05",),
     "no-trending": ("prompt.trending_cap=0",),
     "progressive": ("grpo.schedule=progressive",),
@@ -44,11 +42,9 @@ ABLATIONS: dict[str, tuple[str, ...]] = {  # in the order in which they are run
     "no-likes": ("prompt.like_cap=0",),
     "mixed-view-only": ("sft.negative_view=0", "sft.positive_view=0"),
     "timeline": ("prompt.layout=timeline",),
-    "day-gaps": ("prompt.day_gaps=true",),
-    "timeline-day-gaps": ("prompt.layout=timeline", "prompt.day_gaps=true"),
     "next-only": ("sft.target=next", "reward.target=next"),
     "single-advantage": ("grpo.set_size=0",),
-    "group-16": ("grpo.group=16", "grpo.requests=128"),  # as many answers a step
+    "group-16": ("grpo.group=16", "grpo.requests=128"),  # as many completions a step
     "sft-term": ("grpo.sft_weight=0.3",),
     "likes-10": ("prompt.like_cap=10",),
     "likes-200": ("prompt.like_cap=200",),
@@ -62,11 +58,9 @@ ABLATIONS: dict[str, tuple[str, ...]] = {  # in the order in which they are run
     "k3-kl": ("grpo.kl=k3",),
     "scaled-advantage": ("grpo.scale_rewards=true", "grpo.set_size=0"),
     "group-256": ("grpo.group=256", "grpo.requests=8"),
-    "without-replacement": ("grpo.sampling=without_replacement", "grpo.set_size=0"),
 }
-GRPO_ONLY, SFT_ONLY = ("grpo.", "reward."), ("grpo.", "reward.", "sft.")  # what a change does not concern is kept
+GRPO_ONLY, SFT_ONLY = ("grpo.", "reward."), ("grpo.", "reward.", "sft.")  # settings of these stages alone
 STAGES = ("sft", "grpo")
-SHOWN = ("mean_reward", "FHR@20", "filter_auc", "pool_auc")
 
 
 @click.command(cls=Experiment)
@@ -96,7 +90,7 @@ def main(
     default = trained(runs / f"{DEFAULT}-{seed}", config, preset, data, shared)
     steps = {stage: getattr(default.config, stage).steps for stage in ("align", *STAGES)}
     made_by = {"split": "valid", "budget": budget, "steps": steps, "valid_requests": default.config.eval.valid_requests}
-    results: dict[str, Any] = json.loads(out.read_text()) if out.exists() else made_by | {"rows": {}}
+    results: dict[str, Any] = json.loads(out.read_text()) if out.exists() else made_by | {"rows": []}
     if any(results[key] != value for key, value in made_by.items()):
         raise click.UsageError(f"{out}: holds rows of another budget ({results['steps']} steps); give another --out")
 
@@ -105,7 +99,7 @@ def main(
     similarity = similarity_of(engine)
 
     def measured(run: RunFolder) -> dict[str, Samples]:
-        return metric_samples(valid, answers(run, STAGES, valid, valid, engine.config.reward), similarity)
+        return metric_samples(valid, predictions_of(run, STAGES, valid, valid, engine.config.reward), similarity)
 
     reference = measured(default)
     for name in (DEFAULT, *names):
@@ -113,15 +107,15 @@ def main(
         run = default if name == DEFAULT else ablated(name, runs, default, config, preset, overrides, seed)
         row = {"name": name, "seed": seed, "changed": list(ABLATIONS.get(name, ()))}
         row |= compared(reference, reference if name == DEFAULT else measured(run))
-        results["rows"][f"{name}-{seed}"] = row
+        results["rows"] = [kept for kept in results["rows"] if (kept["name"], kept["seed"]) != (name, seed)] + [row]
         print_row(row)
         write_result(out, results)
 
 
 def shortened(config: Config, budget: float) -> tuple[str, ...]:
-    """Settings of a run with this share of the steps of each stage, looked at on valid before and after; none for all.
+    """Settings that train this share of each stage's steps, validated before and after; none for a share of 1.
 
-    UsageError for a share that is none.
+    UsageError for a share outside (0, 1].
     """
     if not 0 < budget <= 1:
         raise click.UsageError(f"--budget {budget}: expected more than 0 and at most 1")
@@ -154,12 +148,12 @@ def other_data(name: str) -> bool:
 
 
 def compared(reference: dict[str, Samples], found: dict[str, Samples]) -> dict[str, Any]:
-    """Figures of both stages and the paired differences from the reference, and of GRPO from SFT."""
+    """Figures of both stages and their paired differences from the reference."""
     samples = found | {f"{DEFAULT} {stage}": reference[stage] for stage in STAGES}
     pairs = [(stage, f"{DEFAULT} {stage}") for stage in STAGES]
     return {
         **{stage: {metric: interval(found[stage][metric]) for metric in METRICS} for stage in STAGES},
-        "differences": paired_differences(samples, [*pairs, ("grpo", "sft")], METRICS),
+        "differences": paired_differences(samples, pairs, METRICS),
     }
 
 
@@ -167,7 +161,7 @@ def print_row(row: dict[str, Any]) -> None:
     """The final weights' differences from the default's."""
     shown = []
     for d in row["differences"]:
-        if (d["a"], d["b"]) == ("grpo", f"{DEFAULT} grpo") and d["metric"] in SHOWN:
+        if d["a"] == "grpo":
             known = d["low"] is not None and d["high"] is not None
             figures = f"{d['mean']:+.5f} [{d['low']:+.5f}, {d['high']:+.5f}]" if known else "-"
             shown.append(f"{d['metric']} {figures}")

@@ -1,17 +1,15 @@
-"""``python -m bench.experiments.simulator``: what targets and filters are worth where the truth is known.
+"""``python -m bench.experiments.simulator``: filters and training targets where the true dislikes are known.
 
-- ``targets``: how much of a user's top dislikes the next negative, the negatives of the next 7 days, and *as many
-  negatives drawn from all later ones* say; on a simulated log against the truth, and on MovieTweetings.
-- ``filter``: what withholding the worst-scored 10 % does to the true dislike rate: the truth, the estimate from told
-  feedback, and the estimates that use the known propensities (IPS, doubly robust).
-- ``recovery``: whether negfast trained on the window finds the true dislikes better than negfast trained on the next
-  negative alone, or on as many drawn from all later ones. It trains three models a seed.
+- Filter: what withholding the worst-scored 10 % does to the true dislike rate; beside the truth, the estimate from
+  observed feedback and two that use the known propensities (inverse propensity scores, doubly robust).
+- Recovery: whether negfast trained on the dislikes of the next days (window) finds the true dislikes better than
+  trained on the next dislike alone, or on as many drawn from all later ones. Trains three models a seed.
 
-Every part is kept in the result file under its name; intervals are 95 % bootstrap intervals over users.
+Intervals are 95 % bootstrap intervals over users.
 """
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,180 +17,70 @@ import click
 import numpy as np
 
 from bench.command import Experiment, numbers
-from bench.experiments.recovery import later_dislikes, recovery
-from bench.simulate import FIRST_DAY, Simulation, SimulationSettings, exposure_policy, simulate
-from negfast.data.dataset import Dataset
+from bench.machine import device_name, versions, write_result
+from bench.simulate import FIRST_DAY, Simulation, SimulationSettings, exposure_policy, simulate, write_simulation
 from negfast.data.log import DISLIKE, EventLog
-from negfast.data.split import Requests, all_requests
+from negfast.data.split import Requests, Split, only_next
+from negfast.errors import InputError
 from negfast.evaluate.baselines.rates import fit_scorers
 from negfast.evaluate.bootstrap import interval, ranked_totals, ratio, resample_users, weighted_sums
 from negfast.evaluate.metrics import FILTER_SHARE
 from negfast.files import atomic_file
+from negfast.prepare.build import SemanticIdSettings, SplitSettings, prepare
+from negfast.prepare.events import EventMapping, ItemMapping
+from negfast.prepare.rules import parse_rule
+from negfast.runtime.checkpoint import load_weights
+from negfast.runtime.engine import Engine
+from negfast.runtime.generation import generate
+from negfast.runtime.verdict import candidate_logits, group_candidates
+from negfast.train.journal import Journal
+from negfast.train.loop import run_stage
+from negfast.train.run import open_stage
+from negfast.train.sft import SftStage
+from negfast.train.start import TrainOptions
 
 RESULT = Path(__file__).parents[1] / "results" / "simulator.json"
-HORIZON = 7
 RESAMPLES = 1000
-TOP_INTERESTS = 5
-LEAST_LATER = 10  # dislikes after t that a request must have, else "top interests" mean nothing
-DRAWS = 10  # of the random control
+TARGETS = ("window", "next", "later")
+REQUESTS, TOP, CANDIDATES = 800, 20, 50
+TOP_SHARE = 0.05  # of the unseen items: the user's top true dislikes
 
 Result = dict[str, Any]
 
 
 @click.command(cls=Experiment)
-@click.option("--parts", default="targets,filter", show_default=True, help="Of targets, filter and recovery.")
-@click.option("--data", type=click.Path(path_type=Path), help="Prepared MovieTweetings, also measured by `targets`.")
 @click.option("--users", default=5_000, show_default=True)
 @click.option("--items", default=2_000, show_default=True)
 @click.option("--days", default=60, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--runs", default=Path("runs/simulator"), type=click.Path(path_type=Path), show_default=True)
-@click.option("--preset", default="smoke", show_default=True, help="Of the runs that `recovery` trains.")
-@click.option("--steps", default=300, show_default=True, help="Of SFT in the runs that `recovery` trains.")
-@click.option("--seeds", default="0", show_default=True, help="Of the runs that `recovery` trains.")
+@click.option("--preset", default="smoke", show_default=True, help="Of the trained runs.")
+@click.option("--steps", default=300, show_default=True, help="SFT steps of the trained runs.")
+@click.option("--seeds", default="0,1,2", show_default=True, help="Of the trained runs.")
 @click.option("--out", default=RESULT, type=click.Path(path_type=Path), show_default=True)
 def main(
-    parts: str,
-    data: Path | None,
-    users: int,
-    items: int,
-    days: int,
-    seed: int,
-    runs: Path,
-    preset: str,
-    steps: int,
-    seeds: str,
-    out: Path,
+    users: int, items: int, days: int, seed: int, runs: Path, preset: str, steps: int, seeds: str, out: Path
 ) -> None:
-    """Runs the parts asked for and adds them to the result file."""
+    """Simulates a log, filters it, trains on it, and writes the result."""
+    chosen = numbers(seeds, "--seeds")
     settings = SimulationSettings(users=users, items=items, days=days, seed=seed)
     simulation = simulate(settings)
-    results: Result = json.loads(out.read_text()) if out.exists() else {}
-    for part in parts.split(","):
-        if part == "targets":
-            results["targets"] = {"settings": asdict(settings), "simulated": simulated_targets(simulation)}
-            if data is not None:
-                results["targets"]["movietweetings"] = logged_targets(Dataset.open(data))
-        elif part == "filter":
-            results["filter"] = {"settings": asdict(settings), **filter_effects(simulation)}
-        elif part == "recovery":
-            found = recovery(simulation, runs, preset, steps, numbers(seeds, "--seeds"))
-            results["recovery"] = {"settings": asdict(settings), **found}
-        else:
-            raise click.BadParameter(f"--parts: found {part!r}, expected targets, filter or recovery")
-        print(json.dumps(results[part], indent=1))
-        with atomic_file(out) as temporary:
-            temporary.write_text(json.dumps(results, indent=1) + "\n")
-
-
-def simulated_targets(simulation: Simulation, sample: int = 4_000) -> Result:
-    """Targets of random requests against the truth, and against later dislikes as a log alone would have it.
-
-    A user's true interests are the topics in which the unseen items are most probably disliked. Because a set that
-    is larger covers more of anything, the window is compared with as many items drawn from all later dislikes that
-    were told, and from all unseen items by their true probabilities, as if nobody had chosen what is shown.
-    """
-    log, truth, topics = simulation.log, simulation.truth, simulation.settings.topics
-    requests, rng = sampled_requests(log, sample)
-    everyone = np.arange(log.n_items)
-    values: dict[str, list[float]] = {}
-    for r in range(len(requests)):
-        user, day = int(requests.user[r]), int(requests.day[r])
-        later = later_dislikes(log, user, day)
-        window = requests.dislikes[requests.dislike_offsets[r] : requests.dislike_offsets[r + 1]]
-        own = slice(log.user_offsets[user], log.user_offsets[user + 1])
-        unseen = truth.release <= day - FIRST_DAY
-        unseen[log.item[own][log.day[own] <= day]] = False
-        p = truth.dislike_probability(np.full(log.n_items, user), everyone)
-        count = np.bincount(truth.topic[unseen], minlength=topics)
-        mean = np.divide(
-            np.bincount(truth.topic[unseen], p[unseen], topics), count, where=count > 0, out=np.zeros(topics)
-        )
-        interests = set(np.argsort(-mean, kind="stable")[:TOP_INTERESTS].tolist())
-        rank = np.full(log.n_items, np.nan)  # share of the unseen items that the user would dislike less
-        rank[unseen] = np.argsort(np.argsort(p[unseen])) / max(unseen.sum() - 1, 1)
-        shown = p * unseen
-        sets = {
-            "next": [later[:1]],
-            "window": [window],
-            "random_later": [rng.choice(later, len(window), replace=False) for _ in range(DRAWS)],
-            "random_true": [
-                rng.choice(log.n_items, len(window), replace=False, p=shown / shown.sum()) for _ in range(DRAWS)
-            ],
-        }
-        for name, drawn in sets.items():
-            covered = [len(interests & set(truth.topic[items].tolist())) / len(interests) for items in drawn]
-            values.setdefault(f"{name}/covers_true_interests", []).append(float(np.mean(covered)))
-            values.setdefault(f"{name}/true_probability", []).append(float(np.mean([p[i].mean() for i in drawn])))
-            ranks = np.concatenate([rank[items] for items in drawn])
-            released = ranks[~np.isnan(ranks)]  # a later item may not have been released by t
-            values.setdefault(f"{name}/true_rank", []).append(float(released.mean()) if len(released) else np.nan)
-    return summarise(requests, values)
-
-
-def logged_targets(data: Dataset, sample: int = 4_000) -> Result:
-    """The same without a truth: interests are the level-1 semantic IDs most frequent among a user's later dislikes."""
-    log, cluster = data.log, data.codes[:, 0].astype(np.int64)
-    requests, rng = sampled_requests(log, sample)
-    values: dict[str, list[float]] = {}
-    for r in range(len(requests)):
-        later = later_dislikes(log, int(requests.user[r]), int(requests.day[r]))
-        window = requests.dislikes[requests.dislike_offsets[r] : requests.dislike_offsets[r + 1]]
-        kinds, count = np.unique(cluster[later], return_counts=True)
-        interests = set(kinds[np.argsort(-count, kind="stable")[:TOP_INTERESTS]].tolist())
-        sets = {
-            "next": [later[:1]],
-            "window": [window],
-            "random_later": [rng.choice(later, len(window), replace=False) for _ in range(DRAWS)],
-        }
-        for name, drawn in sets.items():
-            covered = [len(interests & set(cluster[items].tolist())) / len(interests) for items in drawn]
-            values.setdefault(f"{name}/covers_later_interests", []).append(float(np.mean(covered)))
-    return summarise(requests, values)
-
-
-def sampled_requests(log: EventLog, sample: int) -> tuple[Requests, np.random.Generator]:
-    """Random requests with a non-empty window and at least `LEAST_LATER` dislikes of unseen items after t."""
-    rng = np.random.default_rng(0)
-    requests = all_requests(log, HORIZON)
-    requests = requests.take(requests.has_dislikes & (requests.day + HORIZON <= log.day.max()))
-    counts = np.array(
-        [len(later_dislikes(log, int(u), int(d))) for u, d in zip(requests.user, requests.day, strict=True)]
-    )
-    rows = np.flatnonzero(counts >= LEAST_LATER)
-    return requests.take(np.sort(rng.permutation(rows)[:sample])), rng
-
-
-def summarise(requests: Requests, values: dict[str, list[float]]) -> Result:
-    """Means over requests, and the paired differences of window and next, and of window and its control."""
-    users, owner = np.unique(requests.user, return_inverse=True)
-    weights = resample_users(len(users), RESAMPLES, 0)
-    samples = {}
-    for name, column in values.items():
-        value = np.array(column)
-        there = ~np.isnan(value)
-        sums = weighted_sums(weights, owner[there], np.stack([value[there], np.ones(there.sum())], axis=1))
-        samples[name] = ratio(sums[:, 0], sums[:, 1])
-    rows: dict[str, Any] = {"requests": len(requests), "users": len(users)}
-    rows["mean_window_size"] = float(np.diff(requests.dislike_offsets).mean())
-    rows |= {name: interval(sample) for name, sample in samples.items()}
-    for metric in {name.partition("/")[2] for name in samples}:
-        for other in ("next", "random_later", "random_true"):
-            if f"{other}/{metric}" in samples:
-                difference = samples[f"window/{metric}"] - samples[f"{other}/{metric}"]
-                rows[f"window-{other}/{metric}"] = interval(difference)
-    return rows
+    result: Result = {"device": device_name(), "versions": versions("negfast", "torch", "scikit-learn")}
+    result |= {"settings": asdict(settings), "filter": filter_effects(simulation)}
+    result["recovery"] = recovery(simulation, runs, preset, steps, chosen)
+    write_result(out, result)
+    print(json.dumps(result, indent=1))
 
 
 def filter_effects(simulation: Simulation, user_days: int = 4_000) -> Result:
     """Relative reductions of the dislike rate by a filter, true and estimated.
 
-    The score is the logistic baseline, fitted on told feedback of the first two thirds of the days. It withholds an
+    The score is the logistic baseline, fitted on the feedback of the first two thirds of the days. It withholds an
     item where its score is among the highest 10 % of the scores of the impressions of the days before the test days.
     Then either the slot stays empty, or the recommender fills it with an item that it would show and the filter lets
     pass, with probabilities in proportion. Histories are as logged: what the next impression would be, not what a
-    year of filtering would make of the log. The estimates see told feedback and propensities only; they know how
-    often dislikes are told, which a platform can ask its users.
+    year of filtering would make of the log. The estimates see feedback and propensities only; they know how
+    often dislikes are reported, which a platform can ask its users.
     """
     log, settings, truth = simulation.log, simulation.settings, simulation.truth
     day = log.day
@@ -214,7 +102,7 @@ def filter_effects(simulation: Simulation, user_days: int = 4_000) -> Result:
         if key[row] != last:
             last = key[row]
             scores = score(np.full(log.n_items, user), everyone, np.full(log.n_items, day[row]))
-            kept, model = scores < threshold, told_to_true(scores, settings)
+            kept, model = scores < threshold, true_probability(scores, settings)
             p = truth.dislike_probability(np.full(log.n_items, user), everyone)
         policy = exposure_policy(simulation, user, int(day[row]) - FIRST_DAY, int(row - log.user_offsets[user]))
         passing = float(policy[kept].sum())
@@ -228,30 +116,30 @@ def filter_effects(simulation: Simulation, user_days: int = 4_000) -> Result:
             filled @ p,  # with the filter, slots filled
             (policy * kept) @ p,  # with the filter, slots left empty: dislikes an impression now
             passing,
-            shown,  # an unbiased reading of the first column from what was told
+            shown,  # an unbiased reading of the first column from the feedback
             weight * shown,
             direct + weight * (shown - model[item]),
             1.0,
         )
-    told = log.feedback[rows] > 0
+    observed = log.feedback[rows] > 0
     scored = score(log.user[rows], log.item[rows], day[rows])
     cut = scored >= threshold
     disliked = log.feedback[rows] == DISLIKE
-    observed = np.stack([told, told & disliked, told & ~cut, told & ~cut & disliked], axis=1).astype(float)
+    totals = np.stack([observed, disliked, observed & ~cut, ~cut & disliked], axis=1).astype(float)
     users, owner = np.unique(log.user[rows], return_inverse=True)
     weights = resample_users(len(users), RESAMPLES, 0)
-    sums = weighted_sums(weights, owner, np.concatenate([columns, observed], axis=1))
+    sums = weighted_sums(weights, owner, np.concatenate([columns, totals], axis=1))
     now, filled_rate, left, passing_, shown_, ips, robust, impressions = sums[:, :8].T
-    told_, told_dislikes, kept_told, kept_dislikes = sums[:, 8:].T
+    observed_, dislikes, kept_observed, kept_dislikes = sums[:, 8:].T
     true_filled = 1 - ratio(filled_rate, now)
     aucs = {
-        name: ranked_totals(weights, owner[told], values[told], disliked[told], FILTER_SHARE).auc
+        name: ranked_totals(weights, owner[observed], values[observed], disliked[observed], FILTER_SHARE).auc
         for name, values in (("score", scored), ("truth", truth.dislike_probability(log.user[rows], log.item[rows])))
     }
     estimates = {
         "truth, slots filled": true_filled,
         "truth, slots left empty": 1 - ratio(ratio(left, passing_), ratio(now, impressions)),
-        "told feedback": 1 - ratio(ratio(kept_dislikes, kept_told), ratio(told_dislikes, told_)),
+        "observed feedback": 1 - ratio(ratio(kept_dislikes, kept_observed), ratio(dislikes, observed_)),
         "IPS, slots filled": 1 - ratio(ips, shown_),
         "doubly robust, slots filled": 1 - ratio(robust, shown_),
     }
@@ -259,21 +147,192 @@ def filter_effects(simulation: Simulation, user_days: int = 4_000) -> Result:
         "impressions": len(rows),
         "users": len(users),
         "true_dislike_rate": float(columns[:, 0].mean()),
-        "told_dislike_rate": float(disliked[told].mean()),
+        "observed_dislike_rate": float(disliked[observed].mean()),
         "share_withheld": float(1 - columns[:, 3].mean()),
-        "told_auc": {name: interval(auc) for name, auc in aucs.items()},  # the truth's is the ceiling of any score
-        "reduction": {name: interval(values) for name, values in estimates.items()},
-        "reduction_minus_truth_filled": {
-            name: interval(values - true_filled) for name, values in estimates.items() if not name.startswith("truth")
-        },
+        "observed_auc": {name: interval(auc) for name, auc in aucs.items()},  # the truth's is the ceiling of any score
+        "rows": [
+            {"name": name, "reduction": interval(values)}
+            | ({} if name.startswith("truth") else {"minus_truth_filled": interval(values - true_filled)})
+            for name, values in estimates.items()
+        ],
     }
 
 
-def told_to_true(score: np.ndarray, settings: SimulationSettings) -> np.ndarray:
-    """P(dislike) from P(dislike | told), by the rates at which dislikes and likes are told."""
+def true_probability(score: np.ndarray, settings: SimulationSettings) -> np.ndarray:
+    """P(dislike) from P(dislike | reported), by the rates at which dislikes and likes are reported."""
     odds = score / (1 - score) * settings.report_like - settings.false_dislike
     odds = np.maximum(odds, 0) / settings.report_dislike
     return odds / (1 + odds)
+
+
+def recovery(simulation: Simulation, runs: Path, preset: str, steps: int, seeds: list[int]) -> Result:
+    """Trains ``runs``/TARGET-SEED where it is not there, and measures each against the truth.
+
+    On random test requests: the mean true dislike probability of the 20 items generated, the share of them among the
+    user's top 5 % true dislikes, and the rank correlation of verdict and true probability over random unseen items.
+    The random, the prior's and the best possible list stand beside. Seeds are averaged user by user.
+    """
+    data = prepared(simulation, runs)
+    values: dict[str, list[np.ndarray]] = {}
+    requests: Requests | None = None
+    for target in TARGETS:
+        for seed in seeds:
+            engine = fitted(target, seed, steps, data, runs / f"{target}-{seed}", preset)
+            test = engine.split.test
+            order = np.random.default_rng(0).permutation(len(test))
+            truth = Truths(simulation, test.take(np.sort(order[: 2 * REQUESTS])))
+            requests = truth.requests
+            found = {target: generate(engine, requests, TOP)[0]}
+            if not values:
+                found["prior"] = generate(engine, requests, TOP, with_policy=False)[0]
+                found["random"], found["best"] = truth.random, truth.best
+            for name, items in found.items():
+                values.setdefault(f"{name}/true_probability", []).append(truth.mean_probability(items))
+                values.setdefault(f"{name}/top_dislikes", []).append(truth.top_share(items))
+            correlation = truth.rank_correlation(
+                candidate_logits(
+                    engine,
+                    group_candidates(
+                        np.repeat(requests.user, CANDIDATES),
+                        np.repeat(requests.day + 1, CANDIDATES),
+                        truth.candidates.ravel(),
+                    ),
+                )
+            )
+            values.setdefault(f"{target}/verdict_rank_correlation", []).append(correlation)
+    assert requests is not None
+    return {
+        "preset": preset,
+        "steps": steps,
+        "seeds": seeds,
+        "requests": len(requests),
+        "rows": recovery_rows(requests, values),
+    }
+
+
+def fitted(target: str, seed: int, steps: int, data: Path, out: Path, preset: str) -> Engine:
+    """An engine after ``steps`` of SFT on one of ``TARGETS``, alike in all else; its weights are kept in ``out``.
+
+    Nothing is chosen on valid, whose futures are windows: the last weights count, at the full scale of code logits.
+    """
+    settings = (f"train.seed={seed}", "align.steps=0", f"sft.steps={steps}")
+    run, engine, _ = open_stage("sft", TrainOptions(preset=preset, data=data, out=out, overrides=settings))
+    kept = run.checkpoints / "sft"
+    if not kept.is_dir():
+        stage, journal = SftStage(engine), Journal(run.path, {"sft": steps}, None)
+        stage.next_items.requests = aimed(engine.log, engine.split, target, stage.next_items.requests, seed)
+        run_stage(stage, 1, engine.policy, run.path, engine.config.train, journal, None, None, 0)
+    load_weights(kept, engine.policy)
+    engine.policy.eval().requires_grad_(False)
+    return engine
+
+
+def aimed(log: EventLog, split: Split, target: str, requests: Requests, seed: int) -> Requests:
+    """Train requests with the F of a target; "later": as many items as the window's, drawn from all dislikes of the
+    train days after t."""
+    if target == "window":
+        return requests
+    if target == "next":
+        return only_next(log, requests)
+    rng, parts = np.random.default_rng(seed), [np.zeros(0, np.int32)]
+    for row, size in enumerate(np.diff(requests.dislike_offsets)):
+        if size:
+            later = later_dislikes(log, int(requests.user[row]), int(requests.day[row]), split.valid_day)
+            parts.append(np.sort(rng.choice(later, size, replace=False)))
+    return replace(requests, dislikes=np.concatenate(parts))
+
+
+def later_dislikes(log: EventLog, user: int, day: int, before_day: int | None = None) -> np.ndarray:
+    """The items unseen up to the end of ``day`` that the user dislikes later, the first first, int32; without those
+    first disliked on ``before_day`` or after, if given."""
+    own = slice(log.user_offsets[user], log.user_offsets[user + 1])
+    item, feedback, days = log.item[own], log.feedback[own], log.time[own] // 86_400
+    in_time = days > day if before_day is None else (days > day) & (days < before_day)
+    later = item[in_time & (feedback == DISLIKE)]
+    later = later[~np.isin(later, item[days <= day])]
+    _, first = np.unique(later, return_index=True)
+    return later[np.sort(first)]
+
+
+class Truths:
+    """True probabilities of the unseen, released items of at most `REQUESTS` requests that have enough of them."""
+
+    def __init__(self, simulation: Simulation, requests: Requests) -> None:
+        log, truth, rng = simulation.log, simulation.truth, np.random.default_rng(1)
+        self.p = truth.dislike_probability(requests.user[:, None], np.arange(log.n_items)[None])
+        for row, (user, day) in enumerate(zip(requests.user, requests.day, strict=True)):
+            own = slice(log.user_offsets[user], log.user_offsets[user + 1])
+            self.p[row, log.item[own][log.day[own] <= day]] = np.nan
+            self.p[row, truth.release > day - FIRST_DAY] = np.nan
+        enough = np.flatnonzero((~np.isnan(self.p)).sum(1) >= 2 * CANDIDATES)[:REQUESTS]
+        self.p, self.requests = self.p[enough], requests.take(enough)
+        shuffled = np.argsort(np.where(np.isnan(self.p), 2.0, rng.random(self.p.shape)), axis=1)
+        self.candidates = np.sort(shuffled[:, :CANDIDATES], axis=1).astype(np.int32)
+        self.random = shuffled[:, :TOP].astype(np.int32)
+        self.best = np.argsort(np.where(np.isnan(self.p), 1.0, -self.p), axis=1)[:, :TOP].astype(np.int32)
+
+    def mean_probability(self, items: np.ndarray) -> np.ndarray:
+        """float64 [R]; items that nobody can have been shown yet count as disliked by nobody."""
+        return np.nan_to_num(np.take_along_axis(self.p, items.astype(np.int64), axis=1)).mean(1)
+
+    def top_share(self, items: np.ndarray) -> np.ndarray:
+        least = np.nanquantile(self.p, 1 - TOP_SHARE, axis=1)
+        return (np.take_along_axis(self.p, items.astype(np.int64), axis=1) >= least[:, None]).mean(1)
+
+    def rank_correlation(self, score: np.ndarray) -> np.ndarray:
+        """Spearman's over each request's candidates, float64 [R]; ``score`` is [R * CANDIDATES]."""
+        ranks = [
+            np.argsort(np.argsort(x, axis=1), axis=1).astype(float)
+            for x in (
+                score.reshape(-1, CANDIDATES),
+                np.take_along_axis(self.p, self.candidates.astype(np.int64), axis=1),
+            )
+        ]
+        a, b = (r - r.mean(1, keepdims=True) for r in ranks)
+        return (a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1))
+
+
+def prepared(simulation: Simulation, runs: Path) -> Path:
+    """The simulation as a data set in ``runs``/data. InputError where that is one of other settings."""
+    data, log, settings = runs / "data", runs / "log", runs / "simulation.json"
+    if not settings.exists():
+        runs.mkdir(parents=True, exist_ok=True)
+        with atomic_file(settings) as temporary:
+            temporary.write_text(json.dumps(asdict(simulation.settings), indent=1) + "\n")
+    elif json.loads(settings.read_text()) != asdict(simulation.settings):
+        raise InputError(f"{runs}: holds runs on another simulation, see {settings.name}; give another --runs")
+    if not log.exists():
+        write_simulation(simulation, log)
+    if not data.exists():
+        prepare(
+            log / "events.parquet",
+            log / "items.csv",
+            data,
+            mapping=EventMapping(dislike=(parse_rule("feedback==dislike"),), like=(parse_rule("feedback==like"),)),
+            item_mapping=ItemMapping(text="title", attributes=(("topic", ""),)),
+            split=SplitSettings(),
+            semantic_ids=SemanticIdSettings(encoder="tfidf", codebook=64),
+        )
+    return data
+
+
+def recovery_rows(requests: Requests, values: dict[str, list[np.ndarray]]) -> list[Result]:
+    """Means over seeds and requests, and the window minus each other target."""
+    users, owner = np.unique(requests.user, return_inverse=True)
+    weights = resample_users(len(users), RESAMPLES, 0)
+    samples: dict[str, dict[str, np.ndarray]] = {}
+    for key, columns in values.items():
+        name, _, metric = key.partition("/")
+        value = np.mean(columns, axis=0)
+        sums = weighted_sums(weights, owner, np.stack([value, np.ones(len(value))], axis=1))
+        samples.setdefault(name, {})[metric] = ratio(sums[:, 0], sums[:, 1])
+    for other in TARGETS[1:]:
+        window = samples["window"]
+        samples[f"window minus {other}"] = {metric: window[metric] - samples[other][metric] for metric in window}
+    return [
+        {"name": name} | {metric: interval(sample) for metric, sample in found.items()}
+        for name, found in samples.items()
+    ]
 
 
 if __name__ == "__main__":

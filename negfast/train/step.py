@@ -21,7 +21,8 @@ class Batch(Protocol):
 
     @property
     def tokens(self) -> int:
-        """Tokens that go through the policy at once, forward and backward; at most, where completions are yet to be sampled."""
+        """Tokens that go through the policy at once, forward and backward; where completions are yet to be sampled, at
+        most."""
         ...
 
 

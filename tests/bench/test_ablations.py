@@ -46,10 +46,12 @@ def test_rows_and_their_differences(tiny_run: Path, tmp_path: Path) -> None:
         assert result.exit_code == 0, result.output
     found = json.loads(out.read_text())
     assert found["steps"] == {stage: SETTINGS[f"{stage}.steps"] for stage in ("align", "sft", "grpo")}
-    assert [row["name"] for row in found["rows"].values()] == ["default", *names]
-    differences = found["rows"]["default-0"]["differences"]
-    assert {d["mean"] for d in differences if d["b"].startswith("default") and d["mean"] is not None} == {0.0}
-    row = found["rows"]["no-prior-0"]
+    assert [row["name"] for row in found["rows"]][-1] == names[-1]
+    rows = {row["name"]: row for row in found["rows"]}
+    assert sorted(rows) == sorted(["default", *names]) and len(rows) == len(found["rows"])
+    differences = rows["default"]["differences"]
+    assert {d["mean"] for d in differences if d["mean"] is not None} == {0.0}
+    row = rows["no-prior"]
     assert {d["metric"] for d in row["differences"]} == set(METRICS)
     assert any(d["mean"] for d in row["differences"] if d["b"] == "default sft")
     behind = {name: {line["stage"] for line in map(json.loads, (runs / f"{name}-0" / "metrics.jsonl").open())}

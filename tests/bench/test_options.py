@@ -30,14 +30,14 @@ def test_options_have_the_types_of_the_defaults():
         (["--long", "maybe"], "--long: found 'maybe', expected yes or no"),
     ],
 )
-def test_what_does_not_fit_is_told(arguments, message):
+def test_what_does_not_fit_is_refused(arguments, message):
     with pytest.raises(ValueError) as error:
         parse_options(bench, arguments)
     assert str(error.value) == message
 
 
 def test_an_experiment_exits_with_2_in_a_line(tmp_path):
-    found = CliRunner().invoke(simulator, ["--parts", "recovery", "--seeds", "x", "--out", str(tmp_path / "out.json")])
+    found = CliRunner().invoke(simulator, ["--seeds", "x", "--out", str(tmp_path / "out.json")])
     assert found.exit_code == 2 and not (tmp_path / "out.json").exists()
     assert found.output == "Error: --seeds: found 'x', expected whole numbers with commas between them\n"
 

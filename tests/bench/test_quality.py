@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.answers import answers
-from bench.quality import METRICS, compared, equal_compute, grpo_minus_sft, run, table_rows
+from bench.predictions import predictions_of
+from bench.quality import METRICS, SHOWN, compared, equal_compute, grpo_minus_sft, run, table_rows
 from bench.runs import branch, trained
 from negfast.config import Reward, load_config
 from negfast.data.dataset import Dataset
@@ -35,7 +35,7 @@ def evalset(tiny_data: Path) -> EvalSet:
     return evaluation_set(data.log, data.split(), "valid")
 
 
-def random_answers(evalset: EvalSet, seed: int) -> Predictions:
+def random_predictions(evalset: EvalSet, seed: int) -> Predictions:
     rng = np.random.default_rng(seed)
     return Predictions(
         filter_score=rng.random(len(evalset.filter_user)),
@@ -46,26 +46,25 @@ def random_answers(evalset: EvalSet, seed: int) -> Predictions:
 
 
 def test_a_row_is_the_mean_over_seeds_under_the_same_resamples(evalset: EvalSet) -> None:
-    predictions = {"boosted": replace(random_answers(evalset, 0), kind="baseline")}
-    predictions |= {f"sft#{seed}": random_answers(evalset, seed) for seed in (1, 2, 3)}
+    predictions = {"boosted": replace(random_predictions(evalset, 0), kind="baseline")}
+    predictions |= {f"sft#{seed}": random_predictions(evalset, seed) for seed in (1, 2, 3)}
     samples = metric_samples(evalset, predictions, resamples=40)
-    rows, averaged = table_rows(evalset, predictions, samples)
+    rows, averaged = table_rows(predictions, samples)
     assert [row["name"] for row in rows] == ["boosted", "sft"]
     sft = rows[1]
     by_seed = [samples[f"sft#{seed}"]["filter_auc"][0] for seed in (1, 2, 3)]
     assert sft["by_seed"]["filter_auc"] == by_seed and "by_seed" not in rows[0]
     assert sft["filter_auc"]["mean"] == pytest.approx(np.mean(by_seed))
-    assert sum(b["events"] for b in sft["filter_reliability"]) == 3 * len(evalset.filter_user)
     width = {name: row["filter_auc"]["high"] - row["filter_auc"]["low"] for name, row in zip("ab", rows, strict=True)}
     assert width["b"] < width["a"]  # three random scores vary less than one
-    assert compared(averaged) == [("sft", "boosted")]
-    (difference,) = paired_differences(averaged, compared(averaged), ("filter_auc",))
+    assert compared(averaged | {"grpo": averaged["sft"]}) == [("grpo", "boosted"), ("grpo", "sft")]
+    (difference,) = paired_differences(averaged, [("sft", "boosted")], ("filter_auc",))
     assert difference["mean"] == pytest.approx(np.mean(by_seed) - rows[0]["filter_auc"]["mean"])
 
 
 def test_grpo_minus_sft_is_a_seed_each(evalset: EvalSet) -> None:
-    predictions = {f"{name}#{seed}": random_answers(evalset, seed) for seed in (0, 1) for name in ("sft", "grpo")}
-    predictions["grpo#1"] = predictions["sft-long#1"] = random_answers(evalset, 9)
+    predictions = {f"{name}#{seed}": random_predictions(evalset, seed) for seed in (0, 1) for name in ("sft", "grpo")}
+    predictions["grpo#1"] = predictions["sft-long#1"] = random_predictions(evalset, 9)
     samples = metric_samples(evalset, predictions, resamples=20)
     first, second = grpo_minus_sft([0, 1], samples)
     assert (first["seed"], first["mean_reward"]["mean"], first["filter_auc"]["mean"]) == (0, 0.0, 0.0)
@@ -94,9 +93,9 @@ def test_the_table_of_finished_runs(tiny_run: Path, tmp_path: Path) -> None:
     assert {"boosted", "item-rate", "decay-4d"} <= set(rows)
     assert all(rows[name]["mean_reward"]["mean"] is not None for name in ("prior", *models))
     pairs = {(d["a"], d["b"], d["metric"]) for d in result["differences"]}
-    assert {("grpo", "sft", "mean_reward"), ("sft", "boosted", "filter_auc"), ("sft-long", "grpo", "FHR@20")} <= pairs
-    assert {("grpo", "grpo-no-align", "filter_auc"), ("sft", "sft-no-align", "filter_auc")} <= pairs
+    assert {("grpo", "sft", "mean_reward"), ("grpo", "boosted", "filter_auc"), ("grpo", "decay-4d", "FHR@20")} <= pairs
     assert {metric for _, _, metric in pairs} <= set(METRICS)
+    assert set(SHOWN) <= set(rows["grpo"]) and set(rows["grpo"]["by_seed"]) == set(METRICS)
     (entry,) = result["grpo_minus_sft"]
     means = [rows[name]["mean_reward"]["mean"] for name in ("grpo", "sft", "sft-long")]
     assert entry["mean_reward"]["mean"] == pytest.approx(means[0] - means[1])
@@ -120,19 +119,19 @@ def test_the_table_of_finished_runs(tiny_run: Path, tmp_path: Path) -> None:
     assert refit["decay-4d"]["FHR@20"] == rows["decay-4d"]["FHR@20"]  # nothing is fitted
 
 
-def test_answers_are_asked_once(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predictions_are_made_once(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_folder = RunFolder(tiny_run)
     engine = run_folder.finished_engine(None)
     valid = evaluation_set(engine.log, engine.split, "valid")
-    first = answers(run_folder, ["prior", "sft", "grpo"], valid, valid, engine.config.reward)
+    first = predictions_of(run_folder, ["prior", "sft", "grpo"], valid, valid, engine.config.reward)
     assert first["prior"].filter_score is None and first["grpo"].filter_threshold is not None
     monkeypatch.setattr(RunFolder, "finished_engine", None)
-    again = answers(run_folder, ["prior", "grpo"], valid, valid, engine.config.reward)
-    for name, answer in again.items():
-        for field, value in vars(answer).items():
+    again = predictions_of(run_folder, ["prior", "grpo"], valid, valid, engine.config.reward)
+    for name, found in again.items():
+        for field, value in vars(found).items():
             np.testing.assert_array_equal(value, getattr(first[name], field))
-    with pytest.raises(TypeError):  # another reward is another question
-        answers(run_folder, ["grpo"], valid, valid, Reward(like_penalty=0.7))
+    with pytest.raises(TypeError):  # another reward gives other expected rewards
+        predictions_of(run_folder, ["grpo"], valid, valid, Reward(like_penalty=0.7))
 
 
 def test_a_run_with_other_settings_is_not_taken_for_it(tiny_run: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def test_measures_every_installed_system(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("Mtok/s") == len(result["rows"])
 
 
-def test_a_wrong_answer_is_not_measured(tmp_path, monkeypatch):
+def test_wrong_output_is_not_measured(tmp_path, monkeypatch):
     bench = Bench(make_sequences(30), tmp_path)
     monkeypatch.setattr("bench.shards.write_shard", _write_with_a_wrong_item)
     with pytest.raises(AssertionError, match="something else than was written"):

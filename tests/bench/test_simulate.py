@@ -71,10 +71,10 @@ def test_feedback_follows_the_truth() -> None:
         there = (p >= low) & (p < high)
         spread = np.sqrt((p * (1 - p))[there].sum())
         assert abs(simulation.disliked[there].sum() - p[there].sum()) < 4 * spread
-    told = [(log.feedback[simulation.disliked] == kind).mean() for kind in (DISLIKE, LIKE, EXPOSED)]
-    assert told == pytest.approx([0.7, 0, 0.3], abs=0.02)
-    told = [(log.feedback[~simulation.disliked] == kind).mean() for kind in (DISLIKE, LIKE, EXPOSED)]
-    assert told == pytest.approx([0.05, 0.3, 0.65], abs=0.01)
+    reported = [(log.feedback[simulation.disliked] == kind).mean() for kind in (DISLIKE, LIKE, EXPOSED)]
+    assert reported == pytest.approx([0.7, 0, 0.3], abs=0.02)
+    reported = [(log.feedback[~simulation.disliked] == kind).mean() for kind in (DISLIKE, LIKE, EXPOSED)]
+    assert reported == pytest.approx([0.05, 0.3, 0.65], abs=0.01)
 
 
 def test_the_dislike_rate_is_that_of_all_pairs_and_the_recommender_avoids_dislikes() -> None:

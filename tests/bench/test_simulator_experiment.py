@@ -1,20 +1,18 @@
-"""What the simulator experiments measure, in worlds where the answer is known."""
+"""What the simulator experiment measures, in worlds where the truth is known."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from bench.experiments import recovery
-from bench.experiments.recovery import later_dislikes
-from bench.experiments.simulator import filter_effects, simulated_targets, told_to_true
+from bench.experiments import simulator
+from bench.experiments.simulator import aimed, filter_effects, later_dislikes, recovery, true_probability
 from bench.simulate import FIRST_DAY, SimulationSettings, simulate
 from negfast.data.log import DISLIKE
 from negfast.data.split import split_requests
 from negfast.errors import InputError
 
 SIZES = {"users": 700, "items": 300, "days": 50, "impressions": 3.0, "topics": 10}
-INDIFFERENT = {"personal": 0.0, "suppression": 0.0, "popularity": 0.0, "freshness": 1e9, "false_dislike": 0.0}
 
 
 def test_later_dislikes_are_in_order_and_unseen() -> None:
@@ -32,37 +30,22 @@ def test_later_dislikes_are_in_order_and_unseen() -> None:
     assert found_any
 
 
-def test_told_to_true_undoes_the_reporting() -> None:
+def test_true_probability_undoes_the_reporting() -> None:
     settings = SimulationSettings()
     p = np.linspace(0.01, 0.99, 50)
-    told_dislikes = p * settings.report_dislike + (1 - p) * settings.false_dislike
-    told = told_dislikes / (told_dislikes + (1 - p) * settings.report_like)
-    np.testing.assert_allclose(told_to_true(told, settings), p)
-
-
-def test_targets_are_the_truth_where_nobody_chooses_what_is_shown() -> None:
-    """An indifferent recommender shows dislikes in proportion to their true probability; the usual one does not."""
-    found = {
-        name: simulated_targets(simulate(SimulationSettings(**SIZES, **changes)), sample=600)
-        for name, changes in (("indifferent", INDIFFERENT), ("usual", {}))
-    }
-    gap = {name: rows["window-random_true/true_rank"] for name, rows in found.items()}
-    assert abs(gap["indifferent"]["mean"]) < 0.03
-    assert gap["usual"]["high"] < -0.05
-    for (
-        rows
-    ) in found.values():  # the window covers more than the next item because it is larger, and for no other reason
-        assert rows["window-next/covers_true_interests"]["low"] > 0.03
-        assert abs(rows["window-random_later/covers_true_interests"]["mean"]) < 0.03
+    reported_dislikes = p * settings.report_dislike + (1 - p) * settings.false_dislike
+    reported = reported_dislikes / (reported_dislikes + (1 - p) * settings.report_like)
+    np.testing.assert_allclose(true_probability(reported, settings), p)
 
 
 def test_propensities_find_the_true_effect_of_a_filter() -> None:
     settings = SimulationSettings(**SIZES, dislike_rate=0.3)
     result = filter_effects(simulate(settings), user_days=1_000)
-    reduction, truth = result["reduction"], result["reduction"]["truth, slots filled"]["mean"]
+    reduction = {row["name"]: row["reduction"] for row in result["rows"]}
+    truth = reduction["truth, slots filled"]["mean"]
     assert truth > 0.03
     assert result["share_withheld"] == pytest.approx(0.1, abs=0.06)
-    auc = result["told_auc"]
+    auc = result["observed_auc"]
     assert 0.5 < auc["score"]["low"] < auc["score"]["high"] < auc["truth"]["low"] < 1
     for name in ("IPS, slots filled", "doubly robust, slots filled"):
         assert reduction[name]["low"] < truth < reduction[name]["high"]
@@ -74,31 +57,32 @@ def test_propensities_find_the_true_effect_of_a_filter() -> None:
 @pytest.mark.slow
 def test_recovery_trains_on_each_target_and_finds_its_runs_again(tmp_path, monkeypatch) -> None:
     simulation = simulate(SimulationSettings(**SIZES | {"users": 250}, dislike_rate=0.3))
-    monkeypatch.setattr(recovery, "REQUESTS", 60)
-    monkeypatch.setattr(recovery, "TARGETS", ("window", "later"))
-    found = recovery.recovery(simulation, tmp_path, "smoke", 2, [0])
+    monkeypatch.setattr(simulator, "REQUESTS", 60)
+    monkeypatch.setattr(simulator, "TARGETS", ("window", "later"))
+    found = recovery(simulation, tmp_path, "smoke", 2, [0])
     assert found["requests"] == 60
-    best = found["best/true_probability"]["low"]
-    assert found["random/true_probability"]["high"] < best
-    for target in recovery.TARGETS:
-        assert 0 < found[f"{target}/true_probability"]["mean"] < best
-        assert found[f"{target}/top_dislikes"]["mean"] < found["best/top_dislikes"]["mean"]
-        assert abs(found[f"{target}/verdict_rank_correlation"]["mean"]) < 1
+    rows = {row["name"]: row for row in found["rows"]}
+    best = rows["best"]["true_probability"]["low"]
+    assert rows["random"]["true_probability"]["high"] < best
+    for target in simulator.TARGETS:
+        assert 0 < rows[target]["true_probability"]["mean"] < best
+        assert rows[target]["top_dislikes"]["mean"] < rows["best"]["top_dislikes"]["mean"]
+        assert abs(rows[target]["verdict_rank_correlation"]["mean"]) < 1
         assert (tmp_path / f"{target}-0" / "checkpoints" / "sft").is_dir()
-    monkeypatch.setattr(recovery, "aimed", None)  # nothing is trained again
-    assert recovery.recovery(simulation, tmp_path, "smoke", 2, [0]) == found
+    monkeypatch.setattr(simulator, "aimed", None)  # nothing is trained again
+    assert recovery(simulation, tmp_path, "smoke", 2, [0]) == found
     other = simulate(replace(simulation.settings, seed=simulation.settings.seed + 1))
     with pytest.raises(InputError, match=r"holds runs on another simulation, see simulation\.json"):
-        recovery.recovery(other, tmp_path, "smoke", 2, [0])
+        recovery(other, tmp_path, "smoke", 2, [0])
 
 
 def test_every_target_has_its_own_future() -> None:
     log = simulate(SimulationSettings(**SIZES | {"users": 250}, dislike_rate=0.3)).log
     split = split_requests(log, 7, FIRST_DAY + 25, FIRST_DAY + 36)
     requests = split.train
-    next_only = recovery.aimed(log, split, "next", requests, 0)
-    later = recovery.aimed(log, split, "later", requests, 0)
-    assert recovery.aimed(log, split, "window", requests, 0) is requests
+    next_only = aimed(log, split, "next", requests, 0)
+    later = aimed(log, split, "later", requests, 0)
+    assert aimed(log, split, "window", requests, 0) is requests
     assert np.array_equal(np.diff(next_only.dislike_offsets), np.minimum(np.diff(requests.dislike_offsets), 1))
     assert np.array_equal(later.dislike_offsets, requests.dislike_offsets)
     beyond = 0

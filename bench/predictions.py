@@ -1,4 +1,4 @@
-"""What finished runs answer to a split: asked once, kept beside the run, read by every table."""
+"""Predictions of finished runs on a split: made once and kept beside the run."""
 
 import json
 from collections.abc import Sequence
@@ -21,44 +21,44 @@ from negfast.runtime.run_folder import RunFolder
 from negfast.train.expected import expected_rewards, reward_table
 
 
-def answers(
+def predictions_of(
     run: RunFolder, names: Sequence[str], evalset: EvalSet, valid: EvalSet, reward: Reward
 ) -> dict[str, Predictions]:
-    """What "prior" and the weights of "sft" and "grpo" answer, with their expected rewards by ``reward``.
+    """Predictions of "prior" and of the weights of "sft" and "grpo", with their expected rewards by ``reward``.
 
-    Each is kept in RUN/answers under the checksum of its weights, so that weights which GRPO left as they were are
-    asked once; delete the folder after a change of the evaluation.
+    Each is kept in RUN/predictions under the checksum of its weights, so that weights which GRPO left unchanged are
+    evaluated once. Delete the folder after a change of the evaluation.
     """
     engine: Engine | None = None
     found = {}
     for name in names:
         weights = "prior" if name == "prior" else read_state(run.weights(name))["files"][WEIGHTS]["sha256"][:16]
-        kept = run.path / "answers" / f"{evalset.name}-{weights}.safetensors"
+        kept = run.path / "predictions" / f"{evalset.name}-{weights}.safetensors"
         wanted = {"reward": json.dumps(asdict(reward))}
         if not kept.exists() or _metadata(kept)["reward"] != wanted["reward"]:
             engine = run.finished_engine(None) if engine is None else engine
-            _keep(kept, _ask(run, engine, name, evalset, valid, reward), wanted)
+            _keep(kept, _predict(run, engine, name, evalset, valid, reward), wanted)
         found[name] = _read(kept)
     return found
 
 
-def _ask(
+def _predict(
     run: RunFolder, engine: Engine, name: str, evalset: EvalSet, valid: EvalSet, reward: Reward
 ) -> dict[str, np.ndarray]:
     if name == "prior":
         engine.policy.block.scale.zero_()  # the prior alone chooses
-        answer = Predictions(generated=generate(engine, evalset.requests, TOP, with_policy=False)[0])
+        found = Predictions(generated=generate(engine, evalset.requests, TOP, with_policy=False)[0])
     else:
-        answer = stage_predictions(run, engine, name, evalset, valid)
+        found = stage_predictions(run, engine, name, evalset, valid)
     rewards = expected_rewards(engine, evalset.requests, reward_table(engine, evalset.requests, reward))
-    found = {
-        "generated": answer.generated,
-        "filter_score": answer.filter_score,
-        "filter_threshold": answer.filter_threshold,
-        "pool_score": answer.pool_score,
+    arrays = {
+        "generated": found.generated,
+        "filter_score": found.filter_score,
+        "filter_threshold": found.filter_threshold,
+        "pool_score": found.pool_score,
         "expected_reward": rewards,
     }
-    return {field: np.ascontiguousarray(value) for field, value in found.items() if value is not None}
+    return {field: np.ascontiguousarray(value) for field, value in arrays.items() if value is not None}
 
 
 def _keep(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
