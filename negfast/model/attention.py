@@ -60,7 +60,7 @@ def group_attention(
     if layout.new_tokens:
         kept = layout.keys[layer]
         kept.append_own(*(x[rows:].unflatten(0, (layout.completions, layout.new_tokens)) for x in (key, value)))
-        outputs.append(parts.completion_attention(kept, layout, query[rows:], scale))
+        outputs.append(parts.answer_attention(kept, layout, query[rows:], scale))
     return torch.cat(outputs).unsqueeze(0) if len(outputs) > 1 else outputs[0].unsqueeze(0), None
 
 

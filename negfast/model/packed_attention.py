@@ -6,7 +6,7 @@ The parts are those of `padded_attention`, their eager reference.
 import torch
 from torch import Tensor
 
-from negfast.kernels.completion_attention import completion_attention as over_prompt_and_own
+from negfast.kernels.answer_attention import answer_attention as over_prompt_and_own
 from negfast.kernels.prompt_attention import prompt_attention as causal
 from negfast.model.layout import GroupLayout, LayerKeys
 
@@ -30,7 +30,7 @@ def last_token_attention(kept: LayerKeys, layout: GroupLayout, query: Tensor, sc
     return over_prompt_and_own(query.unsqueeze(1), key, value, none, none, *offsets, *sizes, scale).squeeze(1)
 
 
-def completion_attention(kept: LayerKeys, layout: GroupLayout, query: Tensor, scale: float) -> Tensor:
+def answer_attention(kept: LayerKeys, layout: GroupLayout, query: Tensor, scale: float) -> Tensor:
     """Attention of the answers' new tokens, query [A * n, H, D], over their prompt and their own tokens so far."""
     queries = query.unflatten(0, (layout.completions, layout.new_tokens))
     tensors = queries, kept.prompt_key[0], kept.prompt_value[0], *kept.own()

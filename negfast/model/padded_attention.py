@@ -1,7 +1,7 @@
 """Attention of one layer in eager code: the prompts in buckets of similar length, each padded to its longest.
 
 What computes on the CPU, and what `packed_attention` is held against. A layer's attention is `prompt_keys`, then
-`prompt_attention` or `last_token_attention` of the prompts and `completion_attention` of their answers.
+`prompt_attention` or `last_token_attention` of the prompts and `answer_attention` of their answers.
 """
 
 import torch
@@ -62,7 +62,7 @@ def last_token_attention(kept: LayerKeys, layout: GroupLayout, query: Tensor, sc
     return out if layout.token_order is None else out.index_select(0, layout.place)
 
 
-def completion_attention(kept: LayerKeys, layout: GroupLayout, query: Tensor, scale: float) -> Tensor:
+def answer_attention(kept: LayerKeys, layout: GroupLayout, query: Tensor, scale: float) -> Tensor:
     """Attention of the answers' new tokens, query [A * n, H, D], over their prompt and their own tokens so far."""
     answers, new, past = layout.completions, layout.new_tokens, layout.past_tokens
     own_key, own_value = kept.own()

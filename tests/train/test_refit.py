@@ -144,3 +144,18 @@ def test_the_same_call_finds_it_and_others_are_refused(tiny_run, refitted, tmp_p
     unfinished = run_cli("train", "--refit", str(tmp_path / "none"), "--out", str(tmp_path / "x"), code=2)
     assert "expected a run directory" in unfinished
     assert "--preset has no place" in run_cli("train", "--refit", str(tiny_run), "--preset", "smoke", code=2)
+
+
+def test_on_the_whole_log_it_leaves_nothing_to_measure_it_on(tiny_run, tmp_path):
+    said = run_cli("train", "--refit", str(tiny_run), "--whole-log", "--out", str(tmp_path / "run"))
+    run = RunFolder(tmp_path / "run")
+    log = Dataset.open(run.data).log
+    engine = run.finished_engine(None)
+    assert run.refit.until == run.learned_until == engine.fit_until == int(log.day.max()) + 1
+    everything = all_requests(log, engine.data.horizon)
+    assert len(engine.train_requests) == (everything.day + engine.data.horizon < engine.fit_until).sum()
+    assert "learned from the whole log" in said and not run.report.exists()
+    assert "so test, from" in run_cli("eval", str(run.path), code=2)
+    again = run_cli("train", "--refit", str(tiny_run), "--out", str(run.path), code=2)
+    assert f"found a refit on events before {date_of(run.refit.until)}" in again
+    assert "--whole-log: expected --refit RUN" in run_cli("train", "--whole-log", code=2)

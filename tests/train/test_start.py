@@ -1,5 +1,7 @@
 """What is settled, and refused, before a run does any work."""
 
+import re
+
 import pytest
 from safetensors.torch import load_file
 
@@ -55,3 +57,24 @@ def test_a_shape_that_is_none_is_refused_before_there_is_a_run(tiny_data, tmp_pa
 def test_views_that_are_more_than_all_are_refused():
     with pytest.raises(InputError, match=r"sft\.negative_view \+ sft\.positive_view: found 1\.3, expected at most 1"):
         check_combinations(load_config(overrides=("sft.negative_view=0.9", "sft.positive_view=0.4")))
+
+
+@pytest.mark.parametrize(
+    ("settings", "idle"),
+    [
+        (("grpo.mixed_share=0.5",), "grpo.mixed_share: found 0.5, but it does nothing with grpo.schedule=mixed"),
+        (("grpo.schedule=static", "grpo.negative_phase=0.1"), "grpo.negative_phase: found 0.1"),
+        (("grpo.clip_high=0.3",), "grpo.clip_high: found 0.3, but it does nothing with grpo.epochs=1"),
+        (("grpo.beta=0", "grpo.kl=k3"), "grpo.kl: found k3"),
+        (("reward.collab_weight=0", "reward.collab_cap=0.3"), "reward.collab_cap: found 0.3"),
+        (("prior.weight=0", "prior.eps=0.5"), "prior.eps: found 0.5"),
+    ],
+)
+def test_a_setting_that_does_nothing_beside_others_is_refused(settings, idle):
+    with pytest.raises(InputError, match=re.escape(idle)):
+        check_combinations(load_config(overrides=settings))
+
+
+def test_the_same_settings_are_taken_where_they_do_something():
+    check_combinations(load_config(overrides=("grpo.epochs=2", "grpo.clip_high=0.3")))
+    check_combinations(load_config(overrides=("grpo.schedule=progressive", "grpo.negative_phase=0.1")))

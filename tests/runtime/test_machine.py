@@ -1,0 +1,60 @@
+"""What a process may use of its machine: affinity, quotas, OMP_NUM_THREADS and memory are honoured."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from negfast.errors import InputError
+from negfast.runtime import engine, machine
+
+
+@pytest.fixture
+def cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    return tmp_path
+
+
+@pytest.mark.parametrize(("quota", "cpus"), [("max 100000", 8), ("150000 100000", 2), ("20000 100000", 1)])
+def test_the_quota_of_a_cgroup_of_version_2(cgroup: Path, quota: str, cpus: int):
+    (cgroup / "cpu.max").write_text(quota + "\n")
+    assert machine.allowed_cpus() == cpus
+
+
+@pytest.mark.parametrize(("quota", "cpus"), [("-1", 8), ("250000", 3)])
+def test_the_quota_of_a_cgroup_of_version_1(cgroup: Path, quota: str, cpus: int):
+    (cgroup / "cpu").mkdir()
+    (cgroup / "cpu/cpu.cfs_quota_us").write_text(quota)
+    (cgroup / "cpu/cpu.cfs_period_us").write_text("100000")
+    assert machine.allowed_cpus() == cpus
+
+
+def test_threads_are_those_asked_for_then_those_of_openmp_then_those_allowed(cgroup: Path, monkeypatch):
+    found = []
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    machine.use_threads(5)
+    machine.use_threads(0)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    machine.use_threads(0)
+    assert found == [5, 3, 8]
+
+
+def test_tables_that_would_not_fit_are_refused_with_the_number(monkeypatch):
+    monkeypatch.setattr(engine, "available_memory", lambda: 2**30)
+    engine.check_memory(1000, 10_000)
+    with pytest.raises(InputError, match=r"needs 6\.0 GiB for 10,000 days x 10,000 items, but 1\.0 GiB are free"):
+        engine.check_memory(10_000, 10_000)
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_idle_threads_wait_passively_unless_told_otherwise(given: str | None, found: str):
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
+    asked = "import negfast.cli, os, sys; assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
+    said = subprocess.run([sys.executable, "-c", asked], env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == found
