@@ -18,7 +18,7 @@ from bench.machine import write_result
 from negfast.data.log import LIKE, history_ends
 from negfast.evaluate.bootstrap import interval, ranked_totals, ratio, resample_users, weighted_sums
 from negfast.evaluate.metrics import FILTER_SHARE, Samples
-from negfast.evaluate.policy_predictions import filter_logits
+from negfast.evaluate.predictions import filter_logits
 from negfast.evaluate.sets import EvalSet, evaluation_set
 from negfast.model.prompts import MIXED, NEGATIVE_ONLY
 from negfast.runtime.engine import Engine

@@ -9,7 +9,7 @@ import numpy as np
 from bench.runs import trained
 from negfast.evaluate.bootstrap import interval, ratio, resample_users, weighted_sums
 from negfast.evaluate.metrics import Samples
-from negfast.evaluate.policy_predictions import predict_set
+from negfast.evaluate.predictions import predict_set
 from negfast.evaluate.sets import EvalSet, evaluation_set
 from negfast.evaluate.table import metric_samples, paired_differences
 from negfast.runtime.engine import Engine

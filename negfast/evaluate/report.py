@@ -15,7 +15,7 @@ from negfast.data.dataset import Dataset, date_of
 from negfast.evaluate.baselines.rates import rate_predictions
 from negfast.evaluate.charts import Line, bar_chart, line_chart, percent
 from negfast.evaluate.eval import evaluate_folder, write_report
-from negfast.evaluate.policy_predictions import predict_set
+from negfast.evaluate.predictions import predict_set
 from negfast.evaluate.report_facts import SHARES, Example, Stratum, Tradeoff, examples, strata, tradeoffs
 from negfast.evaluate.sets import check_choosable, evaluation_set
 from negfast.evaluate.table import HEADLINE

@@ -56,30 +56,30 @@ def tradeoff(score: np.ndarray, dislike: np.ndarray) -> Tradeoff:
     return Tradeoff((bad[cut - 1] / bad[-1]).tolist(), ((cut - bad[cut - 1]) / max(len(order) - bad[-1], 1)).tolist())
 
 
-def strata(log: EventLog, evalset: EvalSet, answer: Predictions) -> list[Stratum]:
+def strata(log: EventLog, evalset: EvalSet, predictions: Predictions) -> list[Stratum]:
     """The model by the number of dislikes that the user had before."""
-    assert answer.filter_score is not None and answer.generated is not None
+    assert predictions.filter_score is not None and predictions.generated is not None
     of_event = past_dislikes(log, evalset.filter_user, evalset.filter_day - 1)
     requests = evalset.requests
     of_request = past_dislikes(log, requests.user, requests.day)
-    hit = np.asarray(future_hits(requests.dislike_offsets, requests.dislikes, answer.generated[:, :20]).any(1))
+    hit = np.asarray(future_hits(requests.dislike_offsets, requests.dislikes, predictions.generated[:, :20]).any(1))
     out = []
     for low, high in PAST_BINS:
         label = f"{low}+" if high is None else str(low) if low == high else f"{low}-{high}"
         wanted = np.arange(low, (int(of_event.max(initial=0)) if high is None else high) + 1)
         events, rows = (np.flatnonzero(np.isin(count, wanted)) for count in (of_event, of_request))
         labels = evalset.filter_dislike[events]
-        auc = float(roc_auc_score(labels, answer.filter_score[events])) if 0 < labels.sum() < len(labels) else None
+        auc = float(roc_auc_score(labels, predictions.filter_score[events])) if 0 < labels.sum() < len(labels) else None
         fhr = float(hit[rows].mean()) if len(rows) else None
         out.append(Stratum(label, len(events), auc, len(rows), fhr))
     return out
 
 
-def examples(data: Dataset, evalset: EvalSet, answer: Predictions, seed: int) -> list[Example]:
+def examples(data: Dataset, evalset: EvalSet, predictions: Predictions, seed: int) -> list[Example]:
     """A random choice of users with past likes and dislikes, half of them with a hit where there are such."""
-    assert answer.generated is not None
+    assert predictions.generated is not None
     log, requests = data.log, evalset.requests
-    top = answer.generated[:, : SHOWN + 2]
+    top = predictions.generated[:, : SHOWN + 2]
     hit = future_hits(requests.dislike_offsets, requests.dislikes, top)
     liked = future_hits(requests.like_offsets, requests.likes, top)
     known = np.flatnonzero(past_dislikes(log, requests.user, requests.day) >= 3)

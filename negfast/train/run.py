@@ -13,7 +13,7 @@ from negfast.config import Config, Model, Sid, Train, load_config, to_toml
 from negfast.data.dataset import Dataset, date_of
 from negfast.errors import InputError
 from negfast.evaluate.eval import evaluate_folder, write_report
-from negfast.evaluate.policy_predictions import calibrate
+from negfast.evaluate.predictions import calibrate
 from negfast.evaluate.sets import check_choosable, evaluation_set
 from negfast.files import atomic_file, check_output
 from negfast.kernels import FULL_VOCABULARY, implementations
