@@ -25,6 +25,14 @@ class Line:
     dots: bool = False
 
 
+def changes(lines: Sequence[Line], span: float = 0.0) -> bool:
+    """Whether any of the lines goes up or down by more than a hundredth of the axis that `line_chart` gives them."""
+    ranges = [[y for y in line.y if math.isfinite(y)] for line in lines]
+    drawn = [y for ys in ranges for y in ys]
+    axis = max(span, max(drawn) - min(drawn)) if drawn else span
+    return any(max(ys) - min(ys) > axis / 100 for ys in ranges if ys)
+
+
 def number(value: float, step: float = 0.001) -> str:
     """1,200 or 0.35: as many digits as tell values ``step`` apart; powers of ten where these are too many."""
     digits = next((d for d in range(6) if abs(round(step, d) - step) < step * 1e-6), 6)

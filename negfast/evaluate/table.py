@@ -109,9 +109,7 @@ def metric_samples(
     costs: Costs | None = None,
 ) -> dict[str, Samples]:
     """Every metric of every predictor under the same resamples of users: float64 [1 + resamples], the figure first."""
-    users = np.unique(np.concatenate([evalset.requests.user, evalset.filter_user]))
-    weights = resample_users(len(users), resamples, seed)
-    of_request, of_event = (np.searchsorted(users, u) for u in (evalset.requests.user, evalset.filter_user))
+    weights, of_request, of_event = resampled(evalset, resamples, seed)
     out: dict[str, Samples] = {}
     for name, predicted in predictions.items():
         _check_shapes(evalset, name, predicted)
@@ -127,6 +125,13 @@ def metric_samples(
         if predicted.expected_reward is not None:
             out[name] |= reward_samples(evalset, predicted.expected_reward, weights, of_request)
     return out
+
+
+def resampled(evalset: EvalSet, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Bootstrap weights uint8 [1 + resamples, U] of the set's users, and the column of every request and event."""
+    users = np.unique(np.concatenate([evalset.requests.user, evalset.filter_user]))
+    of_request, of_event = (np.searchsorted(users, u) for u in (evalset.requests.user, evalset.filter_user))
+    return resample_users(len(users), resamples, seed), of_request, of_event
 
 
 def paired_differences(

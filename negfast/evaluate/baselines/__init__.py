@@ -34,21 +34,13 @@ def baseline_predictions(
     ):
         for of_set, new in zip(predictions, more, strict=True):
             of_set |= new
-    return with_thresholds(evalsets, predictions)
-
-
-def with_thresholds(
-    evalsets: Sequence[EvalSet], predictions: Sequence[dict[str, Predictions]]
-) -> list[dict[str, Predictions]]:
-    """The same predictions, with the filter thresholds of test chosen on valid where both are there."""
-    valid = next((p for evalset, p in zip(evalsets, predictions, strict=True) if evalset.name == "valid"), {})
-    return [
-        {name: _with_threshold(p, valid.get(name)) if evalset.name == "test" else p for name, p in of_set.items()}
-        for evalset, of_set in zip(evalsets, predictions, strict=True)
-    ]
-
-
-def _with_threshold(test: Predictions, valid: Predictions | None) -> Predictions:
-    if valid is None or valid.filter_score is None:
-        return test
-    return replace(test, filter_threshold=threshold_for_share(valid.filter_score))
+    of_valid = next((p for evalset, p in zip(evalsets, predictions, strict=True) if evalset.name == "valid"), {})
+    thresholds = {
+        name: threshold_for_share(valid.filter_score)
+        for name, valid in of_valid.items()
+        if valid.filter_score is not None
+    }
+    for evalset, of_set in zip(evalsets, predictions, strict=True):
+        for name in thresholds.keys() & of_set.keys() if evalset.name == "test" else ():
+            of_set[name] = replace(of_set[name], filter_threshold=thresholds[name])
+    return predictions
