@@ -155,7 +155,7 @@ def _verdict(rows: Sequence[Mapping[str, Any]], metric: str, heading: str, compa
     )
     between = f"; difference {mean} [{low}, {high}]" if low else ""
     name = heading.removesuffix(unit)
-    return f"{name} {own}{unit}, {comparison.words} {_best(comparison)}, with {best}{unit}{between}."
+    return f"{name} {own}{unit}, {comparison.words} {_best(comparison)} ({best}{unit}){between}."
 
 
 def _chosen_step(folder: RunFolder) -> int | None:
@@ -200,11 +200,14 @@ def _all_metrics(rows: Sequence[Mapping[str, Any]]) -> str:
     models = [row for row in rows if row["kind"] == "model"]
     names = list(dict.fromkeys(m for row in models for m in row if isinstance(row[m], dict) and "mean" in row[m]))
     lines = [
-        f"<tr><td>{escape(m)}</td>{''.join(f'<td>{_cell(row, m, None)}</td>' for row in models)}</tr>" for m in names
+        f"<tr><td>{escape(m)}{' %' if m in PER_CENT else ''}</td>"
+        f"{''.join(f'<td>{_cell(row, m, None)}</td>' for row in models)}</tr>"
+        for m in names
     ]
     head = "".join(f"<th>{escape(row['name'])}</th>" for row in models)
     return (
         "<h2>More</h2><details><summary>Every metric, with past dislikes or none, cold or warm items</summary>"
+        f"<p>Those of the filter: {escape(CONTEXT)}.</p>"
         f"{_html_table(head, lines)}</details>"
     )
 
@@ -319,13 +322,13 @@ def _costs(saved: Sequence[Savings], dislike_rate: float) -> str:
     lines = []
     for at in saved:
         model = at.by_name[names[0]]
-        cells = [f"{at.costs.threshold:.3f}", f"{at.costs.dislike * dislike_rate * 1000:,.0f}"]
+        cells = [f"{at.costs.threshold:.3f}"]
         cells += [_cell(of, "saved_per_1000", None) for of in at.by_name.values()]
+        cells.append(f"{at.costs.dislike * dislike_rate * 1000:,.0f}")
         cells.append(f"{shown(model, 'dislikes_avoided_share')} / {shown(model, 'likes_withheld_share')}")
         lines.append(f"<tr><td>{at.costs.dislike:g}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    head = "<th>withhold from P</th><th>showing all costs</th>"
-    head += "".join(f"<th>{escape(name)} saves</th>" for name in names)
-    head += "<th>dislikes / likes withheld %</th>"
+    saves = "".join(f"<th>{escape(name)} saves</th>" for name in names)
+    head = f"<th>withhold from P</th>{saves}<th>cost without a filter</th><th>dislikes / likes withheld %</th>"
     return (
         "<h2>What withholding saves</h2><p>Let a dislike that is shown cost as much as X likes that are withheld. With "
         "a calibrated probability it is cheapest to withhold where P(dislike) is at least 1 / (1 + X). The model's "

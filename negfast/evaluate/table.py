@@ -61,7 +61,10 @@ QUESTIONS = (
         "20 items are generated for each user and day, out of all that the user has not seen",
         {
             "FHR@20": ("FHR@20", "share of primary requests with one of them disliked within the horizon"),
-            "known_hit_dislike_share@20": ("hit share", "dislikes among those that the user went on to rate"),
+            "known_hit_dislike_share@20": (
+                "hit share",
+                "dislikes among those that the user went on to like or dislike",
+            ),
         },
     ),
 )

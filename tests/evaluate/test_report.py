@@ -211,9 +211,8 @@ def test_ticks_cover_their_range_with_few_round_steps(low, width):
 
 def test_everything_is_drawn_within_the_frame():
     x, y = list(range(5)), [0.1, 0.5, -0.2, 0.9, float("nan")]
-    chart = line_chart([Line("a & b", x, y, [v - 0.3 for v in y[:4]] + [0.0], [v + 0.3 for v in y[:4]] + [0.0]),
-                        Line("c", x, [1.0] * 5, color=1, dots=True)], "x", "y", diagonal=True)  # fmt: skip
-    chart += bar_chart(["a", "b"], [3.0, 0.0], "x", "y", show=1)
+    lines = [Line("a & b", x, y), Line("c", x, [1.0] * 5, color=1, dots=True)]
+    chart = line_chart(lines, "x", "y", diagonal=True) + bar_chart(["a", "b"], [3.0, 0.0], "x", "y")
     for name, limit in (
         ("x", WIDTH),
         ("x1", WIDTH),
