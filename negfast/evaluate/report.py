@@ -29,7 +29,18 @@ from negfast.evaluate.report_facts import (
     tradeoffs,
 )
 from negfast.evaluate.sets import check_choosable, evaluation_set
-from negfast.evaluate.table import CONTEXT, PER_CENT, QUESTIONS, Question, best_of, known, shown
+from negfast.evaluate.table import (
+    CONTEXT,
+    FILTER,
+    GENERATION,
+    MATCHED_POOL,
+    PER_CENT,
+    QUESTIONS,
+    Question,
+    best_of,
+    known,
+    shown,
+)
 from negfast.files import atomic_file, check_output_file
 from negfast.runtime.run_folder import RunFolder
 
@@ -82,8 +93,8 @@ def write_page(run: Path, out: Path | None) -> Path:
         "filter": ("Filter", _filter(rows, found, tradeoffs(test, predictions, COMPARED))),
         "costs": ("What withholding saves", _costs(saved, table["filter_dislike_rate"])),
         "past": ("By past dislikes", _strata(strata(engine.log, test, final))),
-        "pool": ("Matched pool", _question(QUESTIONS[1], rows, found)),
-        "generation": ("Generation", _question(QUESTIONS[2], rows, found)),
+        "pool": ("Matched pool", _question(MATCHED_POOL, rows, found)),
+        "generation": ("Generation", _question(GENERATION, rows, found)),
         "training": ("Training", _training(folder)),
         "more": (
             "Every metric, codebooks, example users, configuration",
@@ -312,7 +323,7 @@ def _filter(rows: Sequence[Mapping[str, Any]], found: Mapping[str, Comparison], 
         ),
     ]
     return (
-        f"{_question(QUESTIONS[0], rows, found)}{_row_names()}{_cards(cards)}"
+        f"{_question(FILTER, rows, found)}{_row_names()}{_cards(cards)}"
         '<p class="soft">Observational: the log carries no propensities.</p>'
     )
 

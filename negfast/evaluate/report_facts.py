@@ -30,7 +30,7 @@ class Comparison:
 
     @property
     def words(self) -> str:
-        """ "level with" where the interval holds zero or there is none."""
+        """The verdict: level where the interval holds zero, or there is none."""
         low, high = self.difference["low"], self.difference["high"]
         if low is None or high is None or low <= 0 <= high:
             return "level with"

@@ -39,35 +39,34 @@ class Question:
     figures: Mapping[str, tuple[str, str]]  # metric -> heading, explanation
 
 
-QUESTIONS = (
-    Question(
-        "Filter",
-        f"every first like or dislike is scored; {CONTEXT}",
-        {
-            "filter_auc": ("AUC", "chance that a dislike scores above a like"),
-            "filter_reduction": ("reduction %", "fall of the dislike rate when exactly the top 10 % is withheld"),
-        },
-    ),
-    Question(
-        "Matched pool",
-        "the disliked item is ranked among 99 that others consumed on the same day",
-        {
-            "pool_hr@10": ("HR@10", "chance that it is among the first 10"),
-            "pool_auc": ("AUC", "chance that it scores above one of the others"),
-        },
-    ),
-    Question(
-        "Generation",
-        "20 items are generated for each user and day, out of all that the user has not seen",
-        {
-            "FHR@20": ("FHR@20", "share of primary requests with one of them disliked within the horizon"),
-            "known_hit_dislike_share@20": (
-                "hit share",
-                "dislikes among those that the user went on to like or dislike",
-            ),
-        },
-    ),
+FILTER = Question(
+    "Filter",
+    f"every first like or dislike is scored; {CONTEXT}",
+    {
+        "filter_auc": ("AUC", "chance that a dislike scores above a like"),
+        "filter_reduction": ("reduction %", "fall of the dislike rate when exactly the top 10 % is withheld"),
+    },
 )
+MATCHED_POOL = Question(
+    "Matched pool",
+    "the disliked item is ranked among 99 that others consumed on the same day",
+    {
+        "pool_hr@10": ("HR@10", "chance that it is among the first 10"),
+        "pool_auc": ("AUC", "chance that it scores above one of the others"),
+    },
+)
+GENERATION = Question(
+    "Generation",
+    "20 items are generated for each user and day, out of all that the user has not seen",
+    {
+        "FHR@20": ("FHR@20", "share of primary requests with one of them disliked within the horizon"),
+        "known_hit_dislike_share@20": (
+            "hit share",
+            "dislikes among those that the user went on to like or dislike",
+        ),
+    },
+)
+QUESTIONS = (FILTER, MATCHED_POOL, GENERATION)
 HEADLINE = tuple(metric for question in QUESTIONS for metric in question.figures)
 PER_CENT = {"filter_reduction", "withheld_share", "dislikes_avoided_share", "likes_withheld_share"}
 COST_FIGURES = {
