@@ -193,7 +193,7 @@ def print_table(
     if costs is not None:
         console.print(f"\n[bold]Costs[/bold]: {cost_rule(costs)}; {CONTEXT}", highlight=False)
         console.print(_grid(rows, COST_FIGURES, ("saved_per_1000",)))
-        console.print("saved per 1,000: events, in the unit of the costs, against showing everything", highlight=False)
+        console.print("saved per 1,000 events: in the unit of the costs, against showing everything", highlight=False)
     console.print("\n± is half of a 95 % bootstrap interval over users; bold is the best of a column", highlight=False)
 
 
