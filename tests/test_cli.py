@@ -141,9 +141,12 @@ def fake(monkeypatch, module, function, behaviour):
             },
         ),
         (
-            "eval r --split valid --data d --json --all-baselines",
+            "eval r --split valid --data d --json --all-baselines --cost-dislike 5 --cost-like 0.5",
             *("negfast.evaluate.eval", "evaluate_run"),
-            {0: Path("r"), "split": "valid", "data": Path("d"), "as_json": True, "all_baselines": True},
+            {
+                **{0: Path("r"), "split": "valid", "data": Path("d"), "as_json": True, "all_baselines": True},
+                **{"cost_dislike": 5.0, "cost_like": 0.5},
+            },
         ),
         ("report r --out p.html", "negfast.evaluate.report", "write_page", {0: Path("r"), 1: Path("p.html")}),
         (

@@ -9,7 +9,7 @@ import pytest
 
 from negfast.data.dataset import Dataset, date_of
 from negfast.data.log import DISLIKE, EXPOSED, LIKE, EventLog
-from negfast.evaluate import policy_predictions as evaluate_model
+from negfast.runtime import verdict
 from negfast.runtime.run_folder import RunFolder
 from negfast.runtime.verdict import candidate_logits, group_candidates
 from negfast.serve import predict
@@ -95,7 +95,7 @@ def test_many_candidates_of_one_user_are_answered_in_parts(tiny_run, monkeypatch
     items = np.concatenate([np.arange(90), [7], np.arange(40)])
     candidates = group_candidates(users, np.full(len(users), day), items)
     whole = candidate_logits(engine, candidates)
-    monkeypatch.setattr(evaluate_model, "CANDIDATES_AT_ONCE", 32)
+    monkeypatch.setattr(verdict, "CANDIDATES_AT_ONCE", 32)
     parts = candidates.split(32)
     assert np.diff(parts.offsets).tolist() == [32, 32, 26, 1, 32, 8] and parts.user.tolist() == [3, 3, 3, 5, 6, 6]
     np.testing.assert_allclose(candidate_logits(engine, candidates), whole, atol=1e-5)

@@ -13,16 +13,22 @@ Format = Callable[[float, float], str]  # (value, distance between ticks)
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart; ``low`` and ``high`` are drawn as whiskers, ``faint`` is background to another."""
+    """One line of a chart; ``faint`` is background to another."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
-    low: Sequence[float] | None = None
-    high: Sequence[float] | None = None
     color: int = 0  # class c0..c4
     faint: bool = False
     dots: bool = False
+
+
+def changes(lines: Sequence[Line], span: float = 0.0) -> bool:
+    """Whether any of the lines goes up or down by more than a hundredth of the axis that `line_chart` gives them."""
+    ranges = [[y for y in line.y if math.isfinite(y)] for line in lines]
+    drawn = [y for ys in ranges for y in ys]
+    axis = max(span, max(drawn) - min(drawn)) if drawn else span
+    return any(max(ys) - min(ys) > axis / 100 for ys in ranges if ys)
 
 
 def number(value: float, step: float = 0.001) -> str:
@@ -53,9 +59,8 @@ def line_chart(
     points = [(x, y) for line in lines for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)]
     if not points:
         return '<p class="none">nothing to show</p>'
-    bounds = [y for line in lines for part in (line.low, line.high) if part for y in part if math.isfinite(y)]
     zero = [0.0] if from_zero else []
-    xs, ys = [x for x, _ in points] + (zero if diagonal else []), [y for _, y in points] + bounds + zero
+    xs, ys = [x for x, _ in points] + (zero if diagonal else []), [y for _, y in points] + zero
     room = max(span - (max(ys) - min(ys)), 0.0) / 2
     x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys) - room, max(ys) + room)
     frame = _Frame(x_ticks, y_ticks)
@@ -69,10 +74,8 @@ def line_chart(
     return _figure(parts, [(line.name, line.color) for line in lines if line.name and not line.faint], y_label)
 
 
-def bar_chart(
-    labels: Sequence[str], values: Sequence[float], x_label: str, y_label: str, *, color: int = 0, show: int = 0
-) -> str:
-    """A bar a label from zero up; ``show`` > 0 labels every ``show``-th bar only."""
+def bar_chart(labels: Sequence[str], values: Sequence[float], x_label: str, y_label: str, color: int = 0) -> str:
+    """A bar a label from zero up; the labels are tooltips."""
     if not values:
         return '<p class="none">nothing to show</p>'
     frame = _Frame([0.0, float(len(values))], ticks(0.0, max(values)))
@@ -85,10 +88,6 @@ def bar_chart(
             f'<rect class="bar c{color}" x="{x + gap:.1f}" y="{y}" width="{width - 2 * gap:.2f}" '
             f'height="{max(frame.y(0) - y, 0):.1f}"><title>{escape(label)}: {value:.4g}</title></rect>'
         )
-        if show and i % show == 0:
-            parts.append(
-                f'<text class="tick" x="{x + width / 2:.1f}" y="{HEIGHT - BOTTOM + 15}">{escape(label)}</text>'
-            )
     return _figure(parts, [], y_label)
 
 
@@ -141,10 +140,6 @@ def _line(frame: _Frame, line: Line) -> str:
     points = [(frame.x(x), frame.y(y)) for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)]
     path = " ".join(f"{x},{y}" for x, y in points)
     out.append(f'<polyline class="line {kind}" points="{path}"/>')
-    if line.low is not None and line.high is not None:
-        for x, low, high in zip(line.x, line.low, line.high, strict=True):
-            at = frame.x(x)
-            out.append(f'<line class="whisker {kind}" x1="{at}" y1="{frame.y(low)}" x2="{at}" y2="{frame.y(high)}"/>')
     if line.dots:
         out += [f'<circle class="dot {kind}" cx="{x}" cy="{y}" r="3.2"/>' for x, y in points]
     return "".join(out)

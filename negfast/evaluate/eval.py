@@ -1,6 +1,7 @@
 """`negfast eval`: a finished run's rows beside the baselines on one split."""
 
 import json
+import math
 import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -16,9 +17,8 @@ from negfast.data.neighbours import co_dislike_neighbours, content_neighbours, s
 from negfast.data.split import Requests
 from negfast.errors import InputError
 from negfast.evaluate.baselines import baseline_predictions
-from negfast.evaluate.metrics import Similarity
-from negfast.evaluate.policy_predictions import calibrate, predict_set
-from negfast.evaluate.predictions import TOP, Predictions, check_generated
+from negfast.evaluate.metrics import Costs, Similarity
+from negfast.evaluate.predictions import TOP, Predictions, calibrate, check_generated, predict_set
 from negfast.evaluate.sets import EvalSet, evaluation_set
 from negfast.evaluate.table import evaluate_rows, print_table, to_json
 from negfast.files import atomic_file
@@ -28,20 +28,42 @@ from negfast.runtime.generation import generate
 from negfast.runtime.run_folder import RunFolder
 
 
-def evaluate_run(run: Path, split: str, data: Path | None, as_json: bool, all_baselines: bool = False) -> None:
-    """Prints the table of ``split`` ("valid" or "test"), or one JSON object. InputError for an unfinished run.
+def evaluate_run(
+    run: Path,
+    split: str,
+    data: Path | None,
+    as_json: bool,
+    all_baselines: bool = False,
+    cost_dislike: float | None = None,
+    cost_like: float | None = None,
+) -> None:
+    """Prints the tables of ``split`` ("valid" or "test"), or one JSON object. InputError for an unfinished run.
 
-    ``all_baselines`` adds those that have to be trained, SASRec, which takes minutes.
+    ``all_baselines`` adds SASRec, which has to be trained and takes minutes. ``cost_dislike`` and ``cost_like`` go
+    together and add what a filter at their threshold saves (`Costs`).
     """
-    evalset, rows = evaluate_folder(RunFolder(run), split, data, all_baselines)
+    costs = read_costs(cost_dislike, cost_like)
+    evalset, rows = evaluate_folder(RunFolder(run), split, data, all_baselines, costs)
     if as_json:
-        print(to_json(evalset, rows))
+        print(to_json(evalset, rows, costs))
     else:
-        print_table(evalset, rows)
+        print_table(evalset, rows, costs=costs)
+
+
+def read_costs(dislike: float | None, like: float | None) -> Costs | None:
+    """The costs as given; None where none is. InputError where one is missing, or not a number above 0."""
+    if dislike is None and like is None:
+        return None
+    for option, value in (("--cost-dislike", dislike), ("--cost-like", like)):
+        if value is None or not 0 < value < math.inf:
+            found = "found nothing" if value is None else f"found {value:g}"
+            raise InputError(f"{option}: {found}, expected a number above 0; the two costs go together")
+    assert dislike is not None and like is not None
+    return Costs(dislike, like)
 
 
 def evaluate_folder(
-    run: RunFolder, split: str, data: Path | None, all_baselines: bool = False
+    run: RunFolder, split: str, data: Path | None, all_baselines: bool = False, costs: Costs | None = None
 ) -> tuple[EvalSet, list[dict[str, Any]]]:
     """The rows of every baseline, of `prior`, and of the run's `sft` and `grpo` weights."""
     engine = run.finished_engine(data)
@@ -51,26 +73,25 @@ def evaluate_folder(
     predictions = baselines_of(engine, sets, split, all_baselines)
     predictions |= model_predictions(run, engine, evalset, sets["valid"])
     check_predictions(engine.log, evalset, predictions)
-    rows = evaluate_rows(
-        evalset, predictions, similarity_of(engine), engine.config.eval.resamples, engine.config.train.seed
-    )
+    resamples, seed = engine.config.eval.resamples, engine.config.train.seed
+    rows = evaluate_rows(evalset, predictions, similarity_of(engine), resamples, seed, costs)
     return evalset, rows
 
 
 def check_unseen(run: RunFolder, engine: Engine, split: str) -> None:
-    """InputError where the run learned from what ``split`` asks."""
+    """InputError where the run learned from events of ``split``."""
     start = {"valid": engine.split.valid_day, "test": engine.split.test_day}[split]
     if start < run.learned_until:
         until = date_of(run.learned_until)
         raise InputError(
-            f"{run.path}: learned from events before {until}, so {split}, from {date_of(start)} on, tells nothing of it"
+            f"{run.path}: learned from events before {until}, so {split}, from {date_of(start)} on, cannot measure it"
         )
 
 
 def baselines_of(engine: Engine, sets: dict[str, EvalSet], split: str, trained: bool) -> dict[str, Predictions]:
-    """What the baselines answer to ``split``, fitted to the same events as the engine's policy.
+    """The baselines' predictions for ``split``, fitted to the same events as the engine's policy.
 
-    Their thresholds are chosen on valid, so by a fit that ends there; ``trained`` as for `baseline_predictions`.
+    Thresholds are chosen on valid, by a fit that ends before it; ``trained`` as for `baseline_predictions`.
     """
     _say("baselines")
     log, items, frozen = engine.log, engine.data.items, engine.data.valid_day
@@ -80,13 +101,13 @@ def baselines_of(engine: Engine, sets: dict[str, EvalSet], split: str, trained: 
     chosen = baseline_predictions(log, items, list(sets.values()), frozen)[place]
     fitted = baseline_predictions(log, items, [sets[split]], engine.fit_until, trained=trained)[0]
     return {
-        name: replace(answer, filter_threshold=chosen[name].filter_threshold) if name in chosen else answer
-        for name, answer in fitted.items()
+        name: replace(predicted, filter_threshold=chosen[name].filter_threshold) if name in chosen else predicted
+        for name, predicted in fitted.items()
     }
 
 
 def model_predictions(run: RunFolder, engine: Engine, evalset: EvalSet, valid: EvalSet) -> dict[str, Predictions]:
-    """What `prior` and the run's `sft` and `grpo` weights answer; ``engine`` is left with the last weights."""
+    """Predictions of `prior` and of the run's `sft` and `grpo` weights; ``engine`` keeps the last weights."""
     _say("prior")
     predictions = {"prior": Predictions(generated=generate(engine, evalset.requests, TOP, with_policy=False)[0])}
     for name in ("sft", "grpo"):
@@ -96,17 +117,17 @@ def model_predictions(run: RunFolder, engine: Engine, evalset: EvalSet, valid: E
 
 
 def stage_predictions(run: RunFolder, engine: Engine, name: str, evalset: EvalSet, valid: EvalSet) -> Predictions:
-    """What the weights that stage ``name`` ("sft" or "grpo") left answer; ``engine`` is left with them."""
+    """Predictions of the weights that stage ``name`` ("sft" or "grpo") kept; ``engine`` keeps them."""
     load_weights(run.weights(name), engine.policy)
     calibration = calibrate(engine, valid) if run.refit is None else run.refit.calibration(name)
     return predict_set(engine, evalset, calibration)
 
 
 def check_predictions(log: EventLog, evalset: EvalSet, predictions: dict[str, Predictions]) -> None:
-    """ValueError where something was generated that may not be."""
-    for answer in predictions.values():
-        if answer.generated is not None:
-            check_generated(log, evalset.requests, answer.generated)
+    """ValueError where an item was generated that is not admissible, see `check_generated`."""
+    for predicted in predictions.values():
+        if predicted.generated is not None:
+            check_generated(log, evalset.requests, predicted.generated)
 
 
 def write_report(run: RunFolder, evalset: EvalSet, rows: list[dict[str, Any]]) -> None:
@@ -122,7 +143,7 @@ def write_report(run: RunFolder, evalset: EvalSet, rows: list[dict[str, Any]]) -
 
 
 def alignment_section(run: RunFolder) -> str:
-    """What align's tasks got right on what was held out for them, as Markdown; "" where the stage noted nothing."""
+    """Accuracy of the alignment tasks on held-out items, as Markdown; "" where the stage logged none."""
     found: dict[str, float] = {}
     for line in (run.path / "events.jsonl").read_text().splitlines():
         if '"outcome"' in line and '"align"' in line:

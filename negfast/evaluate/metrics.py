@@ -1,4 +1,4 @@
-"""Section 2's metrics as samples: entry 0 of each array is the figure, the rest are its bootstrap resamples.
+"""The metrics as samples: entry 0 of each array is the figure, the rest are its bootstrap resamples.
 
 Names: ``FHR@20`` and the like are over primary requests. A suffix names another slice: ``/all`` every request;
 ``/past_dislike`` and ``/no_past_dislike`` by whether the user disliked anything before; ``/cold`` and ``/warm``
@@ -8,6 +8,7 @@ random order, in expectation, so no order of the data can win or lose anything.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -24,6 +25,23 @@ Similarity = Callable[[Requests, np.ndarray], np.ndarray]
 """(requests, generated int32 [R, K]) -> float [R, K], the largest s_u(i, j) over j in F, 0 where there is none."""
 
 Samples = dict[str, np.ndarray]  # metric -> float64 [1 + resamples]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the two errors of a filter cost, in one unit of the user's choice; both are above 0."""
+
+    dislike: float  # of a dislike that is shown
+    like: float  # of a like that is withheld
+
+    @property
+    def threshold(self) -> float:
+        """The P(dislike) from which withholding costs no more than showing: p * dislike >= (1 - p) * like.
+
+        It is the Bayes decision for a calibrated probability (Elkan, "The Foundations of Cost-Sensitive Learning",
+        IJCAI 2001, section 1).
+        """
+        return self.like / (self.like + self.dislike)
 
 
 def future_hits(offsets: np.ndarray, items: np.ndarray, generated: np.ndarray) -> np.ndarray:
@@ -116,9 +134,9 @@ def filter_samples(evalset: EvalSet, predictions: Predictions, weights: np.ndarr
         if not suffix:
             out |= _filter_effect("filter", totals.events, totals.dislikes, totals.top_events, totals.top_dislikes)
     if predictions.filter_threshold is not None:
-        cut = score >= predictions.filter_threshold
-        columns = np.stack([np.ones(len(cut)), dislike, cut, dislike & cut], axis=1)
-        events, dislikes, cut_events, cut_dislikes = weighted_sums(weights, user, columns).T
+        events, dislikes, cut_events, cut_dislikes = _cut_at(
+            predictions.filter_threshold, score, dislike, weights, user
+        )
         out["filter_at_threshold_share"] = ratio(cut_events, events)
         out |= _filter_effect("filter_at_threshold", events, dislikes, cut_events, cut_dislikes)
     if predictions.filter_is_probability:
@@ -129,6 +147,21 @@ def filter_samples(evalset: EvalSet, predictions: Predictions, weights: np.ndarr
         sums = weighted_sums(weights, user, columns)
         out["filter_ece"] = ratio(np.abs(sums[:, :-1]).sum(1), sums[:, -1])
     return out
+
+
+def cost_samples(evalset: EvalSet, score: np.ndarray, costs: Costs, weights: np.ndarray, user: np.ndarray) -> Samples:
+    """What withholding at the threshold of ``costs`` does; ``score`` is a probability, float64 [E].
+
+    ``saved_per_1000`` is in the unit of the costs, per 1,000 events, against showing everything.
+    """
+    events, dislikes, withheld, avoided = _cut_at(costs.threshold, score, evalset.filter_dislike, weights, user)
+    likes_withheld = withheld - avoided
+    return {
+        "withheld_share": ratio(withheld, events),
+        "dislikes_avoided_share": ratio(avoided, dislikes),
+        "likes_withheld_share": ratio(likes_withheld, events - dislikes),
+        "saved_per_1000": 1000 * ratio(costs.dislike * avoided - costs.like * likes_withheld, events),
+    }
 
 
 def reliability_curve(score: np.ndarray, dislike: np.ndarray) -> list[dict[str, float | int]]:
@@ -142,10 +175,19 @@ def reliability_curve(score: np.ndarray, dislike: np.ndarray) -> list[dict[str, 
     ]
 
 
+def _cut_at(
+    threshold: float, score: np.ndarray, dislike: np.ndarray, weights: np.ndarray, user: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """Events, dislikes, and both again among those with score >= threshold; float64 [1 + resamples] each."""
+    cut = score >= threshold
+    columns = np.stack([np.ones(len(cut)), dislike, cut, dislike & cut], axis=1)
+    return tuple(weighted_sums(weights, user, columns).T)
+
+
 def _filter_effect(
     name: str, events: np.ndarray, dislikes: np.ndarray, cut: np.ndarray, cut_dislikes: np.ndarray
 ) -> Samples:
-    """What taking ``cut`` of the events away does to the dislike rate of the rest, and what it costs."""
+    """How the dislike rate of the rest changes where ``cut`` of the events are withheld, and the likes lost for it."""
     rate_before, rate_after = ratio(dislikes, events), ratio(dislikes - cut_dislikes, events - cut)
     return {
         f"{name}_reduction": 1.0 - ratio(rate_after, rate_before),

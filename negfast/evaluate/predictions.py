@@ -1,19 +1,25 @@
-"""What a model or baseline says about an evaluation set, and the proof that what it generated is admissible."""
+"""What a model or baseline predicts for an evaluation set; a policy's predictions; the check of generated items."""
 
 from dataclasses import dataclass
 
 import numba
 import numpy as np
+from sklearn.linear_model import LogisticRegression
 
 from negfast.data.log import EventLog, history_ends
 from negfast.data.split import Requests
+from negfast.evaluate.sets import POOL, EvalSet, check_choosable
+from negfast.model.prompts import MIXED
+from negfast.runtime.engine import Engine
+from negfast.runtime.generation import generate
+from negfast.runtime.verdict import Calibration, candidate_logits, group_candidates
 
 TOP = 50  # items generated for each request
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Answers to the three questions of an `EvalSet`, and what a policy earns; None where a predictor has none."""
+    """One predictor's output for an `EvalSet`; None where a predictor does not make it."""
 
     generated: np.ndarray | None = None  # int32 [R, TOP], item indices, most likely dislike first, -1 padding last
     filter_score: np.ndarray | None = None  # float64 [E], higher means more likely disliked
@@ -34,8 +40,48 @@ def threshold_for_share(score: np.ndarray, share: float = 0.1) -> float:
     return float(values[::-1][np.argmin(np.abs(at_or_above[::-1] - share))])
 
 
+def filter_logits(engine: Engine, evalset: EvalSet, view: int = MIXED) -> np.ndarray:
+    """Verdict logits of the filter events, float64 [E]."""
+    order = np.lexsort((evalset.filter_day, evalset.filter_user))
+    candidates = group_candidates(evalset.filter_user[order], evalset.filter_day[order], evalset.filter_item[order])
+    out = np.empty(len(order))
+    out[order] = candidate_logits(engine, candidates, view)
+    return out
+
+
+def pool_logits(engine: Engine, evalset: EvalSet) -> np.ndarray:
+    """Verdict logits of the matched pools, float64 [N, POOL]."""
+    user, day = np.repeat(evalset.pool_user, POOL), np.repeat(evalset.pool_day + 1, POOL)
+    order = np.lexsort((day, user))
+    candidates = group_candidates(user[order], day[order], evalset.pool_items.reshape(-1)[order])
+    out = np.empty(len(order))
+    out[order] = candidate_logits(engine, candidates)
+    return out.reshape(-1, POOL)
+
+
+def calibrate(engine: Engine, valid: EvalSet) -> Calibration:
+    """Fits the scaling and the threshold on the valid filter events; InputError where one kind is missing."""
+    check_choosable(valid)
+    logit = filter_logits(engine, valid)
+    fit = LogisticRegression(C=1e6).fit(logit[:, None], valid.filter_dislike)
+    scaling = Calibration(float(fit.coef_[0, 0]), float(fit.intercept_[0]), 0.5)
+    return Calibration(scaling.slope, scaling.intercept, threshold_for_share(scaling.probability(logit)))
+
+
+def predict_set(engine: Engine, evalset: EvalSet, calibration: Calibration) -> Predictions:
+    """Everything that the engine's policy predicts for ``evalset``."""
+    engine.policy.eval()
+    return Predictions(
+        generated=generate(engine, evalset.requests, TOP)[0],
+        filter_score=calibration.probability(filter_logits(engine, evalset)),
+        filter_is_probability=True,
+        filter_threshold=calibration.threshold,
+        pool_score=pool_logits(engine, evalset),
+    )
+
+
 def check_generated(log: EventLog, requests: Requests, generated: np.ndarray) -> None:
-    """Proves that every generated item exists, is distinct within its row, and was unseen by the user up to t.
+    """Checks that every generated item exists, is distinct within its row, and was unseen by the user up to t.
 
     ``generated`` is int32 [R, K]; -1 pads the end of a row. Raises ValueError naming the first row that fails.
     """

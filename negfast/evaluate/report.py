@@ -12,24 +12,45 @@ import click
 import negfast
 from negfast.config import to_toml
 from negfast.data.dataset import Dataset, date_of
-from negfast.evaluate.baselines.rates import rate_predictions
-from negfast.evaluate.charts import Line, bar_chart, line_chart, percent
-from negfast.evaluate.eval import evaluate_folder, write_report
-from negfast.evaluate.policy_predictions import predict_set
-from negfast.evaluate.report_facts import SHARES, Example, Stratum, Tradeoff, examples, strata, tradeoffs
+from negfast.evaluate.charts import Line, bar_chart, changes, line_chart, percent
+from negfast.evaluate.eval import baselines_of, evaluate_folder, write_report
+from negfast.evaluate.predictions import predict_set
+from negfast.evaluate.report_facts import (
+    SHARES,
+    Comparison,
+    Example,
+    Savings,
+    Stratum,
+    Tradeoff,
+    compare,
+    examples,
+    savings,
+    strata,
+    tradeoffs,
+)
 from negfast.evaluate.sets import check_choosable, evaluation_set
-from negfast.evaluate.table import HEADLINE
+from negfast.evaluate.table import (
+    CONTEXT,
+    FILTER,
+    GENERATION,
+    MATCHED_POOL,
+    PER_CENT,
+    QUESTIONS,
+    Question,
+    best_of,
+    known,
+    shown,
+)
 from negfast.files import atomic_file, check_output_file
 from negfast.runtime.run_folder import RunFolder
 
-LOOKS = (  # what is measured on valid, and the least span of its axis: less is within the noise
-    ("nll", "nats a future dislike", 0.05),
-    ("reward", "expected reward", 0.001),
-    ("FHR@20", "FHR@20", 0.04),
-    ("filter_auc", "filter AUC", 0.04),
+LOOKS = (  # what is measured on valid, its name, the label of its axis, and the least span of that axis: noise
+    ("nll", "nats a future dislike", "nats a future dislike", 0.05),
+    ("reward", "expected reward", "expected reward", 0.001),
+    ("FHR@20", "FHR@20", "FHR@20", 0.04),
+    ("filter_auc", 'filter AUC, context "day"', "filter AUC", 0.04),
 )
-COMPARED = ("grpo", "boosted", "logistic", "item-rate")  # rows of the curves, the run's final weights first
-HEADINGS = ("FHR@20", "filter AUC", "reduction", "pool HR@10", "pool AUC", "hit share")
+COMPARED = ("grpo", "boosted-plus", "logistic", "item-rate")  # of the filter's curves, the run's final weights first
 STAGES = ("align", "sft", "grpo")
 ROWS = {
     "popularity": "most dislikes so far",
@@ -58,60 +79,94 @@ def write_page(run: Path, out: Path | None) -> Path:
     if not (folder.path / "report.json").is_file():
         write_report(folder, *evaluate_folder(folder, "test", None))
     table = json.loads((folder.path / "report.json").read_text())
-    data, log = engine.data, engine.log
-    sets = [evaluation_set(log, engine.split, name) for name in ("valid", "test")]
-    for evalset in sets:
+    rows, data, config = table["rows"], engine.data, engine.config
+    sets = {name: evaluation_set(engine.log, engine.split, name) for name in ("valid", "test")}
+    for evalset in sets.values():
         check_choosable(evalset)  # curves and rates of one kind of event say nothing
     click.echo("report: baselines and test split again, for curves and examples; takes minutes", err=True)
-    predictions = dict(rate_predictions(log, data.items, sets, engine.fit_until)[1])
-    predictions["grpo"] = predict_set(engine, sets[1], folder.calibration)
-    final = predictions["grpo"]
-    sections = [
-        _head(folder, table),
-        _table(table["rows"]),
-        _training(folder),
-        _filter(table["rows"], tradeoffs(sets[1], predictions, COMPARED)),
-        _strata(strata(log, sets[1], final)),
-        _codes(data),
-        _examples(examples(data, sets[1], final, engine.config.train.seed), data.horizon),
-        _made_of(folder, data),
-    ]
+    test, predictions = sets["test"], baselines_of(engine, sets, "test", trained=False)
+    final = predictions["grpo"] = predict_set(engine, test, folder.calibration)
+    found = compare(test, predictions, rows, config.eval.resamples, config.train.seed)
+    beside = [*found["filter_auc"].baselines[:1]] if "filter_auc" in found else []
+    saved = savings(test, predictions, ["grpo", *beside], config.eval.resamples, config.train.seed)
+    sections = {  # id -> what the contents list says, and the section
+        "filter": ("Filter", _filter(rows, found, tradeoffs(test, predictions, COMPARED))),
+        "costs": ("What withholding saves", _costs(saved, table["filter_dislike_rate"])),
+        "past": ("By past dislikes", _strata(strata(engine.log, test, final))),
+        "pool": ("Matched pool", _question(MATCHED_POOL, rows, found)),
+        "generation": ("Generation", _question(GENERATION, rows, found)),
+        "training": ("Training", _training(folder)),
+        "more": (
+            "Every metric, codebooks, example users, configuration",
+            _all_metrics(rows)
+            + _codes(data)
+            + _examples(examples(data, test, final, config.train.seed), data.horizon)
+            + _made_of(folder, data),
+        ),
+    }
+    contents = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, (title, _) in sections.items())
+    body = [_head(folder, data, table, found), f"<nav><ul>{contents}</ul></nav>"]
+    body += [f'<section id="{name}">{section}</section>' for name, (_, section) in sections.items()]
     css = (Path(__file__).parent / "report.css").read_text()
     page = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>negfast: {escape(folder.path.name)}</title><style>{css}</style></head>\n"
-        f"<body><main>\n{chr(10).join(sections)}\n</main></body></html>\n"
+        f"<body><main>\n{chr(10).join(body)}\n</main></body></html>\n"
     )
     with atomic_file(out) as temporary:
         temporary.write_text(page, "utf-8")
     return out
 
 
-def _head(folder: RunFolder, table: Mapping[str, Any]) -> str:
-    rows = {row["name"]: row for row in table["rows"]}
-    model, best = rows["grpo"], _best_baseline(table["rows"])
-    auc, cut, its_auc = model["filter_auc"], model["filter_reduction"], best["filter_auc"]["mean"]
-    says = (
-        f"Filter AUC {auc['mean']:.3f}, 95 % interval {_three(auc['low'])} to {_three(auc['high'])}; the best "
-        f"baseline, {best['name']}, has {its_auc:.3f}, {_place(its_auc, auc)} that interval. Holding back the top 10 % "
-        f"of events lowers the dislike rate by {percent(cut['mean'])}, with {best['name']} by "
-        f"{percent(best['filter_reduction']['mean'])}."
-    )
-    if _chosen_step(folder) == 0:
-        says += " GRPO's weights were not better on valid, so the run kept those of SFT."
+def _head(folder: RunFolder, data: Dataset, table: Mapping[str, Any], found: Mapping[str, Comparison]) -> str:
+    title = _log_name(data.manifest)
+    if "filter_auc" in found:
+        title += f": the filter is {found['filter_auc'].words} {_best(found['filter_auc'])}"
+    days, split = data.manifest["days"], data.manifest["split"]
+    lines = []
+    for question in QUESTIONS:
+        metric, (heading, _) = next(iter(question.figures.items()))
+        if metric in found:
+            says = _verdict(table["rows"], metric, heading, found[metric])
+            lines.append(f"<li><b>{question.name}.</b> {escape(says)}</li>")
+    kept = "<p>GRPO's weights were not better on valid, so the run kept those of SFT.</p>"
     return (
-        f"<h1>{escape(folder.path.resolve().name)}</h1>"
-        f'<p class="soft">{table["split"]}: {table["requests"]:,} requests ({table["primary_requests"]:,} primary) of '
-        f"{table['users']:,} users, {table['filter_events']:,} events "
-        f"({percent(table['filter_dislike_rate'])} dislikes), {table['pools']:,} pools</p><p>{escape(says)}</p>"
+        f"<h1>{escape(title)}</h1>"
+        f'<p class="soft">Run {escape(folder.path.resolve().name)}. Test days {split["test"]} to {days["last"]}: '
+        f"{table['requests']:,} requests ({table['primary_requests']:,} primary) of {table['users']:,} users, "
+        f"{table['filter_events']:,} first likes and dislikes ({percent(table['filter_dislike_rate'])} dislikes), "
+        f"{table['pools']:,} pools.</p>"
+        f'<ul class="verdicts">{"".join(lines)}</ul>{kept if _chosen_step(folder) == 0 else ""}'
+        '<p class="soft">In brackets: the 95 % interval of the paired difference, a bootstrap over users. "Level with" '
+        "means that it holds zero.</p>"
     )
 
 
-def _place(value: float, interval: Mapping[str, Any]) -> str:
-    if interval["low"] is None or interval["low"] <= value <= interval["high"]:
-        return "inside"
-    return "below" if value < interval["low"] else "above"
+def _log_name(manifest: Mapping[str, Any]) -> str:
+    """The sample's name, or that of the first file that the data set was made of."""
+    first = next(iter(manifest["sources"].values()))["name"]
+    return str(manifest.get("sample", first))
+
+
+def _best(comparison: Comparison) -> str:
+    """The best baseline in words; all of them where their figures are the same as shown."""
+    *others, last = comparison.baselines
+    return f"the best baselines, {', '.join(others)} and {last}" if others else f"the best baseline, {last}"
+
+
+def _verdict(rows: Sequence[Mapping[str, Any]], metric: str, heading: str, comparison: Comparison) -> str:
+    """One sentence: both figures, and their difference with its interval, to a digit more."""
+    by_name = {row["name"]: row for row in rows}
+    own, best = (shown(by_name[name], metric) for name in ("grpo", comparison.baselines[0]))
+    scale, digits, unit = (100, 2, " %") if metric in PER_CENT else (1, 4, "")
+    mean, low, high = (
+        "" if value is None else f"{value * scale:+.{digits}f}"
+        for value in (comparison.difference[key] for key in ("mean", "low", "high"))
+    )
+    between = f"; difference {mean} [{low}, {high}]" if low else ""
+    name = heading.removesuffix(unit)
+    return f"{name} {own}{unit}, {comparison.words} {_best(comparison)} ({best}{unit}){between}."
 
 
 def _chosen_step(folder: RunFolder) -> int | None:
@@ -122,27 +177,28 @@ def _chosen_step(folder: RunFolder) -> int | None:
     return chosen[-1] if chosen else None
 
 
-def _best_baseline(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    scored = [row for row in rows if row["kind"] == "baseline" and "filter_auc" in row]
-    return max(scored, key=lambda row: row["filter_auc"]["mean"])
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    best = {
-        metric: max((row[metric]["mean"] for row in rows if _known(row, metric)), default=None) for metric in HEADLINE
-    }
+def _question(question: Question, rows: Sequence[Mapping[str, Any]], found: Mapping[str, Comparison]) -> str:
+    """A heading, what is asked, the verdict of each figure and the table of the rows that have one."""
+    asks = question.asks[0].upper() + question.asks[1:]
+    verdicts = "".join(
+        f"<li>{escape(_verdict(rows, metric, heading, found[metric]))}</li>"
+        for metric, (heading, _) in question.figures.items()
+        if metric in found
+    )
+    best = {metric: best_of(rows, metric) for metric in question.figures}
     body, kind = [], "baseline"
     for row in rows:
-        cells = "".join(f"<td>{_cell(row, metric, best[metric])}</td>" for metric in HEADLINE)
+        if not any(known(row, metric) for metric in question.figures):
+            continue
+        cells = "".join(f"<td>{_cell(row, metric, best[metric])}</td>" for metric in question.figures)
         first, kind = (' class="first"' if row["kind"] != kind else ""), row["kind"]
         body.append(f"<tr{first}><td>{escape(row['name'])}</td>{cells}</tr>")
-    head = "".join(f"<th>{name}</th>" for name in HEADINGS)
+    head = "".join(f"<th>{heading}</th>" for heading, _ in question.figures.values())
+    says = " ".join(f"{heading}: {what}." for heading, what in question.figures.values())
     return (
-        "<h2>Beside the baselines</h2><p>FHR@20: primary requests with one of 20 generated items disliked within the "
-        "horizon. Filter AUC: every first like or dislike, scored before its day. Reduction: fall of the dislike rate "
-        "when exactly the top 10 % is filtered. Pool: the disliked item among 99 that others consumed that day. Hit "
-        "share: dislikes among the 20 that the user went on to like or dislike. ± is half of a 95 % bootstrap interval "
-        f"over users; bold is the best of a column.</p>{_html_table(head, body)}{_row_names()}{_all_metrics(rows)}"
+        f"<h2>{question.name}</h2><p>{escape(asks)}.</p><ul>{verdicts}</ul>{_html_table(head, body)}"
+        f'<p class="soft">{escape(says)} ± is half of a 95 % bootstrap interval over users; bold is the best of a '
+        "column.</p>"
     )
 
 
@@ -155,78 +211,77 @@ def _all_metrics(rows: Sequence[Mapping[str, Any]]) -> str:
     models = [row for row in rows if row["kind"] == "model"]
     names = list(dict.fromkeys(m for row in models for m in row if isinstance(row[m], dict) and "mean" in row[m]))
     lines = [
-        f"<tr><td>{escape(m)}</td>{''.join(f'<td>{_cell(row, m, None)}</td>' for row in models)}</tr>" for m in names
+        f"<tr><td>{escape(m)}{' %' if m in PER_CENT else ''}</td>"
+        f"{''.join(f'<td>{_cell(row, m, None)}</td>' for row in models)}</tr>"
+        for m in names
     ]
     head = "".join(f"<th>{escape(row['name'])}</th>" for row in models)
     return (
-        "<details><summary>Every metric, with past dislikes or none, cold or warm items</summary>"
+        "<h2>More</h2><details><summary>Every metric, with past dislikes or none, cold or warm items</summary>"
+        f"<p>Those of the filter: {escape(CONTEXT)}.</p>"
         f"{_html_table(head, lines)}</details>"
     )
 
 
-def _html_table(head: str, rows: Sequence[str]) -> str:
-    """A table that scrolls for itself on a narrow page; ``head`` follows an empty first cell."""
+def _html_table(head: str, rows: Sequence[str], corner: str = "") -> str:
+    """A table that scrolls for itself on a narrow page; ``head`` follows the first cell, ``corner``."""
     return (
-        f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead>'
+        f'<div class="scroll"><table><thead><tr><th>{corner}</th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
-def _known(row: Mapping[str, Any], metric: str) -> bool:
-    return metric in row and row[metric]["mean"] is not None
-
-
-def _cell(row: Mapping[str, Any], metric: str, best: float | None) -> str:
-    if not _known(row, metric):
+def _cell(row: Mapping[str, Any], metric: str, best: str | None) -> str:
+    if not known(row, metric):
         return ""
-    value = row[metric]
-    text = percent(value["mean"]) if metric == "filter_reduction" else f"{value['mean']:.3f}"
-    text = f"<b>{text}</b>" if value["mean"] == best else text
-    if value["low"] is None:
-        return text
-    half = (value["high"] - value["low"]) / 2
-    return (
-        f"{text} <small>±{half * 100:.1f}</small>"
-        if metric == "filter_reduction"
-        else f"{text} <small>±{half:.3f}</small>"
-    )
+    text = shown(row, metric)
+    cell = f"<b>{text}</b>" if text == best else text
+    return cell if row[metric]["low"] is None else f"{cell} <small>±{shown(row, metric, 'half')}</small>"
 
 
 def _training(folder: RunFolder) -> str:
     steps = _lines(folder.path / "metrics.jsonl")
     events = _lines(folder.path / "events.jsonl")
-    cards = []
+    of_grpo = [line for line in steps if line["stage"] == "grpo"]
+    charts = []  # title, lines, label of x, label of y, least span
     for stage in STAGES:
         of_stage = [line for line in steps if line["stage"] == stage]
-        cards.append(_card(f"{stage}: loss", _smoothed(of_stage, "loss", "loss")))
-    of_grpo = [line for line in steps if line["stage"] == "grpo"]
-    cards.append(_card("grpo: reward", _smoothed(of_grpo, "reward", "reward an answer")))
-    shares = [Line("", [line["step"] for line in of_grpo], [line["mixed_share"] for line in of_grpo], color=2)]
-    cards.append(_card("grpo: share of mixed views", line_chart(shares, "step", "share", from_zero=True)))
-    cards.append(_card("grpo: KL to the SFT policy", _smoothed(of_grpo, "kl", "KL a token")))
-    for metric, heading, span in LOOKS:
+        charts.append((f"{stage}: loss", _smoothed(of_stage, "loss"), "step", "loss", 0.0))
+    for key, title, label in (
+        ("reward", "grpo: reward", "reward a completion"),
+        ("mixed_share", "grpo: share of mixed views", "share"),
+        ("kl", "grpo: KL to the SFT policy", "KL a token"),
+    ):
+        charts.append((title, _smoothed(of_grpo, key), "step", label, 0.0))
+    for metric, title, label, span in LOOKS:
         lines = []
         for color, stage in enumerate(("sft", "grpo")):
             valid = [e for e in events if e["event"] == "valid" and e["stage"] == stage and metric in e]
             lines.append(Line(stage, [e["step"] for e in valid], [e[metric] for e in valid], color=color, dots=True))
-        chart = line_chart(lines, "step of the stage", heading, span=span)
-        cards.append(_card(f"valid: {heading}", chart))
-    return f"<h2>Training</h2><p>Thin lines are single steps, thick ones their moving mean.</p>{_cards(cards)}"
-
-
-def _smoothed(steps: Sequence[Mapping[str, Any]], key: str, label: str) -> str:
-    known = [(line["step"], line[key]) for line in steps if line.get(key) is not None]
-    if not known:
-        return line_chart([], "step", label)
-    x, y = [step for step, _ in known], [value for _, value in known]
-    width = max(len(y) // 20, 1)
-    mean = [
-        sum(y[max(i - width, 0) : i + width + 1]) / len(y[max(i - width, 0) : i + width + 1]) for i in range(len(y))
+        charts.append((f"valid: {title}", lines, "step of the stage", label, span))
+    cards = [
+        _card(title, line_chart(lines, x_label, y_label, span=span))
+        for title, lines, x_label, y_label, span in charts
+        if changes(lines, span)
     ]
-    return line_chart([Line("", x, y, faint=True), Line("", x, mean)], "step", label)
+    still = [title for title, lines, _, _, span in charts if not changes(lines, span)]
+    left_out = f'<p class="soft">Left out, since nothing changes in them: {escape("; ".join(still))}.</p>'
+    return (
+        "<h2>Training</h2><p>Thin lines are single steps, thick ones their moving mean.</p>"
+        f"{_cards(cards)}{left_out if still else ''}"
+    )
 
 
-def _filter(rows: Sequence[Mapping[str, Any]], curves: Mapping[str, Tradeoff]) -> str:
+def _smoothed(steps: Sequence[Mapping[str, Any]], key: str) -> list[Line]:
+    """The values of the steps that have one, and their moving mean over a tenth of them."""
+    points = [(line["step"], line[key]) for line in steps if line.get(key) is not None]
+    x, y = [step for step, _ in points], [value for _, value in points]
+    width = max(len(y) // 20, 1)
+    around = [y[max(i - width, 0) : i + width + 1] for i in range(len(y))]
+    return [Line("", x, y, faint=True), Line("", x, [sum(part) / len(part) for part in around])]
+
+
+def _filter(rows: Sequence[Mapping[str, Any]], found: Mapping[str, Comparison], curves: Mapping[str, Tradeoff]) -> str:
     by_name = {row["name"]: row for row in rows}
     calibration = [
         Line(
@@ -236,7 +291,7 @@ def _filter(rows: Sequence[Mapping[str, Any]], curves: Mapping[str, Tradeoff]) -
             color=color,
             dots=True,
         )
-        for color, name in enumerate(("grpo", "boosted"))
+        for color, name in enumerate(COMPARED[:2])
         if "filter_reliability" in by_name.get(name, {})
     ]
     trade = [
@@ -249,32 +304,49 @@ def _filter(rows: Sequence[Mapping[str, Any]], curves: Mapping[str, Tradeoff]) -
         f"<td>{percent(curve.likes_lost[at_ten])}</td></tr>"
         for name, curve in curves.items()
     ]
+    chart = line_chart(
+        trade,
+        "likes withheld",
+        "dislikes avoided",
+        x_format=percent,
+        y_format=percent,
+        from_zero=True,
+        diagonal=True,
+    )
+    said = line_chart(calibration, "predicted probability", "dislike rate", from_zero=True, diagonal=True)
     cards = [
+        _card('Dislikes avoided against likes withheld, context "day"', chart),
+        _card('Calibration, context "day"', said),
         _card(
-            "Dislikes avoided against likes lost",
-            line_chart(
-                trade,
-                "likes lost",
-                "dislikes avoided",
-                x_format=percent,
-                y_format=percent,
-                from_zero=True,
-                diagonal=True,
-            ),
-        ),
-        _card(
-            "Calibration: said, and come true",
-            line_chart(calibration, "probability said", "dislike rate", from_zero=True, diagonal=True),
-        ),
-        _card(
-            "With 10 % of the events held back",
-            _html_table("<th>dislikes avoided</th><th>likes lost</th>", at_ten_rows),
+            'Withheld with the top 10 %, context "day"',
+            _html_table("<th>of dislikes</th><th>of likes</th>", at_ten_rows),
         ),
     ]
     return (
-        "<h2>As a filter</h2><p>Every first like or dislike of the test days, scored from the context before its day; "
-        "those of highest score are held back. Observational: the log carries no propensities.</p>"
-        f"{_cards(cards)}"
+        f"{_question(FILTER, rows, found)}{_row_names()}{_cards(cards)}"
+        '<p class="soft">Observational: the log carries no propensities.</p>'
+    )
+
+
+def _costs(saved: Sequence[Savings], dislike_rate: float) -> str:
+    names = list(saved[0].by_name)
+    lines = []
+    for at in saved:
+        model = at.by_name[names[0]]
+        cells = [f"{at.costs.threshold:.3f}"]
+        cells += [_cell(of, "saved_per_1000", None) for of in at.by_name.values()]
+        cells.append(f"{at.costs.dislike * dislike_rate * 1000:,.0f}")
+        cells.append(f"{shown(model, 'dislikes_avoided_share')} / {shown(model, 'likes_withheld_share')}")
+        lines.append(f"<tr><td>{at.costs.dislike:g}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    saves = "".join(f"<th>{escape(name)} saves</th>" for name in names)
+    head = f"<th>withhold from P</th>{saves}<th>cost without a filter</th><th>dislikes / likes withheld %</th>"
+    return (
+        "<h2>What withholding saves</h2><p>Let a dislike that is shown cost as much as X likes that are withheld. With "
+        "a calibrated probability it is cheapest to withhold where P(dislike) is at least 1 / (1 + X). The model's "
+        f"probability was calibrated on valid; what it saves is counted on test; {escape(CONTEXT)}. Costs and savings "
+        f"are in likes withheld, per 1,000 events; the shares are those of {escape(names[0])}.</p>"
+        f"{_html_table(head, lines, 'X')}"
+        '<p class="soft">Other costs: <code>negfast eval RUN --cost-dislike X --cost-like Y</code>.</p>'
     )
 
 
@@ -284,21 +356,10 @@ def _strata(rows: Sequence[Stratum]) -> str:
         f"<td>{row.requests:,}</td><td>{_three(row.fhr20)}</td></tr>"
         for row in rows
     ]
-    head = "<th>events</th><th>AUC</th><th>requests</th><th>FHR@20</th>"
-    cards = [
-        _card(
-            "Filter AUC",
-            bar_chart([r.label for r in rows], [r.filter_auc or 0 for r in rows], "past dislikes", "AUC", show=1),
-        ),
-        _card(
-            "FHR@20",
-            bar_chart([r.label for r in rows], [r.fhr20 or 0 for r in rows], "past dislikes", "share", color=1, show=1),
-        ),
-        _card("In figures", _html_table(head, lines)),
-    ]
+    head = "<th>events</th><th>filter AUC</th><th>requests</th><th>FHR@20</th>"
     return (
-        "<h2>By the number of past dislikes</h2><p>How much a user's own dislikes matter to what the model knows.</p>"
-        f"{_cards(cards)}"
+        "<h2>By past dislikes</h2><p>How much a user's own dislikes matter to what the model knows: users by the "
+        f"number of their dislikes before the day. Filter: {escape(CONTEXT)}.</p>{_html_table(head, lines)}"
     )
 
 
@@ -318,7 +379,10 @@ def _codes(data: Dataset) -> str:
             [f"rank {i + 1}" for i in range(codebook)], counts, "codes, most used first", "items", color=3
         )
         cards.append(_card(f"Level {level}: {used} of {codebook} codes in use", chart))
-    return f"<h2>Codebook usage</h2><p>Items under each code of the semantic IDs.</p>{_cards(cards)}"
+    return (
+        "<details><summary>Codebook usage</summary><p>Items under each code of the semantic IDs.</p>"
+        f"{_cards(cards)}</details>"
+    )
 
 
 def _examples(shown: Sequence[Example], horizon: int) -> str:
@@ -338,8 +402,8 @@ def _examples(shown: Sequence[Example], horizon: int) -> str:
             )
         )
     return (
-        "<h2>Example users</h2><p>Chosen at random among test users with at least 3 past dislikes, half of them with a "
-        f"hit. What came true is marked.</p>{_cards(cards)}"
+        "<details><summary>Example users</summary><p>Chosen at random among test users with at least 3 past dislikes, "
+        f"half of them with a hit. Predictions that came true are marked.</p>{_cards(cards)}</details>"
     )
 
 
@@ -351,10 +415,10 @@ def _made_of(folder: RunFolder, data: Dataset) -> str:
     counts, days, split = (data.manifest[key] for key in ("counts", "days", "split"))
     config = to_toml(folder.config)
     return (
-        f"<h2>What it was made of</h2><p>{counts['events']:,} events of {counts['users']:,} users on "
-        f"{counts['items']:,} items, {days['first']} to {days['last']}; horizon {split['horizon']} days, valid from "
-        f"{split['valid']}, test from {split['test']}. negfast {negfast.__version__}.</p>"
-        f"<details><summary>Configuration</summary><pre>{escape(config)}</pre></details>"
+        f"<details><summary>Data and configuration</summary><p>{counts['events']:,} events of {counts['users']:,} "
+        f"users on {counts['items']:,} items, {days['first']} to {days['last']}; horizon {split['horizon']} days, "
+        f"valid from {split['valid']}, test from {split['test']}. negfast {negfast.__version__}.</p>"
+        f"<pre>{escape(config)}</pre></details>"
     )
 
 

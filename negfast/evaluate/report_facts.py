@@ -1,20 +1,48 @@
-"""What the HTML report shows beside the table: filter curves, strata by past dislikes, example users."""
+"""What the HTML report shows beside the tables: verdicts, filter curves, costs, strata, example users."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from negfast.data.dataset import Dataset
 from negfast.data.log import DISLIKE, LIKE, EventLog, history_ends, past_dislikes
-from negfast.evaluate.metrics import future_hits
+from negfast.evaluate.bootstrap import interval
+from negfast.evaluate.metrics import Costs, cost_samples, future_hits
 from negfast.evaluate.predictions import Predictions
 from negfast.evaluate.sets import EvalSet
+from negfast.evaluate.table import HEADLINE, known, metric_samples, paired_differences, resampled, shown
 
 PAST_BINS = ((0, 0), (1, 2), (3, 5), (6, 15), (16, None))  # numbers of past dislikes, both ends included
 SHARES = np.concatenate([np.arange(1, 21) / 100, np.arange(25, 55, 5) / 100])  # of events filtered
+RATIOS = (1, 2, 5, 10)  # what a dislike shown costs, in likes withheld
 EXAMPLES, SHOWN = 6, 8  # users shown, and titles in each of their lists
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The model beside the best baseline by one figure; ``difference`` has the interval of their paired difference."""
+
+    baselines: list[str]  # those whose figure, as shown, is the best; the best before rounding first
+    difference: Mapping[str, float | None]  # mean, low, high; model - baselines[0]
+
+    @property
+    def words(self) -> str:
+        """The verdict: level where the interval holds zero, or there is none."""
+        low, high = self.difference["low"], self.difference["high"]
+        if low is None or high is None or low <= 0 <= high:
+            return "level with"
+        return "above" if low > 0 else "below"
+
+
+@dataclass(frozen=True)
+class Savings:
+    """What withholding does at the costs: the metrics of `cost_samples` with intervals, by predictor."""
+
+    costs: Costs
+    by_name: dict[str, dict[str, dict[str, float | None]]]
 
 
 @dataclass(frozen=True)
@@ -48,6 +76,51 @@ class Example:
     future: list[str]
 
 
+def compare(
+    evalset: EvalSet,
+    predictions: Mapping[str, Predictions],
+    rows: Sequence[Mapping[str, Any]],
+    resamples: int,
+    seed: int,
+    model: str = "grpo",
+) -> dict[str, Comparison]:
+    """The model's row beside the best baseline by each headline figure that both have.
+
+    ``rows`` are those of `evaluate_rows` for the same ``predictions``.
+    """
+    own = next(row for row in rows if row["name"] == model)
+    best: dict[str, list[str]] = {}
+    for metric in HEADLINE:
+        baselines = [row for row in rows if row["kind"] == "baseline" and known(row, metric)]
+        if baselines and known(own, metric):
+            baselines.sort(key=lambda row: -row[metric]["mean"])
+            best[metric] = [row["name"] for row in baselines if shown(row, metric) == shown(baselines[0], metric)]
+    names = [model, *dict.fromkeys(tied[0] for tied in best.values())]
+    samples = metric_samples(evalset, {name: predictions[name] for name in names}, None, resamples, seed)
+    out = {}
+    for metric, tied in best.items():
+        (difference,) = paired_differences(samples, [(model, tied[0])], [metric])
+        out[metric] = Comparison(tied, {key: difference[key] for key in ("mean", "low", "high")})
+    return out
+
+
+def savings(
+    evalset: EvalSet, predictions: Mapping[str, Predictions], names: Sequence[str], resamples: int, seed: int
+) -> list[Savings]:
+    """At each of ``RATIOS``, for those of ``names`` that give probabilities."""
+    weights, _, user = resampled(evalset, resamples, seed)
+    out = []
+    for ratio in RATIOS:
+        costs, by_name = Costs(float(ratio), 1.0), {}
+        for name in names:
+            score = predictions[name].filter_score
+            if score is not None and predictions[name].filter_is_probability:
+                samples = cost_samples(evalset, score, costs, weights, user)
+                by_name[name] = {metric: interval(values) for metric, values in samples.items()}
+        out.append(Savings(costs, by_name))
+    return out
+
+
 def tradeoff(score: np.ndarray, dislike: np.ndarray) -> Tradeoff:
     """At each of ``SHARES``; events of equal score are cut in the order of the set."""
     order = np.argsort(-score, kind="stable")
@@ -56,30 +129,30 @@ def tradeoff(score: np.ndarray, dislike: np.ndarray) -> Tradeoff:
     return Tradeoff((bad[cut - 1] / bad[-1]).tolist(), ((cut - bad[cut - 1]) / max(len(order) - bad[-1], 1)).tolist())
 
 
-def strata(log: EventLog, evalset: EvalSet, answer: Predictions) -> list[Stratum]:
+def strata(log: EventLog, evalset: EvalSet, predictions: Predictions) -> list[Stratum]:
     """The model by the number of dislikes that the user had before."""
-    assert answer.filter_score is not None and answer.generated is not None
+    assert predictions.filter_score is not None and predictions.generated is not None
     of_event = past_dislikes(log, evalset.filter_user, evalset.filter_day - 1)
     requests = evalset.requests
     of_request = past_dislikes(log, requests.user, requests.day)
-    hit = np.asarray(future_hits(requests.dislike_offsets, requests.dislikes, answer.generated[:, :20]).any(1))
+    hit = np.asarray(future_hits(requests.dislike_offsets, requests.dislikes, predictions.generated[:, :20]).any(1))
     out = []
     for low, high in PAST_BINS:
         label = f"{low}+" if high is None else str(low) if low == high else f"{low}-{high}"
         wanted = np.arange(low, (int(of_event.max(initial=0)) if high is None else high) + 1)
         events, rows = (np.flatnonzero(np.isin(count, wanted)) for count in (of_event, of_request))
         labels = evalset.filter_dislike[events]
-        auc = float(roc_auc_score(labels, answer.filter_score[events])) if 0 < labels.sum() < len(labels) else None
+        auc = float(roc_auc_score(labels, predictions.filter_score[events])) if 0 < labels.sum() < len(labels) else None
         fhr = float(hit[rows].mean()) if len(rows) else None
         out.append(Stratum(label, len(events), auc, len(rows), fhr))
     return out
 
 
-def examples(data: Dataset, evalset: EvalSet, answer: Predictions, seed: int) -> list[Example]:
+def examples(data: Dataset, evalset: EvalSet, predictions: Predictions, seed: int) -> list[Example]:
     """A random choice of users with past likes and dislikes, half of them with a hit where there are such."""
-    assert answer.generated is not None
+    assert predictions.generated is not None
     log, requests = data.log, evalset.requests
-    top = answer.generated[:, : SHOWN + 2]
+    top = predictions.generated[:, : SHOWN + 2]
     hit = future_hits(requests.dislike_offsets, requests.dislikes, top)
     liked = future_hits(requests.like_offsets, requests.likes, top)
     known = np.flatnonzero(past_dislikes(log, requests.user, requests.day) >= 3)

@@ -1,4 +1,4 @@
-"""The questions of an evaluation: requests, filter events and matched pools of one split, made once."""
+"""What an evaluation asks of one split, made once: requests, filter events and matched pools."""
 
 from dataclasses import dataclass
 
@@ -16,8 +16,8 @@ POOL = 100  # the disliked item and 99 others
 class EvalSet:
     """R requests with future dislikes, E filter events, N matched pools.
 
-    A request and its pools are answered from events up to the end of ``requests.day``; a filter event from
-    events of days before ``filter_day``. Users count as known by their index in the log.
+    The context of a request and its pools ends with ``requests.day``; that of a filter event with the day before
+    ``filter_day``. Users are indices in the log.
     """
 
     name: str  # "valid" or "test"
@@ -52,7 +52,7 @@ def evaluation_set(log: EventLog, split: Split, name: str, seed: int = 0) -> Eva
 
     Filter events are the first like or dislike of each user-item pair from the split's first day on, for valid
     up to the test day; a mere exposure is neither and is not scored (negfast's choice). Every distinct (user,
-    item of F) gives a pool, answered at the latest request that has it in F. Raises InputError when the split
+    item of F) gives a pool, with the context of the latest request that has it in F. Raises InputError where the split
     has no filter event.
     """
     start, stop = {

@@ -1,8 +1,9 @@
-"""From predictions to rows, from rows to JSON and to a table that a stranger can read."""
+"""From predictions to rows, from rows to JSON and to printed tables: one for each question."""
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,10 @@ from rich.table import Table
 
 from negfast.evaluate.bootstrap import interval, resample_users
 from negfast.evaluate.metrics import (
+    Costs,
     Samples,
     Similarity,
+    cost_samples,
     filter_samples,
     generation_samples,
     pool_samples,
@@ -23,7 +26,55 @@ from negfast.evaluate.metrics import (
 from negfast.evaluate.predictions import TOP, Predictions
 from negfast.evaluate.sets import EvalSet
 
-HEADLINE = ("FHR@20", "filter_auc", "filter_reduction", "pool_hr@10", "pool_auc", "known_hit_dislike_share@20")
+CONTEXT = 'context "day": events up to the end of the day before'
+"""What a predictor has seen when it scores an event of the filter."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One table: a name, what is asked, and its figures, each with a heading and what it says."""
+
+    name: str
+    asks: str
+    figures: Mapping[str, tuple[str, str]]  # metric -> heading, explanation
+
+
+FILTER = Question(
+    "Filter",
+    f"every first like or dislike is scored; {CONTEXT}",
+    {
+        "filter_auc": ("AUC", "chance that a dislike scores above a like"),
+        "filter_reduction": ("reduction %", "fall of the dislike rate when exactly the top 10 % is withheld"),
+    },
+)
+MATCHED_POOL = Question(
+    "Matched pool",
+    "the disliked item is ranked among 99 that others consumed on the same day",
+    {
+        "pool_hr@10": ("HR@10", "chance that it is among the first 10"),
+        "pool_auc": ("AUC", "chance that it scores above one of the others"),
+    },
+)
+GENERATION = Question(
+    "Generation",
+    "20 items are generated for each user and day, out of all that the user has not seen",
+    {
+        "FHR@20": ("FHR@20", "share of primary requests with one of them disliked within the horizon"),
+        "known_hit_dislike_share@20": (
+            "hit share",
+            "dislikes among those that the user went on to like or dislike",
+        ),
+    },
+)
+QUESTIONS = (FILTER, MATCHED_POOL, GENERATION)
+HEADLINE = tuple(metric for question in QUESTIONS for metric in question.figures)
+PER_CENT = {"filter_reduction", "withheld_share", "dislikes_avoided_share", "likes_withheld_share"}
+COST_FIGURES = {
+    "withheld_share": "withheld %",
+    "dislikes_avoided_share": "dislikes avoided %",
+    "likes_withheld_share": "likes withheld %",
+    "saved_per_1000": "saved per 1,000",
+}
 
 
 def evaluate_rows(
@@ -32,19 +83,21 @@ def evaluate_rows(
     similarity: Similarity | None = None,
     resamples: int = 1000,
     seed: int = 0,
+    costs: Costs | None = None,
 ) -> list[dict[str, Any]]:
     """One row for each predictor: name, kind, and every metric it can have as {"mean", "low", "high"}.
 
     Intervals are 95 % percentile intervals of a bootstrap over the users of the evaluation set. A metric that is
-    undefined (no such request, one class only) has None. Probabilities also give ``filter_reliability``.
+    undefined (no such request, one class only) has None. Probabilities also give ``filter_reliability`` and, with
+    ``costs``, the metrics of `cost_samples`.
     """
-    samples = metric_samples(evalset, predictions, similarity, resamples, seed)
+    samples = metric_samples(evalset, predictions, similarity, resamples, seed, costs)
     rows = []
-    for name, answer in predictions.items():
-        row: dict[str, Any] = {"name": name, "kind": answer.kind}
+    for name, predicted in predictions.items():
+        row: dict[str, Any] = {"name": name, "kind": predicted.kind}
         row |= {metric: interval(values) for metric, values in samples[name].items()}
-        if answer.filter_score is not None and answer.filter_is_probability:
-            row["filter_reliability"] = reliability_curve(answer.filter_score, evalset.filter_dislike)
+        if predicted.filter_score is not None and predicted.filter_is_probability:
+            row["filter_reliability"] = reliability_curve(predicted.filter_score, evalset.filter_dislike)
         rows.append(row)
     return rows
 
@@ -55,24 +108,32 @@ def metric_samples(
     similarity: Similarity | None = None,
     resamples: int = 1000,
     seed: int = 0,
+    costs: Costs | None = None,
 ) -> dict[str, Samples]:
     """Every metric of every predictor under the same resamples of users: float64 [1 + resamples], the figure first."""
-    users = np.unique(np.concatenate([evalset.requests.user, evalset.filter_user]))
-    weights = resample_users(len(users), resamples, seed)
-    of_request, of_event = (np.searchsorted(users, u) for u in (evalset.requests.user, evalset.filter_user))
+    weights, of_request, of_event = resampled(evalset, resamples, seed)
     out: dict[str, Samples] = {}
-    for name, answer in predictions.items():
-        _check_shapes(evalset, name, answer)
+    for name, predicted in predictions.items():
+        _check_shapes(evalset, name, predicted)
         out[name] = {}
-        if answer.generated is not None:
-            out[name] |= generation_samples(evalset, answer.generated, weights, of_request, similarity)
-        if answer.filter_score is not None:
-            out[name] |= filter_samples(evalset, answer, weights, of_event)
-        if answer.pool_score is not None:
-            out[name] |= pool_samples(evalset, answer.pool_score, weights, of_request[evalset.pool_request])
-        if answer.expected_reward is not None:
-            out[name] |= reward_samples(evalset, answer.expected_reward, weights, of_request)
+        if predicted.generated is not None:
+            out[name] |= generation_samples(evalset, predicted.generated, weights, of_request, similarity)
+        if predicted.filter_score is not None:
+            out[name] |= filter_samples(evalset, predicted, weights, of_event)
+            if costs is not None and predicted.filter_is_probability:
+                out[name] |= cost_samples(evalset, predicted.filter_score, costs, weights, of_event)
+        if predicted.pool_score is not None:
+            out[name] |= pool_samples(evalset, predicted.pool_score, weights, of_request[evalset.pool_request])
+        if predicted.expected_reward is not None:
+            out[name] |= reward_samples(evalset, predicted.expected_reward, weights, of_request)
     return out
+
+
+def resampled(evalset: EvalSet, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Bootstrap weights uint8 [1 + resamples, U] of the set's users, and the column of every request and event."""
+    users = np.unique(np.concatenate([evalset.requests.user, evalset.filter_user]))
+    of_request, of_event = (np.searchsorted(users, u) for u in (evalset.requests.user, evalset.filter_user))
+    return resample_users(len(users), resamples, seed), of_request, of_event
 
 
 def paired_differences(
@@ -87,19 +148,21 @@ def paired_differences(
     ]
 
 
-def to_json(evalset: EvalSet, rows: Sequence[Mapping[str, Any]]) -> str:
-    """One JSON object: the split's sizes and the rows."""
-    return json.dumps(summary(evalset) | {"rows": list(rows)}, allow_nan=False)
+def to_json(evalset: EvalSet, rows: Sequence[Mapping[str, Any]], costs: Costs | None = None) -> str:
+    """One JSON object: the split's sizes, the costs where given, and the rows."""
+    given = {} if costs is None else {"costs": asdict(costs) | {"threshold": costs.threshold}}
+    return json.dumps(summary(evalset) | given | {"rows": list(rows)}, allow_nan=False)
 
 
 def summary(evalset: EvalSet) -> dict[str, Any]:
-    """What the evaluation set holds."""
+    """Sizes of the evaluation set, and the context of its filter."""
     return {
         "split": evalset.name,
         "requests": len(evalset.requests),
         "primary_requests": int(evalset.primary.sum()),
         "users": len(np.unique(evalset.requests.user)),
         "filter_events": len(evalset.filter_user),
+        "filter_context": "day",
         "filter_dislike_rate": float(evalset.filter_dislike.mean()),
         "pools": len(evalset.pool_items),
         "pools_redrawn": evalset.pools_redrawn,
@@ -109,38 +172,33 @@ def summary(evalset: EvalSet) -> dict[str, Any]:
     }
 
 
-def print_table(evalset: EvalSet, rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
-    """The headline metrics, baselines above models, the best of each column in bold; fits 100 columns."""
+def print_table(
+    evalset: EvalSet,
+    rows: Sequence[Mapping[str, Any]],
+    console: Console | None = None,
+    costs: Costs | None = None,
+) -> None:
+    """A table for each question, baselines above models, the best of a column in bold; fits 100 columns.
+
+    With ``costs`` one more: what withholding at their threshold saves.
+    """
     console = console or Console(width=None if sys.stdout.isatty() else 100)
-    headings = ("FHR@20", "filter AUC", "reduction %", "pool HR@10", "pool AUC", "hit share")
-    table = Table(
-        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=_title(evalset), title_justify="left"
-    )
-    table.add_column("", no_wrap=True)
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    best = {
-        metric: max((row[metric]["mean"] for row in rows if _mean(row, metric) is not None), default=None)
-        for metric in HEADLINE
-    }
-    for kind in ("baseline", "model"):
-        for row in (row for row in rows if row["kind"] == kind):
-            table.add_row(row["name"], *(_cell(row, metric, best[metric]) for metric in HEADLINE))
-        table.add_section()
-    console.print(table)
-    console.print(_LEGEND, highlight=False)
+    console.print(sizes(evalset), highlight=False)
+    for question in QUESTIONS:
+        headings = {metric: heading for metric, (heading, _) in question.figures.items()}
+        console.print(f"\n[bold]{question.name}[/bold]: {question.asks}", highlight=False)
+        console.print(_grid(rows, headings, headings))
+        for heading, says in question.figures.values():
+            console.print(f"{heading}: {says}", highlight=False)
+    if costs is not None:
+        console.print(f"\n[bold]Costs[/bold]: {cost_rule(costs)}; {CONTEXT}", highlight=False)
+        console.print(_grid(rows, COST_FIGURES, ("saved_per_1000",)))
+        console.print("saved per 1,000 events: in the unit of the costs, against showing everything", highlight=False)
+    console.print("\n± is half of a 95 % bootstrap interval over users; bold is the best of a column", highlight=False)
 
 
-_LEGEND = """\
-FHR@20       primary requests with one of 20 generated items disliked within the horizon
-filter AUC   every first like or dislike, scored before its day: disliked above liked
-reduction %  fall of the dislike rate when exactly the top 10 % of those events is filtered
-pool         the disliked item among 99 that others consumed that day: within the first 10; AUC
-hit share    dislikes among the 20 generated items that the user went on to like or dislike
-±            half of a 95 % bootstrap interval over users; bold: the best of its column"""
-
-
-def _title(evalset: EvalSet) -> str:
+def sizes(evalset: EvalSet) -> str:
+    """One line: how much was asked."""
     s = summary(evalset)
     return (
         f"{s['split']}: {s['requests']:,} requests ({s['primary_requests']:,} primary) of {s['users']:,} users, "
@@ -148,23 +206,58 @@ def _title(evalset: EvalSet) -> str:
     )
 
 
-def _mean(row: Mapping[str, Any], metric: str) -> float | None:
-    return row[metric]["mean"] if metric in row else None
+def cost_rule(costs: Costs) -> str:
+    """The decision that follows from the costs, in words."""
+    return (
+        f"a dislike shown costs {costs.dislike:g}, a like withheld {costs.like:g}, so withhold where "
+        f"P(dislike) >= {costs.like:g} / ({costs.like:g} + {costs.dislike:g}) = {costs.threshold:.3f}"
+    )
 
 
-def _cell(row: Mapping[str, Any], metric: str, best: float | None) -> str:
-    mean = _mean(row, metric)
-    if mean is None:
+def best_of(rows: Sequence[Mapping[str, Any]], metric: str) -> str | None:
+    """The best figure of a column as it is shown; None where no row has one."""
+    return max((shown(row, metric) for row in rows if known(row, metric)), key=float, default=None)
+
+
+def known(row: Mapping[str, Any], metric: str) -> bool:
+    """Whether the row has the metric, and it is defined."""
+    return metric in row and row[metric]["mean"] is not None
+
+
+def shown(row: Mapping[str, Any], metric: str, of: str = "mean") -> str:
+    """A figure of the row as tables show it; ``of`` may also be "half", that of its interval."""
+    cell = row[metric]
+    value = (cell["high"] - cell["low"]) / 2 if of == "half" else cell[of]
+    if metric == "saved_per_1000":
+        return f"{value:.1f}"
+    return f"{value * 100:.1f}" if metric in PER_CENT else f"{value:.3f}"
+
+
+def _grid(rows: Sequence[Mapping[str, Any]], headings: Mapping[str, str], compared: Iterable[str]) -> Table:
+    """Those of the rows that have one of the metrics; the best of each metric ``compared`` is bold."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for heading in headings.values():
+        table.add_column(heading, justify="right", no_wrap=True)
+    best = {metric: best_of(rows, metric) for metric in compared}
+    for kind in ("baseline", "model"):
+        for row in rows:
+            if row["kind"] == kind and any(known(row, metric) for metric in headings):
+                table.add_row(row["name"], *(_cell(row, metric, best.get(metric)) for metric in headings))
+        table.add_section()
+    return table
+
+
+def _cell(row: Mapping[str, Any], metric: str, best: str | None) -> str:
+    if not known(row, metric):
         return ""
-    low, high = row[metric]["low"], row[metric]["high"]
-    scale, digits = (100, 1) if metric == "filter_reduction" else (1, 3)
-    text = f"{mean * scale:.{digits}f}"
-    text = f"[bold]{text}[/bold]" if mean == best else text
-    return text if low is None else f"{text} [dim]±{(high - low) / 2 * scale:.{digits}f}[/dim]"
+    text = shown(row, metric)
+    text = f"[bold]{text}[/bold]" if text == best else text
+    return text if row[metric]["low"] is None else f"{text} [dim]±{shown(row, metric, 'half')}[/dim]"
 
 
-def _check_shapes(evalset: EvalSet, name: str, answer: Predictions) -> None:
-    """A model that answers something else than it was asked is a defect: ValueError."""
+def _check_shapes(evalset: EvalSet, name: str, predicted: Predictions) -> None:
+    """ValueError where a prediction has another shape than the evaluation set, or is not finite."""
     expected = {
         "generated": (len(evalset.requests), TOP),
         "filter_score": (len(evalset.filter_user),),
@@ -172,7 +265,7 @@ def _check_shapes(evalset: EvalSet, name: str, answer: Predictions) -> None:
         "expected_reward": (len(evalset.requests),),
     }
     for field, shape in expected.items():
-        array = getattr(answer, field)
+        array = getattr(predicted, field)
         if array is None:
             continue
         if array.shape != shape:

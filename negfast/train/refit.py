@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from negfast.data.dataset import Dataset, date_of, day_of
 from negfast.errors import InputError
-from negfast.evaluate.policy_predictions import calibrate
+from negfast.evaluate.predictions import calibrate
 from negfast.evaluate.sets import evaluation_set
 from negfast.files import atomic_directory, check_output
 from negfast.runtime.checkpoint import load_weights, read_state

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from negfast.errors import InputError
 from negfast.evaluate.eval import evaluate_folder, write_report
-from negfast.evaluate.policy_predictions import calibrate
+from negfast.evaluate.predictions import calibrate
 from negfast.evaluate.sets import check_choosable, evaluation_set
 from negfast.kernels import FULL_VOCABULARY, implementations
 from negfast.model.fused_layers import stock_because

@@ -12,6 +12,8 @@ from negfast.data.split import Requests, split_requests
 from negfast.evaluate.bootstrap import resample_users
 from negfast.evaluate.metrics import (
     CUTOFFS,
+    Costs,
+    cost_samples,
     filter_samples,
     future_hits,
     generation_samples,
@@ -187,3 +189,30 @@ def test_future_hits_with_empty_lists_and_padding() -> None:
     hits = future_hits(np.array([0, 0, 2, 3]), np.array([3, 9, 0]), generated)
     assert hits.tolist() == [[False] * 3, [False, True, False], [False] * 3]
     assert not future_hits(np.array([0, 0, 0, 0]), np.array([], dtype=np.int32), generated).any()
+
+
+def test_cost_samples_are_those_of_counting(test_set: EvalSet) -> None:
+    rng = np.random.default_rng(len(test_set.filter_user))
+    score = np.round(rng.random(len(test_set.filter_user)), 1)  # some lie on the threshold
+    costs = Costs(dislike=1.5, like=1.0)
+    assert costs.threshold == 0.4
+    weights = resample_users(30, 3, seed=1)
+    found = cost_samples(test_set, score, costs, weights, test_set.filter_user)
+    for b, weight in enumerate(weights):
+        events = np.repeat(np.arange(len(score)), weight[test_set.filter_user])  # the resample, written out
+        bad, out = test_set.filter_dislike[events], score[events] >= 0.4
+        assert found["withheld_share"][b] == pytest.approx(out.mean(), rel=1e-12)
+        assert found["dislikes_avoided_share"][b] == pytest.approx(out[bad].mean(), rel=1e-12)
+        assert found["likes_withheld_share"][b] == pytest.approx(out[~bad].mean(), rel=1e-12)
+        cost_of_all, cost_with_filter = 1.5 * bad.sum(), 1.5 * (bad & ~out).sum() + (~bad & out).sum()
+        saved = 1000 * (cost_of_all - cost_with_filter) / len(events)
+        assert found["saved_per_1000"][b] == pytest.approx(saved, rel=1e-12)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.0, 3.0, 9.0])
+def test_no_threshold_is_cheaper_than_that_of_the_costs(ratio: float) -> None:
+    """For a calibrated probability, in expectation: the dislikes at a score p are p of its events."""
+    p, costs = np.linspace(0.001, 0.999, 999), Costs(dislike=ratio, like=1.0)
+    expected = {at: float(np.where(p >= at, 1 - p, ratio * p).sum()) for at in np.linspace(0, 1, 501)}
+    at_threshold = float(np.where(p >= costs.threshold, 1 - p, ratio * p).sum())
+    assert at_threshold <= min(expected.values()) * (1 + 1e-12)

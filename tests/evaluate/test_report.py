@@ -9,10 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from negfast.data.dataset import Dataset
 from negfast.data.log import DISLIKE, LIKE, EventLog, past_dislikes
-from negfast.evaluate.charts import HEIGHT, WIDTH, Line, bar_chart, line_chart, ticks
-from negfast.evaluate.report import _list
-from negfast.evaluate.report_facts import SHARES, tradeoff
+from negfast.data.split import split_requests
+from negfast.evaluate.charts import HEIGHT, WIDTH, Line, bar_chart, changes, line_chart, ticks
+from negfast.evaluate.predictions import Predictions
+from negfast.evaluate.report import _best, _list
+from negfast.evaluate.report_facts import RATIOS, SHARES, Comparison, compare, savings, tradeoff
+from negfast.evaluate.sets import evaluation_set
+from negfast.evaluate.table import evaluate_rows
+from negfast.runtime.run_folder import RunFolder
 from tests.tiny import run_cli
 
 
@@ -49,23 +55,124 @@ def page(tiny_run):
 
 def test_the_page_is_whole_and_reaches_nothing_outside(page):
     found = Balance(page)
-    assert found.outside == [] and "script" not in found.tags and "url(" not in page and "@import" not in page
+    inside = [target.removeprefix("#") for target in found.outside]
+    assert all(f'<section id="{name}">' in page for name in inside) and len(inside) == page.count("<section") >= 6
+    assert "script" not in found.tags and "url(" not in page and "@import" not in page
     assert found.tags.count("svg") >= 10
-    for heading in ("Beside the baselines", "Training", "As a filter", "By the number of past dislikes",
-                    "Codebook usage", "Example users", "What it was made of"):  # fmt: skip
-        assert f"<h2>{heading}</h2>" in page
-    for chart in ("nats a future dislike", "expected reward", "FHR@20", "filter AUC"):  # what chooses weights, too
-        assert f"<h3>valid: {chart}</h3>" in page
+    headings = (
+        "Filter",
+        "What withholding saves",
+        "By past dislikes",
+        "Matched pool",
+        "Generation",
+        "Training",
+        "More",
+    )
+    assert tuple(re.findall("<h2>(.*?)</h2>", page)) == headings
+    for folded in ("Codebook usage", "Example users", "Data and configuration", "What the rows are"):
+        assert f"<details><summary>{folded}</summary>" in page
+    left_out = re.search("nothing changes in them: (.*?)</p>", page)
+    for chart in ("nats a future dislike", "expected reward", "FHR@20", 'filter AUC, context "day"'):
+        drawn = f"<h3>valid: {chart.replace(chr(34), '&quot;')}</h3>" in page
+        assert drawn != (left_out is not None and chart.split(",")[0] in left_out[1])
     assert "prefers-color-scheme: dark" in page and 'name="viewport"' in page
 
 
 def test_its_figures_are_those_of_the_run(page, tiny_run):
     rows = {row["name"]: row for row in json.loads((tiny_run / "report.json").read_text())["rows"]}
-    body = page[page.index("<tbody>") :]
-    for name, metric in (("boosted", "filter_auc"), ("grpo", "filter_auc"), ("grpo", "FHR@20"), ("decay-4d", "FHR@20")):
+    for section, name, metric in (
+        ("filter", "boosted-plus", "filter_auc"),
+        ("filter", "grpo", "filter_auc"),
+        ("generation", "grpo", "FHR@20"),
+        ("generation", "decay-4d", "FHR@20"),
+    ):
+        body = page[page.index(f'<section id="{section}">') :]
         row = body[body.index(f"<td>{name}</td>") :].split("</tr>")[0]
         assert f"{rows[name][metric]['mean']:.3f}" in re.sub(r"<small>.*?</small>|<[^>]+>", " ", row)
     assert str(tiny_run.parent) not in page  # no path of the machine
+
+
+def test_the_heading_says_log_dates_and_verdict(page, tiny_run):
+    title = re.search("<h1>(.*?)</h1>", page)[1]
+    assert re.fullmatch(r"events\.csv: the filter is (above|below|level with) the best baselines?, [a-z, -]+", title)
+    manifest = Dataset.open(RunFolder(tiny_run).data).manifest
+    assert f"Test days {manifest['split']['test']} to {manifest['days']['last']}" in page
+
+
+def test_the_filter_comes_first_and_each_of_its_figures_says_the_context(page):
+    assert (
+        page.index('<section id="filter">') < page.index('<section id="costs">') < page.index('<section id="training">')
+    )
+    section = page[page.index('<section id="filter">') : page.index('<section id="costs">')]
+    cards = section.split('<div class="card">')[1:]
+    assert len(cards) == 3 and all('context "day"' in card.replace("&quot;", '"') for card in cards)
+    assert "boosted-plus" in cards[0] and "boosted-plus" in cards[1] and "boosted-plus" in cards[2]
+
+
+def test_no_table_has_a_row_of_empty_cells(page):
+    for section in ("filter", "pool", "generation", "costs"):
+        body = page[page.index(f'<section id="{section}">') :].split("</section>")[0]
+        assert "<td></td>" not in body
+
+
+def test_costs_have_a_row_a_ratio(page):
+    body = page[page.index('<section id="costs">') :].split("</section>")[0]
+    for ratio in RATIOS:
+        assert f"<tr><td>{ratio}</td><td>{1 / (1 + ratio):.3f}</td>" in body
+
+
+def test_a_chart_in_which_nothing_changes_is_left_out(page):
+    assert not changes([Line("", [1, 2, 3], [0.5, 0.5, float("nan")]), Line("", [1], [0.7])])
+    assert not changes([Line("", [1, 2], [0.5, 0.5001])], span=0.04) and not changes([])
+    assert changes([Line("", [1, 2], [0.5, 0.5]), Line("", [1, 2], [0.5, 0.6])])
+    charts = page[page.index('<section id="training">') :].split("</section>")[0].split('<div class="card">')[1:]
+    for chart in charts:
+        lines = re.findall(r'<polyline[^>]*points="([^"]*)"', chart)
+        heights = [{point.split(",")[1] for point in line.split()} for line in lines]
+        assert any(len(of_line) > 1 for of_line in heights)
+
+
+def test_the_best_baseline_is_that_of_the_figure_shown(random_log):
+    """A baseline ahead in the fifth digit shares its place; a difference whose interval holds zero is level."""
+    log = random_log(9, n_users=50, n_items=90, n_events=3000)
+    evalset = evaluation_set(log, split_requests(log, 5, 15_025, 15_042), "test")
+    rng = np.random.default_rng(0)
+    base = rng.random(len(evalset.filter_user)) + 0.5 * evalset.filter_dislike
+    order = np.argsort(base)
+    swapped = base.copy()  # one pair of neighbours, a like above a dislike, trades places: AUC by 1 / (pairs)
+    place = next(k for k in range(len(order) - 1)
+                 if evalset.filter_dislike[order[k]] and not evalset.filter_dislike[order[k + 1]])  # fmt: skip
+    swapped[order[[place, place + 1]]] = base[order[[place + 1, place]]]
+
+    def found(model: np.ndarray) -> Comparison:
+        predictions = {
+            "boosted": Predictions(filter_score=base, kind="baseline"),
+            "boosted-plus": Predictions(filter_score=swapped, kind="baseline"),
+            "weak": Predictions(filter_score=rng.random(len(base)), kind="baseline"),
+            "grpo": Predictions(filter_score=model),
+        }
+        rows = evaluate_rows(evalset, predictions, resamples=200)
+        return compare(evalset, predictions, rows, 200, 0)["filter_auc"]
+
+    same = found(swapped)
+    assert same.baselines == ["boosted-plus", "boosted"] and same.difference["mean"] == 0
+    assert same.words == "level with" and _best(same) == "the best baselines, boosted-plus and boosted"
+    assert found(base + 0.5 * evalset.filter_dislike).words == "above"
+    assert found(base - 0.4 * evalset.filter_dislike).words == "below"
+
+
+def test_savings_leave_out_what_is_no_probability(random_log):
+    log = random_log(9, n_users=50, n_items=90, n_events=3000)
+    evalset = evaluation_set(log, split_requests(log, 5, 15_025, 15_042), "test")
+    sure = evalset.filter_dislike.astype(float)
+    predictions = {
+        "grpo": Predictions(filter_score=sure, filter_is_probability=True),
+        "ranking": Predictions(filter_score=sure),
+    }
+    for at in savings(evalset, predictions, ["grpo", "ranking"], 20, 0):
+        assert list(at.by_name) == ["grpo"]
+        expected = 1000 * at.costs.dislike * sure.mean()  # all dislikes avoided, no like withheld
+        assert at.by_name["grpo"]["saved_per_1000"]["mean"] == pytest.approx(expected, rel=1e-12)
 
 
 def test_titles_are_escaped():
@@ -104,9 +211,8 @@ def test_ticks_cover_their_range_with_few_round_steps(low, width):
 
 def test_everything_is_drawn_within_the_frame():
     x, y = list(range(5)), [0.1, 0.5, -0.2, 0.9, float("nan")]
-    chart = line_chart([Line("a & b", x, y, [v - 0.3 for v in y[:4]] + [0.0], [v + 0.3 for v in y[:4]] + [0.0]),
-                        Line("c", x, [1.0] * 5, color=1, dots=True)], "x", "y", diagonal=True)  # fmt: skip
-    chart += bar_chart(["a", "b"], [3.0, 0.0], "x", "y", show=1)
+    lines = [Line("a & b", x, y), Line("c", x, [1.0] * 5, color=1, dots=True)]
+    chart = line_chart(lines, "x", "y", diagonal=True) + bar_chart(["a", "b"], [3.0, 0.0], "x", "y")
     for name, limit in (
         ("x", WIDTH),
         ("x1", WIDTH),

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from negfast.data.log import EventLog
 from negfast.data.split import split_requests
+from negfast.evaluate.metrics import Costs
 from negfast.evaluate.predictions import Predictions
 from negfast.evaluate.sets import EvalSet, evaluation_set
 from negfast.evaluate.table import evaluate_rows, metric_samples, paired_differences, print_table, to_json
@@ -80,22 +81,38 @@ def test_paired_differences(test_set: EvalSet) -> None:
     assert skilled["FHR@20"] < 0.1
 
 
-def test_table_fits_and_sets_models_below_baselines(test_set: EvalSet) -> None:
+def test_a_table_a_question_fits_and_sets_models_below_baselines(test_set: EvalSet) -> None:
     predictions = {"grpo": guess(test_set, 1), "recent-all-14d": guess(test_set, 2, 0.2, kind="baseline")}
     predictions["sasrec-dislikes"] = Predictions(generated=guess(test_set, 3).generated, kind="baseline")
-    rows = evaluate_rows(test_set, predictions, resamples=20)
+    costs = Costs(dislike=3, like=1)
+    rows = evaluate_rows(test_set, predictions, resamples=20, costs=costs)
     out = io.StringIO()
-    print_table(test_set, rows, Console(file=out, width=100))
+    print_table(test_set, rows, Console(file=out, width=100), costs)
     text = out.getvalue()
-    lines = text.splitlines()
-    assert max(map(len, lines)) <= 100 and "…" not in text
-    names = [line.split()[0] for line in lines if line.strip() and line.split()[0] in predictions]
-    assert names == ["recent-all-14d", "sasrec-dislikes", "grpo"]
-    mean = rows[1]["filter_reduction"]["mean"]
-    assert f"{mean * 100:.1f}" in next(line for line in lines if "recent-all-14d" in line)
+    lines = [line.split() for line in text.splitlines()]
+    assert max(map(len, text.splitlines())) <= 100 and "…" not in text
+    names = [words[0] for words in lines if words and words[0] in predictions]
+    scored = ["recent-all-14d", "grpo"]
+    assert names == [*scored, *scored, "recent-all-14d", "sasrec-dislikes", "grpo", *scored]  # no row of empty cells
+    of_first = next(words for words in lines if words[:1] == ["recent-all-14d"])
+    assert f"{rows[1]['filter_reduction']['mean'] * 100:.1f}" in of_first
+    assert text.count('context "day"') == 2  # the filter and the costs
+    assert " ".join(text.split()).count("P(dislike) >= 1 / (1 + 3) = 0.250") == 1
 
 
-def test_answers_of_another_set_are_refused(test_set: EvalSet) -> None:
+def test_costs_are_in_json_only_when_given(test_set: EvalSet) -> None:
+    predictions = {"a": guess(test_set, 1), "list": Predictions(generated=guess(test_set, 2).generated)}
+    plain = json.loads(to_json(test_set, evaluate_rows(test_set, predictions, resamples=20)))
+    costs = Costs(dislike=3, like=1)
+    found = json.loads(to_json(test_set, evaluate_rows(test_set, predictions, resamples=20, costs=costs), costs))
+    assert "costs" not in plain and found["costs"] == {"dislike": 3, "like": 1, "threshold": 0.25}
+    added = {"withheld_share", "dislikes_avoided_share", "likes_withheld_share", "saved_per_1000"}
+    scored, lists = found["rows"]
+    assert scored.keys() - plain["rows"][0].keys() == added and lists == plain["rows"][1]
+    assert {key: value for key, value in scored.items() if key not in added} == plain["rows"][0]
+
+
+def test_predictions_of_another_set_are_refused(test_set: EvalSet) -> None:
     good = guess(test_set, 1)
     assert good.filter_score is not None and good.pool_score is not None and good.generated is not None
     for bad, message in (

@@ -16,7 +16,7 @@ from negfast.evaluate.sets import EvalSet
 def baseline_predictions(
     log: EventLog, items: ItemTable, evalsets: Sequence[EvalSet], fit_until: int, *, trained: bool = False
 ) -> list[dict[str, Predictions]]:
-    """Every baseline's answers to every evaluation set, in the order of the table.
+    """Every baseline's predictions for every evaluation set, in the order of the table.
 
     ``trained`` adds the two SASRec rows, which take as long to train as everything else together.
 
@@ -25,30 +25,22 @@ def baseline_predictions(
     running counts that they are applied to always end with the context. Where ``evalsets`` holds valid and test,
     thresholds for test are chosen on valid.
     """
-    answers: list[dict[str, Predictions]] = [{} for _ in evalsets]
+    predictions: list[dict[str, Predictions]] = [{} for _ in evalsets]
     for more in (
         ranking_predictions(log, evalsets),
         knn_predictions(log, evalsets, fit_until),
         *([sasrec_predictions(log, evalsets, fit_until)] if trained else []),
         rate_predictions(log, items, evalsets, fit_until),
     ):
-        for answer, new in zip(answers, more, strict=True):
-            answer |= new
-    return with_thresholds(evalsets, answers)
-
-
-def with_thresholds(
-    evalsets: Sequence[EvalSet], answers: Sequence[dict[str, Predictions]]
-) -> list[dict[str, Predictions]]:
-    """The same answers, with the filter thresholds of test chosen on valid where both are there."""
-    valid = next((a for evalset, a in zip(evalsets, answers, strict=True) if evalset.name == "valid"), {})
-    return [
-        {name: _with_threshold(p, valid.get(name)) if evalset.name == "test" else p for name, p in answer.items()}
-        for evalset, answer in zip(evalsets, answers, strict=True)
-    ]
-
-
-def _with_threshold(test: Predictions, valid: Predictions | None) -> Predictions:
-    if valid is None or valid.filter_score is None:
-        return test
-    return replace(test, filter_threshold=threshold_for_share(valid.filter_score))
+        for of_set, new in zip(predictions, more, strict=True):
+            of_set |= new
+    of_valid = next((p for evalset, p in zip(evalsets, predictions, strict=True) if evalset.name == "valid"), {})
+    thresholds = {
+        name: threshold_for_share(valid.filter_score)
+        for name, valid in of_valid.items()
+        if valid.filter_score is not None
+    }
+    for evalset, of_set in zip(evalsets, predictions, strict=True):
+        for name in thresholds.keys() & of_set.keys() if evalset.name == "test" else ():
+            of_set[name] = replace(of_set[name], filter_threshold=thresholds[name])
+    return predictions

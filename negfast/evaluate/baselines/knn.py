@@ -25,14 +25,14 @@ def knn_predictions(log: EventLog, evalsets: Sequence[EvalSet], fit_until: int) 
     busiest_first = {
         day: np.argsort(-events, kind="stable").astype(np.int32) for day, _, events in day_scores(log, days)
     }
-    answers: list[dict[str, Predictions]] = [{} for _ in evalsets]
+    predictions: list[dict[str, Predictions]] = [{} for _ in evalsets]
     for name, counted in (("knn-dislikes", log.feedback == DISLIKE), ("knn-all", np.ones(len(log), dtype=bool))):
         known = np.flatnonzero(counted & (log.day < fit_until))
         consumed = _incidence(log.user[known], log.item[known], (log.n_users, log.n_items))
-        for evalset, answer in zip(evalsets, answers, strict=True):
+        for evalset, of_set in zip(evalsets, predictions, strict=True):
             generated = _generate(log, evalset.requests, counted, consumed, busiest_first)
-            answer[name] = Predictions(generated=generated, kind="baseline")
-    return answers
+            of_set[name] = Predictions(generated=generated, kind="baseline")
+    return predictions
 
 
 def _generate(

@@ -17,7 +17,7 @@ HALF_LIFE = 4.0  # days; chosen on MovieTweetings' valid split
 def ranking_predictions(log: EventLog, evalsets: Sequence[EvalSet]) -> list[dict[str, Predictions]]:
     """Generated items and pool scores of all of `RANKINGS`, in one sweep over the days; nothing is fitted."""
     wanted = np.unique(np.concatenate([evalset.requests.day for evalset in evalsets]))
-    answers = [
+    predictions = [
         {
             name: Predictions(
                 generated=np.full((len(evalset.requests), TOP), -1, np.int32),
@@ -30,16 +30,16 @@ def ranking_predictions(log: EventLog, evalsets: Sequence[EvalSet]) -> list[dict
     ]
     for day, scores, events in day_scores(log, wanted):
         orders = {name: np.lexsort((-events, -score)).astype(np.int32) for name, score in scores.items()}
-        for evalset, answer in zip(evalsets, answers, strict=True):
+        for evalset, of_set in zip(evalsets, predictions, strict=True):
             rows = np.flatnonzero(evalset.requests.day == day)
             pools = np.flatnonzero(evalset.pool_day == day)
             requests = evalset.requests.take(rows)
             for name in RANKINGS:
-                predictions = answer[name]
-                assert predictions.generated is not None and predictions.pool_score is not None
-                predictions.generated[rows] = first_unseen(log, requests, orders[name])
-                predictions.pool_score[pools] = scores[name][evalset.pool_items[pools]]
-    return answers
+                ranking = of_set[name]
+                assert ranking.generated is not None and ranking.pool_score is not None
+                ranking.generated[rows] = first_unseen(log, requests, orders[name])
+                ranking.pool_score[pools] = scores[name][evalset.pool_items[pools]]
+    return predictions
 
 
 def day_scores(log: EventLog, days: np.ndarray) -> Iterator[tuple[int, dict[str, np.ndarray], np.ndarray]]:

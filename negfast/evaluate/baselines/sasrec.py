@@ -3,7 +3,7 @@
 ``sasrec-dislikes`` reads and predicts dislikes, ``sasrec-all`` every event, and both are judged by the items that the
 user goes on to dislike. Softmax over the target and shared uniform negatives in place of the paper's one negative,
 which is known to serve SASRec better (arXiv 2308.07192). Each user's sequence holds the first counted event of every
-item; it starts with a learned token, so that a user without history gets an answer too.
+item; it starts with a learned token, so that a user without history gets predictions too.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,15 +54,15 @@ def sasrec_predictions(
 
     Without such an event the row is left out.
     """
-    answers: list[dict[str, Predictions]] = [{} for _ in evalsets]
+    predictions: list[dict[str, Predictions]] = [{} for _ in evalsets]
     for name, settings in DEFAULTS.items():
         sequences = Sequences.of(log, KINDS[name])
         if not (sequences.day < fit_until).any():
             continue
         model = fit_sasrec(sequences, fit_until, settings, seed)
-        for evalset, answer in zip(evalsets, answers, strict=True):
-            answer[name] = predict_sasrec(log, sequences, model, evalset)
-    return answers
+        for evalset, of_set in zip(evalsets, predictions, strict=True):
+            of_set[name] = predict_sasrec(log, sequences, model, evalset)
+    return predictions
 
 
 @dataclass(frozen=True)

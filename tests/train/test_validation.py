@@ -1,4 +1,4 @@
-"""What a policy answers to an evaluation set."""
+"""The validation of a stage: likelihoods, the scale that it chooses and its score."""
 
 import numpy as np
 import pytest
