@@ -32,7 +32,7 @@ class Negfast(click.Group):
             command = getattr(getattr(error, "ctx", None), "command_path", "negfast")
             _fail(f"{error.format_message()} (see {command} --help)", 2)
         except click.Abort:
-            sys.exit(130)  # the stage has said how to go on
+            sys.exit(130)  # the stage has said how to resume
         except (TrainingError, OSError, MemoryError) as error:
             _fail(str(error) or type(error).__name__, 1)
 

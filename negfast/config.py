@@ -259,7 +259,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "grpo": {"steps": 5, "warmup": 2, "requests": 8, "group": 8},
         "eval": {"beam": 50, "valid_requests": 64, "resamples": 100},
     },
-    "nightly": {  # with --init: goes on from yesterday's weights, which know the items already
+    "nightly": {  # with --init: starts from yesterday's weights, which know the items already
         "align": {"steps": 0},
         "sft": {"steps": 100, "lr": 2e-4, "warmup": 10, "reset_head": False, "validate_every": 50},
         "grpo": {"steps": 30, "lr": 1e-4, "warmup": 5, "validate_every": 15},

@@ -6,4 +6,4 @@ class InputError(Exception):
 
 
 class TrainingError(Exception):
-    """Training cannot go on; the message is one line. The command line exits 1."""
+    """Training failed; the message is one line. The command line exits 1."""

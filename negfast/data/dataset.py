@@ -160,8 +160,8 @@ class Dataset:
     def fingerprint(self) -> str:
         """The same for data sets of the same events, items, semantic IDs and split; runs keep that of theirs."""
         files = {name: record["sha256"] for name, record in self.manifest["files"].items()}
-        told = json.dumps([files, self.manifest["split"]], sort_keys=True)
-        return hashlib.sha256(told.encode()).hexdigest()
+        described = json.dumps([files, self.manifest["split"]], sort_keys=True)
+        return hashlib.sha256(described.encode()).hexdigest()
 
     @property
     def extends(self) -> list[str]:

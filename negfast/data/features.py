@@ -161,10 +161,10 @@ def _changes(log: EventLog) -> tuple[np.ndarray, np.ndarray]:
     """
     rows = np.flatnonzero(log.feedback != EXPOSED)
     state = np.zeros((len(rows), 5))
-    told = log.judged[rows]
-    state[:, 0], state[:, 1] = told, log.feedback[rows] == DISLIKE
+    judged = log.judged[rows]
+    state[:, 0], state[:, 1] = judged, log.feedback[rows] == DISLIKE
     if log.value is not None:
-        known = told & np.isfinite(log.value[rows])
+        known = judged & np.isfinite(log.value[rows])
         value = np.where(known, log.value[rows], 0.0).astype(np.float64)
         state[:, 2], state[:, 3], state[:, 4] = known, value, value**2
     pair = log.user[rows].astype(np.int64) * log.n_items + log.item[rows]

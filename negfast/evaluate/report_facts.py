@@ -164,8 +164,10 @@ def examples(data: Dataset, evalset: EvalSet, predictions: Predictions, seed: in
     for row in [*with_hit, *others][:EXAMPLES]:
         user, day = int(requests.user[row]), int(requests.day[row])
         start, stop = log.user_offsets[user], history_ends(log, requests.user[[row]], requests.day[[row]])[0]
-        told = [i for i in range(start, stop) if log.feedback[i] in (LIKE, DISLIKE)][::-1]
-        history = {kind: [titles[log.item[i]] for i in told if (log.feedback[i] == DISLIKE) == kind] for kind in (0, 1)}
+        judged = [i for i in range(start, stop) if log.feedback[i] in (LIKE, DISLIKE)][::-1]
+        history = {
+            kind: [titles[log.item[i]] for i in judged if (log.feedback[i] == DISLIKE) == kind] for kind in (0, 1)
+        }
         future = requests.dislikes[requests.dislike_offsets[row] : requests.dislike_offsets[row + 1]]
         words = ["disliked" if bad else "liked" if good else "" for bad, good in zip(hit[row], liked[row], strict=True)]
         predicted = [(titles[item], word) for item, word in zip(top[row], words, strict=True) if item >= 0]

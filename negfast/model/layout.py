@@ -196,14 +196,14 @@ class GroupLayout:
         return (self.lengths[self.completion_prompt][:, None] + step).reshape(-1)
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with the completions ``rows`` int64 [A'] only, ascending indices into the present ones."""
+        """Keeps the completions ``rows`` int64 [A'] only, ascending indices into the present ones."""
         self.slots, self._completion_offsets = self.slots[rows], None
         for layer in self.keys.values():
             if layer.own_key is not None and layer.own_value is not None:
                 layer.own_key, layer.own_value = layer.own_key[rows], layer.own_value[rows]
 
     def branch(self, parents: Tensor, slots: Tensor, group: int) -> None:
-        """New completions that go on from the completions ``parents`` int64 [A'], at ``slots`` int64 [A']."""
+        """New completions that extend the completions ``parents`` int64 [A'], at ``slots`` int64 [A']."""
         self.keep(parents)
         self.set_completions(slots, group)
 

@@ -39,7 +39,7 @@ class Policy(nn.Module):
     """``decoder`` without its head, the code block, and the text head (the decoder's own vocabulary).
 
     Token ids below ``vocabulary.base`` are the decoder's, the others are rows of the code block. ``in_bfloat16``
-    computes the decoder's products in that type (autocast); weights, head, logits and losses stay what they are.
+    computes the decoder's matrix products in that type (autocast); weights, head, logits and losses stay what they are.
     """
 
     in_bfloat16 = False

@@ -107,7 +107,7 @@ def read_state(folder: Path) -> dict:
 
 def latest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
     """The undamaged checkpoint of ``folder`` that is furthest along, by (stage number, step) in its name; None without
-    any. ``warn`` is told of damaged ones."""
+    any. ``warn`` is called with a line for each damaged one."""
     for path in reversed(step_checkpoints(folder)):
         try:
             check_checkpoint(path)

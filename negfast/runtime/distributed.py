@@ -29,7 +29,7 @@ from negfast.errors import InputError, TrainingError
 
 BUCKET = 64 << 20  # bytes of gradients in one all-reduce
 PATIENCE = timedelta(hours=2)  # others wait while rank 0 validates; whoever started the ranks ends those of a dead one
-GRACE = 10.0  # seconds that other ranks get to end by themselves once one has failed, and again once they are told to
+GRACE = 10.0  # seconds that other ranks get to end by themselves once one has failed, and again after SIGTERM
 
 
 def rank() -> int:
@@ -167,7 +167,7 @@ def launch_gpus(count: int, arguments: Sequence[str]) -> int:
 def launch(arguments: Sequence[str], count: int) -> int:
     """Runs ``python -m negfast ARGUMENTS`` as ``count`` ranks on this machine; the exit code of the whole.
 
-    When one rank fails the others are ended, and its code is the answer; a rank ended by a signal is named in a line
+    When one rank fails the others are ended, and its code is the result; a rank ended by a signal is named in a line
     on stderr. SIGINT and SIGTERM are passed on, so that all ranks stop at the same step.
     """
     with socket.socket() as probe:
@@ -198,7 +198,7 @@ def launch(arguments: Sequence[str], count: int) -> int:
 
 def _wait(ranks: list[subprocess.Popen]) -> int:
     """Waits for all. After the first failure the others get ``GRACE`` seconds, then SIGTERM, then SIGKILL."""
-    code, failed_at, told = 0, float("inf"), 0
+    code, failed_at, warnings = 0, float("inf"), 0
     while None in (codes := [process.poll() for process in ranks]):
         failed = [(found, n) for n, found in enumerate(codes) if found]
         if failed and not code:
@@ -206,10 +206,10 @@ def _wait(ranks: list[subprocess.Popen]) -> int:
             if code < 0:
                 print(f"negfast: rank {number} was ended by {signal.Signals(-code).name}", file=sys.stderr, flush=True)
                 code = 1
-        if time.monotonic() > failed_at + GRACE * (told + 1):
-            told += 1
+        if time.monotonic() > failed_at + GRACE * (warnings + 1):
+            warnings += 1
             for process in ranks:
-                process.terminate() if told == 1 else process.kill()
+                process.terminate() if warnings == 1 else process.kill()
         time.sleep(0.05)
     return code or next((1 if p.returncode < 0 else p.returncode for p in ranks if p.returncode), 0)
 

@@ -1,4 +1,4 @@
-"""When a step goes wrong: what is saved, what is said, and how to look at it again."""
+"""When a step fails: what is saved and reported, and how to replay it."""
 
 import math
 import re

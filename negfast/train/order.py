@@ -1,7 +1,7 @@
 """The order in which training visits rows: seeded permutations that are computed, not stored.
 
 A Feistel network with cycle walking gives any place of a permutation at once. What a step visits depends on its number
-alone, so a run that stops goes on with the same stream, with any number of ranks or threads.
+alone, so a resumed run sees the same rows, with any number of ranks or threads.
 """
 
 from typing import Any

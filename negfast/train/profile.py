@@ -46,8 +46,8 @@ class Line:
 
 
 def profile(stage: str, steps: int, command: list[str], options: TrainOptions) -> None:
-    """Profiles ``steps`` steps of ``stage`` of the run that `negfast train` with the same options would start or go on
-    with, from the weights the stage would start from (of a run that has not got there: those it has).
+    """Profiles ``steps`` steps of ``stage`` of the run that `negfast train` with the same options would start or
+    resume, from the weights the stage would start from (of a run that has not got there: those it has).
 
     Writes RUN/profile/STAGE.json (or .nsys-rep) and prints the table. ``command`` is the command line without the
     program, to run again under nsys. InputError on an unknown stage.

@@ -42,7 +42,7 @@ def train(options: TrainOptions, table: bool = True) -> None:
 
     Without data the embedded MovieTweetings is prepared into RUN/data. Without ``table`` the test split is left alone,
     as is right while settings are compared. Raises InputError on bad settings or on a RUN that was started with
-    others, TrainingError where training cannot go on.
+    others, TrainingError where training fails.
     """
     run, settings = settings_of(options)
     device = distributed.local_device(choose_device(settings.train.device))

@@ -31,7 +31,7 @@ KEPT = 2  # checkpoints within a stage
 
 
 class StageCheckpoints:
-    """What a stage keeps: its last ``KEPT`` checkpoints, its best weights on valid, and at its end those to go on with.
+    """What a stage keeps: its last ``KEPT`` checkpoints, its best weights on valid, and at its end those for the next stage.
 
     Rank 0 writes; on the others nothing is written and every question has the same answer.
     """
@@ -55,7 +55,7 @@ class StageCheckpoints:
         self.pending: Future[None] | None = None
 
     def resume(self, path: Path) -> int:
-        """Loads weights and optimiser; the step to go on from."""
+        """Loads weights and optimiser; the step to resume from."""
         load_weights(path, self.policy)
         load_optimizer(path, self.policy, self.optimizer)
         if (self.best / STATE).is_file():  # they may be newer than the checkpoint: score and weights belong together

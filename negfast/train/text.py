@@ -18,7 +18,7 @@ from negfast.staging import put
 from negfast.train.order import epoch_rows
 from negfast.train.step import WHOLE, MicroBatch
 
-TEXT_TOKENS = 48  # of a title or of an attribute's values are read or said
+TEXT_TOKENS = 48  # of a title or of an attribute's values are read or generated
 EXAMPLES_AT_ONCE = 256
 
 
@@ -86,14 +86,14 @@ class SidToText:
     @torch.no_grad()
     def accuracy(self) -> dict[str, float]:
         """Of the held-out items: the share of target tokens that the model puts first after the true ones before them,
-        and of each kind the share of targets it gets right from end to end, as it would say them greedily."""
+        and of each kind the share of targets it gets right from end to end, decoding greedily."""
         right, kinds = [], []
         for start in range(0, len(self.held), EXAMPLES_AT_ONCE):
             examples = self.held[start : start + EXAMPLES_AT_ONCE]
             packed = pack(self.engine, examples, sum(len(example.target) for example in examples))
-            said = self.engine.policy.text_head(target_states(self.engine, packed)).argmax(-1)
+            predicted = self.engine.policy.text_head(target_states(self.engine, packed)).argmax(-1)
             lengths = [len(example.target) for example in examples]
-            right += (said == packed.targets).cpu().split(lengths)
+            right += (predicted == packed.targets).cpu().split(lengths)
             kinds += [example.kind for example in examples]
         if not kinds:
             return {}

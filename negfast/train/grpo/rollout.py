@@ -1,4 +1,4 @@
-"""Rollout and training pass in one: the prompt once, then level by level choose, sample and go on, with gradients.
+"""Rollout and training pass in one: the prompt once, then level by level choose and sample, with gradients.
 
 On-policy, the forward that samples *is* the forward that trains. Level 1 is chosen once per prompt for all of its
 completions; a completion whose remaining choices are all forced (one unseen leaf below it) is carried no further.
