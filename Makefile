@@ -4,11 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install train smoke test test-slow fuzz soak lint docs wheel try-wheel clean
+# Idle OpenMP threads that spin slow everything else down.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: help install train smoke check test test-slow fuzz soak lint docs wheel try-wheel clean
 
 help:
 	@echo "make train      install, then the whole job on the embedded sample -> runs/quickstart"
 	@echo "make smoke      install, then the same in about a minute          -> runs/smoke"
+	@echo "make check      lint, types and the fast tests, in under 90 seconds"
 	@echo "make test       install, then the test suite"
 	@echo "make test-slow  the tests too long for CI"
 	@echo "make fuzz       mutated shards under sanitisers, FUZZ_SECONDS=600"
@@ -35,6 +39,9 @@ train: install
 
 smoke: install
 	$(BIN)/negfast train --preset smoke --out runs/smoke
+
+check: lint
+	$(BIN)/python -m pytest -m "not slow and not job"
 
 test: install
 	$(BIN)/python -m pytest -m "not slow"

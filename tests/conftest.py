@@ -18,6 +18,18 @@ settings.register_profile("suite", deadline=None)  # machines are slow at times;
 settings.load_profile("suite")
 
 
+# What `make check` leaves to `make test`: tests that train, prepare or evaluate whole logs, and those of kernels.
+JOB_FIXTURES = {"tiny_run", "tiny_data", "movietweetings"}
+JOB_FILES = ("kernels/", "bench/", "test_docs", "test_main_job", "test_nightly", "test_examples", "test_smollm2")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        place = item.nodeid.removeprefix("tests/")
+        if place.startswith(JOB_FILES) or JOB_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.job)
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare(tmp_path_factory.mktemp("tiny"))

@@ -31,7 +31,7 @@ KEPT = 2  # checkpoints within a stage
 
 
 class StageCheckpoints:
-    """What a stage keeps: its last ``KEPT`` checkpoints, its best weights on valid, and at its end those for the next stage.
+    """What a stage keeps: its last ``KEPT`` checkpoints, its best weights on valid, and its final weights.
 
     Rank 0 writes; on the others nothing is written and every question has the same answer.
     """

@@ -121,7 +121,9 @@ def test_a_run_is_not_asked_about_days_that_it_learned_from_in_other_data(tiny_r
     command = ["prepare", str(events), "--like", str(tiny_data), "--valid", early[0], "--test", early[1]]
     run_cli(*command, "--out", str(tmp_path / "early"))
     said = run_cli("eval", str(tiny_run), "--data", str(tmp_path / "early"), code=2)
-    assert f"learned from events before {date_of(data.valid_day)}, so test, from {early[1]} on, tells nothing" in said
+    assert (
+        f"learned from events before {date_of(data.valid_day)}, so test, from {early[1]} on, cannot measure it" in said
+    )
 
 
 def test_settings_that_more_ranks_cannot_have_are_refused(tiny_run, tmp_path, monkeypatch):

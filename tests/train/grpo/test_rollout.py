@@ -32,10 +32,12 @@ def test_log_probs_of_samples_equal_separate_forwards(seed, group):
     log_p = sampled.choice.log_probs()
     counted = sampled.tokens.counted
     of_token = torch.where(counted, log_p[sampled.tokens.row, sampled.tokens.code], 0.0)
-    of_answer = torch.zeros(sampled.items.numel(), dtype=log_p.dtype).index_add(0, sampled.tokens.completion, of_token)
+    of_completion = torch.zeros(sampled.items.numel(), dtype=log_p.dtype).index_add(
+        0, sampled.tokens.completion, of_token
+    )
     for b, items in enumerate(sampled.items.tolist()):
         assert not set(items) & set(small.seen[b])
-        found = of_answer.view_as(sampled.items)[b].detach().numpy()
+        found = of_completion.view_as(sampled.items)[b].detach().numpy()
         assert np.abs(found - expected[b, items]).max() < 1e-9
     assert (small.trie.codes[sampled.items.flatten().numpy()] == sampled.codes.numpy()).all()
 
