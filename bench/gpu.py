@@ -107,7 +107,7 @@ def sanitize(seconds: float) -> str:
     """compute-sanitizer's memory check of one small test a kernel: "clean", "errors: ...", or why it was not run."""
     if not shutil.which("compute-sanitizer"):
         return "not installed"
-    small = "test_the_gradient_arrives or test_rows_without or (test_answers and 3-3-3) or test_prompts and 32"
+    small = "test_the_gradient_arrives or test_rows_without or (test_completions and 3-3-3) or test_prompts and 32"
     command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "pytest"]
     command += ["tests/kernels/device", "-q", "-x", "-k", small]
     try:

@@ -1,7 +1,7 @@
 """Whole GRPO and SFT steps and rollouts on one device: by the kernels, in eager code, and the peers where installed.
 
-Sizes are those of the targets: GRPO at the Qwen3-0.6B shape (4 prompts of 1,024 tokens with 16 answers, and of 2,048
-with 64; 4 codes an answer), SFT at the same shape (prompts of 2,048 tokens on average), beams of 256 at the Qwen3-1.7B
+Sizes are those of the targets: GRPO at the Qwen3-0.6B shape (4 prompts of 1,024 tokens with 16 completions, and of
+2,048 with 64; 4 codes each), SFT at the same shape (prompts of 2,048 tokens on average), beams of 256 at the Qwen3-1.7B
 shape (8 contexts of 1,000 tokens, 3 levels). Weights are random; the vocabulary is the benchmark's small one on all
 sides, which spares the peers most of what the real one of 151,936 costs them. Every step is measured from its batch's
 layout to the updated weights, and until the device is done.
@@ -15,12 +15,12 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from negfast.kernels import dispatch
 
 from bench import sft
 from bench.grpo_step import Case, Ours
 from bench.sft import Case as SftCase
 from negfast.config import Model
+from negfast.kernels import dispatch
 from negfast.model.beam import beam_search
 from negfast.sid.prior import NEXT_DISLIKE
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from negfast.kernels.trie_grpo import GRPOObjective
 from torch import Tensor
 
 from negfast.config import Config, Model
+from negfast.kernels.trie_grpo import GRPOObjective
 from negfast.model.choice import TrieChooser
 from negfast.model.fused_layers import fuse_layers
 from negfast.model.layout import GroupLayout

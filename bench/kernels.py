@@ -14,10 +14,13 @@ from typing import Any
 
 import torch
 
-from bench.attention_cases import answer_case, prompt_case
-from bench.kernel_case import Case, inputs
+from bench.kernel_cases.case import Case, inputs
+from bench.kernel_cases.completion_attention import completion_attention_case
+from bench.kernel_cases.prompt_attention import prompt_attention_case
+from bench.kernel_cases.sid_cross_entropy import sid_cross_entropy_case
+from bench.kernel_cases.trie_grpo import trie_grpo_case
+from bench.kernel_cases.vocabulary_cross_entropy import vocabulary_cross_entropy_case
 from bench.machine import versions, write_result
-from bench.row_cases import cross_entropy_case, trie_grpo_case, vocabulary_case
 
 H100_COPY = 3.0e12  # bytes/s, read plus written; about 90 % of the datasheet's 3.35e12. Predictions only
 H100_MATRIX = 989e12  # dense bf16 FLOP/s of the datasheet. Predictions only
@@ -30,14 +33,14 @@ def all_cases() -> list[Case]:
     sizes = [(64, 256, bf16), (1088, 256, bf16), (16_384, 256, bf16), (131_072, 256, bf16)]
     sizes += [(131_072, 256, torch.float32), (1024, 8192, bf16), (8192, 8192, bf16)]
     made = [trie_grpo_case(*size) for size in sizes]
-    made += [cross_entropy_case(*sizes[n]) for n in (1, 3, 6)]
-    made += [vocabulary_case(rows, 151_936) for rows in (256, 1024)]
+    made += [sid_cross_entropy_case(*sizes[n]) for n in (1, 3, 6)]
+    made += [vocabulary_cross_entropy_case(rows, 151_936) for rows in (256, 1024)]
     for backward in (False, True):
         for prompts, length in ((4, 512), (4, 1024), (4, 2048), (2, 8192)):
-            made.append(prompt_case(prompts, length, 16, 8, 128, backward))
-        made.append(prompt_case(4, 2048, 16, 8, 64, backward))
+            made.append(prompt_attention_case(prompts, length, 16, 8, 128, backward))
+        made.append(prompt_attention_case(4, 2048, 16, 8, 64, backward))
         for group, length, new in ((16, 1024, 1), (16, 1024, 3), (64, 2048, 1), (64, 2048, 3)):
-            made.append(answer_case(4, group, length, new, 16, 8, 128, backward))
+            made.append(completion_attention_case(4, group, length, new, 16, 8, 128, backward))
     return made
 
 

@@ -1,20 +1,24 @@
-"""Triton kernels, each beside its eager reference, for CUDA; elsewhere the references compute.
+"""Triton kernels for CUDA, each beside its eager reference, which computes elsewhere.
 
-trie_grpo          fused_trie_grpo.py    GRPO's loss over trie nodes and its gradient, one launch
-sid_cross_entropy  sid_cross_entropy.py  SFT's loss over trie nodes and its gradient
-prompt_attention   prompt_attention.py   group attention of packed prompts, causal, forward and backward
-answer_attention   answer_attention.py   and of the answers over their shared prompts and their own tokens
-full_vocabulary    vocabulary.py         the loss of a token of the whole vocabulary, by liger-kernel where installed
+trie_grpo                 GRPO's loss over trie nodes and its gradient, one launch
+sid_cross_entropy         SFT's loss over trie nodes and its gradient
+prompt_attention          causal attention of packed prompts, forward and backward
+completion_attention      and of completions over their shared prompts and their own tokens
+vocabulary_cross_entropy  the loss of a token of the whole vocabulary, by liger-kernel where installed
+
+``x.py`` is what callers import, ``x_reference.py`` the formula in eager code, ``x_kernel.py`` the Triton code. Both
+attentions share ``attention_inputs.py`` and ``attention_kernel.py``; both losses on the trie share ``trie_rows.py``.
 """
 
 from importlib.metadata import version
 
 import torch
+
 from negfast.kernels.dispatch import HEAD_DIMS, liger_cross_entropy, runs_liger, runs_triton
 
-ATTENTION = ("prompt_attention", "answer_attention")
+ATTENTION = ("prompt_attention", "completion_attention")
 PARTS = ("trie_grpo", "sid_cross_entropy", *ATTENTION)
-FULL_VOCABULARY = "full_vocabulary"  # what align says in words, and the rows of grpo.objective = full
+VOCABULARY = "vocabulary_cross_entropy"  # of align's texts, and of the rows of grpo.objective = full
 EAGER = "eager reference"
 
 
@@ -22,7 +26,7 @@ def implementations(device: torch.device | str, head_dim: int | None = None) -> 
     """Which implementation each part runs on a device, e.g. {"trie_grpo": "triton 3.6.0", ...}, for a decoder whose
     heads have ``head_dim`` dimensions (None: one that the kernels take)."""
     if not runs_triton(torch.device(device)):
-        return dict.fromkeys((*PARTS, FULL_VOCABULARY), EAGER)
+        return dict.fromkeys((*PARTS, VOCABULARY), EAGER)
     import triton
 
     found = dict.fromkeys(PARTS, f"triton {triton.__version__}")
@@ -30,6 +34,6 @@ def implementations(device: torch.device | str, head_dim: int | None = None) -> 
         taken = ", ".join(map(str, HEAD_DIMS))
         found |= dict.fromkeys(ATTENTION, f"{EAGER} (heads of {head_dim} dimensions; the kernels take {taken})")
     if not runs_liger(torch.device(device)):
-        return found | {FULL_VOCABULARY: f"{EAGER} (liger-kernel is not installed)"}
+        return found | {VOCABULARY: f"{EAGER} (liger-kernel is not installed)"}
     liger_cross_entropy()  # one that does not work fails here and not at the first loss
-    return found | {FULL_VOCABULARY: f"liger-kernel {version('liger-kernel')}"}
+    return found | {VOCABULARY: f"liger-kernel {version('liger-kernel')}"}

@@ -1,7 +1,7 @@
 """Where Triton kernels run: on CUDA, and on the CPU under Triton's interpreter, which only tests ask for."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -62,7 +62,9 @@ def capability(device: torch.device) -> int:
 compile_for = 90  # set by tools/compile_kernels.py, which has no device
 
 
-def check_tensors(shapes: dict[str, tuple[Tensor | None, tuple[int, ...], torch.dtype]], device: torch.device) -> None:
+def check_tensors(
+    shapes: Mapping[str, tuple[Tensor | None, tuple[int, ...], torch.dtype]], device: torch.device
+) -> None:
     """Raise ValueError at the first tensor of another shape, dtype or device than the kernel reads; None passes."""
     for name, (tensor, shape, dtype) in shapes.items():
         if tensor is None:

@@ -11,20 +11,19 @@ Bytes: logits read twice and dlogits written, 3 R K elements (6 R K bytes in bf1
 child bits a row, 4 bytes a row and child, 28 a row. FLOPs: about 12 a code and pass, so memory bounds it.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-import triton
-import triton.language as tl
-from negfast.kernels.dispatch import check_tensors, runs_triton
-from negfast.kernels.row_kernels import load_log_mass, log2_softmax_row, row_block, sampled_log_prob
-from negfast.kernels.trie_grpo import log_policy
-from negfast.kernels.trie_rows import RowInputs, TrieRows, TrieTables, dense_policy, row_inputs
 from torch import Tensor
 
-
-def sid_cross_entropy_reference(logits: Tensor, valid: Tensor, log_prior: Tensor | None, code: Tensor) -> Tensor:
-    """nll [R] over dense masks and priors [R, K], code int64 [R]; float32, or float64 where ``logits`` are."""
-    log_p = log_policy(logits, valid, log_prior, temperature=1.0).gather(1, code.unsqueeze(1))[:, 0]
-    return torch.where(valid.any(-1), -log_p, 0.0)
+from negfast.kernels.dispatch import check_tensors, runs_triton
+from negfast.kernels.operators import operator
+from negfast.kernels.sid_cross_entropy_kernel import sid_cross_entropy_kernel
+from negfast.kernels.sid_cross_entropy_reference import sid_cross_entropy_reference
+from negfast.kernels.trie_rows import RowInputs, TrieRows, TrieTables, row_inputs
+from negfast.kernels.trie_rows_kernel import row_block
+from negfast.kernels.trie_rows_reference import dense_policy
 
 
 def sid_cross_entropy(logits: Tensor, tables: TrieTables, rows: TrieRows, code: Tensor) -> Tensor:
@@ -39,82 +38,41 @@ def sid_cross_entropy(logits: Tensor, tables: TrieTables, rows: TrieRows, code: 
     inputs = row_inputs(logits, tables, rows)
     check_tensors({"code": (code, (len(logits),), torch.int32)}, logits.device)
     if not runs_triton(logits.device):
-        return eager(logits, tables, rows, code)
+        valid, log_prior = dense_policy(tables, rows, torch.promote_types(logits.dtype, torch.float32))
+        return sid_cross_entropy_reference(logits, valid, log_prior, code.long())
     row_block(logits.shape[1])
-    return _forward(logits.contiguous(), code.contiguous(), *inputs, tables.weight)
+    return SidCrossEntropy.apply(logits.contiguous(), code.contiguous(), inputs, tables.weight)
 
 
-def eager(logits: Tensor, tables: TrieTables, rows: TrieRows, code: Tensor) -> Tensor:
-    """``sid_cross_entropy`` by the reference over the dense form of the rows; any device, also float64."""
-    valid, log_prior = dense_policy(tables, rows, torch.promote_types(logits.dtype, torch.float32))
-    return sid_cross_entropy_reference(logits, valid, log_prior, code.long())
+class SidCrossEntropy(torch.autograd.Function):
+    """nll of logits and code."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, code: Tensor, rows: RowInputs, prior_weight: float) -> Tensor:
+        ctx.save_for_backward(logits, code, *rows)
+        ctx.prior_weight = prior_weight
+        return _forward(logits, code, rows, prior_weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, code, *rows = ctx.saved_tensors
+        return _backward(grad.contiguous(), logits, code, rows, ctx.prior_weight), None, None, None
 
 
-@torch.library.custom_op("negfast::sid_cross_entropy", mutates_args=())
-def _forward(
-    logits: Tensor,
-    code: Tensor,
-    child_bits: Tensor,
-    word_first: Tensor,
-    log_mass: Tensor | None,
-    node: Tensor,
-    mass_row: Tensor | None,
-    seen_begin: Tensor,
-    seen_end: Tensor,
-    seen_node: Tensor,
-    seen_log: Tensor,
-    prior_weight: float,
-) -> Tensor:
-    """nll float32 [R]"""
+def launch_forward(logits: Tensor, code: Tensor, rows: Sequence[Tensor | None], prior_weight: float) -> Tensor:
+    """nll float32 [R]; ``rows`` are RowInputs."""
     nll = logits.new_empty(len(logits), dtype=torch.float32)
-    rows = RowInputs(child_bits, word_first, log_mass, node, mass_row, seen_begin, seen_end, seen_node, seen_log)
-    _launch(logits, code, rows, prior_weight, nll, None, None)
+    _launch(logits, code, RowInputs._make(rows), prior_weight, nll=nll)
     return nll
 
 
-@_forward.register_fake
-def _(logits, *_):
-    return logits.new_empty(len(logits), dtype=torch.float32)
-
-
-@torch.library.custom_op("negfast::sid_cross_entropy_backward", mutates_args=())
-def _backward(
-    grad: Tensor,
-    logits: Tensor,
-    code: Tensor,
-    child_bits: Tensor,
-    word_first: Tensor,
-    log_mass: Tensor | None,
-    node: Tensor,
-    mass_row: Tensor | None,
-    seen_begin: Tensor,
-    seen_end: Tensor,
-    seen_node: Tensor,
-    seen_log: Tensor,
-    prior_weight: float,
+def launch_backward(
+    grad: Tensor, logits: Tensor, code: Tensor, rows: Sequence[Tensor | None], prior_weight: float
 ) -> Tensor:
     """dlogits"""
     dlogits = torch.empty_like(logits)
-    rows = RowInputs(child_bits, word_first, log_mass, node, mass_row, seen_begin, seen_end, seen_node, seen_log)
-    _launch(logits, code, rows, prior_weight, None, grad, dlogits)
+    _launch(logits, code, RowInputs._make(rows), prior_weight, grad=grad, dlogits=dlogits)
     return dlogits
-
-
-@_backward.register_fake
-def _(grad, logits, *_):
-    return torch.empty_like(logits)
-
-
-def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.prior_weight = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate(ctx, grad):
-    return _backward(grad.contiguous(), *ctx.saved_tensors, ctx.prior_weight), *[None] * 11
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def _launch(
@@ -122,9 +80,10 @@ def _launch(
     code: Tensor,
     rows: RowInputs,
     prior_weight: float,
-    nll: Tensor | None,
-    grad: Tensor | None,
-    dlogits: Tensor | None,
+    *,
+    nll: Tensor | None = None,
+    grad: Tensor | None = None,
+    dlogits: Tensor | None = None,
 ) -> None:
     if len(logits):
         sid_cross_entropy_kernel[(len(logits),)](
@@ -133,45 +92,13 @@ def _launch(
         )  # fmt: skip
 
 
-@triton.jit
-def sid_cross_entropy_kernel(
-    logits,
-    code,
-    nll,
-    grad,
-    dlogits,
-    child_bits,
-    word_first,
-    log_mass,
-    node,
-    mass_row,
-    seen_begin,
-    seen_end,
-    seen_node,
-    seen_log,
-    codebook,
-    words,
-    nodes,
-    prior_weight,
-    BLOCK_K: tl.constexpr,
-):
-    """One row a program: the loss where ``nll`` is given, the gradient where ``dlogits`` is."""
-    LN2: tl.constexpr = 0.6931471805599453
-    row = tl.program_id(0)
-    codes = tl.arange(0, BLOCK_K)
-    first_code = row.to(tl.int64) * codebook
-    z = tl.load(logits + first_code + codes, mask=codes < codebook, other=0.0).to(tl.float32)
-    valid, prior = load_log_mass(
-        row, codes, child_bits, word_first, log_mass, node, mass_row, seen_begin, seen_end, seen_node, seen_log,
-        words, nodes,
-    )  # fmt: skip
-    log_p, p = log2_softmax_row((z + prior * prior_weight) / LN2, valid)
-    target = tl.load(code + row)
-    if nll is not None:
-        loss = -sampled_log_prob(log_p, codes, tl.full((1,), 0, tl.int32) + target)
-        loss = tl.where(tl.max(valid.to(tl.int32), 0) != 0, loss, 0.0)
-        tl.store(nll + row + tl.arange(0, 1), loss)
-    if dlogits is not None:
-        slope = p - tl.where(codes == target, 1.0, 0.0)
-        gradient = tl.where(valid, slope * tl.load(grad + row), 0.0)
-        tl.store(dlogits + first_code + codes, gradient, mask=codes < codebook)
+def _fake_forward(logits: Tensor, *_: object) -> Tensor:
+    return logits.new_empty(len(logits), dtype=torch.float32)
+
+
+def _fake_backward(grad: Tensor, logits: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(logits)
+
+
+_forward = operator("sid_cross_entropy", launch_forward, _fake_forward)
+_backward = operator("sid_cross_entropy_backward", launch_backward, _fake_backward)

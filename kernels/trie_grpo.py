@@ -1,241 +1,259 @@
-"""The GRPO loss of answers sampled on a trie: the one eager reference of the formula.
+"""The trie GRPO loss in one launch: from logits of visited nodes to loss, per-token terms and dlogits.
 
-Symbols: R rows, each the policy's choice among K codes at one visited node of one prompt's trie; B groups of
-G answers; T sampled tokens. A row serves every token sampled at it: the root of a prompt is one row for G
-tokens. All shapes are static; a forced token (a node with one unseen child, log p = 0) is marked as not counted
-and enters neither sums nor denominators.
+One program holds one row of logits z [K] on chip (K up to 8,192) and serves every token sampled at it. Mask and prior
+are rebuilt from the trie's tables (trie_rows.py); s = (z + prior) / temperature, log p = log_softmax(s) over the valid
+codes. For the tokens t of the row, with codes c_t, token weights w_t and advantages A_t:
+
+    loss  = sum_t w_t (beta KL_t - min(r_t A_t, clip(r_t) A_t)),    r_t = exp(log p[c_t] - old_t)
+    h_t   = d loss / d log p[c_t] = -w_t r_t A_t, or 0 where the clipped branch is the smaller
+            (k3 adds w_t beta (1 - exp(d_t)), d_t = log ref[c_t] - log p[c_t], since k3 = exp(d) - d - 1)
+    d loss / d s[k] = sum_t h_t [k = c_t] - p[k] sum_t h_t
+            (exact KL adds sum_t(w_t) beta p[k] (log p[k] - log ref[k] - KL), for d log p[j] / d s[k] = [j = k] - p[k])
+    d loss / d z = d loss / d s / temperature, and 0 where not valid.
+
+Each row's program computes its group's statistics (mean, standard deviation, or max@k) from the G rewards, and token
+weights from ``counted``. Losses of rows are summed outside in a fixed order and nothing is added atomically, so runs
+are bit-equal.
+
+Bytes: logits, reference and dlogits are touched once, 3 R K elements (6 R K bytes in bf16), plus K / 4 bytes of tables
+a row, 4 bytes a row and child, 29 bytes a token; the backward multiplies dlogits by a scalar, 2 R K elements more. A
+row of forced tokens only writes its zeros. FLOPs: about 25 a code. The sm_90 code issues about 95 instructions a code:
+wide bf16 rows wait for instructions about twice as long as for memory (float32 rows do not), and below about 1,000 rows
+of 256 the launch is all. The loss "dapo" reads all T counted flags in every row, max@k makes G^2 comparisons a row.
 """
 
-from dataclasses import dataclass
-from math import comb
-from typing import Literal
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
+import triton
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
-LOSSES = ("grpo", "dr_grpo", "dapo")
-KLS = ("exact", "k3")
-BASELINES = ("group", "none")
+from negfast.kernels.dispatch import check_tensors, runs_triton
+from negfast.kernels.operators import operator
+from negfast.kernels.trie_grpo_kernel import trie_grpo_kernel
+from negfast.kernels.trie_grpo_reference import (
+    GRPOObjective,
+    GRPOTerms,
+    SampledTokens,
+    set_shares,
+    trie_grpo_reference,
+)
+from negfast.kernels.trie_rows import RowInputs, RowTokens, TrieRows, TrieTables, row_inputs
+from negfast.kernels.trie_rows_kernel import row_block
+from negfast.kernels.trie_rows_reference import dense_policy, log_policy
 
-
-@dataclass(frozen=True)
-class GRPOObjective:
-    """What GRPO maximises. From GRPO (arXiv 2402.03300), Dr. GRPO (2503.20783), DAPO (2503.14476), PKPO (2505.15201).
-
-    loss        grpo: mean over the counted tokens of an answer, then over answers; dr_grpo: sum over tokens divided
-                by (answers * levels), a constant; dapo: mean over all counted tokens.
-    scale_rewards  divide the advantage by the group's standard deviation. Off by default (Dr. GRPO): most groups
-                hold no hit, and division would inflate their crumbs of reward.
-    set_size    0: an answer's advantage is its own. k >= 1: the leave-one-out estimate of max@k (PKPO), since FHR@K
-                is a property of the set.
-    baseline    group: an advantage is the reward minus the group's mean; none: rewards are advantages as they are.
-    clip_low, clip_high   the probability ratio is clipped to [1 - clip_low, 1 + clip_high].
-    beta, kl    weight of KL(policy || reference). "exact" sums over the codes of each visited node; its gradient
-                omits the sampling term (how the choice of visited nodes depends on the policy). "k3" is the
-                estimator of the sampled code alone.
-    temperature divides logits plus prior, in sampling and training alike.
-    """
-
-    loss: Literal["grpo", "dr_grpo", "dapo"] = "dr_grpo"
-    scale_rewards: bool = False
-    set_size: int = 0
-    baseline: Literal["group", "none"] = "group"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    beta: float = 0.04
-    kl: Literal["exact", "k3"] = "exact"
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss: found {self.loss!r}, expected one of {', '.join(LOSSES)}")
-        if self.kl not in KLS:
-            raise ValueError(f"kl: found {self.kl!r}, expected one of {', '.join(KLS)}")
-        if self.baseline not in BASELINES:
-            raise ValueError(f"baseline: found {self.baseline!r}, expected one of {', '.join(BASELINES)}")
-        if self.baseline == "none" and (self.set_size or self.scale_rewards):
-            raise ValueError("baseline none cannot be combined with set_size or scale_rewards")
-        if self.set_size < 0 or self.temperature <= 0 or self.beta < 0:
-            raise ValueError("set_size and beta must be >= 0 and temperature > 0")
-        if not (0 <= self.clip_low < 1 and self.clip_high >= 0):
-            raise ValueError("clip_low must lie in [0, 1) and clip_high be >= 0")
-        if self.set_size and self.scale_rewards:
-            raise ValueError("scale_rewards cannot be combined with set_size: max@k has a baseline of its own")
+__all__ = ["GRPOObjective", "GRPOTerms", "trie_grpo"]
 
 
-@dataclass(frozen=True)
-class SampledTokens:
-    """The tokens of B*G answers, level by level; token n of T = L*B*G.
-
-    row      int64 [T]  row of ``logits`` at which the token was sampled
-    code     int64 [T]  the sampled code, in [0, K)
-    answer   int64 [T]  the answer it belongs to, in [0, B*G)
-    counted  bool  [T]  False for forced tokens and padding
-    """
-
-    row: Tensor
-    code: Tensor
-    answer: Tensor
-    counted: Tensor
-
-
-@dataclass(frozen=True)
-class GRPOTerms:
-    """``loss`` is a scalar with a gradient; the rest is detached, per token [T], zero where not counted."""
-
-    loss: Tensor
-    log_prob: Tensor
-    kl: Tensor
-    entropy: Tensor
-    clipped: Tensor
-
-    @property
-    def per_token(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.log_prob, self.kl, self.entropy, self.clipped
-
-
-def log_policy(logits: Tensor, valid: Tensor, log_prior: Tensor | None, temperature: float) -> Tensor:
-    """Log-probabilities [R, K] of the policy renormalised over the valid codes, in float32 or float64; -inf elsewhere.
-
-    A row without a valid code (padding) gets zeros, so that it can be carried along without NaN.
-    """
-    scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    scores = scores if log_prior is None else scores + log_prior
-    scores = (scores / temperature).masked_fill(~valid, -torch.inf)
-    scores = torch.where(valid.any(-1, keepdim=True), scores, 0.0)
-    return torch.log_softmax(scores, dim=-1)
-
-
-def group_advantage(rewards: Tensor, objective: GRPOObjective) -> Tensor:
-    """Advantage [B, G] of rewards [B, G].
-
-    Raises ValueError on NaN or inf in rewards, and where a group is smaller than ``set_size``.
-    """
-    if not torch.isfinite(rewards).all():
-        raise ValueError("rewards: found NaN or inf, expected finite numbers")
-    if objective.baseline == "none":
-        return rewards
-    if objective.set_size:
-        return max_at_k_advantage(rewards, objective.set_size)
-    centred = rewards - rewards.mean(-1, keepdim=True)
-    if not objective.scale_rewards or rewards.shape[-1] == 1:
-        return centred
-    return centred / (rewards.std(-1, keepdim=True) + 1e-4)
-
-
-def max_at_k_advantage(rewards: Tensor, k: int) -> Tensor:
-    """Advantage [B, G] whose policy gradient, averaged over a group, is unbiased for that of E[max of k answers].
-
-    PKPO's leave-one-out form: what answer i adds to a set of k is its reward minus the best of the other k - 1,
-    averaged over all such sets, times k. For k = 1 the baseline is the mean of the other answers (RLOO).
-    """
-    size = rewards.shape[-1]
-    if not 1 <= k <= size:
-        raise ValueError(f"set_size: found {k}, expected 1 to the group size {size}")
-    if k == 1:
-        others = (rewards.sum(-1, keepdim=True) - rewards) / max(size - 1, 1)
-        return rewards - others
-    # Sorted ascending, answer m is the best of comb(m, k - 2) sets of k - 1 answers; only sets whose best lies
-    # below answer i leave it anything to add.
-    ordered, order = rewards.sort(dim=-1)
-    share = torch.tensor(set_shares(size, k), dtype=rewards.dtype, device=rewards.device)
-    share_below = share.cumsum(0) - share
-    best_below = (share * ordered).cumsum(-1) - share * ordered
-    return torch.empty_like(rewards).scatter_(-1, order, share_below * ordered - best_below)
-
-
-def set_shares(size: int, k: int) -> list[float]:
-    """For m = 0..size-1: k times the share of all sets of k - 1 other answers whose best is the m-th from below.
-
-    Divided as integers, since binomials of large groups overflow any float.
-    """
-    return [k * comb(m, k - 2) / comb(size - 1, k - 1) for m in range(size)]
-
-
-def trie_grpo_reference(
+def trie_grpo(
     logits: Tensor,
-    valid: Tensor,
-    log_prior: Tensor | None,
-    tokens: SampledTokens,
+    tables: TrieTables,
+    rows: TrieRows,
+    tokens: RowTokens,
     rewards: Tensor,
     objective: GRPOObjective,
-    levels: int,
-    reference_log_policy: Tensor | None = None,
+    *,
+    reference: Tensor | None = None,
     old_log_prob: Tensor | None = None,
-    answer_weight: Tensor | None = None,
+    check_rewards: bool = True,
 ) -> GRPOTerms:
-    """GRPO's loss with clipping and KL over the trie, in float32, or float64 where ``logits`` are (for tests).
+    """GRPO's loss over the trie; the same result as ``trie_grpo_reference`` over ``dense_policy(tables, rows)``.
 
-    logits [R, K], valid bool [R, K], log_prior [R, K] or None; rewards [B, G]; reference_log_policy [R, K] the frozen
-    policy's ``log_policy`` at the same rows (needed where beta > 0); old_log_prob [T] of the policy that sampled
-    (None: on-policy, ratio 1); answer_weight [B*G] multiplies an answer's tokens in loss and denominators.
+    logits         [R, K] float32, bfloat16 or float16 (on the CPU also float64), rows of any levels
+    tokens         of C = B * G completions, group by group; all counted tokens of a row belong to one group
+    rewards        float32 [B, G]
+    reference      [R, K] the frozen policy's logits in the dtype of ``logits``; needed where beta > 0
+    old_log_prob   float32 [L, C] of the policy that sampled; None: on-policy
+    check_rewards  raise ValueError on NaN or inf, which waits for the device; False for graph capture
+
+    Returns terms per token [L, C] and a loss whose gradient reaches ``logits``. Raises ValueError on unsupported
+    shapes, dtypes and combinations.
     """
-    if objective.beta > 0 and reference_log_policy is None:
-        raise ValueError("reference_log_policy: found None, expected log-probabilities since beta > 0")
-    log_p = log_policy(logits, valid, log_prior, objective.temperature)
-    log_prob = torch.where(tokens.counted, log_p[tokens.row, tokens.code], 0.0)
-
-    # 0 * log 0 = 0: masked codes hold -inf
-    finite = log_p.masked_fill(~valid, 0.0)
-    p = finite.exp().masked_fill(~valid, 0.0)
-    entropy = -(p * finite).sum(-1)[tokens.row]
-    kl = torch.zeros_like(log_prob)
-    if reference_log_policy is not None and objective.beta > 0:
-        reference = reference_log_policy.masked_fill(~valid, 0.0)
-        if objective.kl == "exact":
-            kl = (p * (finite - reference)).sum(-1)[tokens.row]
-        else:
-            kl = k3(log_prob, torch.where(tokens.counted, reference[tokens.row, tokens.code], 0.0))
-    return grpo_terms(log_prob, kl, entropy, tokens, rewards, objective, levels, old_log_prob, answer_weight)
+    if objective.beta > 0 and reference is None:
+        raise ValueError("reference: found None, expected logits since beta > 0")
+    if objective.set_size > rewards.shape[-1]:
+        raise ValueError(f"set_size: found {objective.set_size}, expected 1 to the group size {rewards.shape[-1]}")
+    if check_rewards and not torch.isfinite(rewards).all():
+        raise ValueError("rewards: found NaN or inf, expected finite numbers")
+    reference = reference if objective.beta > 0 else None
+    inputs = row_inputs(logits, tables, rows)
+    check_tokens(logits, tokens, rewards, reference, old_log_prob)
+    if not runs_triton(logits.device):
+        return _eager(logits, tables, rows, tokens, rewards, objective, reference, old_log_prob)
+    row_block(logits.shape[1])
+    call = Call(inputs, tables.weight, tokens, rewards, objective, reference, old_log_prob)
+    return GRPOTerms(*TrieGRPO.apply(logits, call))
 
 
-def k3(log_prob: Tensor, reference: Tensor) -> Tensor:
-    """Schulman's estimator of KL(policy || reference) from the log-probabilities of sampled tokens alone."""
-    log_ratio = reference - log_prob
-    return log_ratio.exp() - log_ratio - 1
+def check_tokens(
+    logits: Tensor, tokens: RowTokens, rewards: Tensor, reference: Tensor | None, old_log_prob: Tensor | None
+) -> None:
+    """Raise ValueError unless what concerns tokens has the shape, dtype and device that ``trie_grpo`` names."""
+    shape, completions, total = tuple(tokens.code.shape), rewards.numel(), tokens.code.numel()
+    if len(shape) != 2 or shape[1] != completions:
+        raise ValueError(f"tokens.code: found shape {shape}, expected [levels, {completions}]")
+    real = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    expected = {
+        "reference": (reference, tuple(logits.shape), logits.dtype),
+        "tokens.start": (tokens.start, (len(logits) + 1,), torch.int32),
+        "tokens.token": (tokens.token, (total,), torch.int32),
+        "tokens.completion": (tokens.completion, (total,), torch.int32),
+        "tokens.row": (tokens.row, (total,), torch.int32),
+        "tokens.code": (tokens.code, shape, torch.int32),
+        "tokens.counted": (tokens.counted, shape, torch.bool),
+        "rewards": (rewards, tuple(rewards.shape), real),
+        "old_log_prob": (old_log_prob, shape, real),
+    }
+    check_tensors(expected, logits.device)
 
 
-def grpo_terms(
-    log_prob: Tensor,
-    kl: Tensor,
-    entropy: Tensor,
-    tokens: SampledTokens,
+def _eager(
+    logits: Tensor,
+    tables: TrieTables,
+    rows: TrieRows,
+    tokens: RowTokens,
     rewards: Tensor,
     objective: GRPOObjective,
-    levels: int,
-    old_log_prob: Tensor | None = None,
-    answer_weight: Tensor | None = None,
+    reference: Tensor | None,
+    old_log_prob: Tensor | None,
 ) -> GRPOTerms:
-    """The objective from what is known of each token, [T]: its log-probability (0 where not counted), the KL and the
-    entropy at its row; the rest as ``trie_grpo_reference``."""
-    dtype = log_prob.dtype
-    old = log_prob.detach() if old_log_prob is None else torch.where(tokens.counted, old_log_prob, 0.0)
-    advantage = group_advantage(rewards, objective).reshape(-1)[tokens.answer].to(dtype)
-    ratio = (log_prob - old).exp()
-    bounded = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
-    gain = torch.minimum(ratio * advantage, bounded * advantage)
-    clipped = (bounded * advantage < ratio * advantage).to(dtype) * tokens.counted
-    kl = torch.where(tokens.counted, kl, 0.0)
-    weight = token_weight(tokens, rewards.numel(), levels, objective, dtype, answer_weight)
-    loss = (weight * (objective.beta * kl - gain)).sum()
-    return GRPOTerms(loss, log_prob.detach(), kl.detach(), (entropy * tokens.counted).detach(), clipped.detach())
+    """By the reference over the dense form of the rows; any device, also float64."""
+    valid, log_prior = dense_policy(tables, rows, torch.promote_types(logits.dtype, torch.float32))
+    if reference is not None:
+        reference = log_policy(reference, valid, log_prior, objective.temperature)
+    code = tokens.code
+    completion = torch.arange(code.shape[1], device=code.device).expand_as(code)
+    flat = SampledTokens(tokens.row.long(), code.flatten().long(), completion.flatten(), tokens.counted.flatten())
+    old = None if old_log_prob is None else old_log_prob.flatten()
+    terms = trie_grpo_reference(logits, valid, log_prior, flat, rewards, objective, len(code), reference, old)
+    return GRPOTerms(terms.loss, *(term.view(code.shape) for term in terms.per_token))
 
 
-def token_weight(
-    tokens: SampledTokens,
-    answers: int,
-    levels: int,
-    objective: GRPOObjective,
-    dtype: torch.dtype,
-    answer_weight: Tensor | None = None,
-) -> Tensor:
-    """The coefficient [T] of each token's term in the loss; 0 where not counted."""
-    counted = tokens.counted.to(dtype)
-    per_answer = torch.ones(answers, dtype=dtype, device=counted.device) if answer_weight is None else answer_weight
-    weighted = counted * per_answer[tokens.answer]
-    if objective.loss == "dr_grpo":
-        return weighted / (per_answer.sum() * levels)
-    if objective.loss == "dapo":
-        return weighted / weighted.sum().clamp_min(1e-12)
-    length = torch.zeros(answers, dtype=dtype, device=counted.device).index_add(0, tokens.answer, counted)
-    return weighted / (length.clamp_min(1)[tokens.answer] * per_answer.sum())
+@dataclass(frozen=True)
+class Call:
+    """What a launch reads beside the logits."""
+
+    rows: RowInputs
+    prior_weight: float
+    tokens: RowTokens
+    rewards: Tensor
+    objective: GRPOObjective
+    reference: Tensor | None
+    old_log_prob: Tensor | None
+
+
+class TrieGRPO(torch.autograd.Function):
+    """(loss, log_prob, kl, entropy, clipped) of logits; the launch that computes them makes dlogits too."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, logits: Tensor, call: Call) -> tuple[Tensor, ...]:
+        tokens = call.tokens
+        loss, *per_token, dlogits = _operator(
+            logits,
+            call.rows,
+            call.prior_weight,
+            (tokens.start, tokens.token, tokens.completion, tokens.code, tokens.counted),
+            call.rewards,
+            call.reference,
+            call.old_log_prob,
+            json.dumps(asdict(call.objective)),
+        )
+        ctx.save_for_backward(dlogits)
+        ctx.mark_non_differentiable(*per_token)
+        return loss, *per_token
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor, None]:
+        (dlogits,) = ctx.saved_tensors
+        return grad_loss.to(dlogits.dtype) * dlogits, None
+
+
+def launch(
+    logits: Tensor,
+    rows: Sequence[Tensor | None],
+    prior_weight: float,
+    tokens: Sequence[Tensor],
+    rewards: Tensor,
+    reference: Tensor | None,
+    old_log_prob: Tensor | None,
+    objective: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, log_prob, kl, entropy, clipped, dlogits) by one launch of the kernel and one sum over rows.
+
+    ``rows`` are RowInputs, ``tokens`` the start, token, completion, code and counted of RowTokens, ``objective`` is
+    a GRPOObjective in JSON, since an operator takes no objects.
+    """
+    given, inputs = GRPOObjective(**json.loads(objective)), RowInputs._make(rows)
+    start, token, completion, code, counted = tokens
+    (count, codebook), group = logits.shape, rewards.shape[-1]
+    logits = logits.contiguous()
+    dlogits = torch.empty_like(logits)
+    loss = logits.new_empty(count, dtype=torch.float32)
+    log_prob, kl, entropy, clipped = (code.new_empty(code.shape, dtype=torch.float32) for _ in range(4))
+    if count:
+        trie_grpo_kernel[(count,)](
+            logits,
+            None if reference is None else reference.contiguous(),
+            dlogits,
+            loss,
+            log_prob,
+            kl,
+            entropy,
+            clipped,
+            start,
+            token,
+            completion,
+            code.contiguous(),
+            counted.contiguous(),
+            None if old_log_prob is None else old_log_prob.contiguous(),
+            rewards.contiguous(),
+            _shares_on(logits.device, group, given.set_size) if given.set_size > 1 else None,
+            *inputs,
+            codebook,
+            *inputs.strides,
+            prior_weight,
+            1 / given.temperature,
+            given.clip_low,
+            given.clip_high,
+            given.beta,
+            code.shape[1],
+            code.shape[0],
+            **specialise(given, codebook, group),
+        )
+    return loss.sum(), log_prob, kl, entropy, clipped, dlogits
+
+
+def _fake(logits: Tensor, rows: object, weight: float, tokens: Sequence[Tensor], *_: object) -> tuple[Tensor, ...]:
+    code = tokens[3]
+    terms = [code.new_empty(code.shape, dtype=torch.float32) for _ in range(4)]
+    return logits.new_empty((), dtype=torch.float32), *terms, torch.empty_like(logits)
+
+
+_operator = operator("trie_grpo", launch, _fake)
+
+
+def specialise(objective: GRPOObjective, codebook: int, group: int) -> dict[str, Any]:
+    """The kernel's compile-time settings: the objective's and block sizes. Nothing here varies with the batch."""
+    baseline = "group"
+    if objective.set_size:
+        baseline = "others" if objective.set_size == 1 else "set"
+    return {
+        "LOSS": objective.loss,
+        "EXACT_KL": objective.kl == "exact",
+        "SCALE_REWARDS": objective.scale_rewards,
+        "BASELINE": baseline,
+        "BLOCK_T": min(max(triton.next_power_of_2(group), 16), 32),
+        "GROUP": group,
+        "BLOCK_G": triton.next_power_of_2(group),
+        **row_block(codebook),
+    }
+
+
+@lru_cache(maxsize=8)
+def _shares_on(device: torch.device, group: int, set_size: int) -> Tensor:
+    return torch.tensor(set_shares(group, set_size), dtype=torch.float32, device=device)

@@ -1,8 +1,9 @@
-"""The kernel of fused_trie_grpo.py, which has its formula, derivation, bytes and FLOPs."""
+"""The kernel of trie_grpo.py, which has its formula, derivation, bytes and FLOPs."""
 
 import triton
 import triton.language as tl
-from negfast.kernels.row_kernels import exp2, load_log_mass, log2_softmax_row, sampled_log_prob
+
+from negfast.kernels.trie_rows_kernel import exp2, load_log_mass, log2_softmax_row, sampled_log_prob
 
 
 @triton.jit
@@ -17,12 +18,11 @@ def trie_grpo_kernel(
     clipped,
     token_start,
     tokens,
-    token_answer,
+    token_completion,
     code,
     counted,
     old_log_prob,
     rewards,
-    answer_weight,
     shares,
     child_bits,
     word_first,
@@ -41,11 +41,10 @@ def trie_grpo_kernel(
     clip_low,
     clip_high,
     beta,
-    answers,
+    completions,
     levels,
     LOSS: tl.constexpr,
     EXACT_KL: tl.constexpr,
-    REFERENCE_IS_LOGITS: tl.constexpr,
     SCALE_REWARDS: tl.constexpr,
     BASELINE: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -87,15 +86,12 @@ def trie_grpo_kernel(
     log_ref = tl.zeros_like(z)
     if reference is not None:
         log_ref = tl.load(reference + first_code + codes, mask=codes < codebook, other=0.0).to(tl.float32)
-        if REFERENCE_IS_LOGITS:
-            log_ref = log2_softmax_row(log_ref * scale + prior, valid)[0]
-        else:
-            log_ref = tl.where(valid, log_ref / LN2, -1e30)
+        log_ref = log2_softmax_row(log_ref * scale + prior, valid)[0]
         row_kl = LN2 * tl.sum(p * (log_p - log_ref), 0)
 
     members = tl.arange(0, BLOCK_G)
-    first_answer = tl.load(token_answer + begin)
-    group_rewards = rewards + first_answer // GROUP * GROUP
+    first_completion = tl.load(token_completion + begin)
+    group_rewards = rewards + first_completion // GROUP * GROUP
     peers = tl.load(group_rewards + members, mask=members < GROUP, other=0.0)
     mean = tl.sum(peers, 0) / GROUP
     spread, share, denominator = 1.0, 0.0, 1.0
@@ -105,13 +101,10 @@ def trie_grpo_kernel(
     if BASELINE == "set":
         rank = rank_in_group(group_rewards, peers, members, GROUP)
         share = tl.load(shares + rank, mask=members < GROUP, other=0.0)
-    weights_total = answers * 1.0
-    if answer_weight is not None:
-        weights_total = sum_of(answer_weight, answers)
     if LOSS == "dapo":
-        denominator = tl.maximum(sum_counted(counted, answer_weight, answers, levels), 1e-12)
+        denominator = tl.maximum(count_tokens(counted, completions * levels), 1e-12)
     elif LOSS == "dr_grpo":
-        denominator = weights_total * levels
+        denominator = completions * 1.0 * levels
 
     h = tl.zeros_like(z)
     row_loss = 0.0
@@ -119,18 +112,18 @@ def trie_grpo_kernel(
     kl_weight = 0.0
     if end - begin == 1:  # most rows: no vector of tokens, none of its sums
         row_loss, kl_weight, slope_total, h = serve_tokens(
-            begin, end, codes, log_p, log_ref, row_entropy, row_kl, members, peers, mean, spread, share,
-            weights_total, denominator, log_prob, kl, entropy, clipped, tokens, token_answer, code, counted,
-            old_log_prob, rewards, answer_weight, clip_low, clip_high, beta, answers, levels, reference is not
-            None, LOSS, EXACT_KL, SCALE_REWARDS, BASELINE, GROUP, BLOCK_T=1,
+            begin, end, codes, log_p, log_ref, row_entropy, row_kl, members, peers, mean, spread, share, denominator,
+            log_prob, kl, entropy, clipped, tokens, token_completion, code, counted, old_log_prob, rewards,
+            clip_low, clip_high, beta, completions, levels, reference is not None, LOSS, EXACT_KL, SCALE_REWARDS,
+            BASELINE, GROUP, BLOCK_T=1,
         )  # fmt: skip
     else:
         for first in range(begin, end, BLOCK_T):
             part_loss, part_kl_weight, part_slope, part_h = serve_tokens(
                 first, end, codes, log_p, log_ref, row_entropy, row_kl, members, peers, mean, spread, share,
-                weights_total, denominator, log_prob, kl, entropy, clipped, tokens, token_answer, code, counted,
-                old_log_prob, rewards, answer_weight, clip_low, clip_high, beta, answers, levels, reference is
-                not None, LOSS, EXACT_KL, SCALE_REWARDS, BASELINE, GROUP, BLOCK_T=BLOCK_T,
+                denominator, log_prob, kl, entropy, clipped, tokens, token_completion, code, counted, old_log_prob,
+                rewards, clip_low, clip_high, beta, completions, levels, reference is not None, LOSS, EXACT_KL,
+                SCALE_REWARDS, BASELINE, GROUP, BLOCK_T=BLOCK_T,
             )  # fmt: skip
             row_loss += part_loss
             slope_total += part_slope
@@ -157,23 +150,21 @@ def serve_tokens(
     mean,
     spread,
     share,
-    weights_total,
     denominator,
     log_prob,
     kl,
     entropy,
     clipped,
     tokens,
-    token_answer,
+    token_completion,
     code,
     counted,
     old_log_prob,
     rewards,
-    answer_weight,
     clip_low,
     clip_high,
     beta,
-    answers,
+    completions,
     levels,
     HAS_REFERENCE: tl.constexpr,
     LOSS: tl.constexpr,
@@ -189,28 +180,24 @@ def serve_tokens(
     live = slot < end - first
     token = tl.load(tokens + first + slot, mask=live, other=0)
     on = tl.load(counted + token, mask=live, other=0) != 0
-    answer = tl.load(token_answer + first + slot, mask=live, other=0)
+    completion = tl.load(token_completion + first + slot, mask=live, other=0)
     sampled = tl.load(code + token, mask=on, other=0)
     lp = tl.where(on, sampled_log_prob(log_p, codes, sampled), 0.0)
 
-    reward = tl.load(rewards + answer, mask=on, other=0.0)
+    reward = tl.load(rewards + completion, mask=on, other=0.0)
     if BASELINE == "set":
         lead = reward[:, None] - peers[None, :]
         advantage = tl.sum(tl.where((lead > 0) & (members < GROUP)[None, :], lead * share[None, :], 0.0), 1)
     elif BASELINE == "others":
         advantage = reward - (mean * GROUP - reward) / max(GROUP - 1, 1)
-    elif BASELINE == "none":
-        advantage = reward
     elif SCALE_REWARDS:
         advantage = (reward - mean) / (spread + 1e-4)
     else:
         advantage = reward - mean
 
     w = tl.where(on, 1.0, 0.0)
-    if answer_weight is not None:
-        w *= tl.load(answer_weight + answer, mask=on, other=0.0)
     if LOSS == "grpo":
-        w /= tl.maximum(answer_length(counted, answer, on, answers, levels), 1.0) * weights_total
+        w /= tl.maximum(completion_length(counted, completion, on, completions, levels), 1.0) * (completions * 1.0)
     else:
         w /= denominator
 
@@ -256,33 +243,20 @@ def rank_in_group(first, peers, members, GROUP: tl.constexpr):
 
 
 @triton.jit
-def sum_of(values, length):
+def count_tokens(counted, length):
+    """Counted tokens of all completions, float32."""
     total = 0.0
-    for first in range(0, length, 1024):
-        at = first + tl.arange(0, 1024)
-        total += tl.sum(tl.load(values + at, mask=at < length, other=0.0), 0)
-    return total
-
-
-@triton.jit
-def sum_counted(counted, answer_weight, answers, levels):
-    """Sum of the answer weights of all counted tokens."""
-    total = 0.0
-    length = answers * levels
     for first in range(0, length, 1024):
         at = first + tl.arange(0, 1024)
         on = tl.load(counted + at, mask=at < length, other=0) != 0
-        if answer_weight is None:
-            total += tl.sum(on.to(tl.float32), 0)
-        else:
-            total += tl.sum(tl.load(answer_weight + at % answers, mask=on, other=0.0), 0)
+        total += tl.sum(on.to(tl.float32), 0)
     return total
 
 
 @triton.jit
-def answer_length(counted, answer, on, answers, levels):
-    """Counted tokens of each answer, float32."""
-    length = tl.zeros(answer.shape, tl.float32)
+def completion_length(counted, completion, on, completions, levels):
+    """Counted tokens of each completion, float32."""
+    length = tl.zeros(completion.shape, tl.float32)
     for level in range(0, levels):
-        length += (tl.load(counted + level * answers + answer, mask=on, other=0) != 0).to(tl.float32)
+        length += (tl.load(counted + level * completions + completion, mask=on, other=0) != 0).to(tl.float32)
     return length

@@ -11,8 +11,9 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from negfast.kernels.dispatch import check_tensors, runs_triton
 from torch import Tensor
+
+from negfast.kernels.dispatch import check_tensors, runs_triton
 
 
 @dataclass(frozen=True)
@@ -171,26 +172,31 @@ class TrieRows:
 
 @dataclass(frozen=True)
 class RowTokens:
-    """Which of T = L * A tokens (L levels of A answers, level by level) were sampled at which row; all int32.
+    """The T = L * C tokens of C completions, level by level, and the rows at which they were sampled; int32 but one.
 
-    start   [R + 1]  row r serves token[start[r] : start[r + 1]]
-    token   [T]      a permutation of 0..T-1, the counted tokens of each row first
-    answer  [T]      the answer of each entry of ``token``
-    row     [T]      the row of each token, in the tokens' own order
+    start       [R + 1]  row r serves token[start[r] : start[r + 1]]
+    token       [T]      a permutation of 0..T-1, the counted tokens of each row first
+    completion  [T]      the completion of each entry of ``token``
+    row         [T]      the row of each token, in the tokens' own order
+    code        [L, C]   the sampled code of each token
+    counted     bool [L, C]   False for forced tokens and padding; every token still belongs to some row
     """
 
     start: Tensor
     token: Tensor
-    answer: Tensor
+    completion: Tensor
     row: Tensor
+    code: Tensor
+    counted: Tensor
 
     @classmethod
-    def from_rows(cls, row: Tensor, counted: Tensor, rows: int) -> "RowTokens":
-        """From the row of each token, any integer type [L, A] in [0, rows), and whether it counts, bool [L, A]."""
+    def build(cls, row: Tensor, code: Tensor, counted: Tensor, rows: int) -> "RowTokens":
+        """From the row of each token in [0, rows) and its code, any integer type [L, C], and ``counted``."""
         flat = row.reshape(-1)
         key, token = (2 * flat.long() + ~counted.reshape(-1)).sort(stable=True)
         start = torch.searchsorted(key, 2 * torch.arange(rows + 1, device=flat.device))
-        return cls(start.int(), token.int(), (token % row.shape[-1]).int(), flat.int())
+        completion = token % row.shape[-1]
+        return cls(start.int(), token.int(), completion.int(), flat.int(), code.int(), counted)
 
 
 class RowInputs(NamedTuple):
@@ -230,52 +236,15 @@ def row_inputs(logits: Tensor, tables: TrieTables, rows: TrieRows) -> RowInputs:
         rows.seen_node,
         rows.seen_log,
     )
-    nodes, row, entries = len(tables.leaf_count), (count,), tuple(rows.seen_node.shape)
     bits = (len(tables.first_child) - 1, -(-codebook // 32))
     days = 0 if tables.log_mass is None else len(tables.log_mass)
-    shapes = RowInputs(bits, bits, (days, nodes), row, row, row, row, entries, entries)
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("node", "mass_row", "seen_begin", "seen_end"), (count,))
+    shapes |= dict.fromkeys(("seen_node", "seen_log"), tuple(rows.seen_node.shape))
+    shapes |= {"child_bits": bits, "word_first": bits, "log_mass": (days, len(tables.leaf_count))}
     floats = ("log_mass", "seen_log")
     expected = {
-        name: (tensor, shape, torch.float32 if name in floats else torch.int32)
-        for name, tensor, shape in zip(RowInputs._fields, inputs, shapes, strict=True)
+        name: (tensor, shapes[name], torch.float32 if name in floats else torch.int32)
+        for name, tensor in inputs._asdict().items()
     }
     check_tensors(expected, logits.device)
     return inputs
-
-
-def dense_policy(
-    tables: TrieTables, rows: TrieRows, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor | None]:
-    """The dense form of rows: valid bool [R, K] and log prior [R, K] (0 where not valid; None without a prior).
-
-    The eager reference of what kernels rebuild on chip.
-    """
-    device = rows.node.device
-    codes = torch.arange(tables.codebook, device=device)
-    inside = rows.node >= 0
-    node = rows.node.clamp(min=0).long()
-    words = tables.child_bits[node]
-    exists = ((words[:, codes // 32] >> (codes % 32)) & 1).bool() & inside[:, None]
-    rank = exists.long().cumsum(-1) - exists.long()
-    child = torch.where(exists, tables.first_child[node].long()[:, None] + rank, 0)
-
-    log_mass = torch.zeros_like(child, dtype=torch.float32)
-    if tables.log_mass is not None:
-        if rows.mass_row is None:
-            raise ValueError("mass_row: found None, expected a tensor since the tables hold a prior")
-        log_mass = tables.log_mass[rows.mass_row.long()[:, None], child]
-    # every (row, entry) pair whose entry is a child of the row's node, put at the child's code
-    sizes = (rows.seen_end - rows.seen_begin).long()
-    pair_row = torch.repeat_interleave(torch.arange(len(node), device=device), sizes)
-    first_pair = sizes.cumsum(0) - sizes
-    entry = torch.arange(len(pair_row), device=device) - first_pair[pair_row] + rows.seen_begin[pair_row].long()
-    seen_rank = rows.seen_node[entry].long() - tables.first_child[node[pair_row]].long()
-    among = (seen_rank >= 0) & (seen_rank < exists.sum(-1)[pair_row])
-    by_rank = torch.full_like(log_mass, torch.nan)  # [R, K], columns are ranks
-    by_rank[pair_row[among], seen_rank[among]] = rows.seen_log[entry[among]]
-    seen_log = by_rank.gather(1, rank.clamp(max=tables.codebook - 1))
-    log_mass = torch.where(seen_log.isnan(), log_mass, seen_log)
-    valid = exists & (log_mass > -torch.inf)
-    if tables.log_mass is None:
-        return valid, None
-    return valid, torch.where(valid, tables.weight * log_mass.to(dtype), 0.0)

@@ -22,19 +22,20 @@ from types import ModuleType
 
 import torch
 import triton
-from negfast.kernels import (
-    answer_attention,
-    attention_tiles,
-    dispatch,
-    fused_trie_grpo,
-    prompt_attention,
-    sid_cross_entropy,
-)
-from negfast.kernels.trie_grpo import GRPOObjective
-from negfast.kernels.trie_rows import RowTokens, TrieRows, TrieTables, row_inputs
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from negfast.kernels import (
+    attention_kernel,
+    completion_attention,
+    dispatch,
+    prompt_attention,
+    sid_cross_entropy,
+    trie_grpo,
+)
+from negfast.kernels.trie_grpo import GRPOObjective
+from negfast.kernels.trie_rows import RowTokens, TrieRows, TrieTables, row_inputs
 
 TARGETS = (80, 90, 100)
 TYPES = {
@@ -100,7 +101,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
 
 
 def trie_inputs(codebook: int, dtype: torch.dtype, count: int = 1024) -> tuple[Tensor, TrieTables, TrieRows, RowTokens]:
-    """Logits, tables, rows and tokens of 16 prompts, 32 answers, 3 levels, and a trie of 100,000 nodes."""
+    """Logits, tables, rows and tokens of 16 prompts, 32 completions, 3 levels, and a trie of 100,000 nodes."""
     nodes, inner, seen, tokens = 100_000, 40_000, 5_000, 3 * 16 * 32
     tables = TrieTables(
         first_child=empty(inner + 1),
@@ -113,22 +114,23 @@ def trie_inputs(codebook: int, dtype: torch.dtype, count: int = 1024) -> tuple[T
     seen_log = empty(seen, dtype=torch.float32)
     rows = TrieRows(empty(count), empty(count), empty(count), empty(seen), seen_log, mass_row=empty(count))
     logits = empty(count, codebook, dtype=dtype)
-    return logits, tables, rows, RowTokens(empty(count + 1), *(empty(tokens) for _ in range(3)))
+    code, counted = empty(3, 16 * 32), empty(3, 16 * 32, dtype=torch.bool)
+    return logits, tables, rows, RowTokens(empty(count + 1), empty(tokens), empty(tokens), empty(tokens), code, counted)
 
 
 def record_trie_grpo() -> list[Launch]:
     launches = []
     for codebook in (256, 1024, 8192):
         logits, tables, rows, tokens = trie_inputs(codebook, torch.bfloat16)
-        answers = empty(3, 16 * 32), empty(3, 16 * 32, dtype=torch.bool), empty(16, 32, dtype=torch.float32)
-        arguments = (logits, tables, rows, tokens, *answers)
+        read = (tokens.start, tokens.token, tokens.completion, tokens.code, tokens.counted)
+        arguments = (logits, row_inputs(logits, tables, rows), tables.weight, read, empty(16, 32, dtype=torch.float32))
         old = empty(3, 16 * 32, dtype=torch.float32)
         cases: dict[str, tuple[GRPOObjective, Tensor | None]] = {"default": (GRPOObjective(), None)}
         if codebook != 1024:
             cases["grpo k3 max@8"] = (GRPOObjective(loss="grpo", kl="k3", set_size=8), old)
         for name, (objective, old_log_prob) in cases.items():
-            with recorded(f"{codebook} codes bf16, {name}", fused_trie_grpo) as noted:
-                fused_trie_grpo.launch(*arguments, objective, logits, "logits", old_log_prob)
+            with recorded(f"{codebook} codes bf16, {name}", trie_grpo) as noted:
+                trie_grpo.launch(*arguments, logits, old_log_prob, json.dumps(asdict(objective)))
             launches += noted
     return launches
 
@@ -137,11 +139,11 @@ def record_sid_cross_entropy() -> list[Launch]:
     launches = []
     for codebook in (256, 8192):
         logits, tables, rows, _ = trie_inputs(codebook, torch.bfloat16)
-        arguments = (logits, empty(len(logits)), *row_inputs(logits, tables, rows), tables.weight)
+        arguments = (logits, empty(len(logits)), row_inputs(logits, tables, rows), tables.weight)
         grad = empty(len(logits), dtype=torch.float32)
         with recorded(f"{codebook} codes bf16", sid_cross_entropy) as noted:
-            sid_cross_entropy._forward._init_fn(*arguments)
-            sid_cross_entropy._backward._init_fn(grad, *arguments)
+            sid_cross_entropy.launch_forward(*arguments)
+            sid_cross_entropy.launch_backward(grad, *arguments)
         launches += noted
     return launches
 
@@ -152,14 +154,14 @@ def record_prompt_attention() -> list[Launch]:
         query, key = empty(4096, 16, dim, dtype=dtype), empty(4096, 8, dim, dtype=dtype)
         lse = empty(4096, 16, dtype=torch.float32)
         case = f"head {dim} {TYPES[dtype]}"
-        with recorded(case, prompt_attention) as noted, recorded(case, attention_tiles) as shared:
-            prompt_attention._forward._init_fn(query, key, key, offsets, 1024, dim**-0.5)
-            prompt_attention._backward._init_fn(query, query, key, key, query, lse, offsets, 1024, dim**-0.5)
+        with recorded(case, prompt_attention) as noted, recorded(case, attention_kernel) as shared:
+            prompt_attention.launch_forward(query, key, key, offsets, 1024, dim**-0.5)
+            prompt_attention.launch_backward(query, query, key, key, query, lse, offsets, 1024, dim**-0.5)
         launches += noted + shared
     return launches
 
 
-def record_answer_attention() -> list[Launch]:
+def record_completion_attention() -> list[Launch]:
     """Decode steps of large and small groups, P = 2048, and three tokens at once."""
     launches = []
     bf16, fp32 = torch.bfloat16, torch.float32
@@ -168,9 +170,9 @@ def record_answer_attention() -> list[Launch]:
         own, lse = empty(4 * group, 3, 8, dim, dtype=dtype), empty(4 * group, new, 16, dtype=fp32)
         rest = empty(5), empty(5), 2048, group, dim**-0.5
         case = f"head {dim} {TYPES[dtype]}, {group} x {new} new"
-        with recorded(case, answer_attention) as noted, recorded(case, attention_tiles):
-            answer_attention._forward._init_fn(query, key, key, own, own, *rest)
-            answer_attention._backward._init_fn(query, query, key, key, own, own, query, lse, *rest)
+        with recorded(case, completion_attention) as noted, recorded(case, attention_kernel):
+            completion_attention.launch_forward(query, key, key, own, own, *rest)
+            completion_attention.launch_backward(query, query, key, key, own, own, query, lse, *rest)
         launches += noted
     return launches
 
@@ -179,7 +181,7 @@ KERNELS: dict[str, Callable[[], list[Launch]]] = {
     "trie_grpo": record_trie_grpo,
     "sid_cross_entropy": record_sid_cross_entropy,
     "prompt_attention": record_prompt_attention,
-    "answer_attention": record_answer_attention,
+    "completion_attention": record_completion_attention,
 }
 
 

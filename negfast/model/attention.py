@@ -1,6 +1,6 @@
-"""Group attention: prompts attend causally to themselves, answers to their prompt and to their own earlier tokens.
+"""Group attention: prompts attend causally to themselves, completions to their prompt and their own earlier tokens.
 
-The prompts' keys and values are read in place by all answers of a group, never copied per answer. Registered with
+All completions of a group read the prompt's keys and values in place; nothing is copied per completion. Registered with
 transformers' AttentionInterface under `NAME`, so stock decoders run unpatched; gradients flow through everything.
 """
 
@@ -60,7 +60,7 @@ def group_attention(
     if layout.new_tokens:
         kept = layout.keys[layer]
         kept.append_own(*(x[rows:].unflatten(0, (layout.completions, layout.new_tokens)) for x in (key, value)))
-        outputs.append(parts.answer_attention(kept, layout, query[rows:], scale))
+        outputs.append(parts.completion_attention(kept, layout, query[rows:], scale))
     return torch.cat(outputs).unsqueeze(0) if len(outputs) > 1 else outputs[0].unsqueeze(0), None
 
 

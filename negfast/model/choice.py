@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from negfast.kernels.trie_grpo import log_policy
+from negfast.kernels.trie_rows_reference import log_policy
 from negfast.model.policy import Policy
 from negfast.sid.prior import RequestPrior, child_log_prior
 from negfast.sid.trie import DeviceTrie
@@ -13,7 +13,7 @@ from negfast.sid.trie import DeviceTrie
 
 @dataclass(frozen=True)
 class Choice:
-    """R choices among K codes: what `negfast.kernels.trie_grpo.log_policy` turns into probabilities."""
+    """R choices among K codes: what `log_policy` turns into probabilities."""
 
     logits: Tensor  # [R, K]
     valid: Tensor  # bool [R, K]

@@ -1,6 +1,6 @@
 """Choices in the form that kernels read: node ids beside tables of the whole trie, instead of masks and priors [R, K].
 
-`TrieChooser.choose` makes the dense form of the same; `negfast.kernels.trie_rows.dense_policy` ties the two.
+`TrieChooser.choose` makes the dense form of the same; `negfast.kernels.trie_rows_reference.dense_policy` ties the two.
 """
 
 from collections.abc import Sequence

@@ -10,6 +10,7 @@ A completion is whatever follows a shared prompt: what a rollout samples, a targ
 """
 
 from collections import UserDict
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -218,7 +219,7 @@ def _similar(rows: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
     return parts[::-1]
 
 
-def _bucket(lengths: np.ndarray, put) -> Bucket:
+def _bucket(lengths: np.ndarray, put: Callable[[np.ndarray], Tensor]) -> Bucket:
     longest, tokens = int(lengths[-1]), int(lengths.sum())
     place = np.arange(longest)
     mask = place < lengths[:, None]

@@ -1,7 +1,7 @@
 """Attention of one layer in eager code: the prompts in buckets of similar length, each padded to its longest.
 
 What computes on the CPU, and what `packed_attention` is held against. A layer's attention is `prompt_keys`, then
-`prompt_attention` or `last_token_attention` of the prompts and `answer_attention` of their answers.
+`prompt_attention` or `last_token_attention` of the prompts and `completion_attention` of their completions.
 """
 
 import torch
@@ -62,15 +62,15 @@ def last_token_attention(kept: LayerKeys, layout: GroupLayout, query: Tensor, sc
     return out if layout.token_order is None else out.index_select(0, layout.place)
 
 
-def answer_attention(kept: LayerKeys, layout: GroupLayout, query: Tensor, scale: float) -> Tensor:
-    """Attention of the answers' new tokens, query [A * n, H, D], over their prompt and their own tokens so far."""
-    answers, new, past = layout.completions, layout.new_tokens, layout.past_tokens
+def completion_attention(kept: LayerKeys, layout: GroupLayout, query: Tensor, scale: float) -> Tensor:
+    """Attention of the completions' new tokens, query [C * n, H, D], over their prompt and their own tokens so far."""
+    count, new, past = layout.completions, layout.new_tokens, layout.past_tokens
     own_key, own_value = kept.own()
     heads, dim, kv_heads = query.shape[1], query.shape[2], own_key.shape[2]
     repeat = heads // kv_heads
-    queries = (query * scale).view(answers, new, kv_heads, repeat, dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    keys, values = own_key.transpose(1, 2), own_value.transpose(1, 2)  # [A, Hk, m, D]
-    own = (queries.unsqueeze(-2) * keys.unsqueeze(2)).sum(-1)  # [A, Hk, rep * n, m]
+    queries = (query * scale).view(count, new, kv_heads, repeat, dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    keys, values = own_key.transpose(1, 2), own_value.transpose(1, 2)  # [C, Hk, m, D]
+    own = (queries.unsqueeze(-2) * keys.unsqueeze(2)).sum(-1)  # [C, Hk, rep * n, m]
     if new > 1:
         step = torch.arange(new, device=query.device).repeat(repeat)
         own = own.masked_fill(torch.arange(past + new, device=query.device) > (past + step)[:, None], -torch.inf)
@@ -95,21 +95,21 @@ def answer_attention(kept: LayerKeys, layout: GroupLayout, query: Tensor, scale:
             scores = scores.masked_fill(~bucket.mask[:, None, None, :], -torch.inf)
         weights = torch.softmax(torch.cat([scores, own_scores], dim=-1), dim=-1, dtype=_softmax_dtype(query))
         weights = weights.to(query.dtype)
-        outputs.append(_answer_by_answer(weights[..., : bucket.longest] @ prompt_value, cells))
-        own_weights.append(_answer_by_answer(weights[..., bucket.longest :], cells))
+        outputs.append(_apart(weights[..., : bucket.longest] @ prompt_value, cells))
+        own_weights.append(_apart(weights[..., bucket.longest :], cells))
     out = _from_grid(outputs, places) + (_from_grid(own_weights, places).unsqueeze(-1) * values.unsqueeze(2)).sum(-2)
-    return out.view(answers, kv_heads, repeat, new, dim).permute(0, 3, 1, 2, 4).reshape(answers * new, heads, dim)
+    return out.view(count, kv_heads, repeat, new, dim).permute(0, 3, 1, 2, 4).reshape(count * new, heads, dim)
 
 
 def _to_grid(rows: Tensor, layout: GroupLayout, places: Tensor | None) -> Tensor:
-    """[A, ...] -> [cells of all buckets, ...]; places without an answer hold zeros."""
+    """[C, ...] -> [cells of all buckets, ...]; places without a completion hold zeros."""
     if places is None:
         return rows
     return rows.new_zeros(layout.grid_size, *rows.shape[1:]).index_copy(0, places, rows)
 
 
 def _from_grid(parts: list[Tensor], places: Tensor | None) -> Tensor:
-    """[b * G, ...] of every bucket -> [A, ...]."""
+    """[b * G, ...] of every bucket -> [C, ...]."""
     grid = parts[0] if len(parts) == 1 else torch.cat(parts)
     return grid if places is None else grid.index_select(0, places)
 
@@ -119,7 +119,7 @@ def _side_by_side(grid: Tensor, prompts: int) -> Tensor:
     return grid.unflatten(0, (prompts, -1)).transpose(1, 2).flatten(2, 3)
 
 
-def _answer_by_answer(grid: Tensor, cells: int) -> Tensor:
+def _apart(grid: Tensor, cells: int) -> Tensor:
     """[b, Hk, G * q, X] -> [b * G, Hk, q, X]."""
     return grid.unflatten(2, (cells, -1)).transpose(1, 2).flatten(0, 1)
 

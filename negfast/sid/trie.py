@@ -6,6 +6,7 @@ the children of a node are a range of the next level, and so are the leaves unde
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -170,7 +171,7 @@ class SeenNodes:
     request: Tensor  # int64 [S], their request rows
 
     @classmethod
-    def from_packed(cls, packed, trie: Trie, device: torch.device | str) -> "SeenNodes":
+    def from_packed(cls, packed: Any, trie: Trie, device: torch.device | str) -> "SeenNodes":
         """From the packer's ``seen_item`` [S], ``seen_cu`` [B+1] and, per level, ``seen_node``,
         ``seen_request``, ``seen_count`` [M_l] and ``seen_slot`` [S]."""
         key, count, slot = [], [], []

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -173,7 +173,7 @@ class Recorder:
         self.tensors[prefix + "prompt_lengths"] = inputs["layout"].lengths.clone()
         self.calls += 1
 
-    def _check(self, name: str):
+    def _check(self, name: str) -> Callable[[nn.Module, tuple, object], None]:
         def check(_: nn.Module, __: tuple, output: object) -> None:
             if not self.first and isinstance(output, Tensor) and not output.isfinite().all():
                 self.first = f"{name} in call {self.calls - 1}"

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.autograd.profiler_util import EventList
@@ -146,7 +147,7 @@ def table_of_events(events: EventList, seconds: float, device: str) -> list[str]
     total = seconds * 1e3
     is_range = {event.key for event in events if event.key in RANGES or event.key.startswith("level ")}
 
-    def line(event, microseconds: float) -> Line:
+    def line(event: Any, microseconds: float) -> Line:
         return Line(event.key, microseconds / 1e3, event.count, microseconds / 1e3 / total)
 
     ranges = [line(event, event.cpu_time_total) for event in events if event.key in is_range]

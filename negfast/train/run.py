@@ -8,7 +8,7 @@ from negfast.errors import InputError
 from negfast.evaluate.eval import evaluate_folder, write_report
 from negfast.evaluate.predictions import calibrate
 from negfast.evaluate.sets import check_choosable, evaluation_set
-from negfast.kernels import FULL_VOCABULARY, implementations
+from negfast.kernels import VOCABULARY, implementations
 from negfast.model.fused_layers import stock_because
 from negfast.runtime import distributed, sharding
 from negfast.runtime.checkpoint import (
@@ -186,7 +186,7 @@ def _tell_implementations(engine: Engine, journal: Journal) -> None:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     found = implementations(engine.device, head_dim)
     reason = stock_because(engine.policy, engine.device)
-    found["norm_rope_mlp"] = found[FULL_VOCABULARY] if reason is None else f"stock transformers ({reason})"
+    found["norm_rope_mlp"] = found[VOCABULARY] if reason is None else f"stock transformers ({reason})"
     journal.event("implementations", device=str(engine.device), **found)
     parts: dict[str, list[str]] = {}
     for part, implementation in found.items():

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from negfast.kernels.vocabulary import vocabulary_nll
+from negfast.kernels.vocabulary_cross_entropy import vocabulary_cross_entropy
 from negfast.model.layout import GroupLayout
 from negfast.model.policy import Policy
 from negfast.runtime.engine import Engine
@@ -148,4 +148,4 @@ def target_states(engine: Engine, packed: PackedText) -> Tensor:
 def text_nll(policy: Policy, states: Tensor, targets: Tensor) -> Tensor:
     """Summed cross entropy of the decoder's own tokens ``targets`` int64 [N] after ``states`` [N, d], over its whole
     vocabulary."""
-    return vocabulary_nll(policy.text_head(states), targets).sum()
+    return vocabulary_cross_entropy(policy.text_head(states), targets).sum()

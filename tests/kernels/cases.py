@@ -2,11 +2,15 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from negfast.kernels.trie_rows import RowTokens, TrieRows, TrieTables
 from torch import Tensor
+
+from negfast.kernels.attention_inputs import Segments
+from negfast.kernels.trie_grpo import GRPOObjective, trie_grpo
+from negfast.kernels.trie_rows import RowTokens, TrieRows, TrieTables
 
 
 def relative_error(found: Tensor, truth: Tensor, scale: float = 0.0) -> float:
@@ -95,11 +99,8 @@ class TrieCase:
     tables: TrieTables
     rows: TrieRows
     tokens: RowTokens
-    code: Tensor
-    counted: Tensor
     rewards: Tensor
     reference: Tensor
-    answer_weight: Tensor
     trie: PlainTrie
     mass: np.ndarray | None
     request_seen: list[set[int]]
@@ -109,7 +110,7 @@ class TrieCase:
         """Logits in a dtype; in float64 all that computes with them."""
         if dtype != torch.float64:
             return replace(self, logits=self.logits.to(dtype), reference=self.reference.to(dtype))
-        names = ("logits", "reference", "rewards", "answer_weight")
+        names = ("logits", "reference", "rewards")
         return replace(self, **{name: getattr(self, name).double() for name in names})
 
 
@@ -129,8 +130,8 @@ def trie_case(
     equal_rewards: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> TrieCase:
-    """Answers drawn uniformly from unseen items. ``rows``: padded up to this many; ``merge``: answers that share a node
-    share its row. Each request has seen all items under some node, so that inner nodes are pruned too."""
+    """Completions drawn uniformly from unseen items. ``rows``: padded up to this many; ``merge``: those that share a
+    node share its row. Each request has seen all items under some node, so that inner nodes are pruned too."""
     random = np.random.default_rng(seed)
     trie = PlainTrie.random(random, items, levels, codebook)
     count = len(trie.codes)
@@ -150,24 +151,24 @@ def trie_case(
         entries.append(sorted(per_node.items()))
 
     unseen = [[i for i in range(count) if i not in seen] for seen in seen_sets]
-    answers = np.stack([random.choice(options, group) for options in unseen])  # [B, G]
-    code = torch.tensor(trie.codes[answers.reshape(-1)].T.copy(), dtype=torch.int32)  # [L, B*G]
+    completions = np.stack([random.choice(options, group) for options in unseen])  # [B, G]
+    code = torch.tensor(trie.codes[completions.reshape(-1)].T.copy(), dtype=torch.int32)  # [L, B*G]
     row_of: dict[tuple, int] = {}
     row_prefix: list[tuple[int, tuple[int, ...]]] = []
     token_row = np.empty((levels, prompts * group), dtype=np.int64)
     counted = np.empty((levels, prompts * group), dtype=bool)
     open_choice: dict[tuple, bool] = {}
     for level in range(levels):
-        for answer, item in enumerate(answers.reshape(-1)):
-            request, prefix = answer // group, tuple(int(c) for c in trie.codes[item, :level])
-            key = (request, prefix) if merge or level == 0 else (request, prefix, answer)
+        for completion, item in enumerate(completions.reshape(-1)):
+            request, prefix = completion // group, tuple(int(c) for c in trie.codes[item, :level])
+            key = (request, prefix) if merge or level == 0 else (request, prefix, completion)
             if key not in row_of:
                 row_of[key] = len(row_prefix)
                 row_prefix.append((request, prefix))
             if (request, prefix) not in open_choice:
                 open_choice[request, prefix] = len(trie.choices(prefix, seen_sets[request])) > 1
-            token_row[level, answer] = row_of[key]
-            counted[level, answer] = open_choice[request, prefix]
+            token_row[level, completion] = row_of[key]
+            counted[level, completion] = open_choice[request, prefix]
     total = max(rows or 0, len(row_prefix))
 
     flat = [(node, len(seen), request) for request, per in enumerate(entries) for node, seen in per]
@@ -211,12 +212,9 @@ def trie_case(
         logits=(2 * normal(total, codebook)).to(dtype),
         tables=tables,
         rows=trie_rows,
-        tokens=RowTokens.from_rows(torch.from_numpy(token_row).to(device), counts, total),
-        code=code.to(device),
-        counted=counts,
+        tokens=RowTokens.build(torch.from_numpy(token_row).to(device), code.to(device), counts, total),
         rewards=rewards.to(device),
         reference=(2 * normal(total, codebook)).to(dtype),
-        answer_weight=torch.rand(prompts * group, generator=generator).to(device),
         trie=trie,
         mass=mass,
         request_seen=seen_sets,
@@ -224,19 +222,46 @@ def trie_case(
     )
 
 
+class LossAndGradient(NamedTuple):
+    loss: Tensor
+    log_prob: Tensor
+    kl: Tensor
+    entropy: Tensor
+    clipped: Tensor
+    dlogits: Tensor
+
+
+def loss_and_gradient(
+    case: TrieCase, objective: GRPOObjective, *, old_log_prob: Tensor | None = None
+) -> LossAndGradient:
+    """``trie_grpo`` of a case, under its reference where the objective has one, and the gradient of its logits."""
+    logits = case.logits.detach().requires_grad_()
+    terms = trie_grpo(
+        logits,
+        case.tables,
+        case.rows,
+        case.tokens,
+        case.rewards,
+        objective,
+        reference=case.reference if objective.beta else None,
+        old_log_prob=old_log_prob,
+    )
+    (dlogits,) = torch.autograd.grad(terms.loss, logits)
+    return LossAndGradient(terms.loss.detach(), *terms.per_token, dlogits)
+
+
 @dataclass(frozen=True)
 class AttentionCase:
-    """Tensors of one half of group attention, a gradient of its output, and what else it takes: offsets and sizes."""
+    """Tensors of one half of group attention, a gradient of its output, and the segments it takes."""
 
     tensors: tuple[Tensor, ...]
     grad: Tensor
-    offsets: tuple[Tensor, ...]
-    sizes: tuple[int, ...]
+    segments: tuple[Segments, ...]
 
 
 @dataclass(frozen=True)
 class GroupCase:
-    """Random packed prompts, and answers of ``seen`` tokens of which the last ``new`` ask."""
+    """Random packed prompts, and completions of ``seen`` tokens of which the last ``new`` ask."""
 
     prompt: tuple[Tensor, Tensor, Tensor]
     own: tuple[Tensor, Tensor, Tensor]
@@ -248,22 +273,17 @@ class GroupCase:
     def device(self) -> torch.device:
         return self.grads[0].device
 
-    @property
-    def cu_seqlens(self) -> Tensor:
-        return offsets_of(self.lengths, self.device)
-
     def prompts(self) -> AttentionCase:
-        return AttentionCase(self.prompt, self.grads[0], (self.cu_seqlens,), (max(self.lengths),))
+        return AttentionCase(self.prompt, self.grads[0], (segments_of(self.lengths, self.device),))
 
-    def answers(self) -> AttentionCase:
+    def completions(self) -> AttentionCase:
         query, key, value = self.own
-        offsets = self.cu_seqlens, offsets_of(self.groups, self.device)
-        sizes = max(self.lengths), max(self.groups)
-        return AttentionCase((query, *self.prompt[1:], key, value), self.grads[1], offsets, sizes)
+        segments = segments_of(self.lengths, self.device), segments_of(self.groups, self.device)
+        return AttentionCase((query, *self.prompt[1:], key, value), self.grads[1], segments)
 
 
-def offsets_of(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32, device=device)
+def segments_of(counts: tuple[int, ...], device: torch.device) -> Segments:
+    return Segments(torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32, device=device), max(counts))
 
 
 def attention_case(
@@ -279,22 +299,22 @@ def attention_case(
     seen: int = 1,
     dtype: torch.dtype = torch.float32,
 ) -> GroupCase:
-    """``group``: answers of every prompt, or of each."""
+    """``group``: completions of every prompt, or of each."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device=device, dtype=dtype)
 
     groups = group if isinstance(group, tuple) else (group,) * len(lengths)
-    total, answers = sum(lengths), sum(groups)
+    total, completions = sum(lengths), sum(groups)
     return GroupCase(
         prompt=(normal(total, heads, dim), normal(total, kv_heads, dim), normal(total, kv_heads, dim)),
         own=(
-            normal(answers, new, heads, dim),
-            normal(answers, seen, kv_heads, dim),
-            normal(answers, seen, kv_heads, dim),
+            normal(completions, new, heads, dim),
+            normal(completions, seen, kv_heads, dim),
+            normal(completions, seen, kv_heads, dim),
         ),
-        grads=(normal(total, heads, dim), normal(answers, new, heads, dim)),
+        grads=(normal(total, heads, dim), normal(completions, new, heads, dim)),
         lengths=lengths,
         groups=groups,
     )
@@ -308,8 +328,6 @@ class WideCase:
     tables: TrieTables
     rows: TrieRows
     tokens: RowTokens
-    code: Tensor
-    counted: Tensor
     rewards: Tensor
     reference: Tensor
 
@@ -361,9 +379,7 @@ def wide_trie_case(
         logits.to(dtype),
         tables,
         trie_rows,
-        RowTokens.from_rows(torch.arange(rows, device=device)[None], counted, rows),
-        code,
-        counted,
+        RowTokens.build(torch.arange(rows, device=device)[None], code, counted, rows),
         uniform(rows // group, group),
         reference.to(dtype),
     )

@@ -22,8 +22,8 @@ def test_without_a_gpu_floors_are_predicted(tmp_path, monkeypatch):
         "trie_grpo",
         "sid_cross_entropy",
         "prompt_attention",
-        "answer_attention",
-        "full_vocabulary",
+        "completion_attention",
+        "vocabulary_cross_entropy",
     }
     for row in result["rows"]:
         assert row["status"] == "predicted" and "p50_s" not in row
@@ -33,8 +33,8 @@ def test_without_a_gpu_floors_are_predicted(tmp_path, monkeypatch):
 
 
 def test_bytes_are_those_of_the_tensors():
-    """The prompt's keys and values once a group: 4 prompts of 1,024, 16 answers, bf16, 8 kv heads of 128."""
-    case = kernels.answer_case(4, 16, 1024, 1, 16, 8, 128, False)
+    """The prompt's keys and values once a group: 4 prompts of 1,024, 16 completions, bf16, 8 kv heads of 128."""
+    case = kernels.completion_attention_case(4, 16, 1024, 1, 16, 8, 128, False)
     keys = 2 * 4 * 1024 * 8 * 128 * 2
     own = 2 * 4 * 16 * 8 * 128 * 2
     queries_and_output = 2 * 4 * 16 * 16 * 128 * 2

@@ -1,27 +1,24 @@
 """The eager references against slower truths: enumeration, finite differences, full sequences; and bad input."""
 
 import itertools
+from dataclasses import replace
 from importlib.metadata import version
 
 import numpy as np
 import pytest
 import torch
-from cases import attention_case, trie_case
-from negfast.kernels import dispatch
-from negfast.kernels.answer_attention import answer_attention
-from negfast.kernels.fused_trie_grpo import eager, trie_grpo
-from negfast.kernels.prompt_attention import prompt_attention_reference
-from negfast.kernels.sid_cross_entropy import sid_cross_entropy
-from negfast.kernels.trie_grpo import GRPOObjective, group_advantage, set_shares
-from negfast.kernels.trie_rows import dense_policy
+from cases import attention_case, loss_and_gradient, segments_of, trie_case
 
 from negfast import kernels
+from negfast.kernels import dispatch
+from negfast.kernels.completion_attention import completion_attention
+from negfast.kernels.prompt_attention_reference import prompt_attention_reference
+from negfast.kernels.sid_cross_entropy import sid_cross_entropy
+from negfast.kernels.trie_grpo import GRPOObjective, trie_grpo
+from negfast.kernels.trie_grpo_reference import SampledTokens, group_advantage, set_shares, trie_grpo_reference
+from negfast.kernels.trie_rows_reference import dense_policy, log_policy
 
 CPU = torch.device("cpu")
-
-
-def inputs(case):
-    return case.logits, case.tables, case.rows, case.tokens, case.code, case.counted, case.rewards
 
 
 @pytest.mark.parametrize(("levels", "codebook", "items"), [(1, 40, 25), (3, 8, 90), (4, 64, 50)])
@@ -53,8 +50,7 @@ def test_dense_policy_is_what_enumeration_finds(levels: int, codebook: int, item
 def test_gradient_is_that_of_finite_differences(kl: str, loss: str, seed: int):
     case = trie_case(seed, CPU, codebook=6, items=40, group=5).to(torch.float64)
     objective = GRPOObjective(loss=loss, kl=kl, beta=0.3, temperature=0.8, clip_low=0.15)
-    rest = inputs(case)[1:]
-    sampled = eager(*inputs(case), GRPOObjective(beta=0.0, temperature=0.8))[1]
+    sampled = loss_and_gradient(case, GRPOObjective(beta=0.0, temperature=0.8)).log_prob
     old = sampled + 0.3 * torch.randn_like(sampled)
     ratio = (sampled - old).exp()
     near_a_kink = ((ratio - 0.85).abs() < 1e-3) | ((ratio - 1.2).abs() < 1e-3)
@@ -62,10 +58,10 @@ def test_gradient_is_that_of_finite_differences(kl: str, loss: str, seed: int):
     direction = torch.randn_like(case.logits)
 
     def at(step: float) -> torch.Tensor:
-        moved = case.logits + step * direction
-        return eager(moved, *rest, objective, case.reference, "logits", old, case.answer_weight)[0]
+        moved = replace(case, logits=case.logits + step * direction)
+        return loss_and_gradient(moved, objective, old_log_prob=old).loss
 
-    *_, dlogits = eager(*inputs(case), objective, case.reference, "logits", old, case.answer_weight)
+    dlogits = loss_and_gradient(case, objective, old_log_prob=old).dlogits
     difference = (at(1e-5) - at(-1e-5)) / 2e-5
     torch.testing.assert_close((dlogits * direction).sum(), difference, rtol=1e-5, atol=1e-7)
 
@@ -89,7 +85,7 @@ def test_cross_entropy_is_that_of_enumerated_choices_and_its_gradient_of_finite_
 
 @pytest.mark.parametrize(("size", "k"), [(1, 1), (4, 1), (5, 2), (6, 3), (6, 6), (9, 4)])
 def test_max_at_k_is_what_enumeration_finds(size: int, k: int, seed: int):
-    """k times the mean over sets of k with answer i of (best of the set - best of the set without i)."""
+    """k times the mean over sets of k with completion i of (best of the set - best of the set without i)."""
     rewards = (torch.rand(3, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 4).round() / 4
     found = group_advantage(rewards, GRPOObjective(set_size=k))
     for b, i in itertools.product(range(3), range(size)):
@@ -107,33 +103,38 @@ def test_shares_of_large_groups_are_finite():
     assert np.isfinite(shares).all() and sum(shares) == pytest.approx(64 * 4096 / 4033)
 
 
-def test_answers_over_a_shared_prompt_equal_full_sequences(seed: int):
-    """As a library without groups computes them: every prompt + answer a sequence of its own."""
+def test_completions_over_a_shared_prompt_equal_full_sequences(seed: int):
+    """As a library without groups computes them: every prompt + completion a sequence of its own."""
     case = attention_case(seed, CPU, (7, 1, 12), 4, 2, 32, group=(3, 0, 2), new=4, seen=4, dtype=torch.float64)
-    part = case.answers()
-    found = answer_attention(*part.tensors, *part.offsets, *part.sizes)
+    part = case.completions()
+    found = completion_attention(*part.tensors, *part.segments)
     owners = [prompt for prompt, count in enumerate(case.groups) for _ in range(count)]
     prompts = [tensor.split(case.lengths) for tensor in case.prompt]
-    for answer, owner in enumerate(owners):
-        whole = [torch.cat([p[owner], own[answer]]) for p, own in zip(prompts, case.own, strict=True)]
-        offsets = torch.tensor([0, len(whole[0])], dtype=torch.int32)
-        expected = prompt_attention_reference(*whole, offsets, 32**-0.5)[case.lengths[owner] :]
-        torch.testing.assert_close(found[answer], expected)
+    for completion, owner in enumerate(owners):
+        whole = [torch.cat([p[owner], own[completion]]) for p, own in zip(prompts, case.own, strict=True)]
+        expected = prompt_attention_reference(*whole, segments_of((len(whole[0]),), CPU))[case.lengths[owner] :]
+        torch.testing.assert_close(found[completion], expected)
 
 
 def test_operator_on_the_cpu_is_the_reference(seed: int):
     case = trie_case(seed, CPU).to(torch.float64)
     logits = case.logits.clone().requires_grad_()
-    terms = trie_grpo(logits, *inputs(case)[1:], GRPOObjective(), reference=case.reference)
-    terms.loss.backward()
-    expected = eager(*inputs(case), GRPOObjective(), case.reference)
-    found = (terms.loss, terms.log_prob, terms.kl, logits.grad)
-    for ours, right in zip(found, (*expected[:3], expected[5]), strict=True):
-        torch.testing.assert_close(ours, right)
+    objective = GRPOObjective()
+    terms = trie_grpo(logits, case.tables, case.rows, case.tokens, case.rewards, objective, reference=case.reference)
+    valid, log_prior = dense_policy(case.tables, case.rows, torch.float64)
+    tokens, levels = case.tokens, len(case.tokens.code)
+    completion = torch.arange(case.rewards.numel()).repeat(levels)
+    sampled = SampledTokens(tokens.row.long(), tokens.code.flatten().long(), completion, tokens.counted.flatten())
+    frozen = log_policy(case.reference, valid, log_prior, 1.0)
+    expected = trie_grpo_reference(logits, valid, log_prior, sampled, case.rewards, objective, levels, frozen)
+    for ours, right in zip(terms.per_token, expected.per_token, strict=True):
+        assert torch.equal(ours.flatten(), right)
+    for ours, right in zip(*(torch.autograd.grad(t.loss, logits) for t in (terms, expected)), strict=True):
+        assert torch.equal(ours, right)
 
 
 def test_implementations_name_every_part(monkeypatch: pytest.MonkeyPatch):
-    parts = {"trie_grpo", "sid_cross_entropy", "prompt_attention", "answer_attention", "full_vocabulary"}
+    parts = {"trie_grpo", "sid_cross_entropy", "prompt_attention", "completion_attention", "vocabulary_cross_entropy"}
     found = kernels.implementations("cpu")
     assert set(found) == parts and set(found.values()) == {"eager reference"}
     found = kernels.implementations("cuda", head_dim=64)
@@ -141,10 +142,12 @@ def test_implementations_name_every_part(monkeypatch: pytest.MonkeyPatch):
     assert all(found[part].startswith("triton ") for part in kernels.PARTS)
     odd = kernels.implementations("cuda", head_dim=80)
     assert odd["trie_grpo"].startswith("triton ")
-    assert odd["answer_attention"] == odd["prompt_attention"]
+    assert odd["completion_attention"] == odd["prompt_attention"]
     assert odd["prompt_attention"] == "eager reference (heads of 80 dimensions; the kernels take 32, 64, 128)"
-    assert found["full_vocabulary"] == f"liger-kernel {version('liger-kernel')}"
+    assert found["vocabulary_cross_entropy"] == f"liger-kernel {version('liger-kernel')}"
     monkeypatch.setattr(dispatch, "find_spec", lambda _: None)
-    assert kernels.implementations("cuda")["full_vocabulary"] == "eager reference (liger-kernel is not installed)"
+    assert (
+        kernels.implementations("cuda")["vocabulary_cross_entropy"] == "eager reference (liger-kernel is not installed)"
+    )
     with dispatch.eager():
         assert set(kernels.implementations("cuda").values()) == {"eager reference"}

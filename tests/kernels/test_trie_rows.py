@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from negfast.kernels.trie_rows import TrieRows, TrieTables, dense_policy
 
+from negfast.kernels.trie_rows import TrieRows, TrieTables
+from negfast.kernels.trie_rows_reference import dense_policy
 from negfast.sid.prior import DevicePrior, child_log_prior
 from negfast.sid.trie import SeenNodes, build_trie
 from tests.sid.reference import random_codes, seen_nodes_reference

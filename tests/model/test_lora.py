@@ -4,12 +4,12 @@ import shutil
 
 import pytest
 import torch
-from negfast.kernels.trie_grpo import GRPOObjective
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from negfast.config import Model
 from negfast.data.dataset import Dataset
+from negfast.kernels.trie_grpo import GRPOObjective
 from negfast.model.lora import add_adapters, merge_adapters
 from negfast.runtime.run_folder import RunFolder
 from negfast.train.grpo.loss import GroupLoss

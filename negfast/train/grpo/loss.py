@@ -13,18 +13,11 @@ from torch import Tensor
 from negfast.config import Grpo
 from negfast.errors import InputError
 from negfast.kernels.dispatch import runs_liger, runs_triton
-from negfast.kernels.fused_trie_grpo import trie_grpo
-from negfast.kernels.trie_grpo import (
-    GRPOObjective,
-    GRPOTerms,
-    SampledTokens,
-    grpo_terms,
-    k3,
-    log_policy,
-    trie_grpo_reference,
-)
+from negfast.kernels.trie_grpo import GRPOObjective, GRPOTerms, trie_grpo
+from negfast.kernels.trie_grpo_reference import SampledTokens, grpo_terms, k3, trie_grpo_reference
 from negfast.kernels.trie_rows import RowTokens
-from negfast.kernels.vocabulary import row_entropy, vocabulary_nll
+from negfast.kernels.trie_rows_reference import log_policy
+from negfast.kernels.vocabulary_cross_entropy import row_entropy, vocabulary_cross_entropy
 from negfast.model.choice import TrieChooser
 from negfast.model.compact import compact_rows, compact_tables
 from negfast.model.policy import Policy
@@ -143,17 +136,15 @@ class GroupLoss:
             nodes.append(self.chooser.trie.item_nodes[items[completions], level].long())
             requests.append(completions // self.group)
         shape, real = (levels, len(items)), torch.float32
-        row, counted = tokens.row.view(shape), tokens.counted.view(shape)
+        row, code, counted = (x.view(shape) for x in (tokens.row, tokens.code, tokens.counted))
         terms = trie_grpo(
             logits,
             tables,
             compact_rows(tables, prior, NEXT_DISLIKE, nodes, requests),
-            RowTokens.from_rows(row, counted, len(choice.logits)),
-            tokens.code.int().view(shape),
-            counted,
+            RowTokens.build(row, code, counted, len(choice.logits)),
             rewards.to(real),
             self.objective,
-            None if reference is None else reference.to(logits.dtype),
+            reference=None if reference is None else reference.to(logits.dtype),
             old_log_prob=None if old_log_prob is None else old_log_prob.to(real).view(shape),
             check_rewards=False,
         )
@@ -172,7 +163,7 @@ class GroupLoss:
         # Liger knows one target a row: a prompt's row at level 1 is repeated for each of its completions
         logits = policy.full_logits(sampled.hidden[tokens.row]) / objective.temperature
         entropy = row_entropy(logits)  # first, since Liger leaves gradients in the logits' memory
-        log_prob = -vocabulary_nll(logits, tokens.code)
+        log_prob = -vocabulary_cross_entropy(logits, tokens.code)
         kl = torch.zeros_like(log_prob)
         if reference is not None:
             frozen = reference.float() / objective.temperature
@@ -210,5 +201,8 @@ def vocabulary_tokens(vocabulary: CodeVocabulary, sampled: Rollout) -> SampledTo
     tokens, (completions, levels) = sampled.tokens, sampled.codes.shape
     first = torch.tensor([vocabulary.code_base(level + 1) for level in range(levels)], device=tokens.code.device)
     return SampledTokens(
-        tokens.row, tokens.code + first.repeat_interleave(completions), tokens.answer, torch.ones_like(tokens.counted)
+        tokens.row,
+        tokens.code + first.repeat_interleave(completions),
+        tokens.completion,
+        torch.ones_like(tokens.counted),
     )

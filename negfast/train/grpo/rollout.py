@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from negfast.kernels.trie_grpo import SampledTokens
+from negfast.kernels.trie_grpo_reference import SampledTokens
 from negfast.model.choice import Choice, TrieChooser
 from negfast.model.noise import keyed_gumbel
 from negfast.model.policy import Policy
@@ -21,7 +21,7 @@ class Rollout:
     """G completions of each of B prompts, and the policy's choices at every node they visited.
 
     items int64 [B, G]; ``choice`` holds R rows in the order of levels; ``tokens`` are the L*B*G sampled tokens of
-    `negfast.kernels.trie_grpo`; ``codes`` int64 [B*G, L]. ``choice.logits`` carries the gradient.
+    `negfast.kernels.trie_grpo_reference`; ``codes`` int64 [B*G, L]. ``choice.logits`` carries the gradient.
     """
 
     items: Tensor

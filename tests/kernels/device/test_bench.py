@@ -4,8 +4,11 @@ import pytest
 import torch
 from cases import relative_error
 
-from bench.attention_cases import answer_case, prompt_case
-from bench.row_cases import cross_entropy_case, trie_grpo_case, vocabulary_case
+from bench.kernel_cases.completion_attention import completion_attention_case
+from bench.kernel_cases.prompt_attention import prompt_attention_case
+from bench.kernel_cases.sid_cross_entropy import sid_cross_entropy_case
+from bench.kernel_cases.trie_grpo import trie_grpo_case
+from bench.kernel_cases.vocabulary_cross_entropy import vocabulary_cross_entropy_case
 
 
 @pytest.mark.parametrize(
@@ -13,12 +16,12 @@ from bench.row_cases import cross_entropy_case, trie_grpo_case, vocabulary_case
     [
         trie_grpo_case(32, 256, torch.float32),
         trie_grpo_case(32, 100, torch.bfloat16),
-        cross_entropy_case(32, 256, torch.float32),
-        vocabulary_case(5, 3001),
-        prompt_case(2, 40, 4, 2, 32, False),
-        prompt_case(2, 40, 4, 2, 32, True),
-        answer_case(2, 3, 40, 1, 4, 2, 32, False),
-        answer_case(2, 3, 40, 3, 4, 2, 32, True),
+        sid_cross_entropy_case(32, 256, torch.float32),
+        vocabulary_cross_entropy_case(5, 3001),
+        prompt_attention_case(2, 40, 4, 2, 32, False),
+        prompt_attention_case(2, 40, 4, 2, 32, True),
+        completion_attention_case(2, 3, 40, 1, 4, 2, 32, False),
+        completion_attention_case(2, 3, 40, 3, 4, 2, 32, True),
     ],
     ids=lambda case: f"{case.kernel}-{case.shape.get('pass', case.shape.get('dtype'))}",
 )

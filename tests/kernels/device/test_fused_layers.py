@@ -6,11 +6,11 @@ import pytest
 import torch
 import triton.language as tl
 from cases import relative_error
-from negfast.kernels import dispatch
-from negfast.kernels.trie_grpo import GRPOObjective
 from steps import GROUP, PROMPTS, SHAPE, check, gradients, make_job, thirds
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from negfast.kernels import dispatch
+from negfast.kernels.trie_grpo import GRPOObjective
 from negfast.model.fused_layers import FusedMlp, FusedNorm, fuse_layers, fused_rotation, stock_because
 from negfast.model.policy import Policy
 from negfast.train.grpo.loss import GroupLoss

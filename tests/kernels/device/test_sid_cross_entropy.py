@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import TrieCase, relative_error, trie_case
-from negfast.kernels import sid_cross_entropy as module
-from negfast.kernels.sid_cross_entropy import eager, sid_cross_entropy
+
+from negfast.kernels import dispatch
+from negfast.kernels.sid_cross_entropy import sid_cross_entropy
+from negfast.kernels.trie_rows import row_inputs
 
 ROUNDING = 3e-6
 
@@ -15,23 +17,23 @@ def inputs(case: TrieCase) -> tuple:
     """A row's target is the first code sampled there; padding rows ask for code 0."""
     start = case.tokens.start.long()
     first = case.tokens.token[start[:-1].clamp(max=len(case.tokens.token) - 1)].long()
-    code = torch.where(start.diff() > 0, case.code.flatten()[first], 0)
+    code = torch.where(start.diff() > 0, case.tokens.code.flatten()[first], 0)
     return case.logits, case.tables, case.rows, code.int()
 
 
-def gradient(function, grad: torch.Tensor, logits: torch.Tensor, *rest) -> tuple[torch.Tensor, torch.Tensor]:
+def gradient(grad: torch.Tensor, logits: torch.Tensor, *rest) -> tuple[torch.Tensor, torch.Tensor]:
     leaf = logits.clone().requires_grad_()
-    nll = function(leaf, *rest)
+    nll = sid_cross_entropy(leaf, *rest)
     return nll.detach(), torch.autograd.grad(nll, leaf, grad.to(nll.dtype))[0]
 
 
 def check(case: TrieCase) -> None:
     grad = torch.randn(len(case.logits)).to(case.logits.device)
-    truth = gradient(eager, grad, *inputs(case.to(torch.float64)))
-    expected = gradient(eager, grad, *inputs(case))
+    with dispatch.eager():
+        truth, expected = gradient(grad, *inputs(case.to(torch.float64))), gradient(grad, *inputs(case))
     torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
     try:
-        found = gradient(sid_cross_entropy, grad, *inputs(case))
+        found = gradient(grad, *inputs(case))
     finally:
         torch.use_deterministic_algorithms(False)
     for name, kernel, plain, right in zip(("nll", "dlogits"), found, expected, truth, strict=True):
@@ -59,19 +61,19 @@ def test_single_children_and_pruned_nodes(with_prior: bool, device: torch.device
 
 def test_rows_without_a_valid_code_cost_nothing(device: torch.device, seed: int):
     case = trie_case(seed, device, rows=60)
-    nll, dlogits = gradient(sid_cross_entropy, torch.ones(60, device=device), *inputs(case))
+    nll, dlogits = gradient(torch.ones(60, device=device), *inputs(case))
     padding = slice(len(case.row_prefix), None)
     assert len(nll[padding]) and (nll[padding] == 0).all() and (dlogits[padding] == 0).all()
 
 
 def test_operators_are_registered_for_compilation(device: torch.device, seed: int):
     logits, tables, rows, code = inputs(trie_case(seed, device, prompts=1, group=2))
-    leaf = logits.clone().requires_grad_()
-    arguments = (code, *module.row_inputs(logits, tables, rows), tables.weight)
-    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(module._forward, (leaf, *arguments), test_utils=checks)
+    arguments = (logits, code, row_inputs(logits, tables, rows), tables.weight)
     grad = torch.randn(len(logits)).to(device)
-    torch.library.opcheck(module._backward, (grad, logits, *arguments), test_utils=("test_schema", "test_faketensor"))
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.negfast.sid_cross_entropy.default, arguments, test_utils=checks)
+    backward = torch.ops.negfast.sid_cross_entropy_backward.default
+    torch.library.opcheck(backward, (grad, *arguments), test_utils=checks)
 
 
 def test_a_target_that_is_not_valid_is_an_infinite_loss(device: torch.device, seed: int):

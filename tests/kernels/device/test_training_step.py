@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from cases import relative_error
-from negfast.kernels import dispatch, fused_trie_grpo, sid_cross_entropy, vocabulary
-from negfast.kernels.trie_grpo import GRPOObjective, GRPOTerms
 from steps import GROUP, ITEMS, PROMPTS, Job, check, gradients, make_job, thirds
 
+from negfast.kernels import dispatch, sid_cross_entropy, trie_grpo, vocabulary_cross_entropy
+from negfast.kernels.trie_grpo import GRPOObjective, GRPOTerms
 from negfast.model import packed_attention
 from negfast.model.beam import beam_search
-from negfast.runtime.likelihood import answer_log_probs
+from negfast.runtime.likelihood import target_log_probs
 from negfast.sid.prior import NEXT_DISLIKE
 from negfast.sid.trie import SeenNodes
 from negfast.train.grpo import loss as grpo
@@ -27,7 +27,7 @@ from negfast.train.grpo.loss import GroupLoss
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often each part is computed by its kernel."""
-    counted = dict.fromkeys(("grpo", "cross entropy", "vocabulary", "prompt", "last", "answer"), 0)
+    counted = dict.fromkeys(("grpo", "cross entropy", "vocabulary", "prompt", "last", "completion"), 0)
 
     def count(module, function: str, part: str) -> None:
         original = getattr(module, function)
@@ -38,10 +38,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
         monkeypatch.setattr(module, function, counting)
 
-    count(fused_trie_grpo, "_op", "grpo")
+    count(trie_grpo, "_operator", "grpo")
     count(sid_cross_entropy, "_forward", "cross entropy")
-    count(vocabulary, "liger_cross_entropy", "vocabulary")
-    for part in ("prompt", "answer"):
+    count(vocabulary_cross_entropy, "liger_cross_entropy", "vocabulary")
+    for part in ("prompt", "completion"):
         count(packed_attention, f"{part}_attention", part)
     count(packed_attention, "last_token_attention", "last")
     return counted
@@ -66,7 +66,7 @@ def test_grpo(name: str, device: torch.device, seed: int, calls: dict[str, int])
 
     batch, taken = step()
     used = dict(calls)
-    assert used["grpo"] == 1 and min(used["prompt"], used["last"], used["answer"]) >= 1
+    assert used["grpo"] == 1 and min(used["prompt"], used["last"], used["completion"]) >= 1
     found = taken.terms.loss, gradients(job, taken.terms.loss)
     with dispatch.eager():
         _, expected = step()
@@ -150,11 +150,11 @@ def test_sft(with_prior: bool, device: torch.device, seed: int, calls: dict[str,
     def loss() -> tuple[torch.Tensor, dict]:
         batch = job.batch(counts)
         prior = batch.prior if with_prior else None
-        log_p = answer_log_probs(engine, batch.layout, batch.tokens, markers, items, prior, branch)
+        log_p = target_log_probs(engine, batch.layout, batch.tokens, markers, items, prior, branch)
         return log_p.detach(), gradients(job, -(weight * log_p).sum())
 
     found = loss()
-    assert calls["cross entropy"] == 1 and calls["prompt"] >= 1 and calls["answer"] == 2
+    assert calls["cross entropy"] == 1 and calls["prompt"] >= 1 and calls["completion"] == 2
     with dispatch.eager():
         check(found, loss())
 
@@ -171,7 +171,7 @@ def test_sft_in_bfloat16(device: torch.device, seed: int):
     def log_probs(autocast: bool) -> tuple[torch.Tensor, torch.Tensor]:
         batch = job.batch(2)
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            log_p = answer_log_probs(engine, batch.layout, batch.tokens, markers, items, None, 0)
+            log_p = target_log_probs(engine, batch.layout, batch.tokens, markers, items, None, 0)
         gradient = torch.cat([g.flatten() for g in gradients(job, -log_p.float().sum()).values()])
         return log_p.detach(), gradient
 
@@ -196,7 +196,7 @@ def test_beam_search(device: torch.device, seed: int, calls: dict[str, int]):
         return beam_search(*given, width=6, top=6)
 
     items, scores = search()
-    assert calls["prompt"] and calls["last"] and calls["answer"]
+    assert calls["prompt"] and calls["last"] and calls["completion"]
     with dispatch.eager():
         wanted, wanted_scores = search()
     torch.testing.assert_close(scores, wanted_scores, rtol=1e-4, atol=1e-4)

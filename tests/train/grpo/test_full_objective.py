@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from negfast.kernels.trie_grpo import GRPOObjective
 
 from negfast.config import Config, load_config
 from negfast.errors import InputError
+from negfast.kernels.trie_grpo import GRPOObjective
 from negfast.train.combinations import check_combinations
 from negfast.train.grpo.loss import GroupLoss
 from negfast.train.grpo.stage import freeze

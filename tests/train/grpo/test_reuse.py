@@ -6,10 +6,10 @@ import signal
 
 import pytest
 import torch
-from negfast.kernels.trie_grpo import GRPOObjective
 
 from negfast.config import load_config
 from negfast.errors import InputError
+from negfast.kernels.trie_grpo import GRPOObjective
 from negfast.train.combinations import check_combinations
 from negfast.train.grpo.loss import GroupLoss
 from negfast.train.grpo.stage import GrpoStage, freeze
@@ -62,7 +62,7 @@ def test_a_moved_policy_is_weighed_by_clipped_ratios(move):
                 total -= min(ratio * advantage[b, g], bounded * advantage[b, g])
     # forced tokens do not count; their ratio is 1, and a group's advantages sum to 0 only where all of them are forced
     forced = ~taken.rollout.tokens.counted
-    total += (advantage.flatten()[taken.rollout.tokens.answer] * forced).sum()
+    total += (advantage.flatten()[taken.rollout.tokens.completion] * forced).sum()
     assert abs(found.loss - total / (3 * 18)) < 1e-9
     assert found.clipped.sum() == clipped
 

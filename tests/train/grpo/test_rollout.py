@@ -1,9 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from negfast.kernels.trie_grpo import GRPOObjective, log_policy, trie_grpo_reference
 from scipy.stats import chisquare
 
+from negfast.kernels.trie_grpo import GRPOObjective
+from negfast.kernels.trie_grpo_reference import trie_grpo_reference
+from negfast.kernels.trie_rows_reference import log_policy
 from negfast.sid.prior import NEXT_DISLIKE, NEXT_LIKE
 from negfast.train.grpo.rollout import replay_logits, rollout
 from tests.train.small import make_small

@@ -1,4 +1,4 @@
-"""What prompt_attention.py and answer_attention.py share: tiles of rows, a step of online softmax and of its gradient.
+"""Triton code of both attentions: tiles of rows, a step of online softmax and of its gradient.
 
 Rows are [.., heads, DIM]; scores are in units of log2 (log2(e) is folded into the scale), so exp2 and log2 do.
 """
@@ -6,21 +6,9 @@ Rows are [.., heads, DIM]; scores are in units of log2 (log2(e) is folded into t
 import torch
 import triton
 import triton.language as tl
-from negfast.kernels.dispatch import HEAD_DIMS
 from torch import Tensor
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LOG2E = 1.4426950408889634
-
-
-def check_heads(query: Tensor, key: Tensor) -> None:
-    """Raise ValueError on a head dimension, dtype or ratio of heads that the kernels do not take."""
-    if query.dtype not in DTYPES:
-        raise ValueError(f"query: found {query.dtype}, expected bfloat16, float16 or float32")
-    if query.shape[-1] not in HEAD_DIMS:
-        raise ValueError(f"head dimension: found {query.shape[-1]}, expected one of {HEAD_DIMS}")
-    if query.shape[-2] % key.shape[-2]:
-        raise ValueError(f"query heads: found {query.shape[-2]}, expected a multiple of the {key.shape[-2]} kv heads")
 
 
 def row_dots(out: Tensor, grad: Tensor) -> Tensor:

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cases import relative_error
-from negfast.kernels import dispatch, vocabulary
-from negfast.kernels.vocabulary import row_entropy, vocabulary_nll
 
 from negfast import kernels
+from negfast.kernels import dispatch
+from negfast.kernels import vocabulary_cross_entropy as module
+from negfast.kernels.vocabulary_cross_entropy import row_entropy, vocabulary_cross_entropy
 from negfast.train.text import text_nll
 
 ROUNDING = 3e-6
@@ -28,7 +29,7 @@ def inputs(rows: int, width: int, dtype: torch.dtype, device: torch.device, seed
 
 def gradient(logits: torch.Tensor, target: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     leaf = logits.clone().requires_grad_()
-    nll = vocabulary_nll(1 * leaf, target)  # a copy, since logits are given up
+    nll = vocabulary_cross_entropy(1 * leaf, target)  # a copy, since logits are given up
     return nll.detach(), torch.autograd.grad(nll, leaf, grad.to(nll.dtype))[0]
 
 
@@ -41,7 +42,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         shapes.append(tuple(logits.shape))
         return loss(logits, target)
 
-    monkeypatch.setattr(vocabulary, "liger_cross_entropy", lambda: counting)
+    monkeypatch.setattr(module, "liger_cross_entropy", lambda: counting)
     return shapes
 
 
@@ -64,13 +65,13 @@ def test_without_a_gradient_logits_stay_as_they_are(device: torch.device, seed: 
     logits, target, _ = inputs(9, 100, torch.float32, device, seed)
     before = logits.clone()
     expected = torch.nn.functional.cross_entropy(logits, target, reduction="none")
-    torch.testing.assert_close(vocabulary_nll(logits, target), expected)
+    torch.testing.assert_close(vocabulary_cross_entropy(logits, target), expected)
     assert torch.equal(logits, before)
 
 
 def test_entropy(device: torch.device, seed: int):
     """More rows than are taken at once."""
-    logits, *_ = inputs(vocabulary.ROWS_AT_ONCE + 3, 50, torch.float64, device, seed)
+    logits, *_ = inputs(module.ROWS_AT_ONCE + 3, 50, torch.float64, device, seed)
     torch.testing.assert_close(row_entropy(logits), torch.distributions.Categorical(logits=logits).entropy())
 
 
@@ -103,10 +104,10 @@ def test_what_is_unsupported_raises(device: torch.device, seed: int):
         r"\(4, 10\) and torch\.int64 \(3,\)": (logits, target[1:]),
     }.items():
         with pytest.raises(ValueError, match=message):
-            vocabulary_nll(*arguments)
+            vocabulary_cross_entropy(*arguments)
 
 
 def test_training_says_so(device: torch.device):
-    assert kernels.implementations(device)["full_vocabulary"].startswith("liger-kernel 0.")
+    assert kernels.implementations(device)["vocabulary_cross_entropy"].startswith("liger-kernel 0.")
     with dispatch.eager():
-        assert kernels.implementations(device)["full_vocabulary"] == "eager reference"
+        assert kernels.implementations(device)["vocabulary_cross_entropy"] == "eager reference"

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+
 from negfast.kernels import dispatch
 
 INTERPRETED = tl.constexpr(dispatch.INTERPRETED)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def _load_cases() -> Any:
@@ -47,3 +47,15 @@ def gradient(function: Callable[..., Tensor], tensor: Tensor, *rest: Tensor) -> 
 def compiled(function: Callable) -> Callable:
     """torch.compile on a GPU; on the CPU, where tests only compare results, the function itself."""
     return torch.compile(function, dynamic=False) if torch.cuda.is_available() else function
+
+
+def attention_systems(calls: dict[str, Callable[..., Tensor]], data: Any, backward: bool) -> dict[str, Callable]:
+    leaves = [tensor.detach().requires_grad_(backward) for tensor in data.tensors]
+    if not backward:
+        return {name: lambda c=call: c(*leaves) for name, call in calls.items()}
+    return {name: lambda c=call: torch.autograd.grad(c(*leaves), leaves, data.grad)[0] for name, call in calls.items()}
+
+
+def table_bytes(rows: int, codebook: int) -> float:
+    """Child bits and log masses of the nodes of ``wide_trie_case``, each once."""
+    return min(rows, 2048) * (codebook / 8 + 0.3 * codebook * 4 * min(4, max(rows / 2048, 1)))

@@ -1,23 +1,25 @@
-"""The four kernels of answer_attention.py, which has their derivation, bytes and FLOPs.
+"""The four kernels of completion_attention.py, which has their derivation, bytes and FLOPs.
 
-``offsets`` are answer_offsets, int32 [B + 1]; ``queries`` is A * n * H, the rows of one split or key block. Within a
-prompt, row r of a kv head is token r // rep of its answers' n * G_b, and query head r % rep of the kv head's rep.
+``offsets`` are those of the completions, int32 [B + 1]; ``queries`` is C * n * H, the rows of one split or key block.
+Within a prompt, row r of a kv head is token r // rep of its completions' n * G_b, and query head r % rep of the kv
+head's rep.
 """
 
 import triton
 import triton.language as tl
-from negfast.kernels.attention_tiles import attend, dot, key_gradients, load_rows, merge, store_rows
+
+from negfast.kernels.attention_kernel import attend, dot, key_gradients, load_rows, merge, store_rows
 
 
 @triton.jit
-def query_rows(rows, answer_begin, new, kv_head, heads, kv_heads):
-    """Where rows of a prompt and kv head lie in query [A * n * H, D], int64."""
+def query_rows(rows, completion_begin, new, kv_head, heads, kv_heads):
+    """Where rows of a prompt and kv head lie in query [C * n * H, D], int64."""
     repeat = heads // kv_heads
-    return (answer_begin.to(tl.int64) * new + rows // repeat) * heads + kv_head * repeat + rows % repeat
+    return (completion_begin.to(tl.int64) * new + rows // repeat) * heads + kv_head * repeat + rows % repeat
 
 
 @triton.jit
-def answer_prompt_kernel(
+def completion_prompt_kernel(
     query,
     key,
     value,
@@ -40,15 +42,15 @@ def answer_prompt_kernel(
     first_row = tl.program_id(0) // splits * BLOCK_M
     kv_head = tl.program_id(1)
     prompt = tl.program_id(2)
-    answer_begin = tl.load(offsets + prompt)
-    count = (tl.load(offsets + prompt + 1) - answer_begin) * new * (heads // kv_heads)
+    completion_begin = tl.load(offsets + prompt)
+    count = (tl.load(offsets + prompt + 1) - completion_begin) * new * (heads // kv_heads)
     if first_row >= count:
         return
     begin = tl.load(cu_seqlens + prompt)
     length = tl.load(cu_seqlens + prompt + 1) - begin
     rows = first_row + tl.arange(0, BLOCK_M)
     inside = rows < count
-    at = query_rows(rows, answer_begin, new, kv_head, heads, kv_heads)
+    at = query_rows(rows, completion_begin, new, kv_head, heads, kv_heads)
     q = load_rows(query, at, inside, DIM)
     first_key = begin.to(tl.int64) * kv_heads + kv_head
     keys, values = key + first_key * DIM, value + first_key * DIM
@@ -70,7 +72,7 @@ def answer_prompt_kernel(
 
 
 @triton.jit
-def answer_merge_kernel(
+def completion_merge_kernel(
     query,
     own_key,
     own_value,
@@ -91,17 +93,17 @@ def answer_merge_kernel(
 ):
     """Own tokens first, then the splits in their order."""
     kv_head = tl.program_id(1)
-    answer_begin = tl.load(offsets + tl.program_id(2))
+    completion_begin = tl.load(offsets + tl.program_id(2))
     repeat = heads // kv_heads
-    count = (tl.load(offsets + tl.program_id(2) + 1) - answer_begin) * new * repeat
+    count = (tl.load(offsets + tl.program_id(2) + 1) - completion_begin) * new * repeat
     first_row = tl.program_id(0) * BLOCK_M
     if first_row >= count:
         return
     rows = first_row + tl.arange(0, BLOCK_M)
     inside = rows < count
-    at = query_rows(rows, answer_begin, new, kv_head, heads, kv_heads)
+    at = query_rows(rows, completion_begin, new, kv_head, heads, kv_heads)
     q = load_rows(query, at, inside, DIM).to(tl.float32)
-    first_key = (answer_begin.to(tl.int64) + rows // (repeat * new)) * seen
+    first_key = (completion_begin.to(tl.int64) + rows // (repeat * new)) * seen
     visible = seen - new + rows // repeat % new  # own tokens up to and with this one
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -121,7 +123,7 @@ def answer_merge_kernel(
 
 
 @triton.jit
-def answer_backward_prompt_kernel(
+def completion_backward_prompt_kernel(
     query,
     key,
     value,
@@ -151,8 +153,8 @@ def answer_backward_prompt_kernel(
     length = tl.load(cu_seqlens + prompt + 1) - begin
     if first_key >= length:
         return
-    answer_begin = tl.load(offsets + prompt)
-    count = (tl.load(offsets + prompt + 1) - answer_begin) * new * (heads // kv_heads)
+    completion_begin = tl.load(offsets + prompt)
+    count = (tl.load(offsets + prompt + 1) - completion_begin) * new * (heads // kv_heads)
     column = first_key + tl.arange(0, BLOCK_N)
     own = (begin.to(tl.int64) + column) * kv_heads + kv_head
     here = column < length
@@ -164,7 +166,7 @@ def answer_backward_prompt_kernel(
     for first in range(0, count, BLOCK_M):
         rows = first + tl.arange(0, BLOCK_M)
         inside = rows < count
-        at = query_rows(rows, answer_begin, new, kv_head, heads, kv_heads)
+        at = query_rows(rows, completion_begin, new, kv_head, heads, kv_heads)
         q = load_rows(query, at, inside, DIM)
         g = load_rows(grad, at, inside, DIM)
         row_lse = tl.load(lse + at, mask=inside, other=float("inf"))
@@ -177,7 +179,7 @@ def answer_backward_prompt_kernel(
 
 
 @triton.jit
-def answer_backward_own_kernel(
+def completion_backward_own_kernel(
     query,
     own_key,
     own_value,
@@ -198,48 +200,48 @@ def answer_backward_own_kernel(
     seen,
     queries,
     DIM: tl.constexpr,
-    BLOCK_A: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """For a block of answers: dq of their queries (shares of the prompt's blocks, then own tokens); own dk and dv.
+    """For a block of completions: dq of their queries (the prompt blocks' shares, then own tokens); own dk and dv.
 
-    Query r = step * rep + head of an answer; there are few, so each loop runs over all answers of the block at once.
+    Query r = step * rep + head of a completion; there are few, so each loop runs over the block's completions at once.
     """
     kv_head = tl.program_id(1)
     prompt = tl.program_id(2)
     length = tl.load(cu_seqlens + prompt + 1) - tl.load(cu_seqlens + prompt)
-    answer_begin = tl.load(offsets + prompt)
-    group = tl.load(offsets + prompt + 1) - answer_begin
-    if tl.program_id(0) * BLOCK_A >= group:
+    completion_begin = tl.load(offsets + prompt)
+    group = tl.load(offsets + prompt + 1) - completion_begin
+    if tl.program_id(0) * BLOCK_C >= group:
         return
     repeat = heads // kv_heads
-    member = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
+    member = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = member < group
-    answer = answer_begin.to(tl.int64) + member
+    completion = completion_begin.to(tl.int64) + member
     for row in range(0, new * repeat):
-        at = (answer * new + row // repeat) * heads + kv_head * repeat + row % repeat
+        at = (completion * new + row // repeat) * heads + kv_head * repeat + row % repeat
         q = load_rows(query, at, inside, DIM).to(tl.float32)
         g = load_rows(grad, at, inside, DIM).to(tl.float32)
         row_lse = tl.load(lse + at, mask=inside, other=0.0)
         row_delta = tl.load(delta + at, mask=inside, other=0.0)
-        acc = tl.zeros((BLOCK_A, DIM), tl.float32)
+        acc = tl.zeros((BLOCK_C, DIM), tl.float32)
         for block in range(0, tl.cdiv(length, BLOCK_N)):
             acc += load_rows(dq_shares, block * queries + at, inside, DIM)
         for j in range(0, seen - new + row // repeat + 1):
-            own = (answer * seen + j) * kv_heads + kv_head
+            own = (completion * seen + j) * kv_heads + kv_head
             k = load_rows(own_key, own, inside, DIM).to(tl.float32)
             v = load_rows(own_value, own, inside, DIM).to(tl.float32)
             p = tl.exp2(tl.sum(q * k, 1) * scale_log2 - row_lse)
             acc += (scale * p * (tl.sum(g * v, 1) - row_delta))[:, None] * k
         store_rows(dq, at, acc, inside, DIM)
     for j in range(0, seen):
-        own = (answer * seen + j) * kv_heads + kv_head
+        own = (completion * seen + j) * kv_heads + kv_head
         k = load_rows(own_key, own, inside, DIM).to(tl.float32)
         v = load_rows(own_value, own, inside, DIM).to(tl.float32)
-        dk_acc = tl.zeros((BLOCK_A, DIM), tl.float32)
-        dv_acc = tl.zeros((BLOCK_A, DIM), tl.float32)
+        dk_acc = tl.zeros((BLOCK_C, DIM), tl.float32)
+        dv_acc = tl.zeros((BLOCK_C, DIM), tl.float32)
         for row in range(tl.maximum(j - (seen - new), 0) * repeat, new * repeat):
-            at = (answer * new + row // repeat) * heads + kv_head * repeat + row % repeat
+            at = (completion * new + row // repeat) * heads + kv_head * repeat + row % repeat
             q = load_rows(query, at, inside, DIM).to(tl.float32)
             g = load_rows(grad, at, inside, DIM).to(tl.float32)
             row_lse = tl.load(lse + at, mask=inside, other=0.0)

@@ -11,13 +11,14 @@ rows by what flows back to them. Bytes: 3 R V elements forward and 2 R V backwar
 
 import torch
 import torch.nn.functional as F
-from negfast.kernels.dispatch import liger_cross_entropy, runs_liger
 from torch import Tensor
+
+from negfast.kernels.dispatch import liger_cross_entropy, runs_liger
 
 ROWS_AT_ONCE = 64  # of the entropies' temporaries, 37 MiB at 151,936 tokens
 
 
-def vocabulary_nll(logits: Tensor, target: Tensor) -> Tensor:
+def vocabulary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """nll [R] of ``target`` int64 [R] after ``logits`` [R, V], in float32, or float64 where logits are.
 
     Logits are given up: where they take a gradient, Liger's kernel leaves it in their memory. Raises ValueError on
