@@ -1,5 +1,6 @@
 """The command line. Exit codes: 0 done, 1 failed, 2 bad usage or input, 130 interrupted."""
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -95,10 +96,13 @@ def main() -> None:
 @click.option("--item-column", default="item", show_default=True)
 @click.option("--time-column", default="time", show_default=True)
 @click.option("--value-column", help="A number to keep with each event, such as a rating.")
-@click.option("--time-unit", type=click.Choice(["auto", "s", "ms", "us", "iso"]), default="auto", show_default=True)
+@click.option(
+    "--time-unit", type=click.Choice(["auto", "s", "ms", "us", "ns", "iso"]), default="auto", show_default=True
+)
 @click.option(
     "--dislike", multiple=True, metavar="RULE",
-    help='Which events are dislikes: "rating<=2", "label==0", "action==hide", or a boolean column. Repeat for or.',
+    help="""Which events are dislikes: "rating<=2", "label==0", "action==hide", or a boolean column. Repeat for or.
+    A column name that holds one of <>=! stands in quotes: '"a=b"<=2'.""",
 )  # fmt: skip
 @click.option(
     "--like-rule", multiple=True, metavar="RULE", help="Which events are likes; those of no rule are exposures then."
@@ -107,6 +111,12 @@ def main() -> None:
     "--rest", type=click.Choice(["like", "exposed"]), default="like", show_default=True,
     help="What the other events are where no --like-rule is given.",
 )  # fmt: skip
+@click.option("--from", "first_day", metavar="DATE", help="First day to keep, in UTC; earlier events are left out.")
+@click.option("--until", "last_day", metavar="DATE", help="Last day to keep, in UTC; later events are left out.")
+@click.option(
+    "--skip-bad-rows", is_flag=True, help="Skip rows that cannot be read, count them and show ten; else one ends it."
+)
+@click.option("--drop-repeats", is_flag=True, help="Drop events that are the same as an earlier one, second and all.")
 @click.option("--columns", metavar="A,B,...", help="Column names of an event file without header.")
 @click.option("--separator", help="Field separator of the event file, if the suffix does not tell it.")
 @click.option("--item-id-column", default="item", show_default=True)
@@ -135,12 +145,13 @@ def main() -> None:
 )  # fmt: skip
 @click.option("--encoder", default="auto", show_default=True, type=click.Choice(ENCODERS), help="Of item text.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object; the rest goes to stderr.")
 @click.pass_context
 def prepare(context: click.Context, files: tuple[Path, ...], out: Path, **options: Any) -> None:
     """Make a data set of an event log: validate, index, split, semantic IDs, shards.
 
-    FILES is one event log: Parquet, CSV, TSV, `::`-separated (.dat) or JSON Lines, also as .gz or .zst. It needs
-    a user, an item and a time column, and something that tells dislikes.
+    FILES is one event log, in one file or several: Parquet, CSV, TSV, `::`-separated (.dat) or JSON Lines, also as
+    .gz or .zst. It needs a user, an item and a time column, and something that tells dislikes.
 
     \b
     negfast prepare log.parquet --dislike "rating<=2" --items items.csv --item-text-column title --out data
@@ -163,54 +174,90 @@ def prepare(context: click.Context, files: tuple[Path, ...], out: Path, **option
     \b
     negfast prepare log-2026-11-25.csv --like data/2026-11-24 --items items.csv --out data/2026-11-25
     """
-    from negfast.prepare.build import SemanticIdSettings, SplitSettings
+    from negfast.prepare.build import SemanticIdSettings, SplitSettings, check_date, summary
+    from negfast.prepare.events import Selection
     from negfast.prepare.rules import parse_rule
 
-    if options["like"] is not None:
-        from negfast.prepare.daily import prepare_like
+    selection = Selection(
+        options["skip_bad_rows"],
+        options["drop_repeats"],
+        check_date("--from", options["first_day"]),
+        check_date("--until", options["last_day"]),
+    )
+    said: list[str] = []
 
-        _refuse_others(context, "--like", ("files", "out", "force", "like", "items", "valid", "test"))
-        prepare_like(
-            files, options["like"], out, items_path=options["items"], split=(options["valid"], options["test"]),
-            force=options["force"], report=click.echo,
-        )  # fmt: skip
-        return
-    dislike = tuple(map(parse_rule, options["dislike"]))
+    def report(line: str) -> None:
+        said.append(line)
+        click.echo(line, err=options["as_json"])
+
     split = SplitSettings(options["horizon"], options["valid"], options["test"])
     names = ("levels", "codebook", "quantizer", "encoder", "seed")
     semantic_ids = SemanticIdSettings(*(options[name] for name in names))
-    if options["recipe"] is not None:
+    dislike = tuple(map(parse_rule, options["dislike"]))
+    chosen = (
+        "files",
+        "out",
+        "force",
+        "valid",
+        "test",
+        "first_day",
+        "last_day",
+        "skip_bad_rows",
+        "drop_repeats",
+        "as_json",
+    )
+    if options["like"] is not None:
+        from negfast.prepare.daily import prepare_like
+
+        _refuse_others(context, "--like", (*chosen, "like", "items"))
+        data = prepare_like(
+            files, options["like"], out, items_path=options["items"], split=(options["valid"], options["test"]),
+            selection=selection, force=options["force"], report=report,
+        )  # fmt: skip
+    elif options["recipe"] is not None:
         from negfast.prepare.recipes import prepare_recipe
 
-        allowed = ("files", "out", "force", "recipe", "dislike", "horizon", "valid", "test", *names)
-        _refuse_others(context, "--recipe", allowed)
-        prepare_recipe(
+        _refuse_others(context, "--recipe", (*chosen, "recipe", "dislike", "horizon", *names))
+        data = prepare_recipe(
             options["recipe"], files, out, dislike=dislike, split=split, semantic_ids=semantic_ids,
-            force=options["force"], report=click.echo,
+            selection=selection, force=options["force"], report=report,
         )  # fmt: skip
-        return
-    if not dislike:
-        raise click.UsageError("Missing option '--dislike' (or --recipe, or --like).", context)
-    if len(files) > 1:
-        raise click.UsageError(f"found {len(files)} files, expected one event log without --recipe or --like", context)
-    if options["items"] is None:
-        of_items = {p.name for p in context.command.params if p.name and p.name.startswith("item_")} - {"item_column"}
-        _refuse(context, of_items - {"item_embedding"}, "without --items, which it is about")
-    if options["like_rule"]:
-        _refuse(context, {"rest"}, "beside --like-rule: events of no rule are exposures then")
-    _prepare_mapped(files[0], out, dislike, split, semantic_ids, options)
+    else:
+        if not dislike:
+            raise click.UsageError("Missing option '--dislike' (or --recipe, or --like).", context)
+        if options["items"] is None:
+            of_items = {p.name for p in context.command.params if p.name and p.name.startswith("item_")}
+            _refuse(context, of_items - {"item_column", "item_embedding"}, "without --items, which it is about")
+        if options["like_rule"]:
+            _refuse(context, {"rest"}, "beside --like-rule: events of no rule are exposures then")
+        data = _prepare_mapped(files, out, dislike, split, semantic_ids, selection, options, report)
+    if options["as_json"]:
+        click.echo(json.dumps(summary(data, selection, said), ensure_ascii=False))
 
 
 def _prepare_mapped(
-    events: Path, out: Path, dislike: tuple[Any, ...], split: Any, semantic_ids: Any, options: dict[str, Any]
-) -> None:
+    files: tuple[Path, ...],
+    out: Path,
+    dislike: tuple[Any, ...],
+    split: Any,
+    semantic_ids: Any,
+    selection: Any,
+    options: dict[str, Any],
+    report: Callable[[str], None],
+) -> Any:
     """`prepare` of a log whose columns the options name."""
     from negfast.prepare.build import prepare as prepare_dataset
-    from negfast.prepare.events import EventMapping, ItemMapping
+    from negfast.prepare.events import EventMapping, ItemMapping, with_attributes
     from negfast.prepare.rules import parse_rule
 
-    prepare_dataset(
-        events,
+    item_mapping = ItemMapping(
+        id=options["item_id_column"],
+        text=options["item_text_column"],
+        columns=_names(options["item_columns"]),
+        separator=_separator(options["item_separator"]),
+    )
+    return prepare_dataset(
+        files,
         options["items"],
         out,
         mapping=EventMapping(
@@ -225,18 +272,13 @@ def _prepare_mapped(
             columns=_names(options["columns"]),
             separator=_separator(options["separator"]),
         ),
-        item_mapping=ItemMapping(
-            id=options["item_id_column"],
-            text=options["item_text_column"],
-            attributes=tuple((a.partition(":")[0], a.partition(":")[2]) for a in options["item_attributes"]),
-            columns=_names(options["item_columns"]),
-            separator=_separator(options["item_separator"]),
-        ),
+        item_mapping=with_attributes(item_mapping, options["items"], options["item_attributes"]),
         item_embedding=options["item_embedding"],
         split=split,
         semantic_ids=semantic_ids,
+        selection=selection,
         force=options["force"],
-        report=click.echo,
+        report=report,
     )
 
 

@@ -305,7 +305,7 @@ def prepared(simulation: Simulation, runs: Path) -> Path:
         write_simulation(simulation, log)
     if not data.exists():
         prepare(
-            log / "events.parquet",
+            [log / "events.parquet"],
             log / "items.csv",
             data,
             mapping=EventMapping(dislike=(parse_rule("feedback==dislike"),), like=(parse_rule("feedback==like"),)),

@@ -29,3 +29,16 @@ class ItemTable:
             embedding=None if self.embedding is None else self.embedding[list(rows)],
             original=None,
         )
+
+    def extended(self, ids: Sequence[str]) -> "ItemTable":
+        """The table, and after it items of which only the id is known: no text, no attributes, an embedding of 0."""
+        embedding, bare = self.embedding, len(ids)
+        if embedding is not None:
+            embedding = np.concatenate([embedding, np.zeros((bare, embedding.shape[1]), np.float32)])
+        return replace(
+            self,
+            ids=[*self.ids, *ids],
+            text=[*self.text, *[""] * bare],
+            attributes={name: [*values, *[()] * bare] for name, values in self.attributes.items()},
+            embedding=embedding,
+        )

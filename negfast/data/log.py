@@ -48,12 +48,27 @@ class EventLog:
         counts = {"dislikes": dislikes, "likes": likes, "exposed": exposed}
         return counts | {"withdrawn": withdrawn} if withdrawn else counts
 
-    def count_repeats(self) -> int:
-        """Events that are in nothing different from the user's event just before."""
-        same = np.ones(max(len(self) - 1, 0), dtype=bool)
-        for column in (self.user, self.time, self.item, self.feedback):
-            same &= column[1:] == column[:-1]
-        return int(same.sum())
+    def repeats(self) -> np.ndarray:
+        """Whether an event is in nothing different from an earlier one of its user and second, bool [N]."""
+        together = (self.user[1:] == self.user[:-1]) & (self.time[1:] == self.time[:-1])
+        rows = np.flatnonzero(np.append(together, False) | np.append(False, together))
+        value = np.zeros(len(self), np.float32) if self.value is None else self.value
+        columns = [value[rows], self.feedback[rows], self.item[rows], self.time[rows], self.user[rows]]
+        order = np.lexsort(columns)  # stable: the first of equal events stays the first
+        same = np.ones(max(len(rows) - 1, 0), bool)
+        for column in columns:
+            left, right = column[order[:-1]], column[order[1:]]
+            same &= (left == right) | ((left != left) & (right != right))  # a missing value is the same as another
+        repeats = np.zeros(len(self), bool)
+        repeats[rows[order[1:][same]]] = True
+        return repeats
+
+    def without(self, left_out: np.ndarray) -> "EventLog":
+        """The log without the events of a mask, bool [N]; users and items keep their index."""
+        kept = ~left_out
+        offsets = np.concatenate([[0], np.cumsum(kept)])[self.user_offsets]
+        value = None if self.value is None else self.value[kept]
+        return EventLog(offsets, self.item[kept], self.feedback[kept], self.time[kept], value, self.n_items)
 
     def __len__(self) -> int:
         return len(self.item)

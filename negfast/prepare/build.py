@@ -1,22 +1,35 @@
 """From source files to a prepared data set: validate, index, split, semantic IDs, shard."""
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors import SafetensorError
+
 import negfast
-from negfast.data.dataset import MANIFEST, Dataset, date_of, day_of, file_record, write_dataset
+from negfast.data.dataset import EVENTS, MANIFEST, Dataset, date_of, day_of, file_record, write_dataset
 from negfast.data.items import ItemTable
 from negfast.data.log import EventLog
-from negfast.data.split import Split, split_requests
+from negfast.data.split import Split, all_requests, split_requests
 from negfast.errors import InputError
 from negfast.files import atomic_directory, check_output
-from negfast.prepare.events import EventMapping, Events, ItemMapping, items_of_log, read_events, read_items
+from negfast.prepare.events import (
+    EventMapping,
+    Events,
+    ItemMapping,
+    Report,
+    Selection,
+    read_events,
+    read_items,
+)
 
-Report = Callable[[str], None]
-VALID_SHARE, TEST_SHARE = 0.15, 0.25  # of the request days, where no dates are given
+SHARES = np.array([0.60, 0.15, 0.25])  # of train, valid and test in the user-days with a dislike ahead
+FEW = 100  # user-days with a dislike ahead: a part with fewer says little
 
 
 @dataclass(frozen=True)
@@ -40,7 +53,7 @@ class SemanticIdSettings:
 
 
 def prepare(
-    events_path: Path,
+    event_files: Sequence[Path],
     items_path: Path | None,
     out: Path,
     *,
@@ -49,22 +62,26 @@ def prepare(
     item_embedding: Path | None = None,
     split: SplitSettings,
     semantic_ids: SemanticIdSettings,
+    selection: Selection | None = None,
     force: bool = False,
     report: Report = print,
 ) -> Dataset:
-    """Makes a data set of an event file and, where given, an item file. Raises InputError; nothing is left then."""
+    """Makes a data set of event files with the same columns and, where given, an item file; items that only the log
+    knows come after those of the file, without text. Raises InputError; nothing is left then."""
     check_replaceable(out, force)
     items = None if items_path is None else read_items(items_path, item_mapping, item_embedding)
     if items is None and item_embedding is not None:
         raise InputError(f"{item_embedding}: an item embedding needs an item table (--items)")
-    events = read_events(events_path, mapping, None if items is None else items.ids, report)
-    sources = {"events": events_path, "items": items_path, "item_embedding": item_embedding}
+    events, all_items = read_events(event_files, mapping, items, report, selection)
+    events = drop_repeats(events, selection, report)
+    names = ["events", *(f"events {number}" for number in range(2, len(event_files) + 1))]
+    sources = {**dict(zip(names, event_files, strict=True)), "items": items_path, "item_embedding": item_embedding}
     described: dict[str, Any] = {
         "sources": {k: {"name": p.name, **file_record(p)} for k, p in sources.items() if p is not None},
         "mapping": _described(mapping),
         "item_mapping": None if items is None else asdict(item_mapping),
     }
-    return build(events, items or items_of_log(events), described, out, split, semantic_ids, report)
+    return build(events, all_items, described, out, split, semantic_ids, report)
 
 
 def build(
@@ -78,6 +95,9 @@ def build(
 ) -> Dataset:
     """Splits, makes semantic IDs and writes the directory under a temporary name, then renames it to ``out``."""
     log = events.log
+    for count, what in ((log.n_users, "user"), (log.n_items, "item")):
+        if count < 2:
+            raise InputError(f"the log has {count} {what}, expected at least 2")
     report_log(log, items, report)
     horizon, valid_day, test_day = choose_split(log, split, report)
     report_split(split_requests(log, horizon, valid_day, test_day), report)
@@ -94,14 +114,54 @@ def build(
             "semantic_ids": {**asdict(semantic_ids), "report": sids.report},
         }
         tensors = {"codes": sids.codes, "embedding": sids.embedding, **sids.quantizer.tensors()}
-        write_dataset(directory, log, events.user_ids, items, tensors, manifest)
+        with disk_errors(out):
+            write_dataset(directory, log, events.user_ids, items, tensors, manifest)
     report(f"data set: {out}")
     return Dataset.open(out)
 
 
+@contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """Whatever a writer raises where the disk is full, as one OSError that names ``out``."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"{out}: cannot be written: {' '.join(str(error).split())}") from error
+
+
+def drop_repeats(events: Events, selection: Selection | None, report: Report) -> Events:
+    """The events without repeats, if ``selection`` drops them."""
+    if selection is None or not selection.drop_repeats:
+        return events
+    repeats = events.log.repeats()
+    selection.left_out["repeats"] = int(repeats.sum())
+    report(f"repeats: {repeats.sum():,} events dropped that are the same as an earlier one, second and all")
+    return replace(events, log=events.log.without(repeats))
+
+
+def summary(data: Dataset, selection: Selection, said: Sequence[str]) -> dict[str, Any]:
+    """What `negfast prepare --json` prints: JSON types only."""
+    split = data.split()
+    parts = {"train": split.train, "valid": split.valid, "test": split.test}
+    return {
+        "data": str(data.path),
+        **{key: data.manifest[key] for key in ("counts", "days", "split", "semantic_ids", "sources")},
+        "user_days": {
+            name: {"active": len(part), "with_dislike_ahead": int(part.has_dislikes.sum())}
+            for name, part in parts.items()
+        },
+        "left_out": selection.left_out,
+        "warnings": [line.removeprefix("warning: ") for line in said if line.startswith("warning: ")],
+    }
+
+
 def check_replaceable(out: Path, force: bool) -> None:
-    """Raises InputError if ``out`` is there and may not be replaced: only a data set may, and only by force."""
+    """Raises InputError if ``out`` is there and may not be replaced: only a data set may, and only by force. Neither is
+    a data set written into a run or another data set."""
     check_output(out)
+    for folder in out.absolute().parents:
+        if (folder / "run.json").is_file() or ((folder / MANIFEST).is_file() and (folder / EVENTS).is_file()):
+            raise InputError(f"{out}: lies inside {folder}, a run or a data set; choose another --out")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     try:
@@ -121,41 +181,78 @@ def check_replaceable(out: Path, force: bool) -> None:
 def choose_split(log: EventLog, settings: SplitSettings, report: Report) -> tuple[int, int, int]:
     """(horizon, valid day, test day), days since 1970.
 
-    A log of D days has D - 3 H request days, since each of the three parts needs H days of future. Where a date
-    is not given, 15 % of them are valid's and 25 % test's, at least one each (negfast's choice).
+    A log of D days has D - 3 H request days, since each of the three parts needs H days of future. Dates that are not
+    given are those by which the parts come nearest to SHARES of the user-days with a dislike ahead (negfast's choice):
+    the smallest part, measured by its share, is as large as it can be.
     Raises InputError for dates that leave a part without a day.
     """
     horizon = settings.horizon
     first, last = int(log.day.min()), int(log.day.max())
     if horizon < 1:
         raise InputError(f"--horizon {horizon}: expected at least 1 day")
-    request_days = last - first + 1 - 3 * horizon
-    if request_days < 3:
+    if last - first + 1 - 3 * horizon < 3:
         raise InputError(
             f"the log covers {last - first + 1} days ({date_of(first)} to {date_of(last)}), "
             f"a horizon of {horizon} days needs at least {3 * horizon + 3}: give a smaller --horizon"
         )
-    test_day = last - horizon + 1 - max(1, round(TEST_SHARE * request_days))
-    valid_day = test_day - horizon - max(1, round(VALID_SHARE * request_days))
-    valid_day = valid_day if settings.valid is None else _day("--valid", settings.valid)
-    test_day = test_day if settings.test is None else _day("--test", settings.test)
+    valid, test = check_date("--valid", settings.valid), check_date("--test", settings.test)
+    earliest = first + horizon + 1
     for name, day, low, high in (
-        ("--valid", valid_day, first + horizon + 1, last - 2 * horizon - 1),
-        ("--test", test_day, valid_day + horizon + 1, last - horizon),
+        ("--valid", valid, earliest, last - 2 * horizon - 1),
+        ("--test", test, (earliest if valid is None else valid) + horizon + 1, last - horizon),
     ):
-        if not low <= day <= high:
+        if day is not None and not low <= day <= high:
             raise InputError(
                 f"{name} {date_of(day)}: expected {date_of(low)} to {date_of(high)} for a log of {date_of(first)} to "
                 f"{date_of(last)} and a horizon of {horizon} days"
             )
+    if valid is None or test is None:
+        valid, test = _balanced_days(log, horizon, valid, test)
     chosen = "" if settings.valid and settings.test else " (chosen from the log; --valid and --test set it)"
-    report(f"split: horizon {horizon} days, valid from {date_of(valid_day)}, test from {date_of(test_day)}{chosen}")
-    return horizon, valid_day, test_day
+    report(f"split: horizon {horizon} days, valid from {date_of(valid)}, test from {date_of(test)}{chosen}")
+    return horizon, valid, test
 
 
-def _day(option: str, text: str) -> int:
+def _balanced_days(log: EventLog, horizon: int, valid: int | None, test: int | None) -> tuple[int, int]:
+    """The first days of valid and test, either given or chosen; see `choose_split`."""
+    first, last = int(log.day.min()), int(log.day.max())
+    requests = all_requests(log, horizon)
+    for days in (requests.day[requests.has_dislikes], np.arange(first, last + 1)):  # the calendar, if nothing else does
+        cumulative = np.concatenate([[0], np.cumsum(np.bincount(days - first, minlength=last - first + 1))])
+
+        def before(day: np.ndarray, cumulative: np.ndarray = cumulative) -> np.ndarray:
+            return cumulative[day - first]
+
+        tests = np.arange(first + 2 * horizon + 2, last - horizon + 1) if test is None else np.array([test])
+        if valid is not None:
+            tests = tests[tests > valid + horizon]
+            valids = np.full(len(tests), valid)
+        elif test is not None:
+            valids = np.arange(first + horizon + 1, test - horizon)
+            tests = np.full(len(valids), test)
+        else:  # train grows with the day of valid and valid shrinks: their shares are level at one day for each test
+            every = np.arange(first + horizon + 1, last - 2 * horizon)
+            level = before(every - horizon) / SHARES[0] + before(every) / SHARES[1]
+            place = np.searchsorted(level, before(tests - horizon) / SHARES[1])
+            tests = np.tile(tests, 2)
+            valids = every[np.clip(np.concatenate([place, place - 1]), 0, len(every) - 1)]
+            valids = np.minimum(valids, tests - horizon - 1)
+        sizes = (
+            before(valids - horizon),
+            before(tests - horizon) - before(valids),
+            before(np.array(last - horizon + 1)) - before(tests),
+        )
+        smallest = (np.stack(sizes, axis=1) / SHARES).min(axis=1)
+        best = int(np.argmax(smallest))
+        if smallest[best] > 0:
+            break
+    return int(valids[best]), int(tests[best])
+
+
+def check_date(option: str, text: str | None) -> int | None:
+    """Days since 1970 of an option's date. Raises InputError."""
     try:
-        return day_of(text)
+        return None if text is None else day_of(text)
     except ValueError:
         raise InputError(f"{option} {text!r}: expected a date like 2013-06-17") from None
 
@@ -173,8 +270,9 @@ def report_log(log: EventLog, items: ItemTable, report: Report) -> None:
     report(f"events: {len(log):,} by {log.n_users:,} users on {log.n_items:,} items")
     shares = [f"{n:,} {name} ({n / len(log):.1%})" for name, n in log.feedback_counts().items()]
     report(f"feedback: {', '.join(shares)}")
-    if repeats := log.count_repeats():
-        report(f"repeats: {repeats:,} events are the same as the one before them, second and all; they stay and count")
+    if repeats := int(log.repeats().sum()):
+        report(f"repeats: {repeats:,} events are the same as an earlier one, second and all; --drop-repeats drops them")
+    _warn_of_memory(log, report)
     if not any(items.text):
         report("items: no text")
 
@@ -183,3 +281,33 @@ def report_split(split: Split, report: Report) -> None:
     for name, requests in (("train", split.train), ("valid", split.valid), ("test", split.test)):
         with_dislikes = int(requests.has_dislikes.sum())
         report(f"{name}: {len(requests):,} active user-days, {with_dislikes:,} with a dislike ahead")
+        if with_dislikes < FEW:
+            report(f"warning: {name} has {with_dislikes:,} user-days with a dislike ahead, fewer than {FEW}")
+
+
+def training_bytes(n_days: int, n_items: int) -> int:
+    """What the community prior's tables of days x items need at most while an engine is built, on the host.
+
+    float64 [2, D, I] four times over: the masses, their order by leaf and the sums over leaves
+    (`negfast.sid.prior.DevicePrior.build`), and while a kind's mass is made its counts and itself.
+    """
+    return 4 * 2 * 8 * n_days * n_items
+
+
+def machine_bytes() -> int:
+    """The memory of this machine, or of the control group that the process runs in if that has less."""
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return min(installed, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no control group, or "max"
+        return installed
+
+
+def _warn_of_memory(log: EventLog, report: Report) -> None:
+    n_days = int(log.day.max()) - int(log.day.min()) + 2
+    needed, there = training_bytes(n_days, log.n_items), machine_bytes()
+    if needed > there:
+        report(
+            f"warning: training keeps tables of {n_days:,} days x {log.n_items:,} items: about {needed / 2**30:.1f} "
+            f"GiB, this machine has {there / 2**30:.1f}; --from cuts days"
+        )

@@ -21,11 +21,20 @@ from negfast.prepare.build import (
     check_replaceable,
     choose_split,
     counts,
+    disk_errors,
+    drop_repeats,
     report_log,
     report_split,
 )
-from negfast.prepare.events import EventMapping, Events, ItemMapping, event_columns, index_events, read_items
-from negfast.prepare.readers import join, read_table
+from negfast.prepare.events import (
+    EventMapping,
+    Events,
+    ItemMapping,
+    Selection,
+    index_events,
+    read_items,
+    read_source,
+)
 from negfast.prepare.recipes import described_files, read_recipe, withdraw
 from negfast.prepare.rules import parse_rule
 
@@ -46,6 +55,7 @@ def prepare_like(
     *,
     items_path: Path | None = None,
     split: tuple[str | None, str | None] = (None, None),
+    selection: Selection | None = None,
     force: bool = False,
     report: Report = print,
 ) -> Dataset:
@@ -53,14 +63,17 @@ def prepare_like(
 
     Files are read as those of ``like`` were; ``items_path`` describes new items. Old users and items keep their index
     and their semantic IDs, new ones come after them, new items with IDs of the frozen codebooks. ``split`` are the
-    first days of valid and test; by default they move on by as many days as the log's end does. Raises InputError,
-    also for events that the data set holds already.
+    first days of valid and test; by default they move on by as many days as the log's end does. Events that the data
+    set holds already are skipped and counted. Raises InputError, also where it holds all of them.
     """
     check_replaceable(out, force)
     old = Dataset.open(data_folder(like))
-    day = _read_day(old, files, items_path, report)
+    day = _read_day(old, files, items_path, report, selection)
     items, new_items = _all_items(old.items, day, report)
-    log, user_ids = _joined_log(old, day, items, report)
+    log, user_ids, held = _joined_log(old, day, items, report)
+    if selection is not None:
+        selection.left_out["held_already"] = held
+    log = drop_repeats(Events(log, user_ids, items.ids), selection, report).log
     report_log(log, items, report)
     dates = _moved_split(old, log, split)
     horizon, valid_day, test_day = choose_split(log, dates, report)
@@ -96,7 +109,7 @@ def prepare_like(
         **({"items_without_embedding": without} if without else {}),
     }
     tensors = {"codes": codes, "embedding": embedding, **Quantizer.from_tensors(old.semantic_ids).tensors()}
-    with atomic_directory(out) as directory:
+    with atomic_directory(out) as directory, disk_errors(out):
         write_dataset(directory, log, user_ids, items, tensors, manifest)
     report(f"data set: {out}")
     return Dataset.open(out)
@@ -113,15 +126,17 @@ def data_folder(path: Path) -> Path:
         raise InputError(f"{description}: damaged: {error}") from error
 
 
-def _read_day(old: Dataset, files: Sequence[Path], items_path: Path | None, report: Report) -> NewDay:
+def _read_day(
+    old: Dataset, files: Sequence[Path], items_path: Path | None, report: Report, selection: Selection | None
+) -> NewDay:
     if "recipe" in old.manifest:
         recipe = old.manifest["recipe"]
         given = [*files, *([items_path] if items_path else [])]
         rules = [parse_rule(rule) for rule in recipe["dislike"]]
-        return NewDay(*read_recipe(recipe["name"], given, report, rules, need_dislikes=False))
+        return NewDay(*read_recipe(recipe["name"], given, report, rules, selection, whole=False))
     mapping = mapping_of(old.manifest["mapping"])
-    tables = [read_table(f, event_columns(mapping), names=mapping.columns, separator=mapping.separator) for f in files]
-    events = index_events(join(tables), mapping, None, report, need_dislikes=False)
+    source = read_source(files, mapping, report, selection)
+    events = index_events(source, mapping, None, report, selection, whole=False)
     items = None
     if items_path is not None:
         if old.manifest["item_mapping"] is None:
@@ -153,13 +168,9 @@ def _all_items(old: ItemTable, day: NewDay, report: Report) -> tuple[ItemTable, 
     bare = [item for item in day.events.item_ids if item not in known]
     if bare:
         report(f"items: {len(bare):,} new ones without a row in an item table (--items), so without text")
-    n = len(bare)
-    added = ItemTable(
-        [*fresh.ids, *bare],
-        [*fresh.text, *[""] * n],
-        {name: [*fresh.attributes.get(name, [()] * len(fresh)), *[()] * n] for name in old.attributes},
-        None if old.embedding is None else np.zeros((len(fresh) + n, old.embedding.shape[1]), np.float32),
-    )
+    attributes = {name: fresh.attributes.get(name, [()] * len(fresh)) for name in old.attributes}
+    embedding = None if old.embedding is None else np.zeros((len(fresh), old.embedding.shape[1]), np.float32)
+    added = ItemTable(fresh.ids, fresh.text, attributes, embedding).extended(bare)
     both = ItemTable(
         [*old.ids, *added.ids],
         [*old.text, *added.text],
@@ -169,8 +180,9 @@ def _all_items(old: ItemTable, day: NewDay, report: Report) -> tuple[ItemTable, 
     return both, added
 
 
-def _joined_log(old: Dataset, day: NewDay, items: ItemTable, report: Report) -> tuple[EventLog, list[str]]:
-    """All events, sorted by (user, time); of equal times the old ones first."""
+def _joined_log(old: Dataset, day: NewDay, items: ItemTable, report: Report) -> tuple[EventLog, list[str], int]:
+    """All events, sorted by (user, time), of equal times the old ones first; the user ids; and how many of the new
+    events the data set held already, which are not added again."""
     new, log = day.events, old.log
     user_ids = [*old.user_ids, *sorted(set(new.user_ids) - set(old.user_ids), key=lambda name: (len(name), name))]
     user_of = {name: index for index, name in enumerate(user_ids)}
@@ -183,30 +195,34 @@ def _joined_log(old: Dataset, day: NewDay, items: ItemTable, report: Report) -> 
     if log.value is not None or new.log.value is not None:
         of = [np.full(len(part), np.nan, np.float32) if part.value is None else part.value for part in (log, new.log)]
         value = np.concatenate(of)
-    _refuse_known(old, len(log), user, item, time, len(items))
-    order = np.lexsort((time, user))
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=len(user_ids)))]).astype(np.int64)
+    held = _held_already(len(log), user, item, time, len(items))
+    if held[len(log) :].all():
+        raise InputError(f"{old.path}: holds all {len(new.log):,} events already, expected new ones")
+    if held.any():
+        report(f"events: {held.sum():,} are in {old.path} already, and are skipped")
+    kept = np.flatnonzero(~held)
+    order = kept[np.lexsort((time[kept], user[kept]))]
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(user[kept], minlength=len(user_ids)))]).astype(np.int64)
     joined = EventLog(
         offsets, item[order], feedback[order], time[order], None if value is None else value[order], len(items)
     )
     if day.takes_back is not None:
         undo = np.concatenate([np.zeros(len(log), np.uint8), day.takes_back])[order]
         joined = withdraw(joined, undo, report)
-    return joined, user_ids
+    return joined, user_ids, int(held.sum())
 
 
-def _refuse_known(old: Dataset, n_old: int, user: np.ndarray, item: np.ndarray, time: np.ndarray, n_items: int) -> None:
-    """InputError if a new event has user, item and time of an old one: a job that runs twice must not count twice."""
+def _held_already(n_old: int, user: np.ndarray, item: np.ndarray, time: np.ndarray, n_items: int) -> np.ndarray:
+    """Which of all events are new ones with user, item and time of an old one, bool [N]: a job that runs twice must not
+    count twice."""
     since = time[n_old:].min()
     rows = np.flatnonzero(time >= since)  # the old events that can be meant are few
     pair = user[rows].astype(np.int64) * n_items + item[rows]
     pair = np.unique(pair, return_inverse=True)[1]
     key = pair * (int(time[rows].max() - since) + 1) + (time[rows] - since)
-    known = np.isin(key[rows >= n_old], key[rows < n_old])
-    if known.any():
-        raise InputError(
-            f"{old.path}: holds {int(known.sum()):,} of the {len(known):,} events already, expected new ones"
-        )
+    held = np.zeros(len(time), bool)
+    held[rows] = (rows >= n_old) & np.isin(key, key[rows < n_old])
+    return held
 
 
 def _moved_split(old: Dataset, log: EventLog, split: tuple[str | None, str | None]) -> SplitSettings:

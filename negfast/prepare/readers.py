@@ -1,7 +1,7 @@
 """Tables from Parquet, CSV, TSV, `::`-separated and JSON Lines files, plain or compressed (.gz, .zst).
 
 Text formats are read as strings and converted here, so that ids keep their leading zeros and a value
-that does not convert is named with its line.
+that does not convert is named with its line. A null is a null in every format: see NULLS.
 """
 
 import csv
@@ -9,8 +9,8 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -35,6 +35,8 @@ FOREIGN = {  # how files start that are no text, and what to do about them
     b"\xff\xfe": "UTF-16 text; save it as UTF-8",
     b"\xfe\xff": "UTF-16 text; save it as UTF-8",
 }
+NULLS = ("", "null", "nan", "-nan", "none", "na", "n/a", "#n/a", "<na>", "nat", "\\n")  # in lower case, of any text
+SHOWN = 10  # bad rows that are told one by one
 JSON_HEAD, JSON_BLOCK = 200, 1 << 24  # lines whose types are looked at; bytes parsed at once, no line may be longer
 
 
@@ -45,6 +47,10 @@ class Source:
     path: Path
     table: pa.Table
     header_lines: int | None  # lines before the first row of a text file; None for Parquet
+
+    def take(self, rows: np.ndarray) -> "Source":
+        """The rows at ``rows`` (int64, ascending), which keep their places in the file."""
+        return Taken(self.path, self.table.take(pa.array(rows)), self.header_lines, self, rows)
 
     def where(self, row: int) -> str:
         """``file, line 7`` (text) or ``file, row 7`` (Parquet), both from 1, for row ``row`` from 0."""
@@ -68,17 +74,73 @@ class Joined(Source):
 
 
 @dataclass(frozen=True)
+class Taken(Source):
+    """Some rows of another source."""
+
+    of: Source
+    rows: np.ndarray  # int64 [N]
+
+    def where(self, row: int) -> str:
+        return self.of.where(int(self.rows[row]))
+
+
+@dataclass
+class BadRows:
+    """What becomes of rows that cannot be read: the first one is an error, or all are skipped and counted."""
+
+    skip: bool = False
+    count: int = 0
+    first: list[str] = field(default_factory=list)  # at most SHOWN lines
+    rows: dict[int, Callable[[int], str]] = field(default_factory=dict)  # of the source at work: row -> what is wrong
+
+    def add(self, source: Source, rows: np.ndarray, message: Callable[[int], str]) -> None:
+        """Rows (int, ascending) of ``source`` that are bad, and what is wrong with each. InputError unless skipped."""
+        if len(rows) and not self.skip:
+            raise InputError(f"{source.where(int(rows[0]))}: {message(int(rows[0]))}")
+        for row in rows.tolist():
+            self.rows.setdefault(row, message)
+
+    def remove(self, source: Source) -> Source:
+        """``source`` without the rows that were added, which are counted."""
+        if not self.rows:
+            return source
+        bad = sorted(self.rows)
+        self.tell(len(bad), (f"{source.where(row)}: {self.rows[row](row)}" for row in bad))
+        self.rows = {}
+        return source.take(np.delete(np.arange(source.table.num_rows), bad))
+
+    def tell(self, count: int, lines: Iterator[str]) -> None:
+        self.count += count
+        self.first += itertools.islice(lines, SHOWN - len(self.first))
+
+
+@dataclass(frozen=True)
 class Encoded:
     """A column as codes into its distinct values: work on values is done once a value, not once a row."""
 
     source: Source
     name: str
-    codes: np.ndarray  # int32 [N], -1 where the column is null, NaN or (in text formats) empty
+    codes: np.ndarray  # int32 [N], -1 where the column is null: see NULLS
     values: pa.Array  # [V], no nulls
 
     def where(self, code: int) -> str:
         """The place of the first row with this code."""
         return self.source.where(int(np.argmax(self.codes == code)))
+
+    def rows(self, codes: np.ndarray) -> np.ndarray:
+        """The rows that have one of these codes, ascending."""
+        return np.flatnonzero(np.isin(self.codes, codes))
+
+    def value(self, row: int) -> object:
+        """The value at a row that is not null."""
+        return self.values[int(self.codes[row])].as_py()
+
+    def commonest(self, most: int = 5) -> str:
+        """``9 (360), 8 (12), ...``: the values that most rows have."""
+        counts = np.bincount(self.codes[self.codes >= 0], minlength=len(self.values))
+        order = np.argsort(-counts, kind="stable")[:most]
+        shown = [f"{self.values[int(code)].as_py()} ({counts[code]:,})" for code in order]
+        return ", ".join([*shown, *(["..."] if len(counts) > most else [])]) or "nothing"
 
 
 def read_table(
@@ -89,13 +151,16 @@ def read_table(
     separator: str | None = None,
     multiline: bool = False,
     encoding: str = "utf-8",
+    bad: BadRows | None = None,
 ) -> Source:
     """Reads ``columns`` of a file whose format its suffix tells.
 
     ``names`` are the columns of a text file without header; ``separator`` makes any suffix a separated text;
     ``multiline`` allows line breaks in quoted values; ``encoding`` is that of separated text. Raises InputError: file
-    missing, unreadable or empty, column missing, wrong encoding, a line with too few or too many fields.
+    missing, unreadable or empty, column missing, and, unless ``bad`` skips such lines, for wrong encoding, a line with
+    too few or too many fields, or one that is no JSON object.
     """
+    skipping = bad if bad is not None and bad.skip else None
     if not path.is_file():
         raise InputError(f"{path}: {'is a directory, expected a file' if path.is_dir() else 'no such file'}")
     if path.stat().st_size == 0:
@@ -105,13 +170,12 @@ def read_table(
     if separator is None and suffix in PARQUET:
         return Source(path, _read_parquet(path, wanted), None)
     if separator is None and suffix in JSON_LINES:
-        return Source(path, _read_json(path, wanted), 0)
+        return _read_json(path, wanted, skipping)
     separator = separator or SEPARATORS.get(suffix)
     if separator is None:
         known = ", ".join([*PARQUET, *SEPARATORS, *JSON_LINES])
         raise InputError(f"{path}: unknown format {suffix!r}, expected one of {known} (or give --separator)")
-    table = _read_separated(path, wanted, names, separator, multiline, encoding)
-    return Source(path, table, 0 if names else 1)
+    return _read_separated(path, wanted, names, separator, multiline, encoding, skipping)
 
 
 def join(sources: Sequence[Source]) -> Source:
@@ -128,18 +192,20 @@ def join(sources: Sequence[Source]) -> Source:
     return Joined(sources[0].path, table, sources[0].header_lines, tuple(sources))
 
 
-def file_columns(path: Path) -> list[str]:
+def file_columns(path: Path, separator: str | None = None) -> list[str]:
     """The column names of a Parquet file, or of a text file's first line or object. Raises InputError."""
     suffix = _format_suffix(path)
-    if suffix in PARQUET:
+    if not path.is_file():
+        raise InputError(f"{path}: {'is a directory, expected a file' if path.is_dir() else 'no such file'}")
+    if separator is None and suffix in PARQUET:
         try:
             return parquet.read_schema(path).names
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{path}: cannot be read as Parquet: {_one_line(error)}") from error
     content = _content(path)
-    if suffix in JSON_LINES:
+    if separator is None and suffix in JSON_LINES:
         return list(_first_object(path, content))
-    return _header(path, content, SEPARATORS.get(suffix, ","), '"')
+    return _header(path, content, separator or SEPARATORS.get(suffix, ","), '"')
 
 
 def encode(source: Source, name: str) -> Encoded:
@@ -155,7 +221,7 @@ def encode(source: Source, name: str) -> Encoded:
     values = encoded.chunk(0).dictionary
     codes = np.concatenate([c.indices.fill_null(-1).to_numpy(zero_copy_only=False) for c in encoded.chunks])
     codes = codes.astype(np.int32, copy=False)
-    missing = _missing_values(values, text=source.header_lines is not None)
+    missing = _nulls(values)
     if missing.any():
         renumber = np.where(missing, -1, np.cumsum(~missing) - 1).astype(np.int32)
         codes = np.append(renumber, np.int32(-1))[codes]
@@ -163,19 +229,19 @@ def encode(source: Source, name: str) -> Encoded:
     return Encoded(source, name, codes, values)
 
 
-def to_strings(column: Encoded) -> pa.Array:
-    """The distinct values as strings, [V]: how external ids are kept, whatever their type in the file."""
+def to_strings(column: Encoded, bad: BadRows | None = None) -> pa.Array:
+    """The distinct values as strings, [V]: how external ids are kept, whatever their type in the file.
+
+    Numbers that are no id are errors, or go to ``bad`` where it skips them, and have any string then."""
     values = column.values
     if pa.types.is_floating(values.type):  # pandas turns integer ids with gaps into floats
-        whole = pc.floor(values)
-        if not pc.all(pc.equal(whole, values)).as_py():
-            code = int(np.argmin(pc.equal(whole, values).to_numpy(zero_copy_only=False)))
-            raise InputError(
-                f"{column.where(code)}: {column.name} {values[code]} is no id, expected a string or integer"
-            )
-        if not pc.all(pc.is_finite(values)).as_py():
-            raise InputError(f"{column.source.path}: column {column.name!r} holds an infinite id")
-        values = values.cast(pa.int64())
+        whole = pc.and_(pc.equal(pc.floor(values), values), pc.is_finite(values)).to_numpy(zero_copy_only=False)
+        (bad or BadRows()).add(
+            column.source,
+            column.rows(np.flatnonzero(~whole)),
+            lambda row: f"{column.name} {column.value(row)} is no id, expected a string or integer",
+        )
+        values = pc.if_else(pa.array(whole), values, 0.0).cast(pa.int64())
     try:
         strings = values.cast(pa.string())
         strings.validate(full=True)
@@ -184,27 +250,42 @@ def to_strings(column: Encoded) -> pa.Array:
     return strings
 
 
-def to_floats(column: Encoded, what: str) -> np.ndarray:
-    """The distinct values as float64 [V]; ``what`` names them in the error."""
+def to_floats(column: Encoded, what: str, bad: BadRows | None = None) -> np.ndarray:
+    """The distinct values as finite float64 [V]; ``what`` names them in the error.
+
+    Where ``bad`` skips rows, those whose value is no finite number go there and have NaN."""
     try:
-        return column.values.cast(pa.float64()).to_numpy(zero_copy_only=False)
+        numbers = column.values.cast(pa.float64()).to_numpy(zero_copy_only=False)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        code = first_failure(column.values, lambda values: values.cast(pa.float64()))
-    value = column.values[code].as_py()
-    raise InputError(f"{column.where(code)}: {what}: {column.name} {value!r} is not a number")
+        numbers = np.array([_number(value) for value in column.values.to_pylist()])
+    finite = np.isfinite(numbers)
+    (bad or BadRows()).add(
+        column.source,
+        column.rows(np.flatnonzero(~finite)),
+        lambda row: f"{what}: {column.name} {column.value(row)!r} is not a number",
+    )
+    return np.where(finite, numbers, np.nan)
 
 
-def first_failure(array: pa.Array | pa.ChunkedArray, convert: Callable[[pa.Array], object]) -> int:
-    """The first index at which ``convert``, which works element by element, fails; the array has one."""
-    low, high = 0, len(array)
-    while high - low > 1:
-        middle = (low + high) // 2
-        try:
-            convert(array.slice(low, middle - low))
-            low = middle
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-            high = middle
-    return low
+def _number(value: object) -> float:
+    """NaN for what Arrow does not take for a number either."""
+    try:
+        return pa.scalar(value).cast(pa.float64()).as_py()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return np.nan
+
+
+def failures(array: pa.Array | pa.ChunkedArray, convert: Callable[[pa.Array], object], first: int = 0) -> Iterator[int]:
+    """The indices at which ``convert``, which works element by element, fails, ascending; ``first`` is added."""
+    try:
+        convert(array)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        if len(array) <= 1:
+            yield first
+            return
+        middle = len(array) // 2
+        yield from failures(array.slice(0, middle), convert, first)
+        yield from failures(array.slice(middle), convert, first + middle)
 
 
 def check_columns(path: Path, wanted: Sequence[str], present: Sequence[str]) -> None:
@@ -225,11 +306,12 @@ def _format_suffix(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def _missing_values(values: pa.Array, text: bool) -> np.ndarray:
+def _nulls(values: pa.Array) -> np.ndarray:
     if pa.types.is_floating(values.type):
         return pc.is_nan(values).to_numpy(zero_copy_only=False)
-    if text and pa.types.is_string(values.type):
-        return pc.equal(values, "").to_numpy(zero_copy_only=False)
+    if pa.types.is_string(values.type):
+        words = pc.utf8_lower(pc.utf8_trim_whitespace(values))
+        return pc.is_in(words, pa.array(NULLS)).to_numpy(zero_copy_only=False)
     return np.zeros(len(values), bool)
 
 
@@ -244,9 +326,9 @@ def _read_parquet(path: Path, wanted: list[str]) -> pa.Table:
 
 def _plain_strings(table: pa.Table) -> pa.Table:
     """Strings of any width and layout, as polars and others write them, as Arrow's plain ones."""
-    for number, field in enumerate(table.schema):
-        if pa.types.is_large_string(field.type) or pa.types.is_string_view(field.type):
-            table = table.set_column(number, field.name, table[field.name].cast(pa.string()))
+    for number, column in enumerate(table.schema):
+        if pa.types.is_large_string(column.type) or pa.types.is_string_view(column.type):
+            table = table.set_column(number, column.name, table[column.name].cast(pa.string()))
     return table
 
 
@@ -289,11 +371,19 @@ def _check_utf8(path: Path, content: pa.Buffer) -> None:
 
 
 def _read_separated(
-    path: Path, wanted: list[str], names: Sequence[str] | None, separator: str, multiline: bool, encoding: str
-) -> pa.Table:
-    content = _content(path)
+    path: Path,
+    wanted: list[str],
+    names: Sequence[str] | None,
+    separator: str,
+    multiline: bool,
+    encoding: str,
+    skipping: BadRows | None,
+) -> Source:
+    content, lost = _content(path), np.empty(0, np.int64)
     if encoding != "utf-8":
         content = pa.py_buffer(content.to_pybytes().decode(encoding).encode("utf-8"))
+    elif skipping:
+        content, lost = _without_lines(path, content, _not_utf8, skipping)
     quote: str | bool = '"'
     if len(separator.encode()) > 1:  # Arrow splits at one byte: a control character that the file lacks stands in
         data = content.to_pybytes()
@@ -308,16 +398,79 @@ def _read_separated(
         hint = f"is the separator {other!r}?" if other else "a file without header needs --columns"
         raise InputError(f"{path}: no column {wanted[0]!r}, found {', '.join(present) or 'an empty line'} ({hint})")
     check_columns(path, wanted, present)
-    parse = arrow_csv.ParseOptions(delimiter=separator, quote_char=quote, newlines_in_values=multiline)
+    short: list[arrow_csv.InvalidRow] = []
+
+    def skip(row: arrow_csv.InvalidRow) -> str:
+        short.append(row)
+        return "skip"
+
+    parse = arrow_csv.ParseOptions(
+        delimiter=separator,
+        quote_char=quote,
+        newlines_in_values=multiline,
+        invalid_row_handler=None if skipping is None else skip,
+    )
     convert = arrow_csv.ConvertOptions(
         column_types=dict.fromkeys(wanted, pa.string()), include_columns=wanted, strings_can_be_null=False
     )
-    read = arrow_csv.ReadOptions(column_names=names)
+    read = arrow_csv.ReadOptions(column_names=names, use_threads=skipping is None)  # on one thread rows are numbered
     try:
-        return arrow_csv.read_csv(pa.BufferReader(content), read, parse, convert)
+        table = arrow_csv.read_csv(pa.BufferReader(content), read, parse, convert)
     except pa.ArrowInvalid as error:
         _check_utf8(path, content)
         raise InputError(_parse_failure(path, content, read, parse, convert, error)) from error
+    header = 0 if names else 1
+    source = Source(path, table, header)
+    if skipping is None or not (short or len(lost)):
+        return source
+    rows = np.setdiff1d(np.arange(header, header + table.num_rows + len(short) + len(lost)), lost)  # before Arrow's
+    bad = [row.number - 1 - header for row in short]
+    whole = Source(path, table, 0)
+    skipping.tell(
+        len(short),
+        (
+            f"{whole.where(int(rows[place]))}: found {row.actual_columns} fields, expected {row.expected_columns}"
+            for place, row in zip(bad, short, strict=True)
+        ),
+    )
+    return Taken(path, table, header, whole, np.delete(rows, bad))
+
+
+def _without_lines(
+    path: Path, content: pa.Buffer, wrong: Callable[[bytes], str], skipping: BadRows
+) -> tuple[pa.Buffer, np.ndarray]:
+    """The content without the lines of which ``wrong`` says something, and which of the lines with text these were."""
+    good, lost, lines, row = [], [], [], 0
+    for number, line in enumerate(io.BytesIO(content), 1):
+        if not line.strip(b"\r\n"):
+            continue
+        if why := wrong(line):
+            lost.append(row)
+            lines.append(f"{path}, line {number}: {why}")
+        else:
+            good.append(line)
+        row += 1
+    if not lost:
+        return content, np.empty(0, np.int64)
+    skipping.tell(len(lost), iter(lines))
+    return pa.py_buffer(b"".join(good)), np.array(lost)
+
+
+def _not_utf8(line: bytes) -> str:
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return f"not UTF-8: byte 0x{line[error.start]:02x}"
+    return ""
+
+
+def _no_object(line: bytes) -> str:
+    try:
+        if isinstance(json.loads(line), dict):
+            return ""
+    except ValueError as error:
+        return f"not a JSON object: {_one_line(error)}"
+    return "not a JSON object"
 
 
 def _header(path: Path, content: pa.Buffer, separator: str, quote: str | bool) -> list[str]:
@@ -352,10 +505,12 @@ def _parse_failure(
     return f"{path}, line {_line_of_row(content, row)}: found {found[3]} fields, expected {found[2]}"
 
 
-def _read_json(path: Path, wanted: list[str]) -> pa.Table:
+def _read_json(path: Path, wanted: list[str], skipping: BadRows | None) -> Source:
     """Columns that nobody asked for may be of any and changing types: they are skipped where the head of the file
     tells the types of those asked for."""
-    content = _content(path)
+    content, lost = _content(path), np.empty(0, np.int64)
+    if skipping:
+        content, lost = _without_lines(path, content, _no_object, skipping)
     first = _first_object(path, content)
     schema = _json_schema(content, wanted)
     # Arrow would turn strings that look like dates into timestamps
@@ -377,7 +532,11 @@ def _read_json(path: Path, wanted: list[str]) -> pa.Table:
     except pa.ArrowInvalid:
         _check_utf8(path, content)
         raise
-    return table
+    source = Source(path, table, 0)
+    if not len(lost):
+        return source
+    rows = np.setdiff1d(np.arange(table.num_rows + len(lost)), lost)
+    return Taken(path, table, 0, source, rows)
 
 
 def _parse_json(content: pa.Buffer, schema: pa.Schema, others: str) -> pa.Table:

@@ -17,18 +17,21 @@ from negfast.data.dataset import Dataset, file_record
 from negfast.data.items import ItemTable
 from negfast.data.log import DISLIKE, EXPOSED, LIKE, WITHDRAWN, EventLog
 from negfast.errors import InputError
-from negfast.prepare.build import SemanticIdSettings, SplitSettings, build, check_replaceable
+from negfast.prepare.build import SemanticIdSettings, SplitSettings, build, check_replaceable, drop_repeats
 from negfast.prepare.events import (
     EventMapping,
     Events,
     ItemMapping,
     Report,
+    Selection,
     event_columns,
     index_events,
     items_of_log,
     read_items,
+    select_rows,
+    with_items_of,
 )
-from negfast.prepare.readers import Source, encode, file_columns, join, read_table, to_strings
+from negfast.prepare.readers import BadRows, Source, encode, file_columns, join, read_table
 from negfast.prepare.rules import Rule, matches, parse_rule
 
 UNDO = {"undislike": DISLIKE, "unlike": LIKE}  # Yambda's event types that take another back
@@ -166,13 +169,14 @@ def prepare_recipe(
     dislike: Sequence[Rule] = (),
     split: SplitSettings,
     semantic_ids: SemanticIdSettings,
+    selection: Selection | None = None,
     force: bool = False,
     described: dict[str, Any] | None = None,
     report: Report = print,
 ) -> Dataset:
     """Makes a data set of a public log's files; ``described`` joins the manifest. Raises InputError."""
     check_replaceable(out, force)
-    events, items, undo = read_recipe(name, files, report, dislike)
+    events, items, undo = read_recipe(name, files, report, dislike, selection)
     if undo is not None:
         events = replace(events, log=withdraw(events.log, undo, report))
     manifest = {
@@ -180,6 +184,7 @@ def prepare_recipe(
         "sources": described_files(files),
         **(described or {}),
     }
+    events = drop_repeats(events, selection, report)
     return build(events, items or items_of_log(events), manifest, out, split, semantic_ids, report)
 
 
@@ -193,14 +198,16 @@ def read_recipe(
     files: Sequence[Path],
     report: Report,
     dislike: Sequence[Rule] = (),
+    selection: Selection | None = None,
     now: float | None = None,
-    need_dislikes: bool = True,
+    whole: bool = True,
 ) -> tuple[Events, ItemTable | None, np.ndarray | None]:
     """Events and item table of a source's files, in any order; items that only the log knows come last, without text.
 
     Where the source has events that take back others, the third is the feedback that each event takes back, uint8 [N],
     0 for most, for `withdraw`. ``dislike`` replaces the recipe's rules. Raises InputError: unknown recipe, a file that
-    is neither events nor items of this source, no events, and whatever reading them raises.
+    is neither events nor items of this source, no events, and whatever reading them raises. A log that is not ``whole``
+    may lack dislikes or likes.
     """
     if name not in RECIPES:
         raise InputError(f"--recipe {name!r}: expected one of {', '.join(RECIPES)}")
@@ -208,25 +215,16 @@ def read_recipe(
     event_files, item_files = _sort_files(name, recipe, files)
     mapping = replace(recipe.mapping, dislike=tuple(dislike)) if dislike else recipe.mapping
     event_files.sort(key=lambda path: _event_word(path) in UNDO)  # of equal times, what is taken back comes first
-    source = join([_event_source(recipe, mapping, path) for path in event_files])
+    bad = BadRows(selection is not None and selection.skip_bad_rows)
+    source = join([_event_source(recipe, mapping, path, bad) for path in event_files])
+    source = select_rows(source, mapping, report, bad, selection, now)
     items = None
     if item_files and recipe.items is not None:
         table = read_items(item_files[0], recipe.items, encoding=recipe.encoding)
         items = with_items_of(recipe.finish_items(table), source, mapping, report)
     item_ids = None if items is None else items.ids
-    events = index_events(source, mapping, item_ids, report, now, need_dislikes)
-    return events, items, _takes_back(source, mapping, item_ids) if recipe.event_type else None
-
-
-def with_items_of(items: ItemTable, source: Source, mapping: EventMapping, report: Report) -> ItemTable:
-    """The table, and after it the items that only the log knows: without text and attributes."""
-    known = set(items.ids)
-    new = sorted({item for item in to_strings(encode(source, mapping.item)).to_pylist() if item not in known})
-    if not new:
-        return items
-    report(f"items: {len(new):,} of the log are not in the item table, and stay without text")
-    attributes = {name: [*values, *[()] * len(new)] for name, values in items.attributes.items()}
-    return replace(items, ids=[*items.ids, *new], text=[*items.text, *[""] * len(new)], attributes=attributes)
+    events = index_events(source, mapping, item_ids, report, selection, now, whole=whole)
+    return events, items, _takes_back(source, mapping, item_ids, selection) if recipe.event_type else None
 
 
 def withdraw(log: EventLog, takes_back: np.ndarray, report: Report) -> EventLog:
@@ -254,7 +252,9 @@ def withdraw(log: EventLog, takes_back: np.ndarray, report: Report) -> EventLog:
     return replace(log, feedback=feedback)
 
 
-def _takes_back(source: Source, mapping: EventMapping, item_ids: Sequence[str] | None) -> np.ndarray:
+def _takes_back(
+    source: Source, mapping: EventMapping, item_ids: Sequence[str] | None, selection: Selection | None
+) -> np.ndarray:
     """What each event takes back, in the order of the log."""
     types = encode(source, "event_type")
     kinds = np.zeros(source.table.num_rows, np.float32)
@@ -263,7 +263,7 @@ def _takes_back(source: Source, mapping: EventMapping, item_ids: Sequence[str] |
     # As the value of the events, it goes through the same sorting as they do.
     marked = replace(source, table=source.table.append_column("takes_back", pa.array(kinds)))
     as_value = replace(mapping, value="takes_back")
-    value = index_events(marked, as_value, item_ids, lambda _: None, need_dislikes=False).log.value
+    value = index_events(marked, as_value, item_ids, lambda _: None, selection, whole=False).log.value
     assert value is not None
     return value.astype(np.uint8)
 
@@ -272,8 +272,6 @@ def _sort_files(name: str, recipe: Recipe, files: Sequence[Path]) -> tuple[list[
     event_files: list[Path] = []
     item_files: list[Path] = []
     for path in files:
-        if not path.is_file():
-            raise InputError(f"{path}: {'is a directory, expected a file' if path.is_dir() else 'no such file'}")
         columns = [] if recipe.mapping.columns else file_columns(path)
         if recipe.is_events(path, columns):
             event_files.append(path)
@@ -289,16 +287,16 @@ def _sort_files(name: str, recipe: Recipe, files: Sequence[Path]) -> tuple[list[
     return event_files, item_files
 
 
-def _event_source(recipe: Recipe, mapping: EventMapping, path: Path) -> Source:
+def _event_source(recipe: Recipe, mapping: EventMapping, path: Path, bad: BadRows) -> Source:
     columns = event_columns(mapping)
     if not recipe.event_type:
-        return read_table(path, columns, names=mapping.columns, separator=mapping.separator)
+        return read_table(path, columns, names=mapping.columns, separator=mapping.separator, bad=bad)
     if "event_type" in file_columns(path):
-        return read_table(path, columns)
+        return read_table(path, columns, bad=bad)
     word = _event_word(path)
     if word not in ("listen", "like", "dislike", *UNDO):
         raise InputError(f"{path}: no column 'event_type', and the name is not likes, dislikes, undislikes, ...")
-    source = read_table(path, [name for name in columns if name != "event_type"])
+    source = read_table(path, [name for name in columns if name != "event_type"], bad=bad)
     return replace(source, table=source.table.append_column("event_type", pa.array([word] * source.table.num_rows)))
 
 

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from negfast.data.log import DISLIKE, EXPOSED, LIKE
 from negfast.errors import InputError
-from negfast.prepare.readers import Encoded, to_floats
+from negfast.prepare.readers import NULLS, BadRows, Encoded, to_floats
 
 COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
     "<=": operator.le,
@@ -35,51 +35,83 @@ class Rule:
     quoted: bool = False  # a quoted literal is a string even if it looks like a number
 
     def __str__(self) -> str:
-        return (
-            f"{self.column}{self.comparison or ''}{self.literal!r}"
-            if self.quoted
-            else (f"{self.column}{self.comparison or ''}{self.literal}")
-        )
+        quote = "'" if '"' in self.column else '"'
+        plain = re.fullmatch(r"[^\s<>=!'\"]([^<>=!]*[^\s<>=!])?", self.column)
+        column = self.column if plain else f"{quote}{self.column}{quote}"
+        return f"{column}{self.comparison or ''}" + (f"'{self.literal}'" if self.quoted else self.literal)
 
 
 def parse_rule(text: str) -> Rule:
-    """Reads ``rating<=5``, ``action=='hide'`` or ``is_hate``. Raises InputError."""
-    match = re.fullmatch(r"\s*([^<>=!]+?)\s*(?:(<=|>=|==|!=|<|>)\s*(.*?)\s*)?", text)
-    if match is None or (match[2] and not match[3]):
+    """Reads ``rating<=5``, ``action=='hide'`` or ``is_hate``; a column whose name holds one of ``<>=!`` stands in
+    quotes: ``"a=b"<=5``. Raises InputError."""
+    match = re.fullmatch(r"""\s*(?:"([^"]+)"|'([^']+)'|([^<>=!]+?))\s*(?:(<=|>=|==|!=|<|>)\s*(.*?)\s*)?""", text)
+    if match is None or (match[4] and not match[5]):
         raise InputError(f"rule {text!r}: expected COLUMN, or COLUMN<=VALUE with one of <= < >= > == !=")
-    column, comparison, literal = match[1], match[2], match[3] or ""
+    column, comparison, literal = match[1] or match[2] or match[3], match[4], match[5] or ""
     quoted = len(literal) >= 2 and literal[0] == literal[-1] and literal[0] in "'\""
     rule = Rule(column, comparison, literal[1:-1] if quoted else literal, quoted)
     if comparison in ("<", "<=", ">", ">=") and _number(rule) is None:
         raise InputError(f"rule {text!r}: {comparison} needs a number, found {rule.literal!r}")
+    if comparison and rule.literal.strip().lower() in NULLS:
+        raise InputError(f"rule {text!r}: {rule.literal!r} is how a missing value is written, which no rule matches")
     return rule
 
 
-def matches(rule: Rule, column: Encoded) -> np.ndarray:
-    """Which events the rule holds for: bool [N]; False where the column is null. Raises InputError."""
-    of_value = _of_values(rule, column)
+def matches(rule: Rule, column: Encoded, bad: BadRows | None = None) -> np.ndarray:
+    """Which events the rule holds for: bool [N]; False where the column is null. Raises InputError, or gives rows
+    whose value the rule cannot judge to ``bad`` where it skips them."""
+    of_value = _of_values(rule, column, bad)
     return np.append(of_value, False)[column.codes]  # code -1 (null) takes the appended False
 
 
-def feedback(columns: Mapping[str, Encoded], dislike: Sequence[Rule], like: Sequence[Rule], rest: int) -> np.ndarray:
+def feedback(
+    columns: Mapping[str, Encoded],
+    dislike: Sequence[Rule],
+    like: Sequence[Rule],
+    rest: int,
+    bad: BadRows | None = None,
+    each: bool = False,
+) -> np.ndarray:
     """The feedback of every event, uint8 [N].
 
     An event is a dislike if any dislike rule holds, else a like if any like rule holds, else ``rest``
-    (LIKE or EXPOSED). A null in a dislike rule's column tells nothing: such an event is EXPOSED unless
-    another rule holds.
+    (LIKE or EXPOSED). A rule does not hold on a null. Where ``rest`` is LIKE, an event with a null in some rule's
+    column is EXPOSED unless a rule holds, and one with nothing but nulls in them is bad: nothing tells what it is.
+    Raises InputError for that, and for a rule that holds nowhere where ``each`` has to hold.
     """
     n_events = len(next(iter(columns.values())).codes)
-    disliked, liked, unknown = (np.zeros(n_events, bool) for _ in range(3))
-    for rule in dislike:
-        disliked |= matches(rule, columns[rule.column])
-        unknown |= columns[rule.column].codes < 0
-    for rule in like:
-        liked |= matches(rule, columns[rule.column])
+    disliked, liked = np.zeros(n_events, bool), np.zeros(n_events, bool)
+    for rules, holds in ((dislike, disliked), (like, liked)):
+        for rule in rules:
+            found = matches(rule, columns[rule.column], bad)
+            if each and not found.any():
+                raise InputError(no_match(rule, columns[rule.column]))
+            holds |= found
     result = np.full(n_events, rest, np.uint8)
-    result[unknown] = EXPOSED
+    if rest == LIKE:
+        nulls = np.stack([column.codes < 0 for column in columns.values()])
+        result[nulls.any(0)] = EXPOSED
+        _refuse_untold(columns, np.flatnonzero(nulls.all(0)), bad or BadRows())
     result[liked] = LIKE
     result[disliked] = DISLIKE
     return result
+
+
+def no_match(rule: Rule, column: Encoded) -> str:
+    """What to say of a rule that holds for no event."""
+    return f"{column.source.path}: no event matches {rule}; {rule.column} holds {column.commonest()}"
+
+
+def _refuse_untold(columns: Mapping[str, Encoded], untold: np.ndarray, bad: BadRows) -> None:
+    names = " and ".join(repr(name) for name in columns)
+    bad.add(
+        next(iter(columns.values())).source,
+        untold,
+        lambda row: (
+            f"no value in {names}, so the event is neither a dislike nor a like (--rest exposed or a --like-rule"
+            " makes such events exposures)"
+        ),
+    )
 
 
 def _number(rule: Rule) -> float | None:
@@ -91,16 +123,16 @@ def _number(rule: Rule) -> float | None:
         return None
 
 
-def _of_values(rule: Rule, column: Encoded) -> np.ndarray:
+def _of_values(rule: Rule, column: Encoded, bad: BadRows | None) -> np.ndarray:
     """The rule over the distinct values of the column, bool [V]."""
     values, number = column.values, _number(rule)
     if rule.comparison is None:
-        return _truth(values, column, rule)
+        return _truth(values, column, rule, bad or BadRows())
     compare = COMPARISONS[rule.comparison]
     if pa.types.is_boolean(values.type) and rule.literal.lower() in TRUE + FALSE:
         return compare(values.to_numpy(zero_copy_only=False), rule.literal.lower() in TRUE)
     if number is not None and (rule.comparison not in ("==", "!=") or _all_numbers(values)):
-        return compare(to_floats(column, f"rule {rule}"), number)
+        return compare(to_floats(column, f"rule {rule}", bad), number)
     text = np.array(pc.cast(values, pa.string()).to_pylist(), dtype=object)
     return compare(text, rule.literal).astype(bool)
 
@@ -113,12 +145,15 @@ def _all_numbers(values: pa.Array) -> bool:
     return True
 
 
-def _truth(values: pa.Array, column: Encoded, rule: Rule) -> np.ndarray:
+def _truth(values: pa.Array, column: Encoded, rule: Rule, bad: BadRows) -> np.ndarray:
     words = [str(value).lower() for value in values.to_pylist()]
-    for code, word in enumerate(words):
-        if word not in TRUE + FALSE:
-            where = column.where(code)
-            raise InputError(
-                f"{where}: column {rule.column!r} is {word!r}, expected a boolean (or compare it: {rule.column}==...)"
-            )
+    known = np.array([word in TRUE + FALSE for word in words], dtype=bool)
+    bad.add(
+        column.source,
+        column.rows(np.flatnonzero(~known)),
+        lambda row: (
+            f"column {rule.column!r} is {str(column.value(row)).lower()!r}, expected a boolean (or compare it: "
+            f"{rule.column}==...)"
+        ),
+    )
     return np.array([word in TRUE for word in words], dtype=bool)

