@@ -1,6 +1,8 @@
 """Bad input through the command line: one line that names the place, exit code 2, nothing left behind."""
 
+import errno
 import json
+import shutil
 import time
 
 import numpy as np
@@ -8,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 from click.testing import CliRunner
+from safetensors import SafetensorError
 
 from negfast.cli import main
 
@@ -251,6 +254,29 @@ def test_dates_that_do_not_fit(folder, option, date):
     assert date in message
 
 
+def test_a_log_of_one_user_or_one_item(folder):
+    header, *rows = (folder / "log.csv").read_text().split()
+    for column, what in ((0, "1 user"), (1, "1 item")):
+        same = [",".join(["7" if i == column else field for i, field in enumerate(r.split(","))]) for r in rows]
+        (folder / "log.csv").write_text("\n".join([header, *same]) + "\n")
+        assert f"the log has {what}, expected at least 2" in refused(folder, folder / "log.csv")
+
+
+def test_a_stray_date(folder):
+    spoil(folder / "log.csv", 100, "1,2,3,0")
+    message = refused(folder, folder / "log.csv")
+    assert (
+        "log.csv, line 100: 1970-01-01 is far from the other dates (1 of 360 events are); --from 2013-06-12" in message
+    )
+
+
+def test_text_nulls(folder):
+    spoil(folder / "log.csv", 9, f"1,2,NaN,{T0}")
+    assert "log.csv, line 9: no value in 'rating'" in refused(folder, folder / "log.csv")
+    spoil(folder / "log.csv", 9, f"null,2,3,{T0}")
+    assert "log.csv, line 9: no user, expected an id" in refused(folder, folder / "log.csv")
+
+
 def test_semantic_ids_that_cannot_name_the_items(folder):
     message = refused(folder, folder / "log.csv", "--levels", "1", "--codebook", "2")
     assert "cannot name 30 items apart" in message
@@ -267,6 +293,61 @@ def test_output_that_is_something_else(folder):
     for force in ([], ["--force"]):
         assert "exists and is no data set" in refused(folder, folder / "log.csv", *force, out="mine")
     assert "exists and is no data set" in refused(folder, folder / "log.csv", "--force", out="items.csv")
+
+
+def test_output_inside_a_run_or_a_data_set(folder, tiny_data):
+    (folder / "run").mkdir()
+    (folder / "run" / "run.json").write_text("{}")
+    shutil.copytree(tiny_data, folder / "data")
+    for force in ([], ["--force"]):
+        for out in ("run/data", "data/deeper/new"):
+            assert "a run or a data set; choose another --out" in refused(folder, folder / "log.csv", *force, out=out)
+        assert "exists and is no data set" in refused(folder, folder / "log.csv", *force, out="run")
+
+
+@pytest.mark.parametrize("writer", ["save_file", "write_table", "write_shard"])
+def test_a_full_disk_is_one_line(folder, monkeypatch, writer):
+    """As each writer of a data set tells it."""
+
+    def full(*_, **__):
+        if writer == "save_file":
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(f"negfast.data.dataset.{'parquet.' * (writer == 'write_table')}{writer}", full)
+    before = sorted(folder.rglob("*"))
+    command = ["prepare", str(folder / "log.csv"), "--dislike", "rating<=5", "--value-column", "rating"]
+    result = CliRunner().invoke(main, [*command, "--encoder", "tfidf", "--codebook", "8", "--out", str(folder / "out")])
+    assert result.exit_code == 1, (result.output, result.exception)
+    assert result.stderr.count("\n") == 1
+    assert f"negfast: {folder / 'out'}: cannot be written: " in result.stderr and "No space left" in result.stderr
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_the_summary_as_json(folder):
+    spoil(folder / "log.csv", 9, f"1,2,NaN,{T0}")
+    (folder / "log.csv").write_text((folder / "log.csv").read_text() + f"5,3,7,{T0}\n" * 2)
+    command = ["prepare", str(folder / "log.csv"), "--dislike", "rating<=5", "--skip-bad-rows", "--drop-repeats"]
+    command += [
+        "--until",
+        "2030-01-01",
+        "--encoder",
+        "tfidf",
+        "--codebook",
+        "8",
+        "--out",
+        str(folder / "out"),
+        "--json",
+    ]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    shown = json.loads(result.stdout)
+    assert shown["data"] == str(folder / "out") and shown["counts"]["events"] == 360
+    assert shown["left_out"] == {"before_from": 0, "after_until": 0, "bad_rows": 1, "repeats": 1}
+    assert shown["user_days"]["train"]["active"] > shown["user_days"]["valid"]["active"] > 0
+    assert shown["split"]["valid"] < shown["split"]["test"]
+    assert len(shown["warnings"]) == 2 and "valid has " in shown["warnings"][0]
+    assert "split: horizon 7 days" in result.stderr
 
 
 @pytest.mark.parametrize(

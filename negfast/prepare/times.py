@@ -93,7 +93,7 @@ def _from_iso(source: Source, column: str, values: pa.ChunkedArray, bad: BadRows
         return pc.utf8_trim_whitespace(part).cast(kind)
 
     like = "" if first is None else f" {'with an' if zoned else 'without'} offset, like {first.strip()!r}"
-    epoch = "1970-01-01Z" if zoned else "1970-01-01"
+    epoch = "1970-01-01T00:00:00Z" if zoned else "1970-01-01"
     return _parsed(source, column, values, parse, f"ISO 8601{like}", epoch, bad).cast(
         pa.int64()
     ).to_numpy(), PER_SECOND[unit]

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 import negfast.sid.build
 from negfast.data.dataset import Dataset, date_of, day_of
-from negfast.data.log import EventLog
+from negfast.data.log import DISLIKE, EventLog
+from negfast.data.split import all_requests
 from negfast.errors import InputError
-from negfast.prepare.build import SemanticIdSettings, SplitSettings, choose_split, prepare
+from negfast.prepare.build import SemanticIdSettings, SplitSettings, choose_split, prepare, training_bytes
 from negfast.prepare.events import EventMapping, ItemMapping, read_events, read_items
 from negfast.prepare.rules import parse_rule
 
@@ -160,6 +161,72 @@ def test_chosen_dates_leave_days_to_every_part(first, days, horizon):
         choose_split(log, SplitSettings(horizon, date_of(first + horizon), date_of(test)), silent)
     with pytest.raises(InputError, match="--test"):
         choose_split(log, SplitSettings(horizon, date_of(valid), date_of(first + days - horizon)), silent)
+
+
+def log_of(dislikes, exposures):
+    """A user of each day: a dislike of an own item the day after an exposure, or exposures alone; days since 1970."""
+    days = [*(day for d in dislikes for day in (d - 1, d)), *exposures]
+    user = np.repeat(np.arange(len(dislikes) + len(exposures)), [2] * len(dislikes) + [1] * len(exposures))
+    feedback = np.array([0, DISLIKE] * len(dislikes) + [0] * len(exposures), np.uint8)
+    offsets = np.searchsorted(user, np.arange(user.max() + 2)).astype(np.int64)
+    item = np.arange(len(days), dtype=np.int32)
+    return EventLog(offsets, item, feedback, np.array(days, np.int64) * DAY + 5, None, len(days))
+
+
+def days_with_dislikes_ahead(log, horizon):
+    requests = all_requests(log, horizon)
+    return requests.day[requests.has_dislikes]
+
+
+def sizes(days, last, horizon, valid, test):
+    """User-days with a dislike ahead of train, valid and test."""
+    in_valid = (valid <= days) & (days + horizon < test)
+    return np.array([sum(days + horizon < valid), sum(in_valid), sum((test <= days) & (days + horizon <= last))])
+
+
+@given(st.lists(st.integers(5, 35), min_size=1, max_size=40), st.integers(1, 4), st.data())
+@settings(max_examples=30)
+def test_the_chosen_dates_are_the_best_of_all(days, horizon, data):
+    """The smallest part, measured by its share, is as large as any dates make it; also where one is given."""
+    last = 39
+    log = log_of(days, [0, last])
+    ahead = days_with_dislikes_ahead(log, horizon)
+    valids = range(horizon + 1, last - 2 * horizon)
+    pairs = [(valid, test) for valid in valids for test in range(valid + horizon + 1, last - horizon + 1)]
+    least = {pair: min(sizes(ahead, last, horizon, *pair) / (0.6, 0.15, 0.25)) for pair in pairs}
+    given = data.draw(st.sampled_from(pairs))
+    fixed = data.draw(st.sampled_from([None, 0, 1]))
+    if fixed is not None:
+        least = {pair: size for pair, size in least.items() if pair[fixed] == given[fixed]}
+    dates = [date_of(day) if place == fixed else None for place, day in enumerate(given)]
+    _, valid, test = choose_split(log, SplitSettings(horizon, *dates), silent)
+    assert least[valid, test] == max(least.values())
+
+
+def test_a_log_that_wakes_late_is_split_where_its_dislikes_are():
+    """Ten years of a game's first users, then a year of the others: by calendar train would have one request."""
+    rng = np.random.default_rng(0)
+    log = log_of([10, *rng.integers(3300, 3650, 1000)], [0, 3650])
+    _, valid, test = choose_split(log, SplitSettings(7), silent)
+    found = sizes(days_with_dislikes_ahead(log, 7), 3650, 7, valid, test)
+    np.testing.assert_allclose(found / found.sum(), [0.6, 0.15, 0.25], atol=0.02)
+
+
+def test_a_small_part_is_warned_of(sources, tmp_path):
+    said = []
+    run(sources, tmp_path / "data", report=said.append)
+    assert [line.split(" user-days")[0].rpartition(" ")[0] for line in said if line.startswith("warning")] == [
+        "warning: valid has",
+        "warning: test has",
+    ]
+
+
+def test_memory_that_training_will_not_have_is_warned_of(sources, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("negfast.prepare.build.machine_bytes", lambda: 100_000)
+    run(sources, tmp_path / "data", report=said.append)
+    assert any(line.startswith("warning: training keeps tables of 61 days x 30 items: about 0.0 GiB") for line in said)
+    assert 6e9 < training_bytes(7670, 14_000) < 6.3e9  # 21 years of a log of games took 6.2 GB
 
 
 @given(day=st.integers(0, 100_000))

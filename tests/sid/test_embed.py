@@ -109,6 +109,22 @@ def test_textless_items_among_texts_get_co_occurrence_and_the_others_stay():
     assert embedded.vectors[4].any() and embedded.cold.tolist() == [False] * 5 + [True]
 
 
+def test_attributes_without_titles_join_co_occurrence():
+    """Two genres and two crowds: both tell items apart, where the text of attributes alone would not."""
+    rng = np.random.default_rng(0)
+    pairs = {(int(u), int(u % 2 * 8 + rng.integers(8))) for u in rng.integers(0, 40, 300)}
+    genres = [("Drama",) if i % 2 else ("War",) for i in range(16)] + [("War",)]
+    items = table([""] * 17, attributes={"genres": genres})
+    embedded = embed_items(items, make_log(pairs, 40, 17), VALID, encoder="tfidf", report=quiet)
+    assert list(embedded.blocks) == ["tfidf", "co-occurrence"] and not embedded.cold.any()
+    near = embedded.vectors @ embedded.vectors.T
+    genre, crowd = np.arange(16) % 2, np.arange(16) // 8
+    of_genre, of_crowd = near[:16, :16][genre[:, None] == genre], near[:16, :16][crowd[:, None] == crowd]
+    apart = near[:16, :16][(genre[:, None] != genre) & (crowd[:, None] != crowd)]
+    assert min(of_genre.mean(), of_crowd.mean()) > apart.mean() + 0.2
+    assert not embedded.vectors[16, embedded.blocks["tfidf"] :].any()  # met by nobody
+
+
 def test_own_columns_are_normalised_beside_the_text():
     own = np.random.default_rng().normal(0, 100, (4, 3)).astype(np.float32)
     own[3] = 0
