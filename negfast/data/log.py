@@ -50,10 +50,11 @@ class EventLog:
 
     def repeats(self) -> np.ndarray:
         """Whether an event is in nothing different from an earlier one of its user and second, bool [N]."""
-        together = (self.user[1:] == self.user[:-1]) & (self.time[1:] == self.time[:-1])
+        user, time = self.user, self.time
+        together = (user[1:] == user[:-1]) & (time[1:] == time[:-1])
         rows = np.flatnonzero(np.append(together, False) | np.append(False, together))
         value = np.zeros(len(self), np.float32) if self.value is None else self.value
-        columns = [value[rows], self.feedback[rows], self.item[rows], self.time[rows], self.user[rows]]
+        columns = [value[rows], self.feedback[rows], self.item[rows], time[rows], user[rows]]
         order = np.lexsort(columns)  # stable: the first of equal events stays the first
         same = np.ones(max(len(rows) - 1, 0), bool)
         for column in columns:

@@ -198,6 +198,8 @@ def _joined_log(old: Dataset, day: NewDay, items: ItemTable, report: Report) -> 
     held = _held_already(len(log), user, item, time, len(items))
     if held[len(log) :].all():
         raise InputError(f"{old.path}: holds all {len(new.log):,} events already, expected new ones")
+    if (first := int(new.log.day.min())) < int(log.day.min()):
+        report(f"warning: new events begin on {date_of(first)}, before all of {old.path}; --from cuts them")
     if held.any():
         report(f"events: {held.sum():,} are in {old.path} already, and are skipped")
     kept = np.flatnonzero(~held)

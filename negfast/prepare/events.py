@@ -249,7 +249,9 @@ def _refuse_stray(source: Source, columns: _Columns, selection: Selection) -> No
     the others away, are stray (negfast's choice), unless --from or --until say that they are not.
     """
     of_event = columns.ticks // columns.per_second // DAY
-    day, counts = np.unique(of_event, return_counts=True)
+    counts = np.bincount(of_event)
+    day = np.flatnonzero(counts)
+    counts = counts[day]
     few = int(STRAY_SHARE * len(of_event))
     low, high = (int(np.searchsorted(np.cumsum(c), few, side="right")) for c in (counts, counts[::-1]))
     high = len(day) - high  # days before day[low] and from day[high] on may be stray

@@ -50,7 +50,9 @@ class Source:
 
     def take(self, rows: np.ndarray) -> "Source":
         """The rows at ``rows`` (int64, ascending), which keep their places in the file."""
-        return Taken(self.path, self.table.take(pa.array(rows)), self.header_lines, self, rows)
+        kept = np.zeros(self.table.num_rows, bool)
+        kept[rows] = True
+        return Taken(self.path, self.table.filter(pa.array(kept)), self.header_lines, self, rows)
 
     def where(self, row: int) -> str:
         """``file, line 7`` (text) or ``file, row 7`` (Parquet), both from 1, for row ``row`` from 0."""

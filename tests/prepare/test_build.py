@@ -108,6 +108,20 @@ def test_the_manifest_says_what_was_done(sources, tmp_path):
     assert str(tmp_path) not in json.dumps(manifest)
 
 
+def test_several_event_files_are_named_in_the_manifest(sources, tmp_path):
+    header, *rows = (sources / "log.csv").read_text().split()
+    parts = [sources / "a.csv", sources / "b.csv"]
+    for part, some in zip(parts, (rows[:200], rows[200:]), strict=True):
+        part.write_text("\n".join([header, *some]) + "\n")
+    settings = {"mapping": MAPPING, "item_mapping": ITEM_MAPPING, "split": SplitSettings(), "semantic_ids": SIDS}
+    joined = prepare(parts, sources / "items.csv", tmp_path / "joined", **settings, report=silent)
+    names = {key: source["name"] for key, source in joined.manifest["sources"].items()}
+    assert names == {"events": "a.csv", "events 2": "b.csv", "items": "items.csv"}
+    whole = run(sources, tmp_path / "whole")
+    files = [{**data.manifest["files"]} for data in (joined, whole)]
+    assert files[0] == files[1]
+
+
 def test_preparing_twice_gives_the_same_bytes(sources, tmp_path):
     run(sources, tmp_path / "a")
     lines = (sources / "log.csv").read_text().split("\n")[1:-1]

@@ -8,6 +8,7 @@ import pytest
 from negfast.data.dataset import Dataset, date_of
 from negfast.errors import InputError
 from negfast.prepare.daily import prepare_like
+from negfast.prepare.events import Selection
 from negfast.serve.profiles import feedback_matrices
 from tests.tiny import run_cli, write_log
 
@@ -96,6 +97,28 @@ def test_a_day_comes_once(parts, tmp_path):
     with pytest.raises(InputError, match=r"holds all [\d,]+ events already"):
         prepare_like([parts / "day.csv"], parts / "b", tmp_path / "c", report=silent)
     assert not (tmp_path / "c").exists()
+
+
+def test_new_events_before_all_others_are_warned_of(parts, tmp_path):
+    few = (parts / "day.csv").read_text().splitlines()[:60]  # too few to call one of them stray
+    (tmp_path / "log.csv").write_text("\n".join([*few, "u1,i1,1,0"]) + "\n")
+    said = []
+    prepare_like([tmp_path / "log.csv"], parts / "a", tmp_path / "c", report=said.append)
+    assert any(line.startswith("warning: new events begin on 1970-01-01") for line in said)
+    cut = Selection(first_day=10)
+    assert (
+        triples(prepare_like([tmp_path / "log.csv"], parts / "a", tmp_path / "d", selection=cut, report=silent))[0][3]
+        > 0
+    )
+
+
+def test_bad_rows_of_a_new_day_are_skipped(parts, tmp_path):
+    (tmp_path / "log.csv").write_text((parts / "day.csv").read_text() + "null,i1,1,5\nu1,i1,1\n")
+    command = ["prepare", str(tmp_path / "log.csv"), "--like", str(parts / "a"), "--items", str(parts / "late.csv")]
+    assert "found 3 fields, expected 4" in run_cli(*command, "--out", str(tmp_path / "c"), code=2)
+    shown = run_cli(*command, "--skip-bad-rows", "--json", "--out", str(tmp_path / "c"))
+    assert '"left_out": {"bad_rows": 2, "held_already": 0}' in shown
+    assert triples(Dataset.open(tmp_path / "c")) == triples(Dataset.open(parts / "b"))
 
 
 def test_events_that_are_held_already_are_skipped_and_counted(parts, tmp_path):
