@@ -314,8 +314,8 @@ def with_items_of(items: ItemTable, source: Source, mapping: EventMapping, repor
     new = sorted({item for item in of_log if item not in known})
     if new and len(new) == len(of_log):
         raise InputError(
-            f"{column.source.where(0)}: {mapping.item} {column.value(0)!r} is not in the item table, nor is any other "
-            f"item of the log; the table holds {', '.join(items.ids[:3])}, ..."
+            f"{column.where(0)}: {mapping.item} {of_log[0]!r} is not in the item table, nor is any other item of the "
+            f"log; the table holds {', '.join(items.ids[:3])}, ..."
         )
     if new:
         report(f"items: {len(new):,} of the log are not in the item table, and stay without text")
