@@ -285,15 +285,6 @@ def report_split(split: Split, report: Report) -> None:
             report(f"warning: {name} has {with_dislikes:,} user-days with a dislike ahead, fewer than {FEW}")
 
 
-def training_bytes(n_days: int, n_items: int) -> int:
-    """Host memory that the community prior's tables of days x items take at most, while an engine is built.
-
-    Measured on a log of 3,000 days and 6,000 items, with three levels of 256: float64 masses of both branches, their
-    order by leaf and the sums over leaves, and the float32 tables (`negfast.sid.prior.DevicePrior.build`).
-    """
-    return 57 * n_days * n_items
-
-
 def machine_bytes() -> int:
     """The memory of this machine, or of the control group that the process runs in if that has less."""
     installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -304,8 +295,10 @@ def machine_bytes() -> int:
 
 
 def _warn_of_memory(log: EventLog, report: Report) -> None:
+    from negfast.sid.prior import TABLE_BYTES  # imports torch, which bad input need not wait for
+
     n_days = int(log.day.max()) - int(log.day.min()) + 2
-    needed, there = training_bytes(n_days, log.n_items), machine_bytes()
+    needed, there = TABLE_BYTES * n_days * log.n_items, machine_bytes()
     if needed > there:
         report(
             f"warning: training keeps tables of {n_days:,} days x {log.n_items:,} items: about {needed / 2**30:.1f} "

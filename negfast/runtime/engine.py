@@ -18,10 +18,8 @@ from negfast.model.fused_layers import fuse_layers
 from negfast.model.policy import Policy
 from negfast.model.prompts import PromptBuilder, trending_items
 from negfast.runtime.machine import available_memory
-from negfast.sid.prior import DevicePrior, decayed_mass
+from negfast.sid.prior import TABLE_BYTES, DevicePrior, decayed_mass
 from negfast.sid.trie import Trie, build_trie
-
-TABLE_BYTES = 64  # a day and item while the prior's tables are built: two masses and their copies in the trie's order
 
 
 @dataclass(frozen=True)
