@@ -98,7 +98,7 @@ def read_events(
     if items is not None:
         items = with_items_of(items, source, mapping, report)
     ids = None if items is None else items.ids
-    events = index_events(source, mapping, ids, report, selection, now, each_rule=True)
+    events = index_events(source, mapping, ids, report, selection, now, must_hold=(*mapping.dislike, *mapping.like))
     return events, items or items_of_log(events)
 
 
@@ -173,7 +173,12 @@ class _Columns:
 
 
 def _columns(
-    source: Source, mapping: EventMapping, bad: BadRows, report: Report, now: float | None, each_rule: bool = False
+    source: Source,
+    mapping: EventMapping,
+    bad: BadRows,
+    report: Report,
+    now: float | None,
+    must_hold: Sequence[Rule] = (),
 ) -> _Columns:
     """Reads every column. Raises InputError for the first bad row, or gives bad rows to ``bad`` if that skips them."""
     user, item = encode(source, mapping.user), encode(source, mapping.item)
@@ -184,7 +189,7 @@ def _columns(
     check_times(source, mapping.time, ticks, per_second, bad, now)
     of_rule = {rule.column: encode(source, rule.column) for rule in (*mapping.dislike, *mapping.like)}
     rest = EXPOSED if mapping.like else REST[mapping.rest]
-    kinds = feedback(of_rule, mapping.dislike, mapping.like, rest, bad, each_rule)
+    kinds = feedback(of_rule, mapping.dislike, mapping.like, rest, bad, must_hold)
     value = None if mapping.value is None else _values(encode(source, mapping.value), bad)
     return _Columns(user, item, ticks, per_second, kinds, of_rule, value)
 
@@ -197,15 +202,15 @@ def index_events(
     selection: Selection | None = None,
     now: float | None = None,
     *,
-    each_rule: bool = False,
+    must_hold: Sequence[Rule] = (),
     whole: bool = True,
 ) -> Events:
     """The events of the rows that `read_source` gives.
 
-    In a ``whole`` log there are dislikes and likes, and with ``each_rule`` events for each rule; a day of a log may
-    do without. Raises InputError.
+    A ``whole`` log has dislikes and likes, a day may do without; each rule of ``must_hold`` holds for some event.
+    Raises InputError.
     """
-    columns = _columns(source, mapping, BadRows(), report, now, each_rule)
+    columns = _columns(source, mapping, BadRows(), report, now, must_hold)
     if whole:
         _refuse_without(columns, mapping, report)
     _refuse_stray(source, columns, selection or Selection())

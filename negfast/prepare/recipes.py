@@ -223,7 +223,9 @@ def read_recipe(
         table = read_items(item_files[0], recipe.items, encoding=recipe.encoding)
         items = with_items_of(recipe.finish_items(table), source, mapping, report)
     item_ids = None if items is None else items.ids
-    events = index_events(source, mapping, item_ids, report, selection, now, whole=whole)
+    events = index_events(
+        source, mapping, item_ids, report, selection, now, must_hold=dislike if whole else (), whole=whole
+    )
     return events, items, _takes_back(source, mapping, item_ids, selection) if recipe.event_type else None
 
 

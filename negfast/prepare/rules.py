@@ -70,21 +70,21 @@ def feedback(
     like: Sequence[Rule],
     rest: int,
     bad: BadRows | None = None,
-    each: bool = False,
+    must_hold: Sequence[Rule] = (),
 ) -> np.ndarray:
     """The feedback of every event, uint8 [N].
 
     An event is a dislike if any dislike rule holds, else a like if any like rule holds, else ``rest``
     (LIKE or EXPOSED). A rule does not hold on a null. Where ``rest`` is LIKE, an event with a null in some rule's
     column is EXPOSED unless a rule holds, and one with nothing but nulls in them is bad: nothing tells what it is.
-    Raises InputError for that, and for a rule that holds nowhere where ``each`` has to hold.
+    Raises InputError for that, and for a rule of ``must_hold`` that holds nowhere.
     """
     n_events = len(next(iter(columns.values())).codes)
     disliked, liked = np.zeros(n_events, bool), np.zeros(n_events, bool)
     for rules, holds in ((dislike, disliked), (like, liked)):
         for rule in rules:
             found = matches(rule, columns[rule.column], bad)
-            if each and not found.any():
+            if rule in must_hold and not found.any():
                 raise InputError(no_match(rule, columns[rule.column]))
             holds |= found
     result = np.full(n_events, rest, np.uint8)

@@ -184,6 +184,8 @@ def test_movielens(tmp_path):
     assert items.attributes == {"genres": [("Adventure", "Children", "Fantasy"), ()], "year": [("1995",), ("1995",)]}
     rows, _ = read("movielens", ratings, movies, dislike=[parse_rule("rating<=1")])
     assert [row[2] for row in rows] == [LIKE, LIKE, DISLIKE]
+    with pytest.raises(InputError, match=r"no event matches rating<0; rating holds 3.5 \(1\), 2.0 \(1\), 0.5 \(1\)"):
+        read("movielens", ratings, movies, dislike=[parse_rule("rating<=1"), parse_rule("rating<0")])
 
 
 def test_movielens_1m_is_latin_1(tmp_path):
