@@ -205,7 +205,7 @@ class Train:
     weight_decay: float = setting(0.01, low=0.0, help="of the decoder's matrices")
     clip_norm: float = setting(1.0, above=0.0, help="largest gradient norm")
     device: str = setting("auto", help="auto, cpu, cuda, cuda:1, ...")
-    threads: int = setting(0, low=0, help="CPU threads; 0: all that the process may use")
+    threads: int = setting(0, low=0, help="CPU threads; 0: OMP_NUM_THREADS, else all CPUs that the process may use")
     dtype: str = setting(
         "auto",
         choices=("auto", "float32", "bfloat16"),

@@ -103,7 +103,7 @@ def follow(words: list[str], desk: Path) -> None:
             done = subprocess.run([sys.executable, ROOT / rest[0], *rest[1:]], cwd=desk, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
     elif program == "negfast":
-        if rest[0] == "train":
+        if rest[0] == "train" and "--refit" not in rest:
             assert "--init" not in rest or "nightly" in rest
             rest += TINY if "--data" in rest else [*TINY, "--data", "base"]
         if rest[0] == "prepare" and "--like" not in rest:

@@ -9,10 +9,14 @@ from negfast.config import PRESETS, Config
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 HEAD = """# Configuration
 
-Written by `python tools/write_configuration.py` from `negfast/config.py`; do not edit.
+Written by `make docs` from `negfast/config.py`; do not edit.
 
-Defaults, then `--preset`, then a TOML file, then `--set section.key=value`; the last one wins. `RUN/config.toml` holds
-all that a run was made with. Unknown keys, wrong types and values out of range are refused with what was expected.
+The last one wins: defaults, `--preset`, a TOML file, `--set section.key=value`. `RUN/config.toml` holds all settings of
+a run. Unknown keys, bad values, contradictions and settings that do nothing beside others are refused. A default with a
+decimal point takes any number of the range, one without an integer.
+
+A resumed run keeps its settings, except those that cannot change results: `train.device`, `threads`, `accumulate`,
+`token_budget`, `prefetch`, `checkpoint_every`, `tensorboard`.
 
 ```sh
 negfast train my.toml --data data --out runs/a --set grpo.steps=4 --set reward.like_penalty=0.2
@@ -51,11 +55,10 @@ def _range(kind: Any, bounds: Any) -> str:
         return ", ".join(f"`{choice}`" for choice in bounds["choices"])
     if kind is bool:
         return "`true`, `false`"
-    name = {int: "integer", float: "number", str: "text"}[kind]
-    limits = [f"> {bounds['above']:g}"] if bounds["above"] is not None else []
-    limits += [f">= {bounds['low']:g}"] if bounds["low"] is not None else []
-    limits += [f"<= {bounds['high']:g}"] if bounds["high"] is not None else []
-    return " ".join([name, ", ".join(limits)]).strip()
+    low, high, above = bounds["low"], bounds["high"], bounds["above"]
+    if low is not None and high is not None:
+        return f"{low:g}..{high:g}"
+    return f">={low:g}" if low is not None else f">{above:g}" if above is not None else "text"
 
 
 if __name__ == "__main__":
