@@ -69,7 +69,7 @@ STAGES = ("sft", "grpo")
 @click.option("--preset", default="quickstart", show_default=True)
 @click.option("--data", type=click.Path(path_type=Path), help="Data set; the embedded one is prepared without.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--budget", default=1.0, show_default=True, help="MicroBatch of the steps of every stage.")
+@click.option("--budget", default=1.0, show_default=True, help="Share of the steps of every stage.")
 @click.option("--only", multiple=True, type=click.Choice(list(ABLATIONS)), help="Names; all of them without.")
 @click.option("--out", default=RESULT, type=click.Path(path_type=Path), show_default=True)
 def main(

@@ -31,7 +31,7 @@ class ViewSchedule:
         self.settings, self.allow_mixed = settings, allow_mixed
 
     def share(self, step: int) -> float:
-        """MicroBatch of mixed prompts to be expected at a step."""
+        """Share of mixed prompts to be expected at a step."""
         return self._rise(step) * float(self.allow_mixed.mean())
 
     def draw(self, step: int, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
