@@ -1,9 +1,9 @@
 """A run directory: where things lie in it, and how a policy comes back out of it."""
 
-import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,10 +12,12 @@ from negfast.data.dataset import Dataset, date_of, day_of
 from negfast.errors import InputError
 from negfast.model.load import rebuild_policy
 from negfast.model.policy import Policy
-from negfast.runtime.checkpoint import load_weights, read_state
+from negfast.runtime.checkpoint import STATE, load_weights, read_object, read_state
 from negfast.runtime.engine import Engine, build_engine, choose_device, use_threads
 from negfast.runtime.verdict import Calibration
 from negfast.sid.mass_weights import MassWeights
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Refit:
     of: str  # the finished run, relative to this one
     until: int  # days since 1970: trained on events of days before
     stages: dict[str, Chosen]
+    shown: Calibration | None = None  # of P(dislike | shown)
 
     def calibration(self, stage: str) -> Calibration:
         calibration = self.stages[stage].calibration
@@ -49,7 +52,8 @@ class Refit:
         for name, chosen in read["stages"].items():
             calibration = None if chosen["calibration"] is None else Calibration(**chosen["calibration"])
             stages[name] = Chosen(chosen["step"], chosen["scale"], calibration)
-        return cls(read["of"], day_of(read["until"]), stages)
+        shown = None if read.get("shown") is None else Calibration(**read["shown"])
+        return cls(read["of"], day_of(read["until"]), stages, shown)
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class RunFolder:
 
     @property
     def data(self) -> Path:
-        return self.path / self.read()["data"]
+        return self.path / self._said("data", str)
 
     @property
     def config(self) -> Config:
@@ -102,38 +106,48 @@ class RunFolder:
 
     @property
     def calibration(self) -> Calibration:
-        return Calibration(**read_state(self.final)["calibration"])
+        state = read_state(self.final)
+        return _parsed(self.final / STATE, "calibration", lambda: Calibration(**state["calibration"]))
+
+    @property
+    def shown_calibration(self) -> Calibration:
+        """Of P(dislike | shown). InputError where the run has none."""
+        state = read_state(self.final)
+        if "shown_calibration" not in state:
+            raise InputError(f"{self.final / STATE}: the run is older than P(dislike | shown); train it again")
+        if state["shown_calibration"] is None:
+            raise InputError(
+                f"{self.path}: its log has no exposures with dislikes among them on valid, so it cannot tell "
+                "P(dislike | shown)"
+            )
+        return _parsed(self.final / STATE, "shown_calibration", lambda: Calibration(**state["shown_calibration"]))
 
     @property
     def mass_weights(self) -> MassWeights:
         """What makes the community prior."""
-        return MassWeights.from_json(self._said("mass_weights"))
+        return self._said("mass_weights", MassWeights.from_json)
 
     @property
     def learned_until(self) -> int:
         """Days since 1970: nothing in the weights comes from events of this day or later, those of --init included."""
-        return day_of(self._said("learned_until"))
+        return self._said("learned_until", day_of)
 
-    def _said(self, name: str) -> Any:
-        """A part of run.json. InputError for a run of an earlier version, which has none."""
+    def _said(self, name: str, parse: Callable[[Any], T]) -> T:
+        """A part of run.json. InputError for a run of an earlier version, which has none, and where it is damaged."""
         read = self.read()
         if name not in read:
             raise InputError(f"{self.description}: found no {name}, expected a run of this version; train it again")
-        return read[name]
+        return _parsed(self.description, name, lambda: parse(read[name]))
 
     @property
     def refit(self) -> Refit | None:
         """What the run repeats, where it is a final refit."""
-        description = self.read().get("refit")
-        return None if description is None else Refit.from_json(description)
+        return None if self.read().get("refit") is None else self._said("refit", Refit.from_json)
 
     def read(self) -> dict:
         if not self.exists:
             raise InputError(f"{self.path}: found no run.json, expected a run directory")
-        try:
-            return json.loads(self.description.read_text())
-        except ValueError as error:
-            raise InputError(f"{self.description}: damaged: {error}") from error
+        return read_object(self.description)
 
     def require_finished(self) -> None:
         self.read()
@@ -142,7 +156,7 @@ class RunFolder:
 
     def check_data(self, dataset: Dataset) -> None:
         """InputError where the data set has other semantic IDs than those the run was trained on."""
-        if self.read()["semantic_ids"] != self.fingerprint(dataset):
+        if self._said("semantic_ids", str) != self.fingerprint(dataset):
             raise InputError(f"{dataset.path}: found other semantic IDs than those that {self.path} was trained on")
 
     @staticmethod
@@ -153,7 +167,8 @@ class RunFolder:
         """The run's policy, its weights still to be loaded, and its tokenizer."""
         shape = dataset.codes.shape[1], int(dataset.manifest["semantic_ids"]["codebook"])
         config = self.config
-        return rebuild_policy(self.model, config.model, *shape, self.read()["verdict_features"], config.prompt.day_gaps)
+        features = self._said("verdict_features", int)
+        return rebuild_policy(self.model, config.model, *shape, features, config.prompt.day_gaps)
 
     def finished_engine(self, data: Path | None) -> Engine:
         """An engine with the run's final weights over ``data`` (default: the data it was trained on), for inference.
@@ -172,3 +187,11 @@ class RunFolder:
         load_weights(self.final, engine.policy)
         engine.policy.eval().requires_grad_(False)
         return engine
+
+
+def _parsed(file: Path, name: str, parse: Callable[[], T]) -> T:
+    """What ``parse`` makes of the part ``name`` of a file; InputError where it cannot."""
+    try:
+        return parse()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{file}: damaged: {name}: {type(error).__name__} {error}") from error

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from negfast.data.dataset import date_of
 from negfast.errors import InputError
-from negfast.evaluate.policy_predictions import calibrate
+from negfast.evaluate.policy_predictions import calibrate, calibrate_shown
 from negfast.evaluate.sets import evaluation_set
 from negfast.files import atomic_directory, check_output
 from negfast.runtime.checkpoint import load_weights, read_state
@@ -42,7 +42,8 @@ def start_refit(run: RunFolder, source: RunFolder, stages: Sequence[str], report
         calibration = None if stage == "align" else calibrate(engine, valid)
         chosen[stage] = Chosen(read_state(folder)["step"], float(engine.policy.block.scale), calibration)
     here = run.path.resolve()
-    refit = Refit(os.path.relpath(source.path.resolve(), here), engine.data.test_day, chosen)
+    shown = calibrate_shown(engine)  # by the weights of the last stage
+    refit = Refit(os.path.relpath(source.path.resolve(), here), engine.data.test_day, chosen, shown)
     weights = mass_weights(engine.config.prior, engine.data, refit.until)
     description = source.read() | {
         "data": os.path.relpath(source.data.resolve(), here),

@@ -3,19 +3,21 @@
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from negfast.config import Config, Model, Sid, Train, load_config, to_toml
-from negfast.data.dataset import Dataset, date_of
+from negfast.data.dataset import Dataset, date_of, refuse_data_folder
 from negfast.errors import InputError
 from negfast.evaluate.eval import evaluate_folder, write_report
-from negfast.evaluate.policy_predictions import calibrate
+from negfast.evaluate.policy_predictions import calibrate, calibrate_shown
 from negfast.evaluate.sets import check_choosable, evaluation_set
-from negfast.files import atomic_file, check_output
+from negfast.files import atomic_file, check_output, locked
 from negfast.kernels import FULL_VOCABULARY, implementations
 from negfast.model.fused_layers import stock_because
 from negfast.model.load import build_policy, check_model_folder, save_model_files
@@ -34,7 +36,7 @@ from negfast.runtime.checkpoint import (
 )
 from negfast.runtime.engine import Engine, build_engine, choose_device, history_features, mass_weights, use_threads
 from negfast.runtime.run_folder import RunFolder
-from negfast.runtime.verdict import fit_prior
+from negfast.runtime.verdict import Calibration, fit_prior
 from negfast.train import faults
 from negfast.train.align import AlignStage
 from negfast.train.grpo.stage import GrpoStage, check_combinations
@@ -75,7 +77,7 @@ def train(
         run, settings = RunFolder(out or source.path.with_name(f"{source.path.name}-refit")), source.config
         check_combinations(settings)  # with as many ranks as there are now
     device = distributed.local_device(choose_device(settings.train.device))
-    with distributed.group(device):
+    with distributed.group(device), _only_writer(run):
         if refit is not None:
             distributed.first_does(lambda: start_refit(run, source, list(STAGES), _say))
         engine = _open_run(run, settings, data, model, init, device)
@@ -84,9 +86,17 @@ def train(
     if not first or not table:
         return
     if not run.report.exists():
-        evalset, rows = evaluate_folder(run, "test", None)
-        write_report(run, evalset, rows)
+        with locked(run.path):
+            write_report(run, *evaluate_folder(run, "test", None))
     print(run.report.read_text())
+
+
+@contextmanager
+def _only_writer(run: RunFolder) -> Iterator[None]:
+    """Rank 0 holds the lock on the run, on behalf of all."""
+    with ExitStack() as held:
+        distributed.first_does(lambda: held.enter_context(locked(run.path)))
+        yield
 
 
 def open_stage(
@@ -141,6 +151,7 @@ def asked_for(
     check_combinations(settings)
     check_tensorboard(settings.train.tensorboard)
     check_output(run.path / "x")
+    refuse_data_folder(run.path)
     return run, settings
 
 
@@ -327,10 +338,15 @@ def _finish(run: RunFolder, engine: Engine) -> None:
     if run.refit is None:
         valid = evaluation_set(engine.log, engine.split, "valid")
         with sharding.gathered(engine.policy):
-            calibration = distributed.from_first(lambda: vars(calibrate(engine, valid)))
+            state = distributed.from_first(lambda: _calibrations(calibrate(engine, valid), calibrate_shown(engine)))
     else:
-        calibration = vars(run.refit.calibration(list(STAGES)[-1]))
-    save_by_first(run.final, engine.policy, {"calibration": calibration})
+        state = _calibrations(run.refit.calibration(list(STAGES)[-1]), run.refit.shown)
+    save_by_first(run.final, engine.policy, state)
+
+
+def _calibrations(feedback: Calibration, shown: Calibration | None) -> dict[str, Any]:
+    """What the final state says of P(dislike | feedback) and, where the log tells it, P(dislike | shown)."""
+    return {"calibration": vars(feedback), "shown_calibration": None if shown is None else vars(shown)}
 
 
 def _tell_implementations(engine: Engine, journal: Journal) -> None:

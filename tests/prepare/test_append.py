@@ -13,7 +13,7 @@ from negfast.data.log import DAY, EventLog
 from negfast.errors import InputError
 from negfast.prepare.append import append_events
 from negfast.prepare.events import Events
-from negfast.runtime.inspection import inspect_path
+from negfast.runtime.inspection import describe, report
 
 ITEMS = ["a", "b", "c"]
 
@@ -88,7 +88,7 @@ def test_appended_days_read_as_one_log(tmp_path, with_values):
     assert data.manifest["days"]["last"] == "1970-01-04"
     data.verify()
     lines: list[str] = []
-    inspect_path(path, lines.append)
+    report(describe(path), lines.append)
     assert sum(line.startswith("part ") for line in lines) == 3
     assert any("events.nfs.000003" in line and line.endswith("ok") for line in lines)
 
