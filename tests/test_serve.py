@@ -545,3 +545,34 @@ def test_probability_given_shown(shown_run, tiny_run, pairs, tmp_path):
     (old / "final" / "state.json").write_text(json.dumps(state))
     said = run_cli("score", str(old), str(pairs), "--given", "shown", "--out", str(out), code=2)
     assert "the run is older than P(dislike | shown); train it again" in one_line(said)
+
+
+# start-up
+
+
+def test_serving_gives_the_bits_of_transformers(tiny_run):
+    """Serving runs a Qwen3 of its own, whose imports are short."""
+    serving, stock = RunFolder(tiny_run).finished_engine(None, serving=True), RunFolder(tiny_run).finished_engine(None)
+    assert type(serving.policy.decoder).__module__ == "negfast.model.qwen3"
+    assert type(stock.policy.decoder).__module__.startswith("transformers.")
+    day = int(stock.log.day.max())
+    users = np.repeat(np.arange(30), 20)
+    candidates = group_candidates(users, np.full(600, day + 1), np.tile(np.arange(20) * 4, 30))
+    assert np.array_equal(candidate_logits(serving, candidates), candidate_logits(stock, candidates))
+    requests = predict.requests_at(np.arange(100, dtype=np.int32), day)
+    for one, other in zip(*(generation.generate(e, requests, 20) for e in (serving, stock)), strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_score_imports_what_it_needs(tiny_run, pairs, tmp_path):
+    code = (
+        "import sys\n"
+        "from negfast.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: print('code', end.code, sorted(HEAVY & set(sys.modules)))\n"
+    )
+    heavy = {"transformers", "numba", "sklearn", "faiss", "sympy", "torch._dynamo", "torch.distributed.tensor", "scipy"}
+    command = ["score", str(tiny_run), str(pairs), "--out", str(tmp_path / "x.parquet")]
+    code = f"HEAVY = {heavy}\n{code}"
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
+    assert done.stdout == "code 0 []\n", done.stdout + done.stderr

@@ -1,16 +1,20 @@
 """Group attention: prompts attend causally to themselves, answers to their prompt and to their own earlier tokens.
 
-The prompts' keys and values are read in place by all answers of a group, never copied per answer. Registered with
-transformers' AttentionInterface under `NAME`, so stock decoders run unpatched; gradients flow through everything.
+The prompts' keys and values are read in place by all answers of a group, never copied per answer. `install` registers
+it with transformers' AttentionInterface under `NAME`, so stock decoders run unpatched; gradients flow through it all.
 """
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from negfast.kernels.dispatch import attention_runs_triton
 from negfast.model import packed_attention, padded_attention
 from negfast.model.layout import GroupLayout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NAME = "negfast_group"
 
@@ -95,4 +99,9 @@ def drop_prompt_rows(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple
     return (hidden[:, rows], *args[1:]), kwargs | selected
 
 
-AttentionInterface.register(NAME, group_attention)
+def install(model: "PreTrainedModel") -> None:
+    """Makes a transformers model compute its attention by `group_attention`."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, group_attention)
+    model.set_attn_implementation(NAME)

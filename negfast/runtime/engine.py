@@ -3,10 +3,10 @@
 import os
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from negfast.config import Config, Prior
 from negfast.data.dataset import Dataset
@@ -23,6 +23,9 @@ from negfast.sid.mass_weights import MassWeights, decay_weights, decayed_mass, f
 from negfast.sid.prior import DevicePrior
 from negfast.sid.trie import Trie, build_trie
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 @dataclass(frozen=True)
 class Engine:
@@ -32,7 +35,7 @@ class Engine:
     data: Dataset
     log: EventLog
     policy: Policy
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: "PreTrainedTokenizerBase"  # missing where the engine only serves
     trie: Trie
     chooser: TrieChooser
     prompts: PromptBuilder
@@ -56,7 +59,7 @@ def build_engine(
     config: Config,
     data: Dataset,
     policy: Policy,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     device: torch.device,
     weights: MassWeights,
     fit_until: int | None = None,

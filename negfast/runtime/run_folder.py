@@ -3,19 +3,23 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from transformers import PreTrainedTokenizerBase
+import torch
 
 from negfast.config import Config, load_config
 from negfast.data.dataset import Dataset, date_of, day_of
 from negfast.errors import InputError
-from negfast.model.load import rebuild_policy
+from negfast.model import qwen3
 from negfast.model.policy import Policy
 from negfast.runtime.checkpoint import STATE, load_weights, read_object, read_state
 from negfast.runtime.engine import Engine, build_engine, choose_device, use_threads
 from negfast.runtime.verdict import Calibration
 from negfast.sid.mass_weights import MassWeights
+from negfast.sid.tokens import CodeVocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
 
@@ -163,26 +167,43 @@ class RunFolder:
     def fingerprint(dataset: Dataset) -> str:
         return dataset.lineage
 
-    def load_policy(self, dataset: Dataset) -> tuple[Policy, PreTrainedTokenizerBase]:
+    def load_policy(self, dataset: Dataset) -> tuple[Policy, "PreTrainedTokenizerBase"]:
         """The run's policy, its weights still to be loaded, and its tokenizer."""
+        from negfast.model.load import rebuild_policy  # transformers: seconds
+
         shape = dataset.codes.shape[1], int(dataset.manifest["semantic_ids"]["codebook"])
         config = self.config
         features = self._said("verdict_features", int)
         return rebuild_policy(self.model, config.model, *shape, features, config.prompt.day_gaps)
 
-    def finished_engine(self, data: Path | None) -> Engine:
+    def serving_policy(self, dataset: Dataset) -> Policy | None:
+        """The run's policy without transformers, its weights still to be loaded; None for another decoder."""
+        config = self.config
+        shape = qwen3.read_config(self.model)
+        if shape is None or config.model.lora_rank:
+            return None
+        sids = dataset.codes.shape[1], int(dataset.manifest["semantic_ids"]["codebook"])
+        vocabulary = CodeVocabulary(shape.vocab_size, *sids, config.prompt.day_gaps)
+        with torch.random.fork_rng(devices=[]):
+            return Policy(qwen3.Qwen3(shape), vocabulary, self._said("verdict_features", int))
+
+    def finished_engine(self, data: Path | None, serving: bool = False) -> Engine:
         """An engine with the run's final weights over ``data`` (default: the data it was trained on), for inference.
 
-        Raises InputError where the run is unfinished or the data does not belong to it.
+        ``serving`` makes it in less time, to the same bits, but without a tokenizer. Raises InputError where the run is
+        unfinished or the data does not belong to it.
         """
         self.require_finished()
         dataset = Dataset.open(self.data if data is None else data)
         self.check_data(dataset)
         config = self.config
         use_threads(config.train.threads)
-        policy, tokenizer = self.load_policy(dataset)
-        until = None if self.refit is None else self.refit.until
         device = choose_device(config.train.device)
+        tokenizer: Any = None
+        policy = self.serving_policy(dataset) if serving and device.type == "cpu" else None
+        if policy is None:
+            policy, tokenizer = self.load_policy(dataset)
+        until = None if self.refit is None else self.refit.until
         engine = build_engine(config, dataset, policy, tokenizer, device, self.mass_weights, until)
         load_weights(self.final, engine.policy)
         engine.policy.eval().requires_grad_(False)

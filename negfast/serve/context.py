@@ -1,6 +1,9 @@
 """What every serving command starts with: paths that hold, the run, and the moment it looks from."""
 
+import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +23,16 @@ def check_sources(run: Path, data: Path | None) -> None:
         raise InputError(f"{run}: found no run.json, expected a run directory")
     if data is not None and not data.is_dir():
         raise InputError(f"{data}: no such data set directory")
+
+
+@contextmanager
+def quick_imports() -> Iterator[None]:
+    """Without the collector within the block: imports make a million objects, and it would look at them all again."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def told_context_day(run: "RunFolder", log: EventLog, at: str | None) -> int:

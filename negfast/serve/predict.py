@@ -12,7 +12,7 @@ from negfast.data.split import Requests
 from negfast.errors import InputError
 from negfast.files import check_input_file, check_table, locked
 from negfast.prepare.readers import read_table
-from negfast.serve.context import check_sources, source_of, told_context_day
+from negfast.serve.context import check_sources, quick_imports, source_of, told_context_day
 from negfast.serve.parts import write_in_parts
 from negfast.serve.score import index_of
 
@@ -51,11 +51,12 @@ def predict_run(
     asked = {"user": users, "item": items, "not item": not_items}
     lists = {name: read_ids(path, name.split()[-1]) for name, path in asked.items() if path is not None}
     with locked(out):
-        from negfast.runtime.generation import generate  # torch and transformers: seconds
-        from negfast.runtime.run_folder import RunFolder
+        with quick_imports():
+            from negfast.runtime.generation import generate
+            from negfast.runtime.run_folder import RunFolder
 
         folder = RunFolder(run)
-        engine = folder.finished_engine(data)
+        engine = folder.finished_engine(data, serving=True)
         known = {"user": engine.data.user_ids, "item": engine.data.items.ids}
         found = {name: _known(table, name.split()[-1], known, asked[name]) for name, table in lists.items()}
         of_users = found.get("user", np.arange(engine.log.n_users))

@@ -9,7 +9,7 @@ import scipy.sparse as sp
 from negfast.data.log import DISLIKE, EXPOSED, LIKE, EventLog
 from negfast.errors import InputError
 from negfast.files import check_table, locked
-from negfast.serve.context import check_sources, source_of, told_context_day
+from negfast.serve.context import check_sources, quick_imports, source_of, told_context_day
 from negfast.serve.parts import write_in_parts
 from negfast.serve.predict import USERS_AT_ONCE, requests_at
 
@@ -39,12 +39,13 @@ def profile_users(run: Path, attribute: str, data: Path | None, at: str | None, 
     check_table(out)
     check_sources(run, data)
     with locked(out):
-        from negfast.data.features import PSEUDO_EVENTS
-        from negfast.runtime.generation import generate  # torch and transformers: seconds
-        from negfast.runtime.run_folder import RunFolder
+        with quick_imports():
+            from negfast.data.features import PSEUDO_EVENTS
+            from negfast.runtime.generation import generate
+            from negfast.runtime.run_folder import RunFolder
 
         folder = RunFolder(run)
-        engine = folder.finished_engine(data)
+        engine = folder.finished_engine(data, serving=True)
         attributes = engine.data.items.attributes
         if attribute not in attributes:
             there = ", ".join(attributes) or "none"

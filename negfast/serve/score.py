@@ -11,7 +11,7 @@ from negfast.data.log import EventLog
 from negfast.errors import InputError
 from negfast.files import check_input_file, check_table, locked
 from negfast.prepare.readers import file_columns, read_table
-from negfast.serve.context import check_sources, told_context_day
+from negfast.serve.context import check_sources, quick_imports, told_context_day
 from negfast.serve.parts import write_table
 
 ADDED = ("score", "abstain")
@@ -38,13 +38,14 @@ def score_run(
     if out.exists() and out.samefile(candidates):
         raise InputError(f"{out}: is the list of candidates itself; choose another --out")
     with locked(out):
-        from negfast.runtime.run_folder import RunFolder  # torch and transformers: seconds
-        from negfast.runtime.verdict import candidate_logits, group_candidates
+        with quick_imports():
+            from negfast.runtime.run_folder import RunFolder
+            from negfast.runtime.verdict import candidate_logits, group_candidates
 
         folder = RunFolder(run)
         folder.require_finished()
         calibration = folder.calibration if given == "feedback" else folder.shown_calibration
-        engine = folder.finished_engine(data)
+        engine = folder.finished_engine(data, serving=True)
         user = index_of(table, "user", engine.data.user_ids, candidates)
         item = index_of(table, "item", engine.data.items.ids, candidates)
         day = told_context_day(folder, engine.log, at)
