@@ -427,6 +427,9 @@ def test_lists_for_some_users_from_some_items(tiny_run, tmp_path):
     for user, listed in lists.items():
         unseen = {item for item in items[5:] if data.items.ids.index(item) not in seen[user]}
         assert set(listed) == unseen and sum(listed.values()) == pytest.approx(1, abs=1e-5)
+    csv.write_csv(pa.table({"item": ["gone", "long ago"]}), tmp_path / "delisted.csv")  # what the log never had
+    said = run_cli(*asked, "--not-items", str(tmp_path / "delisted.csv"))
+    assert "delisted.csv: 2 of 2 items are not in the data set" in said
     csv.write_csv(pa.table({"item": items}), tmp_path / "delisted.csv")
     asked += ["--items", str(tmp_path / "items.parquet"), "--not-items", str(tmp_path / "delisted.csv")]
     assert "found no item to list" in one_line(run_cli(*asked, code=2))

@@ -48,8 +48,8 @@ def predict_run(
     """
     check_table(out)
     check_sources(run, data)
-    asked = {"user": users, "item": items, "not item": not_items}
-    lists = {name: read_ids(path, name.split()[-1]) for name, path in asked.items() if path is not None}
+    asked = {name: path for name, path in (("users", users), ("items", items), ("not_items", not_items)) if path}
+    lists = {name: read_ids(path, "user" if name == "users" else "item") for name, path in asked.items()}
     with locked(out):
         with quick_imports():
             from negfast.runtime.generation import generate
@@ -58,13 +58,11 @@ def predict_run(
         folder = RunFolder(run)
         engine = folder.finished_engine(data, serving=True)
         known = {"user": engine.data.user_ids, "item": engine.data.items.ids}
-        found = {name: _known(table, name.split()[-1], known, asked[name]) for name, table in lists.items()}
-        of_users = found.get("user", np.arange(engine.log.n_users))
-        listed = np.ones(engine.log.n_items, bool)
-        if "item" in found:
-            listed[:] = False
-            listed[found["item"]] = True
-        listed[found.get("not item", [])] = False
+        found = {name: _known(table, known, asked[name], name != "not_items") for name, table in lists.items()}
+        of_users = found.get("users", np.arange(engine.log.n_users))
+        listed = np.full(engine.log.n_items, "items" not in found)
+        listed[found.get("items", [])] = True
+        listed[found.get("not_items", [])] = False
         top = min(top, int(listed.sum()))
         if not top:
             raise InputError("--items and --not-items: found no item to list, expected at least one")
@@ -87,7 +85,7 @@ def predict_run(
         at_once = max(1, min(USERS_AT_ONCE, ROWS_AT_ONCE // top))
         about: dict[str, Any] = {"what": "predict", **source_of(folder, engine), "day": day, "top": top}
         about |= {"users_at_once": at_once}
-        about |= {name: file_record(path)["sha256"] for name, path in asked.items() if path is not None}
+        about |= {name: file_record(path)["sha256"] for name, path in asked.items()}
         write_in_parts(out, SCHEMA, about, len(of_users), at_once, batch, ("predict", "users"))
 
 
@@ -97,10 +95,13 @@ def read_ids(path: Path, column: str) -> pa.Table:
     return read_table(path, [column]).table
 
 
-def _known(table: pa.Table, column: str, known: dict[str, list[str]], path: Path | None) -> np.ndarray:
-    """The distinct indices of a table's ids, ascending; those that the data set does not have are counted on stderr."""
-    assert path is not None
-    index = index_of(table, column, known[column], path)
+def _known(table: pa.Table, known: dict[str, list[str]], path: Path, needed: bool) -> np.ndarray:
+    """The distinct indices of a table's ids, ascending; those that the data set does not have are counted on stderr.
+
+    InputError where it has none of them, and one is ``needed``.
+    """
+    [column] = table.column_names
+    index = index_of(table, column, known[column], path, needed)
     strange = int((index < 0).sum())
     if strange:
         print(f"{path}: {strange:,} of {len(index):,} {column}s are not in the data set", file=sys.stderr)

@@ -86,8 +86,11 @@ def read_candidates(path: Path) -> pa.Table:
     return read_table(path, columns).table
 
 
-def index_of(table: pa.Table, column: str, known: list[str], path: Path) -> np.ndarray:
-    """The index of each value of a column in ``known``, int64 [E], -1 where it is not there."""
+def index_of(table: pa.Table, column: str, known: list[str], path: Path, needed: bool = True) -> np.ndarray:
+    """The index of each value of a column in ``known``, int64 [E], -1 where it is not there.
+
+    InputError where ``known`` has none of them, and one is ``needed``.
+    """
     try:
         values = table[column].cast(pa.string())
     except pa.ArrowException as error:
@@ -95,6 +98,6 @@ def index_of(table: pa.Table, column: str, known: list[str], path: Path) -> np.n
             f"{path}: column {column!r}: found {table[column].type}, expected strings or integers"
         ) from error
     found = compute.index_in(values, pa.array(known, pa.string())).fill_null(-1).to_numpy().astype(np.int64)
-    if len(found) and (found < 0).all():
+    if needed and len(found) and (found < 0).all():
         raise InputError(f"{path}: no {column} is known, the first is {values[0].as_py()!r}")
     return found
