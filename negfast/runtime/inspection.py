@@ -85,12 +85,12 @@ def _report_dataset(facts: Facts, say: Report) -> None:
 
 def _run(path: Path) -> Facts:
     """What a run was made of, and its checkpoints, read against their checksums."""
-    checkpoints = {}
+    described, checkpoints = RunFolder(path).read(), {}
     for folder in [*sorted((path / "checkpoints").glob("*")), path / "final"]:
         if (folder / STATE).is_file():
             check_checkpoint(folder)
             checkpoints[str(folder.relative_to(path))] = read_state(folder)
-    return {"kind": "run", "path": str(path), **RunFolder(path).read(), "checkpoints": checkpoints}
+    return {"kind": "run", "path": str(path), **described, "checkpoints": checkpoints}
 
 
 def _tensors(path: Path) -> dict[str, Facts]:
