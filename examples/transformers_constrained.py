@@ -68,6 +68,15 @@ def prompt(tokenizer, table: dict[str, list[int]], liked: list[str], disliked: l
     return [marker("<|likes|>"), *likes, marker("<|dislikes|>"), *dislikes, marker("<|next-dislike|>")]
 
 
+def rows_of(table: list[str], items: list[str]) -> list[int]:
+    """The rows of the SID table that hold ``items``; ends the program with one line where an item is unknown."""
+    row = {item: number for number, item in enumerate(table)}
+    for item in items:
+        if item not in row:
+            raise SystemExit(f"found no item {item!r} in sid_table.parquet; its first is {table[0]!r}")
+    return [row[item] for item in items]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="what `negfast export` wrote")
@@ -79,7 +88,7 @@ def main() -> None:
     rows = parquet.read_table(options.folder / "sid_table.parquet")
     items, texts = rows["item"].to_pylist(), rows["text"].to_pylist()
     tokens = dict(zip(items, rows["tokens"].to_pylist(), strict=True))
-    trie = Trie(options.folder, [items.index(item) for item in options.liked + options.disliked])
+    trie = Trie(options.folder, rows_of(items, options.liked + options.disliked))
     tokenizer = AutoTokenizer.from_pretrained(options.folder)
     model = AutoModelForCausalLM.from_pretrained(options.folder).eval()
     ids = torch.tensor([prompt(tokenizer, tokens, options.liked, options.disliked)])

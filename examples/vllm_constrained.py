@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as parquet
 from transformers import AutoTokenizer
-from transformers_constrained import Trie, prompt
+from transformers_constrained import Trie, prompt, rows_of
 from vllm import LLM, SamplingParams
 
 
@@ -53,7 +53,7 @@ def main() -> None:
     rows = parquet.read_table(options.folder / "sid_table.parquet")
     items, texts = rows["item"].to_pylist(), rows["text"].to_pylist()
     tokens = dict(zip(items, rows["tokens"].to_pylist(), strict=True))
-    trie = Trie(options.folder, [items.index(item) for item in options.liked + options.disliked])
+    trie = Trie(options.folder, rows_of(items, options.liked + options.disliked))
     beams = max(2 * options.top, 20)
     model = LLM(
         model=str(options.folder),

@@ -11,6 +11,7 @@ import click
 
 from negfast.config import ENCODERS, QUANTIZERS
 from negfast.errors import InputError, TrainingError
+from negfast.files import check_page, locked
 
 # Idle OpenMP threads that spin make training 4 to 20 times slower where anything else runs. Read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -178,6 +179,7 @@ def prepare(context: click.Context, files: tuple[Path, ...], out: Path, **option
     from negfast.prepare.events import Selection
     from negfast.prepare.rules import parse_rule
 
+    context.with_resource(locked(out))
     selection = Selection(
         options["skip_bad_rows"],
         options["drop_repeats"],
@@ -306,18 +308,23 @@ def _separator(text: str | None) -> str | None:
 
 @main.command()
 @click.argument("path", type=EXISTING)
-def inspect(path: Path) -> None:
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
+def inspect(path: Path, as_json: bool) -> None:
     """Show what a data set, shard, SID table, run or checkpoint holds, and verify its checksums.
 
     \b
     negfast inspect data
     negfast inspect data/events.nfs
     negfast inspect data/semantic_ids.safetensors
-    negfast inspect runs/quickstart/final
+    negfast inspect runs/quickstart/final --json
     """
-    from negfast.runtime.inspection import inspect_path
+    from negfast.runtime.inspection import describe, report
 
-    inspect_path(path, click.echo)
+    found = describe(path)
+    if as_json:
+        click.echo(json.dumps(found, ensure_ascii=False))
+    else:
+        report(found, click.echo)
 
 
 TRAIN_OPTIONS = (
@@ -435,63 +442,95 @@ def evaluate(run: Path, **options: Any) -> None:
 @main.command()
 @click.argument("run", type=EXISTING)
 @click.option("--out", type=EXISTING, metavar="PAGE.html", help="By default RUN/report.html.")
-def report(run: Path, out: Path | None) -> None:
+@click.pass_context
+def report(context: click.Context, run: Path, out: Path | None) -> None:
     """Write one HTML page about a run: tables, curves, calibration, example users; nothing outside the file.
 
     \b
     negfast report runs/quickstart
     negfast report runs/quickstart --out quickstart.html
     """
+    page = out or run / "report.html"
+    check_page(page)
     from negfast.evaluate.report import write_page
 
+    context.with_resource(locked(page))
     click.echo(str(write_page(run, out)))
+
+
+SERVE_OPTIONS = (
+    click.option("--data", type=EXISTING, help="Data set; by default the one that the run was trained on."),
+    click.option(
+        "--at", metavar="TIME",
+        help="ISO date or time, UTC unless it names a zone. The context is every event up to the end of the day "
+        "before: at 2013-08-01T18:30 that is the end of 2013-07-31. Default: the log's end.",
+    ),
+)  # fmt: skip
+
+
+def serve_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed(SERVE_OPTIONS):
+        command = option(command)
+    return command
 
 
 @main.command()
 @click.argument("run", type=EXISTING)
-@click.option("--data", type=EXISTING, help="Data set; by default the one that the run was trained on.")
-@click.option("--at", metavar="TIME", help="ISO time; events after it are not looked at. Default: the log's end.")
+@serve_options
 @click.option("--top", default=50, show_default=True, type=click.IntRange(min=1), help="Items for each user.")
-@click.option("--out", required=True, type=EXISTING, help="Parquet file: user, rank, item, score.")
-def predict(run: Path, data: Path | None, at: str | None, top: int, out: Path) -> None:
-    """Write what every user is going to dislike. The same call goes on where a killed one stopped.
+@click.option("--users", type=EXISTING, metavar="FILE", help="Only these users: a table with a column user.")
+@click.option("--items", type=EXISTING, metavar="FILE", help="List only these items: a table with a column item.")
+@click.option("--not-items", type=EXISTING, metavar="FILE", help="Never list these items, such as delisted ones.")
+@click.option("--out", required=True, type=EXISTING, help=".parquet or .csv file: user, rank, item, score.")
+def predict(run: Path, **options: Any) -> None:
+    """Write what users are going to dislike. The same call resumes one that was killed.
+
+    The score is the probability of the item as the user's next dislike, among the unseen items that may be listed.
+    FILE is Parquet, CSV, TSV or JSON Lines.
 
     \b
     negfast predict runs/quickstart --top 50 --out dislikes.parquet
-    negfast predict runs/quickstart --at 2013-08-01 --out dislikes.parquet
+    negfast predict runs/quickstart --at 2013-08-01 --out dislikes.csv
+    negfast predict runs/quickstart --users today.csv --not-items delisted.csv --out dislikes.parquet
     """
     from negfast.serve.predict import predict_run
 
-    predict_run(run, data=data, at=at, top=top, out=out)
+    predict_run(run, **options)
 
 
 @main.command()
 @click.argument("run", type=EXISTING)
 @click.argument("candidates", type=EXISTING)
-@click.option("--data", type=EXISTING, help="Data set; by default the one that the run was trained on.")
-@click.option("--at", metavar="TIME", help="ISO time; events after it are not looked at. Default: the log's end.")
-@click.option("--out", required=True, type=EXISTING, help="Parquet file: the input plus score and abstain.")
-def score(run: Path, candidates: Path, data: Path | None, at: str | None, out: Path) -> None:
+@serve_options
+@click.option(
+    "--given", type=click.Choice(["feedback", "shown"]), default="feedback", show_default=True,
+    help="What the probability takes for granted; shown needs a log with exposures.",
+)  # fmt: skip
+@click.option("--out", required=True, type=EXISTING, help=".parquet or .csv file: the input plus score and abstain.")
+def score(run: Path, candidates: Path, **options: Any) -> None:
     """Calibrated dislike probability of (user, item) pairs.
 
-    CANDIDATES is Parquet with columns user and item. The score is null, and `abstain` true, where nothing is known:
-    the user or the item is not in the data set, or neither has the user an event nor the item a like or dislike.
+    CANDIDATES is a table with columns user and item: Parquet, CSV, TSV or JSON Lines. The score is
+    P(dislike | the user gives feedback): of the items that the user would like or dislike, how many are disliked. Most
+    of what is shown gets no feedback; --given shown asks for P(dislike | shown).
+
+    The score is null, and `abstain` true, where nothing is known: the user or the item is not in the data set, or
+    neither has the user an event nor the item a like or dislike.
 
     \b
     negfast score runs/quickstart candidates.parquet --out scored.parquet
-    negfast score runs/quickstart candidates.parquet --at 2013-08-01 --out scored.parquet
+    negfast score runs/quickstart candidates.csv --at 2013-08-01 --out scored.csv
     """
     from negfast.serve.score import score_run
 
-    score_run(run, candidates, data=data, at=at, out=out)
+    score_run(run, candidates, **options)
 
 
 @main.command("user-profiles")
 @click.argument("run", type=EXISTING)
 @click.option("--attribute", required=True, metavar="NAME", help="Item attribute whose values are the categories.")
-@click.option("--data", type=EXISTING, help="Data set; by default the one that the run was trained on.")
-@click.option("--at", metavar="TIME", help="ISO time; events after it are not looked at. Default: the log's end.")
-@click.option("--out", required=True, type=EXISTING, help="Parquet file, a row for each user and category.")
+@serve_options
+@click.option("--out", required=True, type=EXISTING, help=".parquet or .csv file, a row for each user and category.")
 def user_profiles(run: Path, attribute: str, data: Path | None, at: str | None, out: Path) -> None:
     """What kinds of items each user dislikes: counts, smoothed rate, lift, and the share expected next.
 
@@ -504,16 +543,22 @@ def user_profiles(run: Path, attribute: str, data: Path | None, at: str | None, 
 
 
 @main.command()
-def doctor() -> None:
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
+def doctor(as_json: bool) -> None:
     """Say what is installed, which kernels run here, and what is missing.
 
     \b
     negfast doctor
+    negfast doctor --json
     """
     from negfast.runtime.doctor import findings
 
-    width = max(len(name) for name, _ in findings())
-    for name, text in findings():
+    found = findings()
+    if as_json:
+        click.echo(json.dumps(dict(found), ensure_ascii=False))
+        return
+    width = max(len(name) for name, _ in found)
+    for name, text in found:
         click.echo(f"{name:<{width}}  {text}")
 
 

@@ -1,6 +1,8 @@
-"""Files and directories that appear whole or not at all."""
+"""Files and directories that appear whole or not at all, and are written by one process at a time."""
 
+import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -8,13 +10,15 @@ from pathlib import Path
 
 from negfast.errors import InputError
 
+TABLES = (".parquet", ".csv")  # what serving writes
+
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives a temporary name beside ``path`` to write to; on success it is fsynced and renamed to ``path``.
 
-    If the block raises, the temporary file is removed and ``path`` is what it was before.
-    Raises InputError where the file cannot be created.
+    Its permissions follow the umask, whoever made it. If the block raises, the temporary file is removed and ``path``
+    is what it was before. InputError where the file cannot be created.
     """
     path = Path(path)
     check_output_file(path)
@@ -22,6 +26,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     created = _make_parents(path)
     try:
         yield temporary
+        _follow_umask(temporary)
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
@@ -49,6 +54,7 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         for folder, _, names in os.walk(temporary):
             for name in names:
+                _follow_umask(Path(folder, name))
                 _sync(Path(folder, name))
             _sync(Path(folder))
         _swap(temporary, path, aside)
@@ -58,6 +64,47 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         _remove_empty(created)
         raise
     shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+    """No other process writes ``path`` within the block. Raises InputError where one is writing it.
+
+    The lock is `flock` on ``.NAME.lock`` beside ``path`` (in it, where its folder is not writable), so the kernel
+    releases it with the process, however that ends. The file is removed at the end of the block; one that a killed
+    process left does no harm.
+    """
+    path = Path(path).absolute()
+    created = _make_parents(path)
+    inside = path.is_dir() and not os.access(path.parent, os.W_OK)
+    place = path / ".lock" if inside else path.with_name(f".{path.name}.lock")
+    descriptor = _take(place, path)
+    try:
+        yield
+    finally:
+        place.unlink(missing_ok=True)
+        os.close(descriptor)
+        _remove_empty(created)
+
+
+def _take(place: Path, path: Path) -> int:
+    """An open descriptor of the lock file ``place``, locked."""
+    while True:
+        try:
+            descriptor = os.open(place, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if place.exists() and os.path.samestat(os.fstat(descriptor), place.stat()):  # else its holder removed it
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, str(os.getpid()).encode())
+                return descriptor
+            os.close(descriptor)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 20, 0).decode() or "unknown"
+            os.close(descriptor)
+            raise InputError(f"{path}: is being written by process {holder}") from None
 
 
 def check_output(path: str | os.PathLike[str]) -> None:
@@ -77,6 +124,30 @@ def check_output_file(path: str | os.PathLike[str]) -> None:
     check_output(path)
     if Path(path).is_dir():
         raise InputError(f"{path}: cannot be written: is a directory")
+
+
+def check_table(path: str | os.PathLike[str]) -> None:
+    """`check_output_file` of a table, whose suffix tells its format: .parquet or .csv."""
+    check_output_file(path)
+    if Path(path).suffix not in TABLES:
+        raise InputError(f"{path}: found suffix {Path(path).suffix!r}, expected {' or '.join(TABLES)}")
+
+
+def check_page(path: str | os.PathLike[str]) -> None:
+    """`check_output_file` of a report: an .html file, which replaces nothing but another report of negfast."""
+    path = Path(path)
+    check_output_file(path)
+    if path.suffix not in (".html", ".htm"):
+        raise InputError(f"{path}: found suffix {path.suffix!r}, expected .html")
+    if path.exists() and b"<title>negfast: " not in path.read_bytes()[:1000]:
+        raise InputError(f"{path}: exists and is no report of negfast; choose another --out")
+
+
+def check_input_file(path: str | os.PathLike[str]) -> None:
+    """Raises InputError where ``path`` is no file."""
+    if not Path(path).is_file():
+        what = "is a directory, expected a file" if Path(path).is_dir() else "no such file"
+        raise InputError(f"{path}: {what}")
 
 
 def _swap(temporary: Path, path: Path, aside: Path) -> None:
@@ -111,6 +182,12 @@ def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()
+
+
+def _follow_umask(path: Path) -> None:
+    """Gives a file the permissions of a new one; some libraries make theirs for the owner alone."""
+    umask = re.search(r"^Umask:\s*(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+    path.chmod(0o666 & ~int(umask[1] if umask else "022", 8))
 
 
 def _sync(path: Path) -> None:

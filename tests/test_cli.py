@@ -1,5 +1,6 @@
 """The command line: help without torch, options that arrive, exit codes, and prepare + inspect as a user runs them."""
 
+import json
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from click.testing import CliRunner
 from negfast.cli import main
 from negfast.data.dataset import Dataset
 from negfast.errors import InputError, TrainingError
+from negfast.runtime.run_folder import RunFolder
 
 COMMANDS = ["prepare", "inspect", "train", "eval", "report", "predict", "score", "user-profiles", "export", "doctor"]
 DAY = 86_400
@@ -83,6 +85,24 @@ def test_inspect_shows_a_shard(kuairand, tmp_path):
     assert "672" in result.stdout  # events
 
 
+def test_inspect_and_doctor_speak_json(tiny_run, tmp_path):
+    data = RunFolder(tiny_run).data
+    found = {}
+    for path in (data, data / "events.nfs", data / "semantic_ids.safetensors", tiny_run, tiny_run / "final"):
+        result = invoke("inspect", path, "--json")
+        assert result.exit_code == 0, result.output
+        facts = json.loads(result.stdout)
+        assert facts["path"] == str(path)
+        found[facts["kind"]] = facts
+    assert list(found) == ["data set", "shard", "tensors", "run", "checkpoint"]
+    manifest = json.loads((data / "manifest.json").read_text())
+    assert found["data set"] == {"kind": "data set", "path": str(data), **manifest}
+    assert found["tensors"]["tensors"]["codes"] == {"type": "uint16", "shape": [90, 3]}
+    assert found["run"]["checkpoints"]["final"] == found["checkpoint"]["state"]
+    doctor = json.loads(invoke("doctor", "--json").stdout)
+    assert set(doctor) > {"negfast", "python", "torch", "memory", "CUDA", "C++ core"}
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example(command):
     for flag in ("-h", "--help"):
@@ -97,6 +117,7 @@ def test_help_and_bad_input_do_not_wait_for_torch(tmp_path):
         "from negfast.cli import main\n"
         "try: main()\n"
         "except SystemExit as end: print('heavy', {'torch', 'transformers', 'numba'} & set(sys.modules), end.code)\n"
+        "if '--help' in sys.argv: print({'numpy', 'pyarrow'} & set(sys.modules))\n"
     )
     bad = ["prepare", str(tmp_path / "none.csv"), "--dislike", "a", "--out", str(tmp_path / "out")]
     for arguments, status in ((["--help"], 0), (["prepare", "--help"], 0), (["train", "-h"], 0), (bad, 2)):
@@ -157,12 +178,23 @@ def fake(monkeypatch, module, function, behaviour):
         (
             "predict r --at 2013-08-01 --top 7 --out f",
             *("negfast.serve.predict", "predict_run"),
-            {0: Path("r"), "data": None, "at": "2013-08-01", "top": 7, "out": Path("f")},
+            {
+                **{0: Path("r"), "data": None, "at": "2013-08-01", "top": 7, "out": Path("f")},
+                **dict.fromkeys(["users", "items", "not_items"]),
+            },
         ),
         (
-            "score r c --data d --out f",
+            "predict r --users u --items i --not-items n --out f",
+            *("negfast.serve.predict", "predict_run"),
+            {
+                **{0: Path("r"), "data": None, "at": None, "top": 50, "out": Path("f")},
+                **{"users": Path("u"), "items": Path("i"), "not_items": Path("n")},
+            },
+        ),
+        (
+            "score r c --data d --given shown --out f",
             *("negfast.serve.score", "score_run"),
-            {0: Path("r"), 1: Path("c"), "data": Path("d"), "at": None, "out": Path("f")},
+            {0: Path("r"), 1: Path("c"), "data": Path("d"), "at": None, "given": "shown", "out": Path("f")},
         ),
         ("export r --out d", "negfast.serve.export", "export_run", {0: Path("r"), "out": Path("d")}),
     ],

@@ -23,6 +23,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUNNABLE = [page for page in PAGES if "```sh" in page.read_text()]
 HAS_DATA = {"daily.md": "data/yesterday", "configuration.md": "data"}  # where a page takes a data set for granted
 SHELL_ONLY = (".", ".venv/bin/pip", "pip", "git", "cd", "docker", "nsys")  # of a reader's shell, nothing to run here
+OF_QUICKSTART = ("1074638", "1853728", "1430132")
 TINY = [word for key, value in SETTINGS.items() for word in ("--set", f"{key}={value}")]
 TINY += ["--set", "grpo.steps=2", "--set", "sft.steps=2", "--set", "align.steps=1"]
 
@@ -39,6 +40,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as a reader would have it: the files that the pages name, and finished runs of the names in them."""
     folder = tmp_path_factory.mktemp("reader")
     events, items = write_log(folder)
+    for file in (events, items):  # docs/serving.md asks for items of the quickstart's log
+        file.write_text(re.sub(r"\bi([123])(?=,)", lambda found: OF_QUICKSTART[int(found[1]) - 1], file.read_text()))
     header, *rows = events.read_text().splitlines()
     cut = max(int(row.split(",")[3]) for row in rows) - 3 * 86_400
     for name, late in (("early.csv", False), ("log-today.csv", True)):
@@ -106,6 +109,9 @@ def follow(words: list[str], desk: Path) -> None:
         if rest[0] == "train" and "--refit" not in rest:
             assert "--init" not in rest or "nightly" in rest
             rest += TINY if "--data" in rest else [*TINY, "--data", "base"]
+        if "shown" in rest:
+            run_cli(*rest, code=2)  # the reader's log has no exposures
+            return
         if rest[0] == "prepare" and "--like" not in rest:
             rest += ["--encoder", "tfidf", "--codebook", "16", "--horizon", "5", "--force"]
         result = CliRunner().invoke(main, rest)
@@ -126,6 +132,15 @@ def test_the_commands_of_a_page_run(page: Path, desk: Path) -> None:
             0,
             False,
         )
+
+
+def test_the_items_of_the_examples_are_the_quickstarts(movietweetings) -> None:
+    _, items = movietweetings
+    assert set(OF_QUICKSTART) <= set(items.ids)
+    texts = [path.read_text() for path in (ROOT / "docs" / "serving.md", *(ROOT / "examples").glob("*.py"))]
+    for text in texts:
+        for line in re.findall(r"constrained\.py exported (--liked.*)", text):
+            assert set(re.findall(r"\b\d{5,}\b", line)) == set(OF_QUICKSTART)
 
 
 def test_links_and_files_exist() -> None:

@@ -1,12 +1,16 @@
 """Atomic writes, and progress where there is no terminal."""
 
+import fcntl
 import io
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from negfast.errors import InputError
-from negfast.files import atomic_directory, atomic_file
+from negfast.files import atomic_directory, atomic_file, check_page, locked
 from negfast.progress import Progress
 
 
@@ -78,3 +82,69 @@ def test_no_last_line_after_a_failure():
     with pytest.raises(RuntimeError), Progress("sft", 100, stream=stream, interval=3600):
         raise RuntimeError
     assert stream.getvalue() == ""
+
+
+HOLDER = """
+import sys, time
+from negfast.files import locked
+with locked(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_one_process_writes_at_a_time(tmp_path):
+    path = tmp_path / "new" / "out.parquet"
+    held = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE, text=True)
+    assert held.stdout is not None and held.stdout.readline() == "held\n"
+    with pytest.raises(InputError) as error, locked(path):
+        pass
+    assert str(error.value) == f"{path}: is being written by process {held.pid}"
+    held.kill()
+    held.wait()
+    with locked(path), pytest.raises(InputError, match=f"by process {os.getpid()}"), locked(path):
+        pass
+    with locked(path):  # given back
+        pass
+    assert not list(path.parent.iterdir())
+
+
+def test_a_holder_that_leaves_between_open_and_lock_is_no_holder(tmp_path, monkeypatch):
+    """A second process that opened the lock file just before its holder removed it must not hold a file of no name."""
+    path, lock = tmp_path / "x", tmp_path / ".x.lock"
+    flock, removed = fcntl.flock, []
+
+    def late(descriptor: int, how: int) -> None:
+        if not removed:
+            lock.unlink()
+            removed.append(lock)
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with locked(path):
+        assert removed and lock.exists()
+
+
+def test_permissions_follow_the_umask(tmp_path):
+    """Some libraries make their files for the owner alone: no other account could read an export."""
+    before = os.umask(0o027)
+    try:
+        with atomic_file(tmp_path / "file") as temporary:
+            os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600))
+        with atomic_directory(tmp_path / "folder") as temporary:
+            os.close(os.open(temporary / "file", os.O_CREAT | os.O_WRONLY, 0o600))
+    finally:
+        os.umask(before)
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("file", "folder/file", "folder")]
+    assert modes == [0o640, 0o640, 0o750]
+
+
+def test_a_page_replaces_nothing_but_a_page(tmp_path):
+    notes, page = tmp_path / "notes.html", tmp_path / "page.html"
+    notes.write_text("<!DOCTYPE html><title>My notes</title>")
+    page.write_text("<!DOCTYPE html><title>negfast: a run</title>")
+    check_page(page)
+    check_page(tmp_path / "new.html")
+    for path, said in ((notes, "is no report of negfast"), (tmp_path / "notes.md", "'.md', expected .html")):
+        with pytest.raises(InputError, match=said):
+            check_page(path)

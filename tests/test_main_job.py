@@ -277,7 +277,7 @@ def test_inspect_describes_run_checkpoint_and_table(tiny_run, tiny_data, tmp_pat
     weights[-3] ^= 1
     (copy / "checkpoints" / "sft" / "policy.safetensors").write_bytes(weights)
     for path in (copy, copy / "checkpoints" / "sft"):
-        assert "policy.safetensors: damaged: its checksum" in run_cli("inspect", str(path), code=2)
+        assert "policy.safetensors: damaged: its SHA-256" in run_cli("inspect", str(path), code=2)
     (copy / "run.json").write_text('{"data": "da')
     for command in (["inspect", str(copy)], ["eval", str(copy)]):
         assert "run.json: damaged" in run_cli(*command, code=2)
@@ -332,7 +332,7 @@ def test_refusals(tiny_run, tiny_data, tmp_path):
     asked = tmp_path / "asked.parquet"
     parquet.write_table(pa.table({"user": ["nobody", "else"], "item": ["i1", "i2"]}), asked)
     assert "no user is known, the first is 'nobody'" in refused(
-        "score", str(tiny_run), str(asked), "--out", str(tmp_path / "y")
+        "score", str(tiny_run), str(asked), "--out", str(tmp_path / "y.parquet")
     )
     assert "cuda" in refused(*train_arguments(tiny_data, nowhere, train__device="cuda")) or torch.cuda.is_available()
 

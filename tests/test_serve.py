@@ -1,23 +1,36 @@
-"""What serving promises beside the main job: going on after a kill, abstaining, profiles of users."""
+"""What serving promises beside the main job: resuming, abstaining, what a score means, and what it refuses."""
 
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv as csv
 import pyarrow.parquet as parquet
 import pytest
 
-from negfast.data.dataset import Dataset, date_of
+from negfast.data.dataset import ITEMS, Dataset, date_of
 from negfast.data.log import DISLIKE, EXPOSED, LIKE, EventLog
-from negfast.runtime import verdict
+from negfast.errors import InputError
+from negfast.files import locked
+from negfast.runtime import generation, verdict
 from negfast.runtime.run_folder import RunFolder
-from negfast.runtime.verdict import candidate_logits, group_candidates
+from negfast.runtime.verdict import candidate_logits, group_candidates, shown_candidates
 from negfast.serve import predict
 from negfast.serve.context import context_day
 from negfast.serve.parts import write_in_parts
 from negfast.serve.profiles import category_matrix, feedback_matrices
 from negfast.serve.score import knows
-from tests.tiny import run_cli
+from negfast.sid.trie import SeenNodes
+from tests.tiny import prepare_log, run_cli, train_arguments, write_log
 
 SCHEMA = pa.schema([("n", pa.int64())])
 
@@ -175,3 +188,394 @@ def test_profiles_count_what_the_log_holds(tiny_run, tmp_path):
     assert all(share == pytest.approx(1, abs=1e-4) for share in shares.values()) and len(shares) == log.n_users
     message = run_cli("user-profiles", str(tiny_run), "--attribute", "colour", "--out", str(out), code=2)
     assert "--attribute 'colour'" in message and "have genre" in message
+
+
+@pytest.fixture
+def run(tiny_run: Path, tmp_path: Path) -> Path:
+    """A copy of the run with its data, to spoil."""
+    shutil.copytree(RunFolder(tiny_run).data, tmp_path / "data")
+    copy = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    described = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps(described | {"data": "../data"}))
+    return copy
+
+
+@pytest.fixture
+def pairs(tiny_run: Path, tmp_path: Path) -> Path:
+    """A candidate list."""
+    data = Dataset.open(RunFolder(tiny_run).data)
+    path = tmp_path / "pairs.parquet"
+    parquet.write_table(pa.table({"user": data.user_ids[:20], "item": data.items.ids[:20], "n": range(20)}), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def shown_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on a log of which four in ten events are mere exposures, each pair shown once or judged at once."""
+    folder = tmp_path_factory.mktemp("shown")
+    events, items = write_log(folder)
+    header, *rows = events.read_text().splitlines()
+    rng = np.random.default_rng(1)
+    changed = []
+    for row in rows:
+        user, item, rating, time = row.split(",")
+        changed.append(f"{user},{item},{3 if rating == '5' and rng.random() < 0.5 else rating},{time}")
+    events.write_text("\n".join([header, *changed]) + "\n")
+    data = prepare_log(folder, events, items, "--like-rule", "rating>=4")
+    run_cli(*train_arguments(data, folder / "run"))
+    return folder / "run"
+
+
+def one_line(message: str) -> str:
+    """The message of a command that failed, after what it told before."""
+    lines = message.splitlines()
+    assert sum(line.startswith("negfast: ") for line in lines) == 1 and lines[-1].startswith("negfast: ")
+    return lines[-1]
+
+
+# two processes
+
+
+def test_a_second_writer_is_refused(tiny_run, pairs, tmp_path):
+    out = tmp_path / "x.parquet"
+    commands = [
+        (out, "predict", tiny_run, "--out", out),
+        (out, "score", tiny_run, pairs, "--out", out),
+        (out, "user-profiles", tiny_run, "--attribute", "genre", "--out", out),
+        (tmp_path / "export", "export", tiny_run, "--out", tmp_path / "export"),
+        (tmp_path / "page.html", "report", tiny_run, "--out", tmp_path / "page.html"),
+        (tiny_run, *train_arguments(RunFolder(tiny_run).data, tiny_run)),
+        (tmp_path / "data", "prepare", tmp_path / "x.csv", "--dislike", "a", "--out", tmp_path / "data"),
+    ]
+    for written, *command in commands:
+        with locked(written):
+            said = one_line(run_cli(*map(str, command), code=2))
+        assert said == f"negfast: {written}: is being written by process {os.getpid()}"
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs.parquet"]
+
+
+def test_a_part_of_another_question_is_not_joined(tmp_path):
+    """Also where it lies in a folder that says otherwise, as two processes at once left them."""
+    out = tmp_path / "out.parquet"
+    folders = []
+    for at in ("Monday", "Tuesday"):
+
+        def dies(start: int, stop: int, at: str = at) -> pa.Table:
+            if start:
+                raise Killed
+            return rows(100, 100 + stop - start)
+
+        with pytest.raises(Killed):
+            write_in_parts(out, SCHEMA, {"at": at}, 20, 10, dies, ("x", "rows"))
+        folders.append(Path(shutil.copytree(tmp_path / ".out.parquet.parts", tmp_path / at)))
+    shutil.copy(folders[0] / "000000000000.parquet", tmp_path / ".out.parquet.parts")
+    write_in_parts(out, SCHEMA, {"at": "Tuesday"}, 20, 10, rows, ("x", "rows"))
+    assert parquet.read_table(out)["n"].to_pylist() == list(range(20))
+    assert json.loads(parquet.read_schema(out).metadata[b"negfast"]) == {"at": "Tuesday"}
+
+
+# damage
+
+
+@pytest.mark.parametrize("name", ["data/users.parquet", "run/final/policy.safetensors", "data/items.parquet"])
+def test_a_flipped_byte_is_refused(run, pairs, tmp_path, name):
+    file, out = tmp_path / name, tmp_path / "x.parquet"
+    run_cli("score", str(run), str(pairs), "--out", str(out))
+    out.unlink()
+    bad = bytearray(file.read_bytes())
+    bad[len(bad) // 2] ^= 1
+    file.write_bytes(bad)
+    for command in (("predict", str(run)), ("score", str(run), str(pairs))):
+        said = one_line(run_cli(*command, "--out", str(out), code=2))
+        assert f"{name.split('/')[-1]}: damaged: its SHA-256 is not that of" in said
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["run.json", "final/state.json", "config.toml"])
+def test_a_damaged_description_is_one_line(run, pairs, tmp_path, name):
+    file = run / name
+    good = file.read_bytes()
+    damaged = [good[: good.rindex(b" ")], b"\x00\xff\xfe", b"[]", b"null", b"7"]
+    if name.endswith(".json"):
+        damaged.append(b"")
+        whole = json.loads(good)
+        for key in whole.keys() - {"model", "init", "shown_calibration"}:  # which nothing that serves reads
+            damaged += [json.dumps(whole | {key: value}).encode() for value in ("no", 7, [], {"a": 1})]
+            damaged.append(json.dumps({k: v for k, v in whole.items() if k != key}).encode())
+        damaged = [text for text in damaged if b'"verdict_features": 7' not in text]  # another number is no damage
+    for text in damaged:
+        file.write_bytes(text)
+        said = one_line(run_cli("score", str(run), str(pairs), "--out", str(tmp_path / "x.parquet"), code=2))
+        assert str(run) in said or "data" in said, text
+    file.write_bytes(good)
+    run_cli("score", str(run), str(pairs), "--out", str(tmp_path / "x.parquet"))
+
+
+@contextmanager
+def small_disk(size: int) -> Iterator[None]:
+    """No file grows above ``size`` bytes: writing fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_one_line(tiny_run, pairs, tmp_path):
+    """And what was there before stays."""
+    run_cli("export", str(tiny_run), "--out", str(tmp_path / "export"))
+    run_cli("score", str(tiny_run), str(pairs), "--out", str(tmp_path / "x.parquet"))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for command in (
+        ("export", str(tiny_run), "--out", str(tmp_path / "export")),
+        ("score", str(tiny_run), str(pairs), "--out", str(tmp_path / "x.parquet")),
+        ("predict", str(tiny_run), "--out", str(tmp_path / "x.parquet")),
+        ("predict", str(tiny_run), "--out", str(tmp_path / "x.csv")),
+    ):
+        with small_disk(500):
+            said = one_line(run_cli(*command, code=1))
+        assert "too large" in said.lower(), said
+    shutil.rmtree(tmp_path / ".x.parquet.parts")  # what a later call resumes
+    shutil.rmtree(tmp_path / ".x.csv.parts")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+# what is written, and where
+
+
+def test_other_accounts_can_read_an_export(tiny_run, tmp_path):
+    run_cli("export", str(tiny_run), "--out", str(tmp_path / "export"))
+    umask = os.umask(0o022)
+    os.umask(umask)
+    for path in (*(tmp_path / "export").iterdir(), *(tiny_run / "final").iterdir(), RunFolder(tiny_run).data / ITEMS):
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path
+    assert set(json.loads((tmp_path / "export" / "negfast.json").read_text())) == {"base", "levels", "codebook"}
+
+
+def test_csv_is_the_parquet(tiny_run, pairs, tmp_path):
+    for name, command in (("lists", ("predict", str(tiny_run))), ("scores", ("score", str(tiny_run), str(pairs)))):
+        for suffix in ("csv", "parquet"):
+            run_cli(*command, "--out", str(tmp_path / f"{name}.{suffix}"))
+        from_csv, table = csv.read_csv(tmp_path / f"{name}.csv"), parquet.read_table(tmp_path / f"{name}.parquet")
+        assert from_csv.drop(["score"]).cast(table.drop(["score"]).schema).equals(table.drop(["score"]))
+        np.testing.assert_allclose(from_csv["score"].to_numpy(), table["score"].to_numpy(), rtol=1e-6)
+
+
+def test_candidates_may_be_csv(tiny_run, pairs, tmp_path):
+    csv.write_csv(parquet.read_table(pairs), tmp_path / "pairs.csv")
+    for name in ("csv", "parquet"):
+        run_cli("score", str(tiny_run), str(tmp_path / f"pairs.{name}"), "--out", str(tmp_path / f"{name}.parquet"))
+    from_csv, table = (parquet.read_table(tmp_path / f"{name}.parquet") for name in ("csv", "parquet"))
+    assert from_csv["score"].equals(table["score"]) and from_csv["n"].to_pylist() == [str(n) for n in range(20)]
+
+
+def test_an_output_is_checked_for_what_it_is(tiny_run, pairs, tmp_path):
+    before = pairs.read_bytes()
+    data = str(RunFolder(tiny_run).data)
+    for command, said in (
+        (("predict", str(tiny_run), "--out", "x.txt"), "x.txt: found suffix '.txt', expected .parquet or .csv"),
+        (("score", str(tiny_run), str(pairs), "--out", str(pairs)), "is the list of candidates itself"),
+        (("train", "--preset", "smoke", "--data", data, "--out", f"{data}/run"), "lies in the data set"),
+        (("train", "--preset", "smoke", "--data", data, "--out", data), "lies in the data set"),
+        (("export", str(tiny_run), "--out", f"{data}/export"), "lies in the data set"),
+        (("report", str(tiny_run), "--out", "notes.md"), "found suffix '.md', expected .html"),
+    ):
+        assert said in one_line(run_cli(*command, code=2))
+    assert pairs.read_bytes() == before and not (Path(data) / "run.json").exists()
+
+
+def test_paths_are_checked_before_anything_loads(tiny_run, pairs, tmp_path):
+    code = (
+        "import sys\n"
+        "from negfast.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: print('heavy', {'torch', 'transformers', 'numba'} & set(sys.modules), end.code)\n"
+    )
+    (tmp_path / "empty").mkdir()
+    out, nothing, users = str(tmp_path / "x.parquet"), str(tmp_path / "none.csv"), str(pairs)
+    for command, said in (
+        (("score", str(tiny_run), nothing, "--out", out), "none.csv: no such file"),
+        (("score", str(tmp_path / "empty"), str(pairs), "--out", out), "found no run.json"),
+        (("score", str(tiny_run), str(pairs), "--data", nothing, "--out", out), "no such data set"),
+        (("score", str(tiny_run), str(pairs), "--out", f"{pairs}/x.parquet"), "is not a directory"),
+        (("predict", str(tiny_run), "--users", nothing, "--out", out), "none.csv: no such file"),
+        (("predict", str(tiny_run), "--users", users, "--not-items", nothing, "--out", out), "none.csv: no such file"),
+        (("user-profiles", str(tmp_path), "--attribute", "genre", "--out", out), "found no run.json"),
+    ):
+        done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
+        assert "heavy set() 2" in done.stdout and said in done.stderr, done.stderr
+
+
+# whom, from what, how many
+
+
+def test_lists_for_some_users_from_some_items(tiny_run, tmp_path):
+    data = Dataset.open(RunFolder(tiny_run).data)
+    users, items, out = data.user_ids[5:9], data.items.ids[10:40], tmp_path / "x.parquet"
+    csv.write_csv(pa.table({"user": [*users[::-1], "nobody", users[0]]}), tmp_path / "users.csv")
+    parquet.write_table(pa.table({"item": items}), tmp_path / "items.parquet")
+    csv.write_csv(pa.table({"item": items[:5]}), tmp_path / "delisted.csv")
+    asked = ["predict", str(tiny_run), "--top", "90", "--out", str(out), "--users", str(tmp_path / "users.csv")]
+    said = run_cli(*asked, "--items", str(tmp_path / "items.parquet"), "--not-items", str(tmp_path / "delisted.csv"))
+    assert "users.csv: 1 of 6 users are not in the data set" in said
+    seen = {user: set(data.log.item[data.log.user == u].tolist()) for u, user in enumerate(data.user_ids)}
+    lists: dict[str, dict[str, float]] = {}
+    for row in parquet.read_table(out).to_pylist():
+        lists.setdefault(row["user"], {})[row["item"]] = row["score"]
+    assert sorted(lists) == sorted(users)
+    for user, listed in lists.items():
+        unseen = {item for item in items[5:] if data.items.ids.index(item) not in seen[user]}
+        assert set(listed) == unseen and sum(listed.values()) == pytest.approx(1, abs=1e-5)
+    csv.write_csv(pa.table({"item": ["gone", "long ago"]}), tmp_path / "delisted.csv")  # what the log never had
+    said = run_cli(*asked, "--not-items", str(tmp_path / "delisted.csv"))
+    assert "delisted.csv: 2 of 2 items are not in the data set" in said
+    csv.write_csv(pa.table({"item": items}), tmp_path / "delisted.csv")
+    asked += ["--items", str(tmp_path / "items.parquet"), "--not-items", str(tmp_path / "delisted.csv")]
+    assert "found no item to list" in one_line(run_cli(*asked, code=2))
+
+
+def test_excluded_items_are_as_seen_ones(tiny_run):
+    engine = RunFolder(tiny_run).finished_engine(None)
+    users = np.array([3, 8], dtype=np.int32)
+    days = np.full(2, int(engine.log.day.max()), dtype=np.int32)
+    batch = engine.prompts.build(users, days, 3, 0, tail="next-dislike")
+    seen = batch.prior.seen
+    first, second = (set(seen.leaf[seen.request == row].tolist()) for row in (0, 1))
+    assert first != second
+    nothing = SeenNodes(
+        [key[-1:] for key in seen.key], [count[-1:] for count in seen.count], [slot[:0] for slot in seen.slot],
+        seen.leaf[:0], seen.request[:0],
+    )  # fmt: skip
+    for start, requests in ((nothing, 2), (seen, 2)):
+        found = generation.with_seen(start, engine.trie, engine.trie.leaf_item[sorted(first | second)], requests)
+        for level, counts in enumerate(engine.trie.node_counts[1:]):
+            nodes = engine.trie.item_nodes[engine.trie.leaf_item[sorted(first | second)], level]
+            there, under = np.unique(nodes, return_counts=True)
+            assert found.key[level].tolist()[:-1] == [r * counts + n for r in range(2) for n in there.tolist()]
+            assert found.count[level].tolist() == [*under.tolist(), *under.tolist(), 0]
+            at = found.key[level][found.slot[level]] % counts
+            assert at.tolist() == engine.trie.item_nodes[engine.trie.leaf_item[found.leaf.numpy()], level].tolist()
+    same = generation.with_seen(seen, engine.trie, np.empty(0, np.int64), 2)
+    for name in ("key", "count"):
+        assert [t.tolist() for t in getattr(same, name)] == [t.tolist() for t in getattr(seen, name)]
+
+
+def test_top_ends_with_the_catalogue(tiny_run, tmp_path, monkeypatch):
+    widths = []
+    search = generation.beam_search
+
+    def noted(*arguments):
+        widths.append(arguments[-2:])
+        return search(*arguments)
+
+    monkeypatch.setattr(generation, "beam_search", noted)
+    run_cli("predict", str(tiny_run), "--top", "100000", "--out", str(tmp_path / "x.parquet"))
+    n_items = len(Dataset.open(RunFolder(tiny_run).data).items.ids)
+    assert set(widths) == {(n_items, n_items)}
+
+
+def test_batches_adapt_to_memory(tiny_run, monkeypatch):
+    engine = RunFolder(tiny_run).finished_engine(None)
+    requests = predict.requests_at(np.arange(20, dtype=np.int32), int(engine.log.day.max()))
+    sizes = []
+    search = generation.beam_search
+
+    def noted(*arguments):
+        sizes.append(arguments[2].prompts)
+        return search(*arguments)
+
+    monkeypatch.setattr(generation, "beam_search", noted)
+    whole = generation.generate(engine, requests, 60)
+    monkeypatch.setattr(generation, "SEARCH_MEMORY", 3 * 60 * engine.trie.codebook * generation.BYTES_A_CHOICE)
+    parts = generation.generate(engine, requests, 60)
+    assert sizes == [20, *[3] * 6, 2]
+    assert np.array_equal(whole[0], parts[0])
+    np.testing.assert_allclose(whole[1], parts[1], rtol=1e-4)
+    monkeypatch.setattr(generation, "BYTES_A_CHOICE", 1 << 50)
+    with pytest.raises(InputError, match=r"a list of 60 items takes .* GiB, found"):
+        generation.generate(engine, requests, 60)
+
+
+# what a score means
+
+
+def test_the_column_says_what_a_score_means(tiny_run, pairs, tmp_path):
+    for command, said in (
+        (("predict", str(tiny_run)), b"probability of the item as the user's next dislike"),
+        (("score", str(tiny_run), str(pairs)), b"P(dislike | the user gives feedback)"),
+    ):
+        run_cli(*command, "--out", str(tmp_path / "x.parquet"))
+        field = parquet.read_schema(tmp_path / "x.parquet").field("score")
+        assert field.metadata[b"description"].startswith(said)
+
+
+def test_what_was_shown():
+    log = EventLog(  # user 0: 0 shown, then disliked that day; 1 shown, disliked the day after; 2 liked; 0 again
+        np.array([0, 6, 8]), np.array([0, 0, 1, 2, 1, 0, 2, 2]),
+        np.array([EXPOSED, DISLIKE, EXPOSED, LIKE, DISLIKE, EXPOSED, DISLIKE, EXPOSED], np.uint8),
+        np.array([86_400, 86_401, 86_402, 86_403, 172_800, 172_801, 86_400, 259_200]), None, 3,
+    )  # fmt: skip
+    candidates, disliked = shown_candidates(log, 1, 3)
+    assert candidates.items.tolist() == [0, 1, 2, 2] and disliked.tolist() == [True, False, False, True]
+    assert candidates.user.tolist() == [0, 1] and candidates.day.tolist() == [1, 1]
+    assert shown_candidates(log, 2, 4)[1].tolist() == []  # none is first shown then
+
+
+def test_probability_given_shown(shown_run, tiny_run, pairs, tmp_path):
+    out = tmp_path / "x.parquet"
+    said = one_line(run_cli("score", str(tiny_run), str(pairs), "--given", "shown", "--out", str(out), code=2))
+    assert "its log has no exposures with dislikes among them on valid" in said
+    engine = RunFolder(shown_run).finished_engine(None)
+    candidates, disliked = shown_candidates(engine.log, engine.split.valid_day, engine.split.test_day)
+    logits = candidate_logits(engine, candidates)
+    shown, feedback = RunFolder(shown_run).shown_calibration, RunFolder(shown_run).calibration
+    assert shown.probability(logits).mean() == pytest.approx(disliked.mean(), rel=1e-4)  # calibrated on them
+    assert feedback.probability(logits).mean() > 1.3 * disliked.mean()  # what it would be taken for
+    data = engine.data
+    parquet.write_table(pa.table({"user": data.user_ids[:9], "item": data.items.ids[:9]}), pairs)
+    tables = {}
+    for given in ("feedback", "shown"):
+        run_cli("score", str(shown_run), str(pairs), "--given", given, "--out", str(out))
+        tables[given] = parquet.read_table(out)
+    logit = np.log(tables["feedback"]["score"].to_numpy() / (1 - tables["feedback"]["score"].to_numpy()))
+    expected = shown.probability((logit - feedback.intercept) / feedback.slope)
+    np.testing.assert_allclose(tables["shown"]["score"].to_numpy(), expected, rtol=1e-9)
+    assert tables["shown"].schema.field("score").metadata[b"description"].startswith(b"P(dislike | shown)")
+    state = json.loads((shown_run / "final" / "state.json").read_text())
+    del state["shown_calibration"]  # a run of before
+    old = Path(shutil.copytree(shown_run, tmp_path / "old"))
+    (old / "final" / "state.json").write_text(json.dumps(state))
+    said = run_cli("score", str(old), str(pairs), "--given", "shown", "--out", str(out), code=2)
+    assert "the run is older than P(dislike | shown); train it again" in one_line(said)
+
+
+# start-up
+
+
+def test_serving_gives_the_bits_of_transformers(tiny_run):
+    """Serving runs a Qwen3 of its own, whose imports are short."""
+    serving, stock = RunFolder(tiny_run).finished_engine(None, serving=True), RunFolder(tiny_run).finished_engine(None)
+    assert type(serving.policy.decoder).__module__ == "negfast.model.qwen3"
+    assert type(stock.policy.decoder).__module__.startswith("transformers.")
+    day = int(stock.log.day.max())
+    users = np.repeat(np.arange(30), 20)
+    candidates = group_candidates(users, np.full(600, day + 1), np.tile(np.arange(20) * 4, 30))
+    assert np.array_equal(candidate_logits(serving, candidates), candidate_logits(stock, candidates))
+    requests = predict.requests_at(np.arange(100, dtype=np.int32), day)
+    for one, other in zip(*(generation.generate(e, requests, 20) for e in (serving, stock)), strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_score_imports_what_it_needs(tiny_run, pairs, tmp_path):
+    code = (
+        "import sys\n"
+        "from negfast.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: print('code', end.code, sorted(HEAVY & set(sys.modules)))\n"
+    )
+    heavy = {"transformers", "numba", "sklearn", "faiss", "sympy", "torch._dynamo", "torch.distributed.tensor", "scipy"}
+    command = ["score", str(tiny_run), str(pairs), "--out", str(tmp_path / "x.parquet")]
+    code = f"HEAVY = {heavy}\n{code}"
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
+    assert done.stdout == "code 0 []\n", done.stdout + done.stderr

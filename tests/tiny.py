@@ -65,12 +65,12 @@ def prepare(folder: Path) -> Path:
     return prepare_log(folder, *write_log(folder))
 
 
-def prepare_log(folder: Path, events: Path, items: Path) -> Path:
-    """A prepared data set of such files."""
+def prepare_log(folder: Path, events: Path, items: Path, *options: str) -> Path:
+    """A prepared data set of such files; ``options`` more for `negfast prepare`."""
     out = folder / "data"
     command = ["prepare", str(events), "--items", str(items), "--dislike", "rating<=2", "--value-column", "rating"]
     command += ["--item-text-column", "title", "--item-attributes", "genre", "--encoder", "tfidf", "--levels", "3"]
-    command += ["--codebook", "16", "--horizon", "5", "--out", str(out)]
+    command += ["--codebook", "16", "--horizon", "5", "--out", str(out), *options]
     run_cli(*command)
     return out
 

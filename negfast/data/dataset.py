@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
@@ -24,6 +26,7 @@ from negfast.files import atomic_file
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+VERIFIED = ".verified.json"  # which files were read against their checksums, and what they looked like then
 EVENTS = "events.nfs"
 VALUES = "values.safetensors"
 USERS = "users.parquet"
@@ -31,6 +34,7 @@ ITEMS = "items.parquet"
 SEMANTIC_IDS = "semantic_ids.safetensors"
 ITEM_EMBEDDING = "item_embedding.safetensors"
 EPOCH = date(1970, 1, 1)
+CLOCK_TICK = 100_000_000  # ns, above the steps in which file systems count time
 
 
 def day_of(when: str) -> int:
@@ -52,7 +56,7 @@ class Dataset:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
-        """Opens a directory after checking version and file sizes. Raises InputError."""
+        """Opens a directory after checking its version and its files, by `verify_files`. Raises InputError."""
         path = Path(path)
         if not path.is_dir():
             raise InputError(f"{path}: no such data set directory")
@@ -66,19 +70,12 @@ class Dataset:
             raise InputError(f"{manifest_path}: damaged: {error}") from error
         if version != FORMAT:
             raise InputError(f"{manifest_path}: format {version}, expected {FORMAT}; prepare the data again")
-        for name, recorded in files.items():
-            if not (path / name).is_file():
-                raise InputError(f"{path / name}: missing, expected by {MANIFEST}")
-            size = (path / name).stat().st_size
-            if size != recorded["bytes"]:
-                raise InputError(f"{path / name}: {size} bytes, expected {recorded['bytes']}")
+        verify_files(path, files, MANIFEST)
         return cls(path, manifest)
 
     def verify(self) -> None:
         """Reads every file and compares its SHA-256 with the manifest's. Raises InputError for a damaged one."""
-        for name, recorded in self.manifest["files"].items():
-            if file_record(self.path / name)["sha256"] != recorded["sha256"]:
-                raise InputError(f"{self.path / name}: damaged: its SHA-256 is not that of {MANIFEST}")
+        verify_files(self.path, self.manifest["files"], MANIFEST, again=True)
 
     @property
     def horizon(self) -> int:
@@ -202,6 +199,42 @@ def write_dataset(
         save_file({"embedding": np.ascontiguousarray(items.embedding)}, directory / ITEM_EMBEDDING)
     files = {path.name: file_record(path) for path in sorted(directory.iterdir())}
     (directory / MANIFEST).write_text(_manifest_text({"format": FORMAT, **manifest, "files": files}), "utf-8")
+
+
+def refuse_data_folder(out: Path) -> None:
+    """Raises InputError where ``out`` is a data set, or lies in one."""
+    for folder in (out.absolute(), *out.absolute().parents):
+        if (folder / MANIFEST).is_file() and (folder / EVENTS).is_file():
+            raise InputError(f"{out}: lies in the data set {folder}; choose another --out")
+
+
+def verify_files(folder: Path, files: dict[str, dict[str, Any]], source: str, again: bool = False) -> None:
+    """Raises InputError where a file of ``folder`` is not as ``files`` records it (`file_record`).
+
+    ``source`` names the file that holds the records. Each file is read once: VERIFIED, in the folder, keeps its
+    checksum with its size, times and inode, and while these stay the same it is not read again, unless ``again``.
+    """
+    kept: dict[str, list[Any]] = {}
+    with suppress(OSError, ValueError, TypeError):
+        kept = dict(json.loads((folder / VERIFIED).read_text("utf-8")))
+    found = {}
+    for name, recorded in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise InputError(f"{path}: missing, expected by {source}")
+        status, started = path.stat(), time.time_ns()
+        if status.st_size != recorded["bytes"]:
+            raise InputError(f"{path}: {status.st_size} bytes, expected {recorded['bytes']}")
+        looks = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, recorded["sha256"]]
+        if again or kept.get(name) != looks:
+            if file_record(path)["sha256"] != recorded["sha256"]:
+                raise InputError(f"{path}: damaged: its SHA-256 is not that of {source}")
+            if started - status.st_ctime_ns < CLOCK_TICK:
+                continue  # a change within the clock's step would look the same: not kept
+        found[name] = looks
+    if found != kept:
+        with suppress(OSError, InputError), atomic_file(folder / VERIFIED) as temporary:
+            temporary.write_text(json.dumps(found), "utf-8")
 
 
 def file_record(path: Path) -> dict[str, Any]:

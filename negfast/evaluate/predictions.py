@@ -6,15 +6,16 @@ import numba
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-from negfast.data.log import EventLog, history_ends
+from negfast.data.log import EXPOSED, EventLog, history_ends
 from negfast.data.split import Requests
 from negfast.evaluate.sets import POOL, EvalSet, check_choosable
 from negfast.model.prompts import MIXED
 from negfast.runtime.engine import Engine
 from negfast.runtime.generation import generate
-from negfast.runtime.verdict import Calibration, candidate_logits, group_candidates
+from negfast.runtime.verdict import Calibration, candidate_logits, group_candidates, shown_candidates
 
 TOP = 50  # items generated for each request
+SHOWN_AT_MOST = 100_000  # events that P(dislike | shown) is calibrated on
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,33 @@ def pool_logits(engine: Engine, evalset: EvalSet) -> np.ndarray:
 def calibrate(engine: Engine, valid: EvalSet) -> Calibration:
     """Fits the scaling and the threshold on the valid filter events; InputError where one kind is missing."""
     check_choosable(valid)
-    logit = filter_logits(engine, valid)
-    fit = LogisticRegression(C=1e6).fit(logit[:, None], valid.filter_dislike)
+    return platt_scaling(filter_logits(engine, valid), valid.filter_dislike)
+
+
+def calibrate_shown(engine: Engine) -> Calibration | None:
+    """The same for P(dislike | shown), on what was first shown on the days of valid.
+
+    Of more than `SHOWN_AT_MOST` such events a draw by the run's seed is used (negfast's choice). None where the log has
+    no exposures, or those days no dislike.
+    """
+    log, split = engine.log, engine.split
+    if not (log.feedback == EXPOSED).any():
+        return None
+    candidates, disliked = shown_candidates(log, split.valid_day, split.test_day)
+    if len(disliked) > SHOWN_AT_MOST:
+        draw = np.random.default_rng(engine.config.train.seed).choice(len(disliked), SHOWN_AT_MOST, replace=False)
+        draw.sort()
+        owner = candidates.group_of_item[draw]
+        candidates = group_candidates(candidates.user[owner], candidates.day[owner], candidates.items[draw])
+        disliked = disliked[draw]
+    if not 0 < disliked.sum() < len(disliked):
+        return None
+    return platt_scaling(candidate_logits(engine, candidates), disliked)
+
+
+def platt_scaling(logit: np.ndarray, disliked: np.ndarray) -> Calibration:
+    """Scaling and threshold by logits float64 [E] and labels bool [E] of both kinds."""
+    fit = LogisticRegression(C=1e6).fit(logit[:, None], disliked)
     scaling = Calibration(float(fit.coef_[0, 0]), float(fit.intercept_[0]), 0.5)
     return Calibration(scaling.slope, scaling.intercept, threshold_for_share(scaling.probability(logit)))
 

@@ -1,16 +1,21 @@
 """Group attention: prompts attend causally to themselves, completions to their prompt and their own earlier tokens.
 
-All completions of a group read the prompt's keys and values in place; nothing is copied per completion. Registered with
-transformers' AttentionInterface under `NAME`, so stock decoders run unpatched; gradients flow through everything.
+All completions of a group read the prompt's keys and values in place; nothing is copied per completion. `install`
+registers it with transformers' AttentionInterface under `NAME`, so stock decoders run unpatched; gradients flow through
+everything.
 """
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from negfast.kernels.dispatch import attention_runs_triton
 from negfast.model import packed_attention, padded_attention
 from negfast.model.layout import GroupLayout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NAME = "negfast_group"
 
@@ -95,4 +100,9 @@ def drop_prompt_rows(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple
     return (hidden[:, rows], *args[1:]), kwargs | selected
 
 
-AttentionInterface.register(NAME, group_attention)
+def install(model: "PreTrainedModel") -> None:
+    """Makes a transformers model compute its attention by `group_attention`."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, group_attention)
+    model.set_attn_implementation(NAME)

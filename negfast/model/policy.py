@@ -4,17 +4,22 @@ The code block holds the rows of markers and semantic-ID codes. It is a Paramete
 so a code never touches the text rows: not forward, not backward, not in the optimiser.
 """
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from negfast.errors import InputError
 from negfast.model import attention
 from negfast.model.layout import GroupLayout, PromptRows
+from negfast.model.qwen3 import Qwen3
 from negfast.model.verdict_prior import VerdictPrior
 from negfast.sid.tokens import MARKERS, CodeVocabulary
 from negfast.spans import span
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class CodeBlock(nn.Module):
@@ -45,17 +50,20 @@ class Policy(nn.Module):
     in_bfloat16 = False
     bare_layers: tuple[nn.ModuleList, ...] = ()  # where the decoder's are sharded, what they were made of, without data
 
-    def __init__(self, model: PreTrainedModel, vocabulary: CodeVocabulary, verdict_features: int = 4) -> None:
+    def __init__(self, model: "PreTrainedModel | Qwen3", vocabulary: CodeVocabulary, verdict_features: int = 4) -> None:
         """``verdict_features``: columns of `negfast.data.features.HistoryFeatures.rich`."""
         super().__init__()
-        reject_unsupported(model)
-        model.set_attn_implementation(attention.NAME)
-        self.decoder = model.get_decoder()
+        self.decoder: Any
+        if isinstance(model, Qwen3):
+            self.decoder, self.text_head = model, model.output_embeddings()
+        else:
+            reject_unsupported(model)
+            attention.install(model)
+            self.decoder, self.text_head = model.get_decoder(), model.get_output_embeddings()
         last = self.decoder.layers[-1]
         self.drops_prompt_rows = hasattr(last, "input_layernorm") and hasattr(last, "self_attn")  # Qwen, Llama and kin
         if self.drops_prompt_rows:
             last.register_forward_pre_hook(attention.drop_prompt_rows, with_kwargs=True)
-        self.text_head = model.get_output_embeddings()
         self.vocabulary = vocabulary
         rows = embedding_rows(model)
         std = float(rows.detach().float().std())  # block rows as long as the decoder's own
@@ -139,14 +147,14 @@ class Policy(nn.Module):
         return margin + self.verdict_prior(features)
 
 
-def embedding_rows(model: PreTrainedModel) -> Tensor:
+def embedding_rows(model: "PreTrainedModel | Qwen3") -> Tensor:
     """The input embedding of a model, [vocabulary, hidden]."""
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, Tensor)
     return weight
 
 
-def reject_unsupported(model: PreTrainedModel) -> None:
+def reject_unsupported(model: "PreTrainedModel") -> None:
     """Raise InputError for decoders whose attention the group layout cannot carry."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])

@@ -12,7 +12,16 @@ import numpy as np
 from safetensors import SafetensorError
 
 import negfast
-from negfast.data.dataset import EVENTS, MANIFEST, Dataset, date_of, day_of, file_record, write_dataset
+from negfast.data.dataset import (
+    EVENTS,
+    MANIFEST,
+    VERIFIED,
+    Dataset,
+    date_of,
+    day_of,
+    file_record,
+    write_dataset,
+)
 from negfast.data.items import ItemTable
 from negfast.data.log import EventLog
 from negfast.data.split import Split, all_requests, split_requests
@@ -166,7 +175,7 @@ def check_replaceable(out: Path, force: bool) -> None:
         return
     try:
         manifest = json.loads((out / MANIFEST).read_text("utf-8"))
-        own = {MANIFEST, *manifest["files"]} if "format" in manifest else None
+        own = {MANIFEST, VERIFIED, *manifest["files"]} if "format" in manifest else None
     except (OSError, ValueError, TypeError, KeyError):
         own = None
     if own is None:

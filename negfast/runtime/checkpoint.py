@@ -4,13 +4,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from negfast.data.dataset import file_record
+from negfast.data.dataset import file_record, verify_files
 from negfast.errors import InputError, TrainingError
 from negfast.files import atomic_directory
 from negfast.runtime import distributed
@@ -64,19 +65,18 @@ def snapshot(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return copies
 
 
-def check_checkpoint(folder: Path) -> None:
-    """InputError where a file of a checkpoint is missing or not what was written."""
+def check_checkpoint(folder: Path, again: bool = True) -> None:
+    """InputError where a file of a checkpoint is missing or not what was written, by `verify_files`."""
+    files: Any = read_state(folder).get("files")
     try:
-        files = read_state(folder)["files"]
-        for name, record in files.items():
-            if file_record(folder / name) != record:
-                raise InputError(f"{folder / name}: damaged: its checksum is not the one in {STATE}")
-    except (OSError, json.JSONDecodeError, KeyError) as error:
-        raise InputError(f"{folder}: damaged: {error}") from error
+        verify_files(folder, files, STATE, again)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / STATE}: damaged: found files {files!r}") from error
 
 
 def load_weights(folder: Path, policy: nn.Module) -> None:
     """Loads a checkpoint's weights into ``policy``; InputError where they are missing, damaged or do not fit."""
+    check_checkpoint(folder, again=False)
     tensors = _read(folder / WEIGHTS)
     wanted = unique_parts(policy)
     for name, tensor in wanted.items():
@@ -101,8 +101,22 @@ def load_optimizer(folder: Path, policy: nn.Module, optimizer: torch.optim.Optim
             optimizer.state[parameter] = entry
 
 
-def read_state(folder: Path) -> dict:
-    return json.loads((folder / STATE).read_text())
+def read_state(folder: Path) -> dict[str, Any]:
+    """What state.json says. InputError where it is missing or damaged."""
+    return read_object(folder / STATE)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a file. InputError where there is none."""
+    try:
+        read = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: found no such file, expected one of a run") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: damaged: {error}") from error
+    if not isinstance(read, dict):
+        raise InputError(f"{path}: damaged: found no JSON object")
+    return read
 
 
 def latest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:

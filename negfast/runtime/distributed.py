@@ -23,7 +23,6 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from negfast.errors import InputError, TrainingError
 
@@ -151,6 +150,8 @@ def share_weights(module: nn.Module) -> None:
     """Gives every rank the parameters and buffers of rank 0."""
     if size() == 1:
         return
+    from torch.distributed.tensor import DTensor  # a second of imports
+
     with peers(), torch.no_grad():
         for tensor in module.state_dict().values():
             if not isinstance(tensor, DTensor):  # such a part is this rank's alone

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from negfast.config import Config
 from negfast.data.dataset import Dataset
@@ -21,6 +21,9 @@ from negfast.runtime.machine import available_memory
 from negfast.sid.prior import TABLE_BYTES, DevicePrior, decayed_mass
 from negfast.sid.trie import Trie, build_trie
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 @dataclass(frozen=True)
 class Engine:
@@ -30,7 +33,7 @@ class Engine:
     data: Dataset
     log: EventLog
     policy: Policy
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: "PreTrainedTokenizerBase"  # missing where the engine only serves
     trie: Trie
     chooser: TrieChooser
     prompts: PromptBuilder
@@ -54,7 +57,7 @@ def build_engine(
     config: Config,
     data: Dataset,
     policy: Policy,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     device: torch.device,
     fit_until: int | None = None,
 ) -> Engine:

@@ -1,6 +1,7 @@
 """What `negfast inspect` says of a data set, a shard, a table of tensors, a run or a checkpoint."""
 
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -9,84 +10,100 @@ from safetensors import SafetensorError, safe_open
 from negfast.data.dataset import Dataset
 from negfast.data.shards import describe_shard
 from negfast.errors import InputError
-from negfast.runtime.checkpoint import STATE, check_checkpoint, read_state
+from negfast.runtime.checkpoint import STATE, WEIGHTS, check_checkpoint, read_state
 from negfast.runtime.run_folder import RunFolder
 
 Report = Callable[[str], None]
+Facts = dict[str, Any]
 
 
-def inspect_path(path: Path, report: Report) -> None:
-    """Describes what lies at ``path`` and verifies checksums where there are any. Raises InputError if damaged."""
+def describe(path: Path) -> Facts:
+    """What lies at ``path``, JSON types, ``kind`` first; checksums are verified where there are any.
+
+    Raises InputError for what is damaged or unknown.
+    """
     if not path.exists():
         raise InputError(f"{path}: no such file or directory")
     if (path / "run.json").is_file():
-        inspect_run(path, report)
-    elif (path / "policy.safetensors").is_file():
-        inspect_checkpoint(path, report)
-    elif path.is_dir():
-        inspect_dataset(Dataset.open(path), report)
-    elif path.suffix == ".safetensors":
-        inspect_tensors(path, report)
+        return _run(path)
+    if (path / WEIGHTS).is_file():
+        check_checkpoint(path)
+        tensors = _tensors(path / WEIGHTS)
+        return {"kind": "checkpoint", "path": str(path), "state": read_state(path), "tensors": tensors}
+    if path.is_dir():
+        dataset = Dataset.open(path)
+        dataset.verify()
+        return {"kind": "data set", "path": str(path), **dataset.manifest}
+    if path.suffix == ".safetensors":
+        return {"kind": "tensors", "path": str(path), "tensors": _tensors(path)}
+    return {"kind": "shard", "path": str(path), **describe_shard(path)}
+
+
+def report(facts: Facts, say: Report) -> None:
+    """What `describe` found, in lines."""
+    kind, path = facts["kind"], facts["path"]
+    if kind == "data set":
+        _report_dataset(facts, say)
+    elif kind == "run":
+        _rows({"run": path, **{k: v for k, v in facts.items() if k not in ("kind", "path", "checkpoints")}}, say)
+        for name, state in facts["checkpoints"].items():
+            kept = {key: value for key, value in state.items() if key != "files"}
+            say(f"{name}: {_text(kept) if kept else 'before the first step'}, files ok")
+    elif kind == "shard":
+        _rows({key: value for key, value in facts.items() if key not in ("kind", "path")}, say)
     else:
-        _rows(describe_shard(path), report)
+        if kind == "checkpoint":
+            _rows({"checkpoint": path, **facts["state"]}, say)
+        for name, tensor in facts["tensors"].items():
+            say(f"{name:<60} {tensor['type']:<8} {' x '.join(map(str, tensor['shape']))}")
+        numbers = sum(prod(tensor["shape"]) for tensor in facts["tensors"].values())
+        say(f"{numbers:,} numbers in {len(facts['tensors']):,} tensors")
 
 
-def inspect_dataset(dataset: Dataset, report: Report) -> None:
-    """Counts, days, split, semantic IDs, files; then reads every byte against the manifest's checksums."""
-    manifest = dataset.manifest
-    counts, split, sids = manifest["counts"], manifest["split"], manifest["semantic_ids"]
-    report(f"data set      {dataset.path} (format {manifest['format']}, negfast {manifest['negfast']})")
-    for name, source in manifest["sources"].items():
-        report(f"{name:<13} {source['name']}, {source['bytes']:,} bytes, sha256 {source['sha256'][:16]}...")
-    report(f"counts        {counts['events']:,} events, {counts['users']:,} users, {counts['items']:,} items")
+def _report_dataset(facts: Facts, say: Report) -> None:
+    counts, split, sids = facts["counts"], facts["split"], facts["semantic_ids"]
+    say(f"data set      {facts['path']} (format {facts['format']}, negfast {facts['negfast']})")
+    for name, source in facts["sources"].items():
+        say(f"{name:<13} {source['name']}, {source['bytes']:,} bytes, sha256 {source['sha256'][:16]}...")
+    say(f"counts        {counts['events']:,} events, {counts['users']:,} users, {counts['items']:,} items")
     kinds = [k for k in ("dislikes", "likes", "exposed", "withdrawn") if k in counts]
     shares = (f"{counts[k]:,} {k} ({counts[k] / counts['events']:.1%})" for k in kinds)
-    report(f"feedback      {', '.join(shares)}")
-    report(f"days          {manifest['days']['first']} to {manifest['days']['last']}")
-    report(f"split         horizon {split['horizon']} days, valid from {split['valid']}, test from {split['test']}")
-    report(f"semantic IDs  {sids['levels']} levels of {sids['codebook']} codes, {sids['quantizer']}")
-    _rows(sids["report"], report, indent="  ")
-    for number, part in enumerate(dataset.parts, start=1):
+    say(f"feedback      {', '.join(shares)}")
+    say(f"days          {facts['days']['first']} to {facts['days']['last']}")
+    say(f"split         horizon {split['horizon']} days, valid from {split['valid']}, test from {split['test']}")
+    say(f"semantic IDs  {sids['levels']} levels of {sids['codebook']} codes, {sids['quantizer']}")
+    _rows(sids["report"], say, indent="  ")
+    for number, part in enumerate(facts.get("parts", []), start=1):
         days = part["days"]
-        report(
+        say(
             f"part {number:<8} {part['events']:,} events of {days['first']} to {days['last']},"
             f" {part['new_users']:,} new users"
         )
-    dataset.verify()
-    for name, record in manifest["files"].items():
-        report(f"{name:<28} {record['bytes']:>14,} bytes  ok")
+    for name, record in facts["files"].items():
+        say(f"{name:<28} {record['bytes']:>14,} bytes  ok")
 
 
-def inspect_run(path: Path, report: Report) -> None:
+def _run(path: Path) -> Facts:
     """What a run was made of, and its checkpoints, read against their checksums."""
-    _rows({"run": str(path), **RunFolder(path).read()}, report)
-    for folder in [*sorted((path / "checkpoints").iterdir()), path / "final"]:
+    described, checkpoints = RunFolder(path).read(), {}
+    for folder in [*sorted((path / "checkpoints").glob("*")), path / "final"]:
         if (folder / STATE).is_file():
             check_checkpoint(folder)
-            state = {name: value for name, value in read_state(folder).items() if name != "files"}
-            report(f"{folder.relative_to(path)}: {_text(state) if state else 'before the first step'}, files ok")
+            checkpoints[str(folder.relative_to(path))] = read_state(folder)
+    return {"kind": "run", "path": str(path), **described, "checkpoints": checkpoints}
 
 
-def inspect_checkpoint(path: Path, report: Report) -> None:
-    """A checkpoint's state and its tensors, read against the checksums."""
-    check_checkpoint(path)
-    _rows({"checkpoint": str(path), **read_state(path)}, report)
-    inspect_tensors(path / "policy.safetensors", report)
-
-
-def inspect_tensors(path: Path, report: Report) -> None:
-    """Shapes and types of a safetensors file, each tensor read to its end."""
-    total = 0
+def _tensors(path: Path) -> dict[str, Facts]:
+    """Types and shapes of a safetensors file, each tensor read to its end."""
+    found: dict[str, Facts] = {}
     try:
         with safe_open(path, framework="pt") as tensors:  # numpy has no bfloat16
             for name in tensors.keys():  # noqa: SIM118 - not a mapping
                 tensor = tensors.get_tensor(name)
-                total += tensor.numel()
-                kind = str(tensor.dtype).removeprefix("torch.")
-                report(f"{name:<60} {kind:<8} {' x '.join(map(str, tensor.shape))}")
+                found[name] = {"type": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: damaged: {' '.join(str(error).split())}") from error
-    report(f"{total:,} numbers, {path.stat().st_size:,} bytes")
+    return found
 
 
 def _rows(facts: dict[str, Any], report: Report, indent: str = "") -> None:

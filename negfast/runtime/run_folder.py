@@ -1,23 +1,29 @@
 """A run directory: where things lie in it, and how a policy comes back out of it."""
 
-import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from transformers import PreTrainedTokenizerBase
+import torch
 
 from negfast.config import Config, load_config
 from negfast.data.dataset import Dataset, date_of, day_of
 from negfast.errors import InputError
-from negfast.model.load import rebuild_policy
+from negfast.model import qwen3
 from negfast.model.policy import Policy
-from negfast.runtime.checkpoint import load_weights, read_state
+from negfast.runtime.checkpoint import STATE, load_weights, read_object, read_state
 from negfast.runtime.engine import Engine, build_engine
 from negfast.runtime.machine import choose_device, use_threads
 from negfast.runtime.verdict import Calibration
+from negfast.sid.tokens import CodeVocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FORMAT = 2  # of run.json and of what lies beside it
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class Refit:
     of: str  # the finished run, relative to this one
     until: int  # days since 1970: trained on events of days before
     stages: dict[str, Chosen]
+    shown: Calibration | None = None  # of P(dislike | shown)
 
     def calibration(self, stage: str) -> Calibration:
         calibration = self.stages[stage].calibration
@@ -51,7 +58,8 @@ class Refit:
         for name, chosen in read["stages"].items():
             calibration = None if chosen["calibration"] is None else Calibration(**chosen["calibration"])
             stages[name] = Chosen(chosen["step"], chosen["scale"], calibration)
-        return cls(read["of"], day_of(read["until"]), stages)
+        shown = None if read.get("shown") is None else Calibration(**read["shown"])
+        return cls(read["of"], day_of(read["until"]), stages, shown)
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,7 @@ class RunFolder:
 
     @property
     def data(self) -> Path:
-        return self.path / self.read()["data"]
+        return self.path / self._said("data", str)
 
     @property
     def config(self) -> Config:
@@ -104,35 +112,42 @@ class RunFolder:
 
     @property
     def calibration(self) -> Calibration:
-        return Calibration(**read_state(self.final)["calibration"])
+        state = read_state(self.final)
+        return _parsed(self.final / STATE, "calibration", lambda: Calibration(**state["calibration"]))
+
+    @property
+    def shown_calibration(self) -> Calibration:
+        """Of P(dislike | shown). InputError where the run has none."""
+        state = read_state(self.final)
+        if state.get("shown_calibration") is None:
+            raise InputError(
+                f"{self.path}: its log has no exposures with dislikes among them on valid, so it cannot tell "
+                "P(dislike | shown)"
+            )
+        return _parsed(self.final / STATE, "shown_calibration", lambda: Calibration(**state["shown_calibration"]))
 
     @property
     def learned_until(self) -> int:
         """Days since 1970: nothing in the weights comes from events of this day or later, those of --init included."""
-        return day_of(self._said("learned_until"))
+        return self._said("learned_until", day_of)
 
-    def _said(self, name: str) -> Any:
-        """A part of run.json. InputError where it has none."""
+    def _said(self, name: str, parse: Callable[[Any], T]) -> T:
+        """A part of run.json. InputError where it has none, or a damaged one."""
         read = self.read()
         if name not in read:
             raise InputError(f"{self.description}: damaged: found no {name}")
-        return read[name]
+        return _parsed(self.description, name, lambda: parse(read[name]))
 
     @property
     def refit(self) -> Refit | None:
         """What the run repeats, where it is a final refit."""
-        description = self.read().get("refit")
-        return None if description is None else Refit.from_json(description)
+        return None if self.read().get("refit") is None else self._said("refit", Refit.from_json)
 
     def read(self) -> dict:
         if not self.exists:
             raise InputError(f"{self.path}: found no run.json, expected a run directory")
-        try:
-            read = json.loads(self.description.read_text())
-            version = read.get("format")
-        except (ValueError, AttributeError) as error:
-            raise InputError(f"{self.description}: damaged: {error}") from error
-        if version != FORMAT:
+        read = read_object(self.description)
+        if (version := read.get("format")) != FORMAT:
             raise InputError(f"{self.description}: found a run of format {version}, expected {FORMAT}; train it again")
         return read
 
@@ -143,32 +158,57 @@ class RunFolder:
 
     def check_data(self, dataset: Dataset) -> None:
         """InputError unless the data set is the one that the run was trained on, or extends it."""
-        if self._said("fingerprint") not in (dataset.fingerprint, *dataset.extends):
+        if self._said("fingerprint", str) not in (dataset.fingerprint, *dataset.extends):
             raise InputError(
                 f"{dataset.path}: is not the data set that {self.path} was trained on, or has changed since; expected "
                 "that one, or one that `prepare --like` made of it"
             )
 
-    def load_policy(self, dataset: Dataset) -> tuple[Policy, PreTrainedTokenizerBase]:
+    def load_policy(self, dataset: Dataset) -> tuple[Policy, "PreTrainedTokenizerBase"]:
         """The run's policy, its weights still to be loaded, and its tokenizer."""
+        from negfast.model.load import rebuild_policy  # transformers: seconds
+
         shape = dataset.codes.shape[1], int(dataset.manifest["semantic_ids"]["codebook"])
         config = self.config
-        return rebuild_policy(self.model, config.model, *shape, self.read()["verdict_features"])
+        return rebuild_policy(self.model, config.model, *shape, self._said("verdict_features", int))
 
-    def finished_engine(self, data: Path | None) -> Engine:
+    def serving_policy(self, dataset: Dataset) -> Policy | None:
+        """The run's policy without transformers, its weights still to be loaded; None for another decoder."""
+        config = self.config
+        shape = qwen3.read_config(self.model)
+        if shape is None or config.model.lora_rank:
+            return None
+        sids = dataset.codes.shape[1], int(dataset.manifest["semantic_ids"]["codebook"])
+        vocabulary = CodeVocabulary(shape.vocab_size, *sids)
+        with torch.random.fork_rng(devices=[]):
+            return Policy(qwen3.Qwen3(shape), vocabulary, self._said("verdict_features", int))
+
+    def finished_engine(self, data: Path | None, serving: bool = False) -> Engine:
         """An engine with the run's final weights over ``data`` (default: the data it was trained on), for inference.
 
-        Raises InputError where the run is unfinished or the data does not belong to it.
+        ``serving`` makes it in less time, to the same bits, but without a tokenizer. Raises InputError where the run is
+        unfinished or the data does not belong to it.
         """
         self.require_finished()
         dataset = Dataset.open(self.data if data is None else data)
         self.check_data(dataset)
         config = self.config
         use_threads(config.train.threads)
-        policy, tokenizer = self.load_policy(dataset)
-        until = None if self.refit is None else self.refit.until
         device = choose_device(config.train.device)
+        tokenizer: Any = None
+        policy = self.serving_policy(dataset) if serving and device.type == "cpu" else None
+        if policy is None:
+            policy, tokenizer = self.load_policy(dataset)
+        until = None if self.refit is None else self.refit.until
         engine = build_engine(config, dataset, policy, tokenizer, device, until)
         load_weights(self.final, engine.policy)
         engine.policy.eval().requires_grad_(False)
         return engine
+
+
+def _parsed(file: Path, name: str, parse: Callable[[], T]) -> T:
+    """What ``parse`` makes of the part ``name`` of a file; InputError where it cannot."""
+    try:
+        return parse()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{file}: damaged: {name}: {type(error).__name__} {error}") from error

@@ -8,20 +8,24 @@ code block stay whole on every rank, as in `distributed`. docs/scaling.md has th
 """
 
 import copy
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, share_comm_ctx
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from negfast.config import Config
 from negfast.errors import InputError
 from negfast.model.policy import Policy
 from negfast.runtime import distributed
+
+if TYPE_CHECKING:  # a second of imports, for those who shard
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 TRAINED_BYTES, FROZEN_BYTES = 20, 4  # a weight: itself, gradient, two moments and GRPO's reference, float32 each
 ROOM = 0.6  # of a GPU's memory that they may take before `auto` shards
@@ -55,6 +59,8 @@ def shard(policy: Policy, config: Config, device: torch.device) -> bool:
 
 
 def _shard_layers(policy: Policy, device: torch.device, keep_gathered: bool) -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, share_comm_ctx
+
     mesh = init_device_mesh(device.type, (distributed.size(),))
     precision = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if policy.in_bfloat16 else None,
@@ -70,8 +76,12 @@ def _shard_layers(policy: Policy, device: torch.device, keep_gathered: bool) -> 
     share_comm_ctx(layers)
 
 
-def sharded_layers(policy: nn.Module) -> list[FSDPModule]:
+def sharded_layers(policy: nn.Module) -> list["FSDPModule"]:
     """The layers that are sharded; none where nothing is."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
     return [module for module in policy.modules() if isinstance(module, FSDPModule)]
 
 
@@ -119,18 +129,19 @@ def frozen_copy(policy: Policy) -> Policy:
     return twin
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    return isinstance(tensor, DTensor)
+def is_sharded(tensor: Tensor | None) -> TypeGuard["DTensor"]:
+    dtensor = sys.modules.get("torch.distributed.tensor")  # not imported: nothing can be sharded
+    return dtensor is not None and isinstance(tensor, dtensor.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor; any other as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor from the parts of all ranks, which all ask for it; any other as it is."""
-    if not isinstance(tensor, DTensor):
+    if not is_sharded(tensor):
         return tensor
     with distributed.peers():
         return tensor.full_tensor()
@@ -139,15 +150,17 @@ def whole(tensor: Tensor) -> Tensor:
 def like(full: Tensor, target: Tensor) -> Tensor:
     """``full``, which every rank has, sharded and placed as ``target`` is."""
     full = full.to(target.device)
-    if not isinstance(target, DTensor) or full.shape != target.shape:  # a moment is sharded, a count of steps is not
+    if not is_sharded(target) or full.shape != target.shape:  # a moment is sharded, a count of steps is not
         return full
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None)
 
 
 def gradient_norm(gradients: list[Tensor]) -> Tensor:
     """The norm of gradients of which some may be sharded."""
-    parts = [torch.nn.utils.get_total_norm([g for g in gradients if not isinstance(g, DTensor)])]
-    if split := [local(g) for g in gradients if isinstance(g, DTensor)]:
+    parts = [torch.nn.utils.get_total_norm([g for g in gradients if not is_sharded(g)])]
+    if split := [local(g) for g in gradients if is_sharded(g)]:
         parts.append(distributed.add(torch.nn.utils.get_total_norm(split) ** 2).sqrt())
         return torch.nn.utils.get_total_norm(parts)
     return parts[0]
@@ -155,7 +168,7 @@ def gradient_norm(gradients: list[Tensor]) -> Tensor:
 
 def clip(parameters: list[nn.Parameter], most: float, norm: Tensor) -> None:
     """Scales gradients so that their ``norm`` is at most ``most``."""
-    split = [p.grad for p in parameters if isinstance(p.grad, DTensor)]
-    torch.nn.utils.clip_grads_with_norm_([p for p in parameters if not isinstance(p.grad, DTensor)], most, norm)
+    split = [p.grad for p in parameters if is_sharded(p.grad)]
+    torch.nn.utils.clip_grads_with_norm_([p for p in parameters if not is_sharded(p.grad)], most, norm)
     for gradient in split:
         local(gradient).mul_((most / (norm + 1e-6)).clamp(max=1.0))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from negfast.data.log import DISLIKE, EventLog, history_ends
+from negfast.data.log import DISLIKE, WITHDRAWN, EventLog, history_ends
 from negfast.data.split import first_feedback
 from negfast.model.policy import Policy
 from negfast.model.prompts import MIXED, PromptBatch
@@ -65,6 +65,20 @@ def first_feedback_candidates(
     return group_candidates(log.user[rows], days[rows], log.item[rows]), (log.feedback[rows] == DISLIKE).astype(
         np.float32
     )
+
+
+def shown_candidates(log: EventLog, from_day: int, before_day: int) -> tuple[Candidates, np.ndarray]:
+    """User-item pairs whose first event, judged or not, lies on days [from_day, before_day), grouped by user-day, and
+    whether the user disliked the item by the end of that day (negfast's choice), bool [E]."""
+    key = log.user.astype(np.int64) * log.n_items + log.item
+    rows = np.flatnonzero(log.feedback != WITHDRAWN)
+    rows = rows[np.sort(np.unique(key[rows], return_index=True)[1])]
+    days = log.day
+    rows = rows[(days[rows] >= from_day) & (days[rows] < before_day)]
+    disliked = log.feedback == DISLIKE
+    last = int(days.max()) + 1
+    same_day = np.isin(key[rows] * last + days[rows], key[disliked] * last + days[disliked])
+    return group_candidates(log.user[rows], days[rows], log.item[rows]), same_day
 
 
 def verdict_start(log: EventLog, fit_until: int) -> int:
@@ -148,7 +162,10 @@ def candidate_logits(engine: Engine, candidates: Candidates, view: int = MIXED) 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Platt scaling of verdict logits, fitted on valid: P(dislike) = sigmoid(slope * logit + intercept)."""
+    """Platt scaling of verdict logits, fitted on valid: P(dislike) = sigmoid(slope * logit + intercept).
+
+    Fitted on first likes and dislikes it is P(dislike | the user gives feedback), on what was shown P(dislike | shown).
+    """
 
     slope: float
     intercept: float

@@ -1,15 +1,41 @@
-"""The moment that serving looks from."""
+"""What every serving command starts with: paths that hold, the run, and the moment it looks from."""
 
+import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from negfast.data.dataset import date_of, day_of
+from negfast.data.dataset import MANIFEST, date_of, day_of, file_record
 from negfast.data.log import EventLog
 from negfast.errors import InputError
-from negfast.runtime.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from negfast.runtime.engine import Engine
+    from negfast.runtime.run_folder import RunFolder
 
 
-def told_context_day(run: RunFolder, log: EventLog, at: str | None) -> int:
+def check_sources(run: Path, data: Path | None) -> None:
+    """Raises InputError where ``run`` plainly is no run or ``data`` no directory: known before torch is imported."""
+    if not (run / "run.json").is_file():
+        raise InputError(f"{run}: found no run.json, expected a run directory")
+    if data is not None and not data.is_dir():
+        raise InputError(f"{data}: no such data set directory")
+
+
+@contextmanager
+def quick_imports() -> Iterator[None]:
+    """Without the collector within the block: imports make a million objects, and it would look at them all again."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def told_context_day(run: "RunFolder", log: EventLog, at: str | None) -> int:
     """`context_day`, told on stderr; also that the run learned from later events, where it did."""
     day = context_day(log, at)
     print(f"context: events up to the end of {date_of(day)}", file=sys.stderr)
@@ -31,7 +57,15 @@ def context_day(log: EventLog, at: str | None) -> int:
         when = when if when.tzinfo is None else when.astimezone(UTC)
         day = day_of(when.date().isoformat()) - 1
     except (ValueError, OverflowError) as error:
-        raise InputError(f"--at: found {at!r}, expected an ISO time such as 2013-08-01") from error
+        raise InputError(f"--at: found {at!r}, expected an ISO date or time such as 2013-08-01") from error
     if day < first:
         raise InputError(f"--at: found {at}, expected a time after the log's first day {date_of(first)}")
     return min(day, last)
+
+
+def source_of(run: "RunFolder", engine: "Engine") -> dict[str, Any]:
+    """What tells one answer of a run from another: checksums of its weights and of its data set."""
+    from negfast.runtime.checkpoint import WEIGHTS, read_state
+
+    weights = read_state(run.final)["files"][WEIGHTS]["sha256"]  # verified as they were loaded
+    return {"weights": weights, "data": file_record(engine.data.path / MANIFEST)["sha256"]}

@@ -7,11 +7,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from negfast.data.dataset import refuse_data_folder
 from negfast.errors import InputError
-from negfast.files import atomic_directory, check_output
+from negfast.files import atomic_directory, check_output, locked
 from negfast.model.lora import merge_adapters
 from negfast.model.policy import Policy
 from negfast.runtime.run_folder import RunFolder
@@ -30,7 +32,15 @@ def export_run(run: Path, out: Path) -> None:
     check_output(out)
     if out.exists() and not (out / DESCRIPTION).is_file() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{out}: exists and is no export; choose another --out")
-    folder = RunFolder(run)
+    refuse_data_folder(out)
+    with locked(out):
+        try:
+            _write_export(RunFolder(run), out)
+        except SafetensorError as error:  # how the library says that the disk is full
+            raise OSError(f"{out}: cannot be written: {error}") from error
+
+
+def _write_export(folder: RunFolder, out: Path) -> None:
     engine = folder.finished_engine(None)
     merge_adapters(engine.policy)
     model = merged_model(engine.policy)
@@ -51,7 +61,6 @@ def export_run(run: Path, out: Path) -> None:
             "base": vocabulary.base,
             "levels": vocabulary.levels,
             "codebook": vocabulary.codebook,
-            "calibration": vars(folder.calibration),
         }
         (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
 

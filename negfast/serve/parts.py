@@ -1,4 +1,4 @@
-"""Long Parquet files made batch by batch: what was done before a kill is kept, and the file appears whole."""
+"""Long tables made batch by batch: what was done before a kill is kept, and the file appears whole."""
 
 import json
 import shutil
@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.csv as csv
 import pyarrow.parquet as parquet
 
-from negfast.data.dataset import MANIFEST, file_record
-from negfast.files import atomic_file, check_output_file
+from negfast.files import atomic_file
 from negfast.progress import Progress
-from negfast.runtime.checkpoint import WEIGHTS
-from negfast.runtime.engine import Engine
-from negfast.runtime.run_folder import RunFolder
 
 ABOUT = "about.json"
+ASKED = b"negfast"  # key of the schema metadata that holds what a table answers, as JSON
 
 
 def write_in_parts(
@@ -30,11 +28,12 @@ def write_in_parts(
 ) -> None:
     """Writes ``make(start, stop)`` of every batch of ``size`` rows of ``total`` to ``out``, a row group each.
 
-    A batch is kept in the folder ``.NAME.parts`` beside ``out`` until all are there. A call with the same ``about``
-    (JSON types) goes on where an earlier one was killed; with another it starts anew. ``progress`` names work and unit.
+    A batch is kept in the folder ``.NAME.parts`` beside ``out`` until all are there. Every part carries ``about`` (JSON
+    types), what it was asked: a call with the same ``about`` resumes where an earlier one was killed, and parts with
+    another are not used. ``progress`` names work and unit. The caller holds the lock on ``out``.
     """
-    check_output_file(out)
     folder = out.with_name(f".{out.name}.parts")
+    schema = schema.with_metadata({ASKED: json.dumps(about)})
     if _about(folder) != about:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -42,12 +41,13 @@ def write_in_parts(
             temporary.write_text(json.dumps(about))
     starts = range(0, total, size)
     parts = {start: folder / f"{start:012d}.parquet" for start in starts}
-    done = sum(min(size, total - start) for start in starts if parts[start].is_file())
+    made = {start for start in starts if _answers(parts[start], schema)}
+    done = sum(min(size, total - start) for start in made)
     with Progress(progress[0], total, unit=progress[1], done=done) as bar:
         if done:
-            bar.log(f"{out}: going on after {done:,} {progress[1]} of an earlier call")
+            bar.log(f"{out}: resuming after {done:,} {progress[1]} of an earlier call")
         for start in starts:
-            if parts[start].is_file():
+            if start in made:
                 continue
             stop = min(start + size, total)
             table = make(start, stop)
@@ -55,16 +55,29 @@ def write_in_parts(
                 parquet.write_table(table.cast(schema), temporary, compression="zstd")
             done += stop - start
             bar.update(done)
-    with atomic_file(out) as temporary, parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
-        for part in parts.values():
-            writer.write_table(parquet.read_table(part, schema=schema))
+    write_table(out, schema, (parquet.read_table(part) for part in parts.values()))
     shutil.rmtree(folder)
 
 
-def source_of(run: Path, engine: Engine) -> dict[str, Any]:
-    """What tells one answer of a run from another: checksums of its weights and of its data set."""
-    weights = file_record(RunFolder(run).final / WEIGHTS)["sha256"]
-    return {"weights": weights, "data": file_record(engine.data.path / MANIFEST)["sha256"]}
+def write_table(out: Path, schema: pa.Schema, tables: Any) -> None:
+    """Writes an iterable of tables to ``out`` as its suffix says, Parquet or CSV (`negfast.files.check_table`)."""
+    with atomic_file(out) as temporary:
+        writer = (
+            csv.CSVWriter(temporary, schema)
+            if out.suffix == ".csv"
+            else parquet.ParquetWriter(temporary, schema, compression="zstd")
+        )
+        with writer:
+            for table in tables:
+                writer.write_table(table)
+
+
+def _answers(part: Path, schema: pa.Schema) -> bool:
+    """Whether a part is there and was asked what ``schema`` says."""
+    try:
+        return parquet.read_schema(part).equals(schema, check_metadata=True)
+    except (OSError, pa.ArrowException):
+        return False
 
 
 def _about(folder: Path) -> dict[str, Any] | None:

@@ -1,48 +1,111 @@
-"""`negfast predict`: what every user is going to dislike, streamed to Parquet."""
+"""`negfast predict`: what users are going to dislike, written batch by batch."""
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from negfast.data.dataset import file_record
 from negfast.data.split import Requests
-from negfast.files import check_output_file
-from negfast.runtime.generation import generate
-from negfast.runtime.run_folder import RunFolder
-from negfast.serve.context import told_context_day
-from negfast.serve.parts import source_of, write_in_parts
+from negfast.errors import InputError
+from negfast.files import check_input_file, check_table, locked
+from negfast.prepare.readers import read_table
+from negfast.serve.context import check_sources, quick_imports, source_of, told_context_day
+from negfast.serve.parts import write_in_parts
+from negfast.serve.score import index_of
 
 USERS_AT_ONCE = 4096
-SCHEMA = pa.schema([("user", pa.string()), ("rank", pa.int32()), ("item", pa.string()), ("score", pa.float32())])
+ROWS_AT_ONCE = 1 << 22  # of the output; fewer users at once where each has many
+MEANING = "probability of the item as the user's next dislike, among the items that may be listed"
+SCHEMA = pa.schema(
+    [
+        ("user", pa.string()),
+        ("rank", pa.int32()),
+        ("item", pa.string()),
+        pa.field("score", pa.float32(), metadata={"description": MEANING}),
+    ]
+)
 
 
-def predict_run(run: Path, data: Path | None, at: str | None, top: int, out: Path) -> None:
+def predict_run(
+    run: Path,
+    data: Path | None,
+    at: str | None,
+    top: int,
+    out: Path,
+    users: Path | None = None,
+    items: Path | None = None,
+    not_items: Path | None = None,
+) -> None:
     """Writes (user, rank, item, score) to ``out``: the ``top`` unseen items that each user will most probably dislike.
 
-    ``score`` is the probability of the item as the next dislike. A call that was killed is gone on with by the same
-    call. Raises InputError as `RunFolder.finished_engine` does.
+    ``score`` is the probability of the item as the next dislike. ``users`` and ``items`` are files whose columns
+    ``user`` and ``item`` name the only ones to answer for and to list, ``not_items`` one of items not to list: scores
+    are then probabilities among the items that are left. The same call resumes one that was killed. Raises InputError
+    for files that cannot be read or name nothing that is known, and as `RunFolder.finished_engine` does.
     """
-    check_output_file(out)
-    folder = RunFolder(run)
-    engine = folder.finished_engine(data)
-    day = told_context_day(folder, engine.log, at)
-    user_ids, item_ids = pa.array(engine.data.user_ids, pa.string()), pa.array(engine.data.items.ids, pa.string())
+    check_table(out)
+    check_sources(run, data)
+    asked = {name: path for name, path in (("users", users), ("items", items), ("not_items", not_items)) if path}
+    lists = {name: read_ids(path, "user" if name == "users" else "item") for name, path in asked.items()}
+    with locked(out):
+        with quick_imports():
+            from negfast.runtime.generation import generate
+            from negfast.runtime.run_folder import RunFolder
 
-    def batch(start: int, stop: int) -> pa.Table:
-        users = np.arange(start, stop, dtype=np.int32)
-        items, log_p = generate(engine, requests_at(users, day), top)
-        known = items >= 0
-        rows, ranks = np.nonzero(known)
-        columns = [
-            user_ids.take(pa.array(users[rows])),
-            pa.array((ranks + 1).astype(np.int32)),
-            item_ids.take(pa.array(items[known])),
-            pa.array(np.exp(log_p[known])),
-        ]
-        return pa.table(columns, schema=SCHEMA)
+        folder = RunFolder(run)
+        engine = folder.finished_engine(data, serving=True)
+        known = {"user": engine.data.user_ids, "item": engine.data.items.ids}
+        found = {name: _known(table, known, asked[name], name != "not_items") for name, table in lists.items()}
+        of_users = found.get("users", np.arange(engine.log.n_users))
+        listed = np.full(engine.log.n_items, "items" not in found)
+        listed[found.get("items", [])] = True
+        listed[found.get("not_items", [])] = False
+        top = min(top, int(listed.sum()))
+        if not top:
+            raise InputError("--items and --not-items: found no item to list, expected at least one")
+        day = told_context_day(folder, engine.log, at)
+        user_ids, item_ids = (pa.array(known[name], pa.string()) for name in ("user", "item"))
+        excluded = np.flatnonzero(~listed)
 
-    about = {"what": "predict", **source_of(run, engine), "day": day, "top": top, "users_at_once": USERS_AT_ONCE}
-    write_in_parts(out, SCHEMA, about, engine.log.n_users, USERS_AT_ONCE, batch, ("predict", "users"))
+        def batch(start: int, stop: int) -> pa.Table:
+            part = of_users[start:stop].astype(np.int32)
+            item, log_p = generate(engine, requests_at(part, day), top, excluded=excluded)
+            rows, ranks = np.nonzero(item >= 0)
+            columns = [
+                user_ids.take(pa.array(part[rows])),
+                pa.array((ranks + 1).astype(np.int32)),
+                item_ids.take(pa.array(item[rows, ranks])),
+                pa.array(np.exp(log_p[rows, ranks])),
+            ]
+            return pa.table(columns, schema=SCHEMA)
+
+        at_once = max(1, min(USERS_AT_ONCE, ROWS_AT_ONCE // top))
+        about: dict[str, Any] = {"what": "predict", **source_of(folder, engine), "day": day, "top": top}
+        about |= {"users_at_once": at_once}
+        about |= {name: file_record(path)["sha256"] for name, path in asked.items()}
+        write_in_parts(out, SCHEMA, about, len(of_users), at_once, batch, ("predict", "users"))
+
+
+def read_ids(path: Path, column: str) -> pa.Table:
+    """The column of ids of a table in any format that `negfast prepare` reads."""
+    check_input_file(path)
+    return read_table(path, [column]).table
+
+
+def _known(table: pa.Table, known: dict[str, list[str]], path: Path, needed: bool) -> np.ndarray:
+    """The distinct indices of a table's ids, ascending; those that the data set does not have are counted on stderr.
+
+    InputError where it has none of them, and one is ``needed``.
+    """
+    [column] = table.column_names
+    index = index_of(table, column, known[column], path, needed)
+    strange = int((index < 0).sum())
+    if strange:
+        print(f"{path}: {strange:,} of {len(index):,} {column}s are not in the data set", file=sys.stderr)
+    return np.unique(index[index >= 0])
 
 
 def requests_at(users: np.ndarray, day: int) -> Requests:

@@ -6,14 +6,11 @@ import numpy as np
 import pyarrow as pa
 import scipy.sparse as sp
 
-from negfast.data.features import PSEUDO_EVENTS
 from negfast.data.log import DISLIKE, EXPOSED, LIKE, EventLog
 from negfast.errors import InputError
-from negfast.files import check_output_file
-from negfast.runtime.generation import generate
-from negfast.runtime.run_folder import RunFolder
-from negfast.serve.context import told_context_day
-from negfast.serve.parts import source_of, write_in_parts
+from negfast.files import check_table, locked
+from negfast.serve.context import check_sources, quick_imports, source_of, told_context_day
+from negfast.serve.parts import write_in_parts
 from negfast.serve.predict import USERS_AT_ONCE, requests_at
 
 TOP = 50  # most probable next dislikes that the expected share is taken over
@@ -39,47 +36,60 @@ def profile_users(run: Path, attribute: str, data: Path | None, at: str | None, 
     next dislikes, an item of several categories counting for each (negfast's choice). Raises InputError for an
     attribute that the items do not have, and as `RunFolder.finished_engine` does.
     """
-    check_output_file(out)
-    folder = RunFolder(run)
-    engine = folder.finished_engine(data)
-    attributes = engine.data.items.attributes
-    if attribute not in attributes:
-        found = ", ".join(attributes) or "none"
-        raise InputError(f"--attribute {attribute!r}: the items of {engine.data.path} have {found}")
-    day = told_context_day(folder, engine.log, at)
-    names, of_item = category_matrix(attributes[attribute])
-    disliked, liked = (counts @ of_item for counts in feedback_matrices(engine.log, day))
-    totals = np.asarray(disliked.sum(0)).ravel(), np.asarray(liked.sum(0)).ravel()
-    overall = totals[0].sum() / max(totals[0].sum() + totals[1].sum(), 1)
-    everyone = (totals[0] + PSEUDO_EVENTS * overall) / (totals[0] + totals[1] + PSEUDO_EVENTS)
-    user_ids, categories = pa.array(engine.data.user_ids, pa.string()), pa.array(names, pa.string())
+    check_table(out)
+    check_sources(run, data)
+    with locked(out):
+        with quick_imports():
+            from negfast.data.features import PSEUDO_EVENTS
+            from negfast.runtime.generation import generate
+            from negfast.runtime.run_folder import RunFolder
 
-    def batch(start: int, stop: int) -> pa.Table:
-        users = np.arange(start, stop, dtype=np.int32)
-        items, log_p = generate(engine, requests_at(users, day), TOP)
-        weight = np.where(items >= 0, np.exp(log_p), 0.0)
-        weight /= np.maximum(weight.sum(1, keepdims=True), 1e-30)
-        rows = np.repeat(np.arange(len(users)), TOP)
-        shares = sp.csr_matrix(
-            (weight.ravel(), (rows, np.maximum(items, 0).ravel())), (len(users), len(of_item.indptr) - 1)
-        )
-        found = [disliked[start:stop], liked[start:stop], shares @ of_item]
-        row, category = sum(found).sorted_indices().nonzero()  # none is below 0
-        bad, good, expected = (np.asarray(matrix[row, category]).ravel() for matrix in found)
-        rate = (bad + PSEUDO_EVENTS * everyone[category]) / (bad + good + PSEUDO_EVENTS)
-        columns = [
-            user_ids.take(pa.array(users[row])),
-            categories.take(pa.array(category)),
-            pa.array(bad.astype(np.int32)),
-            pa.array(good.astype(np.int32)),
-            pa.array(rate.astype(np.float32)),
-            pa.array((rate / everyone[category]).astype(np.float32)),
-            pa.array(expected.astype(np.float32)),
-        ]
-        return pa.table(columns, schema=SCHEMA)
+        folder = RunFolder(run)
+        engine = folder.finished_engine(data, serving=True)
+        attributes = engine.data.items.attributes
+        if attribute not in attributes:
+            there = ", ".join(attributes) or "none"
+            raise InputError(f"--attribute {attribute!r}: the items of {engine.data.path} have {there}")
+        day = told_context_day(folder, engine.log, at)
+        names, of_item = category_matrix(attributes[attribute])
+        disliked, liked = (counts @ of_item for counts in feedback_matrices(engine.log, day))
+        totals = np.asarray(disliked.sum(0)).ravel(), np.asarray(liked.sum(0)).ravel()
+        overall = totals[0].sum() / max(totals[0].sum() + totals[1].sum(), 1)
+        everyone = (totals[0] + PSEUDO_EVENTS * overall) / (totals[0] + totals[1] + PSEUDO_EVENTS)
+        user_ids, categories = pa.array(engine.data.user_ids, pa.string()), pa.array(names, pa.string())
 
-    about = {"what": "profiles", **source_of(run, engine), "day": day, "attribute": attribute, "users": USERS_AT_ONCE}
-    write_in_parts(out, SCHEMA, about, engine.log.n_users, USERS_AT_ONCE, batch, ("profiles", "users"))
+        def batch(start: int, stop: int) -> pa.Table:
+            users = np.arange(start, stop, dtype=np.int32)
+            items, log_p = generate(engine, requests_at(users, day), TOP)
+            weight = np.where(items >= 0, np.exp(log_p), 0.0)
+            weight /= np.maximum(weight.sum(1, keepdims=True), 1e-30)
+            rows = np.repeat(np.arange(len(users)), TOP)
+            shares = sp.csr_matrix(
+                (weight.ravel(), (rows, np.maximum(items, 0).ravel())), (len(users), len(of_item.indptr) - 1)
+            )
+            found = [disliked[start:stop], liked[start:stop], shares @ of_item]
+            row, category = sum(found).sorted_indices().nonzero()  # none is below 0
+            bad, good, expected = (np.asarray(matrix[row, category]).ravel() for matrix in found)
+            rate = (bad + PSEUDO_EVENTS * everyone[category]) / (bad + good + PSEUDO_EVENTS)
+            columns = [
+                user_ids.take(pa.array(users[row])),
+                categories.take(pa.array(category)),
+                pa.array(bad.astype(np.int32)),
+                pa.array(good.astype(np.int32)),
+                pa.array(rate.astype(np.float32)),
+                pa.array((rate / everyone[category]).astype(np.float32)),
+                pa.array(expected.astype(np.float32)),
+            ]
+            return pa.table(columns, schema=SCHEMA)
+
+        about = {
+            "what": "profiles",
+            **source_of(folder, engine),
+            "day": day,
+            "attribute": attribute,
+            "users": USERS_AT_ONCE,
+        }
+        write_in_parts(out, SCHEMA, about, engine.log.n_users, USERS_AT_ONCE, batch, ("profiles", "users"))
 
 
 def category_matrix(values: list[tuple[str, ...]]) -> tuple[list[str], sp.csr_matrix]:

@@ -6,45 +6,62 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as compute
-import pyarrow.parquet as parquet
 
 from negfast.data.log import EventLog
 from negfast.errors import InputError
-from negfast.files import atomic_file, check_output_file
-from negfast.runtime.run_folder import RunFolder
-from negfast.runtime.verdict import candidate_logits, group_candidates
-from negfast.serve.context import told_context_day
+from negfast.files import check_input_file, check_table, locked
+from negfast.prepare.readers import file_columns, read_table
+from negfast.serve.context import check_sources, quick_imports, told_context_day
+from negfast.serve.parts import write_table
 
 ADDED = ("score", "abstain")
+MEANING = {  # of a score, by what is given
+    "feedback": "P(dislike | the user gives feedback), calibrated on the first likes and dislikes of valid",
+    "shown": "P(dislike | shown), calibrated on what was first shown on the days of valid",
+}
 
 
-def score_run(run: Path, candidates: Path, data: Path | None, at: str | None, out: Path) -> None:
+def score_run(
+    run: Path, candidates: Path, data: Path | None, at: str | None, out: Path, given: str = "feedback"
+) -> None:
     """Writes the table ``candidates`` (columns user and item) to ``out`` with two columns more.
 
-    ``score`` in [0, 1] is the calibrated probability that the user dislikes the item. Where ``abstain`` is true the
-    model knows nothing and the score is null: the user or the item is not in the data set, or up to the day neither has
-    the user any event nor the item any like or dislike (negfast's choice). Raises InputError for a missing file or
-    column, for a table of which no user or no item is known, and as `RunFolder.finished_engine` does.
+    ``score`` in [0, 1] is calibrated to be P(dislike | the user likes or dislikes the item), or, ``given`` "shown",
+    P(dislike | the item is shown). Where ``abstain`` is true the model knows nothing and the score is null: the user or
+    the item is not in the data set, or up to the day neither has the user any event nor the item any like or dislike
+    (negfast's choice). Paths are checked first. Raises InputError for a missing file or column, for a table of which no
+    user or no item is known, where the run cannot answer for ``given``, and as `RunFolder.finished_engine` does.
     """
-    check_output_file(out)
-    table = _read(candidates)
-    folder = RunFolder(run)
-    engine = folder.finished_engine(data)
-    user = _index(table, "user", engine.data.user_ids, candidates)
-    item = _index(table, "item", engine.data.items.ids, candidates)
-    day = told_context_day(folder, engine.log, at)
-    answered = knows(engine.log, user, item, day)
-    rows = np.flatnonzero(answered)
-    rows = rows[np.argsort(user[rows], kind="stable")]
-    groups = group_candidates(user[rows], np.full(len(rows), day + 1), item[rows])
-    probability = np.full(len(user), np.nan)
-    if len(rows):
-        probability[rows] = folder.calibration.probability(candidate_logits(engine, groups))
-    if not answered.all():
-        print(f"abstained: {int((~answered).sum()):,} of {len(answered):,} pairs, nothing known", file=sys.stderr)
-    table = table.append_column("score", pa.array(probability, pa.float64(), mask=~answered))
-    with atomic_file(out) as temporary:
-        parquet.write_table(table.append_column("abstain", pa.array(~answered)), temporary)
+    check_table(out)
+    check_sources(run, data)
+    table = read_candidates(candidates)
+    if out.exists() and out.samefile(candidates):
+        raise InputError(f"{out}: is the list of candidates itself; choose another --out")
+    with locked(out):
+        with quick_imports():
+            from negfast.runtime.run_folder import RunFolder
+            from negfast.runtime.verdict import candidate_logits, group_candidates
+
+        folder = RunFolder(run)
+        folder.require_finished()
+        calibration = folder.calibration if given == "feedback" else folder.shown_calibration
+        engine = folder.finished_engine(data, serving=True)
+        user = index_of(table, "user", engine.data.user_ids, candidates)
+        item = index_of(table, "item", engine.data.items.ids, candidates)
+        day = told_context_day(folder, engine.log, at)
+        answered = knows(engine.log, user, item, day)
+        rows = np.flatnonzero(answered)
+        rows = rows[np.argsort(user[rows], kind="stable")]
+        groups = group_candidates(user[rows], np.full(len(rows), day + 1), item[rows])
+        probability = np.full(len(user), np.nan)
+        if len(rows):
+            probability[rows] = calibration.probability(candidate_logits(engine, groups))
+        if not answered.all():
+            print(f"abstained: {int((~answered).sum()):,} of {len(answered):,} pairs, nothing known", file=sys.stderr)
+        score = pa.field("score", pa.float64(), metadata={"description": MEANING[given]})
+        table = table.append_column(score, pa.array(probability, pa.float64(), mask=~answered))
+        table = table.append_column("abstain", pa.array(~answered))
+        write_table(out, table.schema, [table])
 
 
 def knows(log: EventLog, user: np.ndarray, item: np.ndarray, day: int) -> np.ndarray:
@@ -56,24 +73,24 @@ def knows(log: EventLog, user: np.ndarray, item: np.ndarray, day: int) -> np.nda
     return (user >= 0) & (item >= 0) & (active[user] | judged[item])
 
 
-def _read(path: Path) -> pa.Table:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        table = parquet.read_table(path)
-    except pa.ArrowException as error:
-        raise InputError(f"{path}: not Parquet: {' '.join(str(error).split())}") from error
+def read_candidates(path: Path) -> pa.Table:
+    """All columns of a table of any format that `negfast prepare` reads, user and item among them."""
+    check_input_file(path)
+    columns = file_columns(path)
     for name in ("user", "item"):
-        if name not in table.column_names:
-            raise InputError(f"{path}: no column {name!r}, found {', '.join(table.column_names)}")
+        if name not in columns:
+            raise InputError(f"{path}: no column {name!r}, found {', '.join(columns)}")
     for name in ADDED:
-        if name in table.column_names:
+        if name in columns:
             raise InputError(f"{path}: has a column {name!r} already")
-    return table
+    return read_table(path, columns).table
 
 
-def _index(table: pa.Table, column: str, known: list[str], path: Path) -> np.ndarray:
-    """The index of each value of a column in ``known``, int64 [E], -1 where it is not there."""
+def index_of(table: pa.Table, column: str, known: list[str], path: Path, needed: bool = True) -> np.ndarray:
+    """The index of each value of a column in ``known``, int64 [E], -1 where it is not there.
+
+    InputError where ``known`` has none of them, and one is ``needed``.
+    """
     try:
         values = table[column].cast(pa.string())
     except pa.ArrowException as error:
@@ -81,6 +98,6 @@ def _index(table: pa.Table, column: str, known: list[str], path: Path) -> np.nda
             f"{path}: column {column!r}: found {table[column].type}, expected strings or integers"
         ) from error
     found = compute.index_in(values, pa.array(known, pa.string())).fill_null(-1).to_numpy().astype(np.int64)
-    if len(found) and (found < 0).all():
+    if needed and len(found) and (found < 0).all():
         raise InputError(f"{path}: no {column} is known, the first is {values[0].as_py()!r}")
     return found

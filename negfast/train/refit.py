@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from negfast.data.dataset import Dataset, date_of, day_of
 from negfast.errors import InputError
-from negfast.evaluate.predictions import calibrate
+from negfast.evaluate.predictions import calibrate, calibrate_shown
 from negfast.evaluate.sets import evaluation_set
 from negfast.files import atomic_directory, check_output
 from negfast.runtime.checkpoint import load_weights, read_state
@@ -49,7 +49,8 @@ def start_refit(
         calibration = None if stage == "align" else calibrate(engine, valid)
         chosen[stage] = Chosen(read_state(folder)["step"], float(engine.policy.block.scale), calibration)
     here = run.path.resolve()
-    refit = Refit(os.path.relpath(source.path.resolve(), here), until, chosen)
+    shown = calibrate_shown(engine)  # by the weights of the last stage
+    refit = Refit(os.path.relpath(source.path.resolve(), here), until, chosen, shown)
     description = source.read() | {
         "data": os.path.relpath(source.data.resolve(), here),
         "learned_until": date_of(refit.until),

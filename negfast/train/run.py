@@ -1,13 +1,16 @@
 """`negfast train`: a run directory from nothing to its table, or on from where it stopped."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from negfast.errors import InputError
 from negfast.evaluate.eval import evaluate_folder, write_report
-from negfast.evaluate.predictions import calibrate
+from negfast.evaluate.predictions import calibrate, calibrate_shown
 from negfast.evaluate.sets import check_choosable, evaluation_set
+from negfast.files import locked
 from negfast.kernels import VOCABULARY, implementations
 from negfast.model.fused_layers import stock_because
 from negfast.runtime import distributed, sharding
@@ -21,7 +24,7 @@ from negfast.runtime.checkpoint import (
 from negfast.runtime.engine import Engine
 from negfast.runtime.machine import choose_device
 from negfast.runtime.run_folder import RunFolder
-from negfast.runtime.verdict import fit_prior
+from negfast.runtime.verdict import Calibration, fit_prior
 from negfast.train import faults
 from negfast.train.align import AlignStage
 from negfast.train.combinations import check_combinations
@@ -46,7 +49,7 @@ def train(options: TrainOptions, table: bool = True) -> None:
     """
     run, settings = settings_of(options)
     device = distributed.local_device(choose_device(settings.train.device))
-    with distributed.group(device):
+    with distributed.group(device), _only_writer(run):
         _run_stages(run, open_run(run, settings, options, device))
         first = distributed.rank() == 0
     if first and table:
@@ -63,7 +66,7 @@ def refit(source: RunFolder, out: Path | None, whole_log: bool = False, table: b
     run, settings = RunFolder(out or source.path.with_name(f"{source.path.name}-refit")), source.config
     check_combinations(settings)  # with as many ranks as there are now
     device = distributed.local_device(choose_device(settings.train.device))
-    with distributed.group(device):
+    with distributed.group(device), _only_writer(run):
         distributed.first_does(lambda: start_refit(run, source, list(STAGES), whole_log, say))
         _run_stages(run, open_run(run, settings, TrainOptions(), device))
         first = distributed.rank() == 0
@@ -71,6 +74,14 @@ def refit(source: RunFolder, out: Path | None, whole_log: bool = False, table: b
         say(f"{run.path}: learned from the whole log; no later events are left to measure it on")
     elif first and table:
         _show_table(run)
+
+
+@contextmanager
+def _only_writer(run: RunFolder) -> Iterator[None]:
+    """Rank 0 holds the lock on the run, on behalf of all."""
+    with ExitStack() as held:
+        distributed.first_does(lambda: held.enter_context(locked(run.path)))
+        yield
 
 
 def open_stage(name: str, options: TrainOptions) -> tuple[RunFolder, Engine, Stage]:
@@ -112,8 +123,8 @@ def _load_start(run: RunFolder, engine: Engine, done: list[str]) -> None:
 
 def _show_table(run: RunFolder) -> None:
     if not run.report.exists():
-        evalset, rows = evaluate_folder(run, "test", None)
-        write_report(run, evalset, rows)
+        with locked(run.path):
+            write_report(run, *evaluate_folder(run, "test", None))
     print(run.report.read_text())
 
 
@@ -174,10 +185,15 @@ def _finish(run: RunFolder, engine: Engine) -> None:
     if run.refit is None:
         valid = evaluation_set(engine.log, engine.split, "valid")
         with sharding.gathered(engine.policy):
-            calibration = distributed.from_first(lambda: vars(calibrate(engine, valid)))
+            state = distributed.from_first(lambda: _calibrations(calibrate(engine, valid), calibrate_shown(engine)))
     else:
-        calibration = vars(run.refit.calibration(list(STAGES)[-1]))
-    save_by_first(run.final, engine.policy, {"calibration": calibration})
+        state = _calibrations(run.refit.calibration(list(STAGES)[-1]), run.refit.shown)
+    save_by_first(run.final, engine.policy, state)
+
+
+def _calibrations(feedback: Calibration, shown: Calibration | None) -> dict[str, Any]:
+    """What the final state says of P(dislike | feedback) and, where the log tells it, P(dislike | shown)."""
+    return {"calibration": vars(feedback), "shown_calibration": None if shown is None else vars(shown)}
 
 
 def _tell_implementations(engine: Engine, journal: Journal) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from negfast.config import Config, Model, Sid, Train, load_config, to_toml
-from negfast.data.dataset import Dataset, date_of
+from negfast.data.dataset import Dataset, date_of, refuse_data_folder
 from negfast.errors import InputError
 from negfast.files import atomic_file, check_output
 from negfast.model.load import build_policy, check_model_folder, save_model_files
@@ -54,6 +54,7 @@ def settings_of(options: TrainOptions) -> tuple[RunFolder, Config]:
     check_combinations(settings)
     check_tensorboard(settings.train.tensorboard)
     check_output(run.path / "x")
+    refuse_data_folder(run.path)
     return run, settings
 
 

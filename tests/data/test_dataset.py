@@ -1,12 +1,16 @@
 """Opening a data set: damage is found and named; the embedded sample is what it says."""
 
 import json
+import os
+import shutil
+import time
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
+from negfast.data import dataset
 from negfast.data.dataset import Dataset, write_dataset
 from negfast.data.items import ItemTable
 from negfast.data.log import DISLIKE, EventLog
@@ -68,6 +72,39 @@ def test_every_flipped_byte_is_found(written):
                 Dataset.open(path).verify()
         file.write_bytes(good)
     Dataset.open(path).verify()
+
+
+def test_opening_reads_each_file_once(written, monkeypatch):
+    path, read = written[0], []
+    record = dataset.file_record
+    monkeypatch.setattr(dataset, "file_record", lambda file: read.append(file.name) or record(file))
+    time.sleep(2 * dataset.CLOCK_TICK / 1e9)  # younger files are read again
+    files = set(Dataset.open(path).manifest["files"])
+    assert set(read) == files
+    read.clear()
+    Dataset.open(path)
+    assert read == []
+    Dataset.open(shutil.copytree(path, path.with_name("copy")))  # other inodes
+    assert set(read) == files
+    read.clear()
+    (path / dataset.VERIFIED).write_text("[7]")
+    Dataset.open(path)
+    assert set(read) == files
+
+
+def test_a_flipped_byte_is_found_after_the_file_was_read_once(written):
+    """Also where the time of change is set back, as rsync and backup tools do."""
+    path = written[0]
+    time.sleep(2 * dataset.CLOCK_TICK / 1e9)
+    Dataset.open(path)
+    file = path / "users.parquet"
+    times = file.stat()
+    bad = bytearray(file.read_bytes())
+    bad[len(bad) // 2] ^= 1
+    file.write_bytes(bad)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(InputError, match=r"users\.parquet: damaged: its SHA-256 is not that of manifest\.json"):
+        Dataset.open(path)
 
 
 def test_a_missing_or_cut_file_is_found_at_once(written):

@@ -2,18 +2,19 @@
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from negfast.data.dataset import MANIFEST, Dataset, write_dataset
+from negfast.data.dataset import MANIFEST, VERIFIED, Dataset, write_dataset
 from negfast.data.items import ItemTable
 from negfast.data.log import DAY, EventLog
 from negfast.errors import InputError
 from negfast.prepare.append import append_events
 from negfast.prepare.events import Events
-from negfast.runtime.inspection import inspect_path
+from negfast.runtime.inspection import describe, report
 
 ITEMS = ["a", "b", "c"]
 
@@ -70,7 +71,7 @@ def test_appended_days_read_as_one_log(tmp_path, with_values):
     path = tmp_path / "data"
     days = [random_day(rng, day, users=4 + 2 * day) for day in range(4)]
     write(path, events_of(days[0], with_values))
-    base = {file.name: file.read_bytes() for file in path.iterdir() if file.name != MANIFEST}
+    base = {file.name: file.read_bytes() for file in path.glob("[!.]*") if file.name != MANIFEST}
     for day in days[1:]:
         data = append_events(path, events_of(day, with_values), {"name": "day.csv"})
     assert base == {name: (path / name).read_bytes() for name in base}
@@ -88,7 +89,7 @@ def test_appended_days_read_as_one_log(tmp_path, with_values):
     assert data.manifest["days"]["last"] == "1970-01-04"
     data.verify()
     lines: list[str] = []
-    inspect_path(path, lines.append)
+    report(describe(path), lines.append)
     assert sum(line.startswith("part ") for line in lines) == 3
     assert any("events.nfs.000003" in line and line.endswith("ok") for line in lines)
 
@@ -105,6 +106,8 @@ def test_a_crash_leaves_the_old_data_set_and_the_next_append_succeeds(tmp_path, 
 
     def dying(source, target):
         nonlocal renames
+        if Path(target).name == VERIFIED:
+            return replace(source, target)
         if renames == 0:
             raise Died
         renames -= 1
@@ -148,7 +151,7 @@ def test_every_flipped_byte_of_a_part_is_found(tmp_path):
 def test_what_does_not_continue_the_data_set_is_refused(tmp_path):
     path = tmp_path / "data"
     write(path, events_of([("u0", 5, 0, 2), ("u1", 9, 0, 1)]))
-    before = sorted(file.name for file in path.iterdir())
+    before = sorted(file.name for file in path.glob("[!.]*"))
     manifest = (path / MANIFEST).read_text()
     late, fine = events_of([("u1", 8, 0, 1)]), events_of([("u1", 10, 0, 1)])
     with pytest.raises(InputError, match="found an event of user 1 at 8, expected none before its last one, 9"):
@@ -159,7 +162,7 @@ def test_what_does_not_continue_the_data_set_is_refused(tmp_path):
         append_events(path, Events(fine.log, fine.user_ids, ["a", "c", "b"]))
     with pytest.raises(InputError, match="no such data set"):
         append_events(tmp_path / "other", fine)
-    assert sorted(file.name for file in path.iterdir()) == before
+    assert sorted(file.name for file in path.glob("[!.]*")) == before
     assert (path / MANIFEST).read_text() == manifest
     append_events(path, fine)
     assert len(json.loads((path / MANIFEST).read_text())["parts"]) == 1

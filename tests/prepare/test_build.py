@@ -49,7 +49,11 @@ def run(sources, out, **options):
 
 
 def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.name[0] != "." and path.is_file()
+    }
 
 
 def test_events_written_twice_are_counted_out_loud(sources, tmp_path):
@@ -104,7 +108,7 @@ def test_the_manifest_says_what_was_done(sources, tmp_path):
         data = (sources / name).read_bytes()
         recorded = manifest["sources"]["events" if name == "log.csv" else "items"]
         assert recorded == {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    assert set(manifest["files"]) == {path.name for path in (tmp_path / "data").iterdir()} - {"manifest.json"}
+    assert set(manifest["files"]) == {path.name for path in (tmp_path / "data").glob("[!.]*")} - {"manifest.json"}
     assert str(tmp_path) not in json.dumps(manifest)
 
 

@@ -58,7 +58,8 @@ def test_a_loss_that_is_not_finite_leaves_its_batch_and_can_be_replayed(unfinish
     weights = unfinished / "checkpoints" / "sft" / "policy.safetensors"
     tensors = load_file(weights)
     tensors["decoder.layers.1.mlp.up_proj.weight"][3, 5] = torch.inf
-    checkpoint.save_file(tensors, weights)
+    state = {name: value for name, value in checkpoint.read_state(weights.parent).items() if name != "files"}
+    checkpoint.write_parts(weights.parent, {weights.name: tensors}, state)
     before = (unfinished / "metrics.jsonl").read_text()
     # validation would refuse such weights before a step does
     monkeypatch.setattr("negfast.train.run.Validation", lambda *_, **__: None)
