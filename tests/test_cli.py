@@ -227,13 +227,13 @@ def test_failures_are_one_line_and_a_code(monkeypatch, error, code, stderr):
 
 def test_ctrl_c_exits_130(monkeypatch):
     def interrupted(**_):
-        print("saved at step 7; go on with ...", file=sys.stderr)
+        print("saved at step 7; resume with ...", file=sys.stderr)
         raise KeyboardInterrupt
 
     fake(monkeypatch, "negfast.train.run", "train", interrupted)
     result = invoke("train")
     assert result.exit_code == 130
-    assert result.stderr.strip() == "saved at step 7; go on with ..."
+    assert result.stderr.strip() == "saved at step 7; resume with ..."
 
 
 def test_a_bug_is_not_dressed_up(monkeypatch):

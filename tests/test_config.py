@@ -121,7 +121,7 @@ def test_every_bound_is_kept():
     [
         ("grpo.stepz=1", "unknown key 'grpo.stepz', did you mean 'grpo.steps'?"),
         ("gpro.steps=1", "unknown section 'gpro', did you mean 'grpo'?"),
-        ("prior.zzz=1", "unknown key 'prior.zzz', expected one of weight, mass, half_life_days, eps"),
+        ("prior.zzz=1", "unknown key 'prior.zzz', expected one of weight, half_life_days, eps"),
         ("grpo.steps=many", "grpo.steps is 'many', expected an integer"),
         ("grpo.steps=1.5", "grpo.steps is 1.5, expected an integer"),
         ("grpo.steps=true", "grpo.steps is True, expected an integer"),

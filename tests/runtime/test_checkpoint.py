@@ -8,6 +8,7 @@ import torch
 from negfast.errors import TrainingError
 from negfast.runtime import checkpoint
 from negfast.runtime.checkpoint import load_optimizer, load_weights, read_state, step_checkpoints
+from negfast.train import stage_checkpoints
 from negfast.train.stage_checkpoints import StageCheckpoints
 
 
@@ -19,13 +20,13 @@ class Journal:
         self.events.append({"event": kind, **fields})
 
 
-def stage_checkpoints(folder, background: bool) -> StageCheckpoints:
+def made(folder, background: bool) -> StageCheckpoints:
     torch.manual_seed(0)
     policy = torch.nn.Linear(3, 3)
     optimizer = torch.optim.AdamW(policy.parameters())
     policy(torch.ones(3)).sum().backward()
     optimizer.step()
-    return StageCheckpoints(folder, 1, "sft", policy, optimizer, 2, Journal(), background)
+    return StageCheckpoints(folder, 1, "sft", policy, optimizer, Journal(), background)
 
 
 def test_a_checkpoint_of_the_background_holds_the_step_it_was_asked_at(tmp_path, monkeypatch):
@@ -37,8 +38,8 @@ def test_a_checkpoint_of_the_background_holds_the_step_it_was_asked_at(tmp_path,
         assert go_on.wait(20)
         write_parts(*arguments)
 
-    monkeypatch.setattr(checkpoint, "write_parts", held_up)
-    saved = stage_checkpoints(tmp_path, background=True)
+    monkeypatch.setattr(stage_checkpoints, "write_parts", held_up)
+    saved = made(tmp_path, background=True)
     before = saved.policy.weight.detach().clone()
     saved.save(2, wait=False)
     assert writing.wait(20) and step_checkpoints(tmp_path) == [] and saved.journal.events == []
@@ -56,7 +57,7 @@ def test_a_checkpoint_of_the_background_holds_the_step_it_was_asked_at(tmp_path,
 
 def test_background_and_foreground_write_the_same_bytes_and_keep_the_last(tmp_path):
     for name, background in (("there", True), ("here", False)):
-        saved = stage_checkpoints(tmp_path / name, background)
+        saved = made(tmp_path / name, background)
         for step in (2, 4, 6):
             saved.save(step, wait=step == 6)
     here, there = (
@@ -67,7 +68,7 @@ def test_background_and_foreground_write_the_same_bytes_and_keep_the_last(tmp_pa
 
 
 def test_what_goes_wrong_in_the_background_is_raised_by_the_next_call(tmp_path, monkeypatch):
-    saved = stage_checkpoints(tmp_path, background=True)
+    saved = made(tmp_path, background=True)
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -80,7 +81,7 @@ def test_what_goes_wrong_in_the_background_is_raised_by_the_next_call(tmp_path, 
 
 def test_an_optimiser_comes_back_to_where_its_parameters_lie(tmp_path):
     """The file is read into this machine's memory; AdamW wants its moments beside the weights."""
-    saved = stage_checkpoints(tmp_path, background=False)
+    saved = made(tmp_path, background=False)
     saved.save(2, wait=True)
     (found,) = step_checkpoints(tmp_path)
     elsewhere = torch.nn.Linear(3, 3, device="meta")
@@ -91,11 +92,11 @@ def test_an_optimiser_comes_back_to_where_its_parameters_lie(tmp_path):
 
 def test_best_weights_newer_than_the_checkpoint_keep_their_own_score(tmp_path):
     """A kill between the two; on CUDA the steps that follow need not give the same score again."""
-    saved = stage_checkpoints(tmp_path, background=False)
+    saved = made(tmp_path, background=False)
     saved.save(2, wait=True)
     saved.consider(3, lambda: {"score": 0.7})
     best = saved.policy.weight.detach().clone()
-    again = stage_checkpoints(tmp_path, background=False)
+    again = made(tmp_path, background=False)
     assert again.resume(step_checkpoints(tmp_path)[0]) == 2
     with torch.no_grad():
         again.policy.weight.add_(1)

@@ -1,4 +1,4 @@
-"""One step over one rank, over shares of it, and over two ranks: the same items, the same gradients."""
+"""One step over one rank, over micro-batches of it, and over two ranks: the same items, the same gradients."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def assert_same(found: dict[str, torch.Tensor], whole: dict[str, torch.Tensor]) 
     assert max(t.abs().max() for n, t in whole.items() if "/decoder" in n) > 1e-4  # there is something to agree on
 
 
-def test_shares_one_after_the_other_give_the_whole_batch(tiny_run, whole):
+def test_micro_batches_one_after_the_other_give_the_whole_batch(tiny_run, whole):
     assert_same(stage_gradients(RunFolder(tiny_run), 3), whole)
 
 
@@ -116,7 +116,7 @@ def test_ranks_left_behind_by_a_dead_one_are_ended_and_it_is_named(monkeypatch, 
 
 
 def test_a_rank_leaves_with_its_code_and_its_words_before_the_interpreter_ends():
-    script = "import atexit, os; atexit.register(os.abort); from negfast.train import distributed; "
+    script = "import atexit, os; atexit.register(os.abort); from negfast.runtime import distributed; "
     script += "print('said', end=''); distributed.leave(3)"
     found = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert (found.returncode, found.stdout) == (3, "said")
@@ -130,16 +130,16 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def test_a_batch_smaller_than_its_shares_is_refused():
+def test_a_batch_of_fewer_rows_than_micro_batches_is_refused():
     parts = [MicroBatch(number, 3).of(7) for number in range(3)]
     assert [list(range(7))[part] for part in parts] == [[0, 1], [2, 3], [4, 5, 6]]
-    with pytest.raises(InputError, match="found a batch of 2 rows for 3 shares"):
+    with pytest.raises(InputError, match="found a batch of 2 rows for 3 micro-batches"):
         MicroBatch(0, 3).of(2)
 
 
-def test_a_loss_over_all_counted_tokens_is_refused_in_shares():
+def test_a_loss_over_all_counted_tokens_is_refused_in_micro_batches():
     config = load_config(None, "smoke", ["grpo.loss=dapo", "train.accumulate=2"])
-    with pytest.raises(InputError, match="found dapo with 2 shares"):
+    with pytest.raises(InputError, match="found dapo with 2 micro-batches"):
         check_combinations(config)
     check_combinations(load_config(None, "smoke", ["grpo.loss=dapo"]))
 

@@ -170,7 +170,7 @@ def test_sigterm_saves_like_ctrl_c(unfinished, monkeypatch):
 
     monkeypatch.setattr(Journal, "step", terminated)
     said = run_cli("train", "--out", str(unfinished), code=130)
-    assert f"stopped at grpo step 1; the checkpoint is written; `negfast train --out {unfinished}` goes on" in said
+    assert f"stopped at grpo step 1; the checkpoint is written; `negfast train --out {unfinished}` resumes" in said
     assert [p.name for p in checkpoint.step_checkpoints(unfinished / "checkpoints")] == ["2-grpo-000001"]
 
 
@@ -185,7 +185,7 @@ def test_sigterm_in_a_stages_last_step_stops_before_the_next(tiny_data, tmp_path
     with monkeypatch.context() as patched:
         patched.setattr(Journal, "step", terminated)
         said = run_cli(*train_arguments(tiny_data, run), code=130)
-    assert f"stopped after sft, which is finished; `negfast train --out {run}` goes on" in said
+    assert f"stopped after sft, which is finished; `negfast train --out {run}` resumes" in said
     assert (run / "checkpoints" / "sft").is_dir() and not (run / "checkpoints" / "grpo").exists()
 
 
