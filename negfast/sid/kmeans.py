@@ -9,7 +9,7 @@ from negfast.sid.quantize import Quantizer, nearest
 POINTS_PER_CENTROID = 256  # more are not looked at when fitting, by faiss and by the balanced rounds
 BALANCED_ROUNDS = 10  # of prices and centroids in turn
 SINKHORN_STEPS = 40  # a round; prices go on from those of the round before
-TINY = np.float32(1e-30)
+TINY = 1e-300  # float64: the prices of far clumps need exponents that float32 does not have
 SHARPNESS = 0.05  # entropic regularisation as a share of the mean distance to the nearest centroid
 
 
@@ -57,20 +57,20 @@ def _fit(vectors: np.ndarray, sizes: list[int], codebook: int, seed: int, balanc
 
 def balance(points: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Centroids [k, d] and prices [k] under which points [n, d] choose each of them about equally often."""
-    share = np.ones(len(centroids), dtype=np.float32)  # exp(-price / eps): what each code takes of the mass it could
-    cost = squared_distances(points, centroids).astype(np.float32)
-    eps = np.float32(SHARPNESS * cost.min(axis=1).mean() + 1e-12)
+    share = np.ones(len(centroids))  # exp(-price / eps): what each code takes of the mass it could
+    cost = squared_distances(points, centroids)
+    eps = float(SHARPNESS * cost.min(axis=1).mean() + 1e-12)
     for _ in range(BALANCED_ROUNDS):
         share = _sinkhorn(cost, share, eps)
         code = (cost - eps * np.log(share)).argmin(axis=1)
         counts = np.bincount(code, minlength=len(centroids))[:, None]
         member = sp.csr_matrix((np.ones(len(code), np.float32), (code, np.arange(len(code)))), (len(counts), len(code)))
         centroids = np.where(counts > 0, member @ points / counts.clip(1), centroids).astype(np.float32)
-        cost = squared_distances(points, centroids).astype(np.float32)
+        cost = squared_distances(points, centroids)
     return centroids, -eps * np.log(_sinkhorn(cost, share, eps))
 
 
-def _sinkhorn(cost: np.ndarray, share: np.ndarray, eps: np.float32) -> np.ndarray:
+def _sinkhorn(cost: np.ndarray, share: np.ndarray, eps: float) -> np.ndarray:
     """Shares [k], the largest 1, that balance the soft assignment of cost [n, k]; iterations start from ``share``."""
     kernel = np.exp((cost.min(axis=1, keepdims=True) - cost) / eps)
     for _ in range(SINKHORN_STEPS):

@@ -67,13 +67,14 @@ def test_more_levels_leave_less_error():
     assert errors[0] == pytest.approx(1) and all(a > b + 0.02 for a, b in pairwise(errors))
 
 
-def test_balanced_codes_are_used_about_equally():
-    vectors = clumps(np.random.default_rng(), 3000)
+@pytest.mark.parametrize("seed", [65, None])  # with 65 the prices of a far clump were too small for float32
+def test_balanced_codes_are_used_about_equally(seed):
+    vectors = clumps(np.random.default_rng(seed), 3000)
     plain, balanced = (
         [level["perplexity"] for level in usage(encode(vectors, fit(vectors, [32] * 3, 32, 0)), 32)]
         for fit in (fit_rq_kmeans, fit_balanced)
     )
-    assert min(balanced) > 25 and sum(balanced) > sum(plain) + 3
+    assert min(balanced) > 30 > min(plain)
 
 
 @pytest.fixture
