@@ -15,6 +15,7 @@ from negfast.cli import main
 from negfast.data.dataset import Dataset
 from negfast.errors import InputError, TrainingError
 from negfast.runtime.run_folder import RunFolder
+from negfast.train.start import TrainOptions
 
 COMMANDS = ["prepare", "inspect", "train", "eval", "report", "predict", "score", "user-profiles", "export", "doctor"]
 DAY = 86_400
@@ -148,18 +149,13 @@ def fake(monkeypatch, module, function, behaviour):
         (
             "train my.toml --preset smoke --data d --model m --init i --out o --set a.b=1 --set c.d=x",
             *("negfast.train.run", "train"),
-            {
-                **{"config": Path("my.toml"), "preset": "smoke", "data": Path("d"), "model": Path("m")},
-                **{"init": Path("i"), "out": Path("o"), "overrides": ("a.b=1", "c.d=x"), "refit": None},
-            },
+            {0: TrainOptions(Path("my.toml"), "smoke", Path("d"), Path("m"), Path("i"), Path("o"), ("a.b=1", "c.d=x"))},
         ),
+        ("train", "negfast.train.run", "train", {0: TrainOptions()}),
         (
-            "train",
-            *("negfast.train.run", "train"),
-            {
-                **dict.fromkeys(["config", "preset", "data", "model", "init", "out", "refit"]),
-                "overrides": (),
-            },
+            "train --refit r --whole-log --out o",
+            *("negfast.train.run", "refit"),
+            {0: RunFolder(Path("r").resolve()), 1: Path("o"), 2: True},
         ),
         (
             "eval r --split valid --data d --json --all-baselines --cost-dislike 5 --cost-like 0.5",
@@ -217,7 +213,7 @@ def test_options_arrive(monkeypatch, line, module, function, expected):
     ],
 )
 def test_failures_are_one_line_and_a_code(monkeypatch, error, code, stderr):
-    def fail(**_):
+    def fail(*_):
         raise error
 
     fake(monkeypatch, "negfast.train.run", "train", fail)
@@ -226,7 +222,7 @@ def test_failures_are_one_line_and_a_code(monkeypatch, error, code, stderr):
 
 
 def test_ctrl_c_exits_130(monkeypatch):
-    def interrupted(**_):
+    def interrupted(*_):
         print("saved at step 7; resume with ...", file=sys.stderr)
         raise KeyboardInterrupt
 
@@ -237,7 +233,7 @@ def test_ctrl_c_exits_130(monkeypatch):
 
 
 def test_a_bug_is_not_dressed_up(monkeypatch):
-    def broken(**_):
+    def broken(*_):
         raise ZeroDivisionError
 
     fake(monkeypatch, "negfast.train.run", "train", broken)

@@ -210,13 +210,14 @@ def change_the_future(data: Path, day: int) -> None:
     from negfast.data.dataset import EVENTS, MANIFEST, file_record
     from negfast.data.shards import write_shard
 
-    log = Dataset.open(data).log
+    before, log = Dataset.open(data).fingerprint, Dataset.open(data).log
     later = log.day >= day
     item, feedback = log.item.copy(), log.feedback.copy()
     item[later] = np.random.default_rng(1).permutation(log.n_items)[item[later]]
     feedback[later] = 3 - feedback[later]
     write_shard(data / EVENTS, replace(log, item=item, feedback=feedback))
     manifest = json.loads((data / MANIFEST).read_text())
+    manifest["extends"] = [before]  # so that a run of the data before takes it
     manifest["files"][EVENTS] = file_record(data / EVENTS)
     (data / MANIFEST).write_text(json.dumps(manifest))
 
@@ -345,7 +346,7 @@ def test_data_of_another_run_is_refused(tiny_run, tmp_path):
     command = ["prepare", str(events), "--dislike", "rating<=2", "--horizon", "5", "--codebook", "16"]
     run_cli(*command, "--out", str(other))
     output = run_cli("eval", str(tiny_run), "--data", str(other), code=2)
-    assert "other semantic IDs" in output.strip().splitlines()[-1]
+    assert "is not the data set that" in output.strip().splitlines()[-1]
 
 
 def test_any_local_decoder_trains(tiny_data, tmp_path):

@@ -76,12 +76,12 @@ def test_two_days_of_a_tiny_log(tiny_run: Path, tmp_path: Path) -> None:
         assert torch.equal(started[name], weights) != name.startswith("verdict_prior."), name
 
 
-def test_init_from_other_semantic_ids_is_refused(tiny_run: Path, tmp_path: Path) -> None:
+def test_init_from_a_run_of_other_data_is_refused(tiny_run: Path, tmp_path: Path) -> None:
     events, _ = write_log(tmp_path, seed=1)
     command = ["prepare", str(events), "--dislike", "rating<=2", "--horizon", "5", "--codebook", "16"]
     run_cli(*command, "--out", str(tmp_path / "other"))
     asked = ["train", "--preset", "nightly", "--init", str(tiny_run), "--data", str(tmp_path / "other")]
-    assert "other semantic IDs" in run_cli(*asked, "--out", str(tmp_path / "run"), code=2)
+    assert "is not the data set that" in run_cli(*asked, "--out", str(tmp_path / "run"), code=2)
     assert not (tmp_path / "run" / "run.json").exists()
     own = ["train", "--preset", "nightly", "--init", str(tiny_run), "--data", str(RunFolder(tiny_run).data)]
     (tmp_path / "model").mkdir()

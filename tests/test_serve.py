@@ -542,12 +542,6 @@ def test_probability_given_shown(shown_run, tiny_run, pairs, tmp_path):
     expected = shown.probability((logit - feedback.intercept) / feedback.slope)
     np.testing.assert_allclose(tables["shown"]["score"].to_numpy(), expected, rtol=1e-9)
     assert tables["shown"].schema.field("score").metadata[b"description"].startswith(b"P(dislike | shown)")
-    state = json.loads((shown_run / "final" / "state.json").read_text())
-    del state["shown_calibration"]  # a run of before
-    old = Path(shutil.copytree(shown_run, tmp_path / "old"))
-    (old / "final" / "state.json").write_text(json.dumps(state))
-    said = run_cli("score", str(old), str(pairs), "--given", "shown", "--out", str(out), code=2)
-    assert "the run is older than P(dislike | shown); train it again" in one_line(said)
 
 
 # start-up

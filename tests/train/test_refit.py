@@ -79,8 +79,8 @@ def test_nothing_from_the_test_day_on_is_learned(tiny_run, tiny_data, refitted, 
         told.append(f"{user},{item},{rating},{time}")
     assert changed > 100
     events.write_text("\n".join(told) + "\n")
-    other = tiny.prepare_log(tmp_path, events, items)
-    assert Dataset.open(other).test_day == data.test_day
+    dates = ("--valid", date_of(data.valid_day), "--test", date_of(data.test_day))
+    other = tiny.prepare_log(tmp_path, events, items, *dates)
     copied = tmp_path / "source"
     shutil.copytree(tiny_run, copied)
     told_of_it = {"data": str(other), "fingerprint": Dataset.open(other).fingerprint}
