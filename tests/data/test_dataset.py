@@ -145,6 +145,7 @@ def test_files_of_the_right_size_but_the_wrong_kind(written):
             getattr(Dataset.open(path), reader)
 
 
+@pytest.mark.job
 def test_the_embedded_movietweetings(tmp_path):
     """Random codes, so that no encoder need run; the counts are those of the source's README and the design."""
     said = []

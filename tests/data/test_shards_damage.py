@@ -27,6 +27,7 @@ def small_shard(request, tmp_path):
     return path
 
 
+@pytest.mark.job
 def test_every_flipped_byte_is_noticed(small_shard):
     whole = small_shard.read_bytes()
     expected = read_all(small_shard)
@@ -41,6 +42,7 @@ def test_every_flipped_byte_is_noticed(small_shard):
     assert read_all(small_shard) == expected
 
 
+@pytest.mark.job
 def test_every_truncation_is_noticed(small_shard):
     whole = small_shard.read_bytes()
     for length in range(len(whole)):
@@ -107,6 +109,7 @@ while True:
 """
 
 
+@pytest.mark.job
 def test_a_killed_build_leaves_the_old_shard_or_the_new_one(tmp_path):
     """A process builds in a loop; at a random moment of that it is killed, twelve times."""
     path = tmp_path / "events.nfs"

@@ -4,11 +4,14 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 GOLDEN = sorted((ROOT / "tests" / "data" / "golden").glob("*.nfs*"))
 SOURCES = ["crc32c", "decode", "decode_bmi2", "decode_portable", "file", "huffman", "packer", "shard", "shard_file"]
 
 
+@pytest.mark.job
 def test_mutated_shards_are_survived(tmp_path):
     compiler = shutil.which("g++") or shutil.which("clang++")
     assert compiler is not None, "building negfast needs a C++ compiler, and so does this test"

@@ -176,6 +176,7 @@ def differing(a: Predictions, b: Predictions, evalset: EvalSet, first: int, last
     }
 
 
+@pytest.mark.job
 @pytest.mark.parametrize("values", [True, False])
 def test_no_baseline_reads_the_future(random_log: MakeLog, random_items: MakeItems, values: bool) -> None:
     log = random_log(11, n_users=60, n_items=80, n_events=5000, values=values)
@@ -194,6 +195,7 @@ def test_no_baseline_reads_the_future(random_log: MakeLog, random_items: MakeIte
         assert all(differing(answer, other[name], test, day - 3, day).values()), name
 
 
+@pytest.mark.job
 def test_nothing_fitted_sees_the_days_after_the_fit(random_log: MakeLog, random_items: MakeItems) -> None:
     """Contexts that end where the fit does are answered alike, whatever happens from then on; a refit differs."""
     log = random_log(12, n_users=60, n_items=80, n_events=5000)

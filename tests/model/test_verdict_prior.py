@@ -1,6 +1,7 @@
 """The verdict's prior: its encoding, what it can learn, and that the same seed fits the same weights."""
 
 import numpy as np
+import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
@@ -39,6 +40,7 @@ def test_encoding_is_that_of_a_slow_loop() -> None:
             assert float(got[row, column, BINS]) == np.isnan(x)
 
 
+@pytest.mark.job
 def test_it_learns_humps_interactions_and_missing_values() -> None:
     rng = np.random.default_rng(1)
     prior = VerdictPrior(4)

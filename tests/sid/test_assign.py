@@ -83,6 +83,7 @@ def short_training(monkeypatch):
     monkeypatch.setattr(rqvae, "WARM_UP", 60)
 
 
+@pytest.mark.job
 def test_rq_vae(short_training):
     """Same seed, same codes; they say most of what there is to say of a low-dimensional manifold, and none is dead."""
     rng = np.random.default_rng()
