@@ -12,13 +12,13 @@ from safetensors import SafetensorError
 
 import negfast
 from negfast.data.dataset import (
-    EVENTS,
     MANIFEST,
     VERIFIED,
     Dataset,
     date_of,
     day_of,
     file_record,
+    is_data_folder,
     write_dataset,
 )
 from negfast.data.items import ItemTable
@@ -169,7 +169,7 @@ def check_replaceable(out: Path, force: bool) -> None:
     a data set written into a run or another data set."""
     check_output(out)
     for folder in out.absolute().parents:
-        if (folder / "run.json").is_file() or ((folder / MANIFEST).is_file() and (folder / EVENTS).is_file()):
+        if (folder / "run.json").is_file() or is_data_folder(folder):
             raise InputError(f"{out}: lies inside {folder}, a run or a data set; choose another --out")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
