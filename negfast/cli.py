@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Commands import what they run inside: --help and bad usage should not wait for torch.
 
-EXISTING = click.Path(path_type=Path)
+PATH = click.Path(path_type=Path)
 
 
 class Negfast(click.Group):
@@ -84,15 +84,15 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("files", nargs=-1, required=True, type=EXISTING, metavar="FILES...")
-@click.option("--out", required=True, type=EXISTING, help="Directory to write.")
+@click.argument("files", nargs=-1, required=True, type=PATH, metavar="FILES...")
+@click.option("--out", required=True, type=PATH, help="Directory to write.")
 @click.option("--force", is_flag=True, help="Replace a data set that is there.")
 @click.option("--recipe", metavar="NAME", help="FILES are those of a public log, as published; see below.")
 @click.option(
-    "--like", type=EXISTING, metavar="DIR|RUN",
+    "--like", type=PATH, metavar="DIR|RUN",
     help="Add FILES to this data set (that of this run); items keep their semantic IDs, new ones get theirs.",
 )  # fmt: skip
-@click.option("--items", type=EXISTING, help="Item table; without it the items are those of the log.")
+@click.option("--items", type=PATH, help="Item table; without it the items are those of the log.")
 @click.option("--user-column", default="user", show_default=True)
 @click.option("--item-column", default="item", show_default=True)
 @click.option("--time-column", default="time", show_default=True)
@@ -126,7 +126,7 @@ def main() -> None:
     "--item-attributes", multiple=True, metavar="COLUMN[:SEP]",
     help='An attribute column, with the separator of its values: "genres:|". May be repeated.',
 )  # fmt: skip
-@click.option("--item-embedding", type=EXISTING, help=".npy, .safetensors or .parquet, a row for each item.")
+@click.option("--item-embedding", type=PATH, help=".npy, .safetensors or .parquet, a row for each item.")
 @click.option("--item-columns", metavar="A,B,...", help="Column names of an item file without header.")
 @click.option("--item-separator", help="Field separator of the item file, if the suffix does not tell it.")
 @click.option(
@@ -307,7 +307,7 @@ def _separator(text: str | None) -> str | None:
 
 
 @main.command()
-@click.argument("path", type=EXISTING)
+@click.argument("path", type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
 def inspect(path: Path, as_json: bool) -> None:
     """Show what a data set, shard, SID table, run or checkpoint holds, and verify its checksums.
@@ -328,12 +328,12 @@ def inspect(path: Path, as_json: bool) -> None:
 
 
 TRAIN_OPTIONS = (
-    click.argument("config", required=False, type=EXISTING),
+    click.argument("config", required=False, type=PATH),
     click.option("--preset", metavar="NAME", help="quickstart, smoke (the whole job in about a minute) or nightly."),
-    click.option("--data", type=EXISTING, help="Prepared data set; the built-in MovieTweetings by default."),
-    click.option("--model", type=EXISTING, help="Local directory of any HF decoder; a small Qwen3 by default."),
-    click.option("--init", type=EXISTING, metavar="RUN", help="Start from the weights of a finished run."),
-    click.option("--out", type=EXISTING, metavar="RUN", help="Run directory; an unfinished one is continued."),
+    click.option("--data", type=PATH, help="Prepared data set; the built-in MovieTweetings by default."),
+    click.option("--model", type=PATH, help="Local directory of any HF decoder; a small Qwen3 by default."),
+    click.option("--init", type=PATH, metavar="RUN", help="Start from the weights of a finished run."),
+    click.option("--out", type=PATH, metavar="RUN", help="Run directory; an unfinished one is continued."),
     click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting, e.g. grpo.steps=500."),
 )
 
@@ -347,9 +347,9 @@ def train_options(command: Callable[..., None]) -> Callable[..., None]:
 @main.command()
 @train_options
 @click.option("--gpus", type=click.IntRange(min=1), help="GPUs of this machine to train on; torchrun works too.")
-@click.option("--replay", type=EXISTING, metavar="RUN/failed/STEP", help="Look for the cause of a NaN or inf.")
+@click.option("--replay", type=PATH, metavar="RUN/failed/STEP", help="Look for the cause of a NaN or inf.")
 @click.option(
-    "--refit", type=EXISTING, metavar="RUN",
+    "--refit", type=PATH, metavar="RUN",
     help="Train a finished run again on everything before the test day, with what it chose on valid.",
 )  # fmt: skip
 @click.option(
@@ -416,9 +416,9 @@ def profile(stage: str, steps: int, **options: Any) -> None:
 
 
 @main.command("eval")
-@click.argument("run", type=EXISTING)
+@click.argument("run", type=PATH)
 @click.option("--split", type=click.Choice(["valid", "test"]), default="test", show_default=True)
-@click.option("--data", type=EXISTING, help="Data set; by default the one that the run was trained on.")
+@click.option("--data", type=PATH, help="Data set; by default the one that the run was trained on.")
 @click.option("--all-baselines", is_flag=True, help="Also those that have to be trained (SASRec): takes minutes.")
 @click.option("--cost-dislike", type=float, metavar="X", help="Cost of a dislike that is shown.")
 @click.option("--cost-like", type=float, metavar="Y", help="Cost of a like that is withheld, in the same unit.")
@@ -440,8 +440,8 @@ def evaluate(run: Path, **options: Any) -> None:
 
 
 @main.command()
-@click.argument("run", type=EXISTING)
-@click.option("--out", type=EXISTING, metavar="PAGE.html", help="By default RUN/report.html.")
+@click.argument("run", type=PATH)
+@click.option("--out", type=PATH, metavar="PAGE.html", help="By default RUN/report.html.")
 @click.pass_context
 def report(context: click.Context, run: Path, out: Path | None) -> None:
     """Write one HTML page about a run: tables, curves, calibration, example users; nothing outside the file.
@@ -459,7 +459,7 @@ def report(context: click.Context, run: Path, out: Path | None) -> None:
 
 
 SERVE_OPTIONS = (
-    click.option("--data", type=EXISTING, help="Data set; by default the one that the run was trained on."),
+    click.option("--data", type=PATH, help="Data set; by default the one that the run was trained on."),
     click.option(
         "--at", metavar="TIME",
         help="ISO date or time, UTC unless it names a zone. The context is every event up to the end of the day "
@@ -475,13 +475,13 @@ def serve_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @main.command()
-@click.argument("run", type=EXISTING)
+@click.argument("run", type=PATH)
 @serve_options
 @click.option("--top", default=50, show_default=True, type=click.IntRange(min=1), help="Items for each user.")
-@click.option("--users", type=EXISTING, metavar="FILE", help="Only these users: a table with a column user.")
-@click.option("--items", type=EXISTING, metavar="FILE", help="List only these items: a table with a column item.")
-@click.option("--not-items", type=EXISTING, metavar="FILE", help="Never list these items, such as delisted ones.")
-@click.option("--out", required=True, type=EXISTING, help=".parquet or .csv file: user, rank, item, score.")
+@click.option("--users", type=PATH, metavar="FILE", help="Only these users: a table with a column user.")
+@click.option("--items", type=PATH, metavar="FILE", help="List only these items: a table with a column item.")
+@click.option("--not-items", type=PATH, metavar="FILE", help="Never list these items, such as delisted ones.")
+@click.option("--out", required=True, type=PATH, help=".parquet or .csv file: user, rank, item, score.")
 def predict(run: Path, **options: Any) -> None:
     """Write what users are going to dislike. The same call resumes one that was killed.
 
@@ -499,14 +499,14 @@ def predict(run: Path, **options: Any) -> None:
 
 
 @main.command()
-@click.argument("run", type=EXISTING)
-@click.argument("candidates", type=EXISTING)
+@click.argument("run", type=PATH)
+@click.argument("candidates", type=PATH)
 @serve_options
 @click.option(
     "--given", type=click.Choice(["feedback", "shown"]), default="feedback", show_default=True,
     help="What the probability takes for granted; shown needs a log with exposures.",
 )  # fmt: skip
-@click.option("--out", required=True, type=EXISTING, help=".parquet or .csv file: the input plus score and abstain.")
+@click.option("--out", required=True, type=PATH, help=".parquet or .csv file: the input plus score and abstain.")
 def score(run: Path, candidates: Path, **options: Any) -> None:
     """Calibrated dislike probability of (user, item) pairs.
 
@@ -527,10 +527,10 @@ def score(run: Path, candidates: Path, **options: Any) -> None:
 
 
 @main.command("user-profiles")
-@click.argument("run", type=EXISTING)
+@click.argument("run", type=PATH)
 @click.option("--attribute", required=True, metavar="NAME", help="Item attribute whose values are the categories.")
 @serve_options
-@click.option("--out", required=True, type=EXISTING, help=".parquet or .csv file, a row for each user and category.")
+@click.option("--out", required=True, type=PATH, help=".parquet or .csv file, a row for each user and category.")
 def user_profiles(run: Path, attribute: str, data: Path | None, at: str | None, out: Path) -> None:
     """What kinds of items each user dislikes: counts, smoothed rate, lift, and the share expected next.
 
@@ -563,8 +563,8 @@ def doctor(as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("run", type=EXISTING)
-@click.option("--out", required=True, type=EXISTING, help="Directory to write.")
+@click.argument("run", type=PATH)
+@click.option("--out", required=True, type=PATH, help="Directory to write.")
 def export(run: Path, out: Path) -> None:
     """Write a run as a HF directory: safetensors, tokenizer, SID table, trie.
 

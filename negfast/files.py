@@ -71,13 +71,14 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
     """No other process writes ``path`` within the block. Raises InputError where one is writing it.
 
     The lock is `flock` on ``.NAME.lock`` beside ``path`` (in it, where its folder is not writable), so the kernel
-    releases it with the process, however that ends. The file is removed at the end of the block; one that a killed
-    process left does no harm.
+    releases it with the process, however that ends. A directory has one lock by all its names: links are followed. The
+    file is removed at the end of the block; one that a killed process left does no harm.
     """
-    path = Path(path).absolute()
-    created = _make_parents(path)
-    inside = path.is_dir() and not os.access(path.parent, os.W_OK)
-    place = path / ".lock" if inside else path.with_name(f".{path.name}.lock")
+    path = Path(path)
+    real = path.resolve() if path.is_dir() else path.absolute()
+    inside = path.is_dir() and not os.access(real.parent, os.W_OK)
+    created = [] if inside else _make_parents(real)
+    place = real / ".lock" if inside else real.with_name(f".{real.name}.lock")
     descriptor = _take(place, path)
     try:
         yield

@@ -109,6 +109,27 @@ def test_one_process_writes_at_a_time(tmp_path):
     assert not list(path.parent.iterdir())
 
 
+def test_a_directory_has_one_lock_by_all_its_names(tmp_path):
+    folder, link = tmp_path / "2026-11-25", tmp_path / "links" / "today"
+    folder.mkdir()
+    link.parent.mkdir()
+    link.symlink_to(folder)
+    with locked(folder), pytest.raises(InputError, match="today: is being written"), locked(link):
+        pass
+
+
+def test_a_folder_whose_parent_is_not_writable_is_locked_from_within(tmp_path, monkeypatch):
+    """A directory that is mounted into a container."""
+    folder, access = tmp_path / "run", os.access
+    folder.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and access(path, mode))
+    with locked(folder):
+        assert [path.name for path in folder.iterdir()] == [".lock"]
+        with pytest.raises(InputError, match="is being written"), locked(folder):
+            pass
+    assert not list(folder.iterdir())
+
+
 def test_a_holder_that_leaves_between_open_and_lock_is_no_holder(tmp_path, monkeypatch):
     """A second process that opened the lock file just before its holder removed it must not hold a file of no name."""
     path, lock = tmp_path / "x", tmp_path / ".x.lock"

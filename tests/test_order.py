@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = ("data", "sid", "prepare", "model", "runtime", "evaluate", "train", "serve")
-BASE = ("errors", "files", "config", "progress", "spans", "staging")  # files that every package may use
+BASE = ("errors", "files", "memory", "config", "progress", "spans", "staging")  # files that every package may use
 TOP = ("cli", "__main__", "__init__")  # files that may use everything
 
 

@@ -28,7 +28,7 @@ from negfast.serve import predict
 from negfast.serve.context import context_day
 from negfast.serve.parts import write_in_parts
 from negfast.serve.profiles import category_matrix, feedback_matrices
-from negfast.serve.score import knows
+from negfast.serve.score import index_of, knows, read_candidates
 from negfast.sid.trie import SeenNodes
 from tests.tiny import prepare_log, run_cli, train_arguments, write_log
 
@@ -99,7 +99,7 @@ def test_answers_of_a_run_that_knows_later_days_say_so(tiny_run, tmp_path):
     assert "learned from events" not in run_cli("predict", str(tiny_run), "--at", learned, *out)
     day_before = date_of(RunFolder(tiny_run).learned_until - 1)
     said = run_cli("predict", str(tiny_run), "--at", day_before, *out)
-    assert f"note: {tiny_run} learned from events before {learned}, so its answers know of them" in said
+    assert f"note: {tiny_run} learned from events before {learned}, so its scores know of them" in said
 
 
 def test_many_candidates_of_one_user_are_answered_in_parts(tiny_run, monkeypatch):
@@ -125,6 +125,16 @@ def test_knows():
     assert knows(log, user, item, 0).tolist() == [False] * 6
 
 
+def test_ids_are_those_that_prepare_reads(tmp_path):
+    """pandas turns integers with gaps into floats, and Arrow would write 1e+10 for a large one."""
+    known, path = ["7", "10000000000"], tmp_path / "pairs.parquet"
+    parquet.write_table(pa.table({"user": [1e10, None, 7.0, 8.0], "item": [7.5, 7.0, 7.0, 7.0]}), path)
+    source = read_candidates(path)
+    assert index_of(source, "user", known).tolist() == [1, -1, 0, -1]
+    with pytest.raises(InputError, match=r"row 1: item 7\.5 is no id"):
+        index_of(source, "item", known)
+
+
 def test_score_abstains_where_nothing_is_known(tiny_run, tmp_path):
     data = Dataset.open(RunFolder(tiny_run).data)
     user, item = data.user_ids[3], data.items.ids[4]
@@ -141,7 +151,7 @@ def test_score_abstains_where_nothing_is_known(tiny_run, tmp_path):
     assert "abstained: 2 of 3 pairs" in said
     parquet.write_table(pa.table({"user": [[user]], "item": [item]}), asked)
     message = run_cli("score", str(tiny_run), str(asked), "--out", str(out), code=2)
-    assert "column 'user': found list" in message and "expected strings or integers" in message
+    assert "column 'user' is a list" in message and "expected a string or number" in message
     parquet.write_table(pa.table({"user": ["nobody"], "item": [item]}), asked)
     assert "no user is known, the first is 'nobody'" in run_cli(
         "score", str(tiny_run), str(asked), "--out", str(out), code=2

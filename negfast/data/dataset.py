@@ -201,10 +201,15 @@ def write_dataset(
     (directory / MANIFEST).write_text(_manifest_text({"format": FORMAT, **manifest, "files": files}), "utf-8")
 
 
+def is_data_folder(path: Path) -> bool:
+    """Whether ``path`` plainly is a data set."""
+    return (path / MANIFEST).is_file() and (path / EVENTS).is_file()
+
+
 def refuse_data_folder(out: Path) -> None:
     """Raises InputError where ``out`` is a data set, or lies in one."""
     for folder in (out.absolute(), *out.absolute().parents):
-        if (folder / MANIFEST).is_file() and (folder / EVENTS).is_file():
+        if is_data_folder(folder):
             raise InputError(f"{out}: lies in the data set {folder}; choose another --out")
 
 

@@ -1,9 +1,6 @@
 """A day of events added to a prepared data set; nothing that was written before is written again."""
 
-import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,7 @@ from safetensors.numpy import save_file
 from negfast.data.dataset import EVENTS, MANIFEST, USERS, VALUES, Dataset, date_of, file_record
 from negfast.data.shards import write_part
 from negfast.errors import InputError
-from negfast.files import atomic_file
+from negfast.files import atomic_file, locked
 from negfast.prepare.events import Events
 
 
@@ -31,13 +28,14 @@ def append_events(
 
     Files are only added: ``events.nfs.000001`` and, where needed, ``users.parquet.000001`` and
     ``values.safetensors.000001``; then the manifest is replaced by a rename. A process that dies before that leaves
-    the old data set, and what it had written is overwritten by the next append. Open data sets stay valid.
+    the old data set, and what it had written is overwritten by the next append. Open data sets stay valid, and runs of
+    the old data set take the new one.
 
     Raises InputError, and changes nothing, for events before the last one of their user in the data set, for other
-    items, for values where the data set has none or none where it has some, and while another append is at work.
+    items, for values where the data set has none or none where it has some, and while another process writes there.
     """
     path = Path(path)
-    with _only_one(path):
+    with locked(path):
         data = Dataset.open(path)
         manifest, log = data.manifest, events.log
         if events.item_ids != data.items.ids:
@@ -79,21 +77,7 @@ def append_events(
                 "days": {"first": min(whole["first"], days["first"]), "last": max(whole["last"], days["last"])},
                 "files": manifest["files"] | {name: file_record(path / name) for name in written},
                 "parts": [*data.parts, part],
+                "extends": [*data.extends, data.fingerprint],
             }
         )
         return Dataset.open(path)
-
-
-@contextmanager
-def _only_one(path: Path) -> Iterator[None]:
-    """Holds a lock on the directory, which the operating system drops with the process."""
-    if not path.is_dir():
-        raise InputError(f"{path}: no such data set directory")
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise InputError(f"{path}: another process is appending to it; try again when it is done") from None
-    finally:
-        os.close(descriptor)

@@ -1,7 +1,6 @@
 """From source files to a prepared data set: validate, index, split, semantic IDs, shard."""
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -13,13 +12,13 @@ from safetensors import SafetensorError
 
 import negfast
 from negfast.data.dataset import (
-    EVENTS,
     MANIFEST,
     VERIFIED,
     Dataset,
     date_of,
     day_of,
     file_record,
+    is_data_folder,
     write_dataset,
 )
 from negfast.data.items import ItemTable
@@ -27,6 +26,7 @@ from negfast.data.log import EventLog
 from negfast.data.split import Split, all_requests, split_requests
 from negfast.errors import InputError
 from negfast.files import atomic_directory, check_output
+from negfast.memory import total_memory
 from negfast.prepare.events import (
     EventMapping,
     Events,
@@ -169,7 +169,7 @@ def check_replaceable(out: Path, force: bool) -> None:
     a data set written into a run or another data set."""
     check_output(out)
     for folder in out.absolute().parents:
-        if (folder / "run.json").is_file() or ((folder / MANIFEST).is_file() and (folder / EVENTS).is_file()):
+        if (folder / "run.json").is_file() or is_data_folder(folder):
             raise InputError(f"{out}: lies inside {folder}, a run or a data set; choose another --out")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
@@ -294,20 +294,11 @@ def report_split(split: Split, report: Report) -> None:
             report(f"warning: {name} has {with_dislikes:,} user-days with a dislike ahead, fewer than {FEW}")
 
 
-def machine_bytes() -> int:
-    """The memory of this machine, or of the control group that the process runs in if that has less."""
-    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        return min(installed, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # no control group, or "max"
-        return installed
-
-
 def _warn_of_memory(log: EventLog, report: Report) -> None:
     from negfast.sid.prior import TABLE_BYTES  # imports torch, which bad input need not wait for
 
     n_days = int(log.day.max()) - int(log.day.min()) + 2
-    needed, there = TABLE_BYTES * n_days * log.n_items, machine_bytes()
+    needed, there = TABLE_BYTES * n_days * log.n_items, total_memory()
     if needed > there:
         report(
             f"warning: training keeps tables of {n_days:,} days x {log.n_items:,} items: about {needed / 2**30:.1f} "

@@ -122,7 +122,7 @@ def data_folder(path: Path) -> Path:
         return path
     try:
         return path / json.loads(description.read_text())["data"]
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{description}: damaged: {error}") from error
 
 

@@ -1,7 +1,7 @@
 """Several processes, one model: who is there, sums of gradients and figures, and what only the first one does.
 
-Every rank holds all weights and computes its shares of each batch (`negfast.train.step`), rollouts included; after the
-last backward one all-reduce adds the gradients up in buckets. It is not overlapped with the backward: for weights of
+Every rank holds all weights and computes its micro-batches (`negfast.train.step`), rollouts included; after the last
+backward one all-reduce adds the gradients up in buckets. It is not overlapped with the backward: for weights of
 0.6 B in float32 that is 2.4 GB a step, some 15 ms between eight GPUs on NVLink (docs/scaling.md has the calculation).
 
 A process belongs to a group if `torchrun` or `negfast train --gpus` said so in its environment (RANK, WORLD_SIZE).

@@ -10,6 +10,8 @@ import torch
 
 import negfast
 from negfast.kernels import implementations
+from negfast.memory import available_memory, total_memory
+from negfast.runtime.machine import allowed_cpus
 from negfast.sid.embed import minilm_folder
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "numpy", "pyarrow", "faiss-cpu", "scikit-learn", "numba")
@@ -33,7 +35,7 @@ def findings() -> list[tuple[str, str]]:
         ("text encoder", _encoder()),
         ("C++ core", _core()),
         ("compiler", _compiler()),
-        ("threads", f"{len(os.sched_getaffinity(0))} CPUs for this process, torch uses {torch.get_num_threads()}"),
+        ("threads", f"{allowed_cpus()} CPUs for this process, torch uses {torch.get_num_threads()}"),
         ("memory", _memory()),
         ("CUDA", _cuda()),
     ]
@@ -72,9 +74,8 @@ def _compiler() -> str:
 
 
 def _memory() -> str:
-    pages, free, size = (os.sysconf(name) for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES", "SC_PAGE_SIZE"))
-    disk = shutil.disk_usage(os.getcwd())
-    return f"{pages * size / 2**30:.1f} GiB, {free * size / 2**30:.1f} free; disk here {disk.free / 2**30:.1f} GiB free"
+    total, free, disk = total_memory(), available_memory(), shutil.disk_usage(os.getcwd()).free
+    return f"{total / 2**30:.1f} GiB, {free / 2**30:.1f} free; disk here {disk / 2**30:.1f} GiB free"
 
 
 def _cuda() -> str:

@@ -13,11 +13,11 @@ from negfast.data.features import HistoryFeatures
 from negfast.data.log import DISLIKE, LIKE, EventLog
 from negfast.data.split import Requests, Split, all_requests
 from negfast.errors import InputError
+from negfast.memory import available_memory
 from negfast.model.choice import TrieChooser
 from negfast.model.fused_layers import fuse_layers
 from negfast.model.policy import Policy
 from negfast.model.prompts import PromptBuilder, trending_items
-from negfast.runtime.machine import available_memory
 from negfast.sid.prior import TABLE_BYTES, DevicePrior, decayed_mass
 from negfast.sid.trie import Trie, build_trie
 

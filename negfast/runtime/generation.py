@@ -5,10 +5,10 @@ import numpy as np
 from negfast.data.log import history_ends
 from negfast.data.split import Requests
 from negfast.errors import InputError
+from negfast.memory import available_memory
 from negfast.model.beam import beam_search
 from negfast.model.prompts import MIXED
 from negfast.runtime.engine import Engine
-from negfast.runtime.machine import available_memory
 from negfast.sid.prior import NEXT_DISLIKE
 from negfast.sid.trie import SeenNodes, Trie
 from negfast.staging import put

@@ -1,17 +1,15 @@
-"""What this machine gives a process: its device, CPU threads and memory."""
+"""What this machine gives a process: its device and CPU threads (`negfast.memory` has the memory)."""
 
 import math
 import os
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 
 import torch
 
 from negfast.errors import InputError
+from negfast.memory import CGROUP
 from negfast.runtime import distributed
-
-CGROUP = Path("/sys/fs/cgroup")
 
 
 def choose_device(name: str) -> torch.device:
@@ -55,11 +53,3 @@ def _cgroup_quotas() -> Iterator[tuple[int, int]]:
         with suppress(OSError, ValueError):  # "max" is no number: no limit
             quota, period = (int(number) for path in paths for number in path.read_text().split())
             yield quota, period
-
-
-def available_memory() -> int:
-    """Bytes that this machine can still give, by the kernel's estimate."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

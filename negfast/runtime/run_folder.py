@@ -104,7 +104,7 @@ class RunFolder:
 
     @property
     def data(self) -> Path:
-        return self.path / self._said("data", str)
+        return self.path / self._entry("data", str)
 
     @property
     def config(self) -> Config:
@@ -129,9 +129,9 @@ class RunFolder:
     @property
     def learned_until(self) -> int:
         """Days since 1970: nothing in the weights comes from events of this day or later, those of --init included."""
-        return self._said("learned_until", day_of)
+        return self._entry("learned_until", day_of)
 
-    def _said(self, name: str, parse: Callable[[Any], T]) -> T:
+    def _entry(self, name: str, parse: Callable[[Any], T]) -> T:
         """A part of run.json. InputError where it has none, or a damaged one."""
         read = self.read()
         if name not in read:
@@ -141,7 +141,7 @@ class RunFolder:
     @property
     def refit(self) -> Refit | None:
         """What the run repeats, where it is a final refit."""
-        return None if self.read().get("refit") is None else self._said("refit", Refit.from_json)
+        return None if self.read().get("refit") is None else self._entry("refit", Refit.from_json)
 
     def read(self) -> dict:
         if not self.exists:
@@ -158,7 +158,7 @@ class RunFolder:
 
     def check_data(self, dataset: Dataset) -> None:
         """InputError unless the data set is the one that the run was trained on, or extends it."""
-        if self._said("fingerprint", str) not in (dataset.fingerprint, *dataset.extends):
+        if self._entry("fingerprint", str) not in (dataset.fingerprint, *dataset.extends):
             raise InputError(
                 f"{dataset.path}: is not the data set that {self.path} was trained on, or has changed since; expected "
                 "that one, or one that `prepare --like` made of it"
@@ -170,7 +170,7 @@ class RunFolder:
 
         shape = dataset.codes.shape[1], int(dataset.manifest["semantic_ids"]["codebook"])
         config = self.config
-        return rebuild_policy(self.model, config.model, *shape, self._said("verdict_features", int))
+        return rebuild_policy(self.model, config.model, *shape, self._entry("verdict_features", int))
 
     def serving_policy(self, dataset: Dataset) -> Policy | None:
         """The run's policy without transformers, its weights still to be loaded; None for another decoder."""
@@ -181,7 +181,7 @@ class RunFolder:
         sids = dataset.codes.shape[1], int(dataset.manifest["semantic_ids"]["codebook"])
         vocabulary = CodeVocabulary(shape.vocab_size, *sids)
         with torch.random.fork_rng(devices=[]):
-            return Policy(qwen3.Qwen3(shape), vocabulary, self._said("verdict_features", int))
+            return Policy(qwen3.Qwen3(shape), vocabulary, self._entry("verdict_features", int))
 
     def finished_engine(self, data: Path | None, serving: bool = False) -> Engine:
         """An engine with the run's final weights over ``data`` (default: the data it was trained on), for inference.

@@ -35,13 +35,13 @@ def quick_imports() -> Iterator[None]:
         gc.enable()
 
 
-def told_context_day(run: "RunFolder", log: EventLog, at: str | None) -> int:
-    """`context_day`, told on stderr; also that the run learned from later events, where it did."""
+def report_context_day(run: "RunFolder", log: EventLog, at: str | None) -> int:
+    """`context_day`, printed to stderr; a note where the run learned from later events."""
     day = context_day(log, at)
     print(f"context: events up to the end of {date_of(day)}", file=sys.stderr)
     if day + 1 < run.learned_until:
         until = date_of(run.learned_until)
-        print(f"note: {run.path} learned from events before {until}, so its answers know of them", file=sys.stderr)
+        print(f"note: {run.path} learned from events before {until}, so its scores know of them", file=sys.stderr)
     return day
 
 

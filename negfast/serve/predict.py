@@ -11,8 +11,8 @@ from negfast.data.dataset import file_record
 from negfast.data.split import Requests
 from negfast.errors import InputError
 from negfast.files import check_input_file, check_table, locked
-from negfast.prepare.readers import read_table
-from negfast.serve.context import check_sources, quick_imports, source_of, told_context_day
+from negfast.prepare.readers import Source, read_table
+from negfast.serve.context import check_sources, quick_imports, report_context_day, source_of
 from negfast.serve.parts import write_in_parts
 from negfast.serve.score import index_of
 
@@ -58,7 +58,7 @@ def predict_run(
         folder = RunFolder(run)
         engine = folder.finished_engine(data, serving=True)
         known = {"user": engine.data.user_ids, "item": engine.data.items.ids}
-        found = {name: _known(table, known, asked[name], name != "not_items") for name, table in lists.items()}
+        found = {name: _known(ids, known, name != "not_items") for name, ids in lists.items()}
         of_users = found.get("users", np.arange(engine.log.n_users))
         listed = np.full(engine.log.n_items, "items" not in found)
         listed[found.get("items", [])] = True
@@ -66,7 +66,7 @@ def predict_run(
         top = min(top, int(listed.sum()))
         if not top:
             raise InputError("--items and --not-items: found no item to list, expected at least one")
-        day = told_context_day(folder, engine.log, at)
+        day = report_context_day(folder, engine.log, at)
         user_ids, item_ids = (pa.array(known[name], pa.string()) for name in ("user", "item"))
         excluded = np.flatnonzero(~listed)
 
@@ -89,22 +89,22 @@ def predict_run(
         write_in_parts(out, SCHEMA, about, len(of_users), at_once, batch, ("predict", "users"))
 
 
-def read_ids(path: Path, column: str) -> pa.Table:
+def read_ids(path: Path, column: str) -> Source:
     """The column of ids of a table in any format that `negfast prepare` reads."""
     check_input_file(path)
-    return read_table(path, [column]).table
+    return read_table(path, [column])
 
 
-def _known(table: pa.Table, known: dict[str, list[str]], path: Path, needed: bool) -> np.ndarray:
-    """The distinct indices of a table's ids, ascending; those that the data set does not have are counted on stderr.
+def _known(source: Source, known: dict[str, list[str]], needed: bool) -> np.ndarray:
+    """The distinct indices of a column of ids, ascending; those that the data set does not have are counted on stderr.
 
     InputError where it has none of them, and one is ``needed``.
     """
-    [column] = table.column_names
-    index = index_of(table, column, known[column], path, needed)
+    [column] = source.table.column_names
+    index = index_of(source, column, known[column], needed)
     strange = int((index < 0).sum())
     if strange:
-        print(f"{path}: {strange:,} of {len(index):,} {column}s are not in the data set", file=sys.stderr)
+        print(f"{source.path}: {strange:,} of {len(index):,} {column}s are not in the data set", file=sys.stderr)
     return np.unique(index[index >= 0])
 
 

@@ -9,7 +9,7 @@ import scipy.sparse as sp
 from negfast.data.log import DISLIKE, EXPOSED, LIKE, EventLog
 from negfast.errors import InputError
 from negfast.files import check_table, locked
-from negfast.serve.context import check_sources, quick_imports, source_of, told_context_day
+from negfast.serve.context import check_sources, quick_imports, report_context_day, source_of
 from negfast.serve.parts import write_in_parts
 from negfast.serve.predict import USERS_AT_ONCE, requests_at
 
@@ -50,7 +50,7 @@ def profile_users(run: Path, attribute: str, data: Path | None, at: str | None, 
         if attribute not in attributes:
             there = ", ".join(attributes) or "none"
             raise InputError(f"--attribute {attribute!r}: the items of {engine.data.path} have {there}")
-        day = told_context_day(folder, engine.log, at)
+        day = report_context_day(folder, engine.log, at)
         names, of_item = category_matrix(attributes[attribute])
         disliked, liked = (counts @ of_item for counts in feedback_matrices(engine.log, day))
         totals = np.asarray(disliked.sum(0)).ravel(), np.asarray(liked.sum(0)).ravel()

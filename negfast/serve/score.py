@@ -10,8 +10,8 @@ import pyarrow.compute as compute
 from negfast.data.log import EventLog
 from negfast.errors import InputError
 from negfast.files import check_input_file, check_table, locked
-from negfast.prepare.readers import file_columns, read_table
-from negfast.serve.context import check_sources, quick_imports, told_context_day
+from negfast.prepare.readers import Source, encode, file_columns, read_table, to_strings
+from negfast.serve.context import check_sources, quick_imports, report_context_day
 from negfast.serve.parts import write_table
 
 ADDED = ("score", "abstain")
@@ -34,7 +34,7 @@ def score_run(
     """
     check_table(out)
     check_sources(run, data)
-    table = read_candidates(candidates)
+    source = read_candidates(candidates)
     if out.exists() and out.samefile(candidates):
         raise InputError(f"{out}: is the list of candidates itself; choose another --out")
     with locked(out):
@@ -46,9 +46,9 @@ def score_run(
         folder.require_finished()
         calibration = folder.calibration if given == "feedback" else folder.shown_calibration
         engine = folder.finished_engine(data, serving=True)
-        user = index_of(table, "user", engine.data.user_ids, candidates)
-        item = index_of(table, "item", engine.data.items.ids, candidates)
-        day = told_context_day(folder, engine.log, at)
+        user = index_of(source, "user", engine.data.user_ids)
+        item = index_of(source, "item", engine.data.items.ids)
+        day = report_context_day(folder, engine.log, at)
         answered = knows(engine.log, user, item, day)
         rows = np.flatnonzero(answered)
         rows = rows[np.argsort(user[rows], kind="stable")]
@@ -59,7 +59,7 @@ def score_run(
         if not answered.all():
             print(f"abstained: {int((~answered).sum()):,} of {len(answered):,} pairs, nothing known", file=sys.stderr)
         score = pa.field("score", pa.float64(), metadata={"description": MEANING[given]})
-        table = table.append_column(score, pa.array(probability, pa.float64(), mask=~answered))
+        table = source.table.append_column(score, pa.array(probability, pa.float64(), mask=~answered))
         table = table.append_column("abstain", pa.array(~answered))
         write_table(out, table.schema, [table])
 
@@ -73,7 +73,7 @@ def knows(log: EventLog, user: np.ndarray, item: np.ndarray, day: int) -> np.nda
     return (user >= 0) & (item >= 0) & (active[user] | judged[item])
 
 
-def read_candidates(path: Path) -> pa.Table:
+def read_candidates(path: Path) -> Source:
     """All columns of a table of any format that `negfast prepare` reads, user and item among them."""
     check_input_file(path)
     columns = file_columns(path)
@@ -83,21 +83,18 @@ def read_candidates(path: Path) -> pa.Table:
     for name in ADDED:
         if name in columns:
             raise InputError(f"{path}: has a column {name!r} already")
-    return read_table(path, columns).table
+    return read_table(path, columns)
 
 
-def index_of(table: pa.Table, column: str, known: list[str], path: Path, needed: bool = True) -> np.ndarray:
-    """The index of each value of a column in ``known``, int64 [E], -1 where it is not there.
+def index_of(source: Source, column: str, known: list[str], needed: bool = True) -> np.ndarray:
+    """The index of each row's id in ``known``, int64 [E], -1 where it is null or not there; ids are read as `prepare`
+    reads them.
 
-    InputError where ``known`` has none of them, and one is ``needed``.
+    InputError for what is no id, and where ``known`` has none of them and one is ``needed``.
     """
-    try:
-        values = table[column].cast(pa.string())
-    except pa.ArrowException as error:
-        raise InputError(
-            f"{path}: column {column!r}: found {table[column].type}, expected strings or integers"
-        ) from error
-    found = compute.index_in(values, pa.array(known, pa.string())).fill_null(-1).to_numpy().astype(np.int64)
+    ids = encode(source, column)
+    index = compute.index_in(to_strings(ids), pa.array(known, pa.string())).fill_null(-1)
+    found = np.append(index.to_numpy(zero_copy_only=False), -1)[ids.codes].astype(np.int64)
     if needed and len(found) and (found < 0).all():
-        raise InputError(f"{path}: no {column} is known, the first is {values[0].as_py()!r}")
+        raise InputError(f"{source.path}: no {column} is known, the first is {source.table[column][0].as_py()!r}")
     return found

@@ -16,7 +16,7 @@ IDLE = (  # a condition on the configuration in words and as a function, and the
 
 
 def check_combinations(config: Config) -> None:
-    """InputError where settings of the stage contradict each other or those of others."""
+    """InputError where settings contradict each other, or one does nothing beside the others."""
     settings, prior_weight = config.grpo, config.prior.weight
     if (views := config.sft.negative_view + config.sft.positive_view) > 1:
         raise InputError(f"sft.negative_view + sft.positive_view: found {views:g}, expected at most 1")

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 
-from negfast.data.dataset import Dataset, date_of, day_of
+from negfast.data.dataset import Dataset, date_of, day_of, refuse_data_folder
 from negfast.errors import InputError
 from negfast.evaluate.predictions import calibrate, calibrate_shown
 from negfast.evaluate.sets import evaluation_set
@@ -39,6 +39,7 @@ def start_refit(
     if source.refit is not None:
         raise InputError(f"--refit {source.path}: is a refit itself, expected a run that chose on valid")
     check_output(run.path)
+    refuse_data_folder(run.path)
     report(f"reading what {source.path} chose on valid")
     engine = source.finished_engine(None)
     valid = evaluation_set(engine.log, engine.split, "valid")

@@ -91,7 +91,8 @@ def open_stage(name: str, options: TrainOptions) -> tuple[RunFolder, Engine, Sta
     """
     check_stage(name)
     run, settings = settings_of(options)
-    engine = open_run(run, settings, options, choose_device(settings.train.device))
+    with locked(run.path):  # it may be started here
+        engine = open_run(run, settings, options, choose_device(settings.train.device))
     before = list(STAGES)[: list(STAGES).index(name)]
     _load_start(run, engine, [stage for stage in before if (run.checkpoints / stage).is_dir()])
     return run, engine, STAGES[name](engine)

@@ -12,6 +12,7 @@ from negfast.data.dataset import MANIFEST, VERIFIED, Dataset, write_dataset
 from negfast.data.items import ItemTable
 from negfast.data.log import DAY, EventLog
 from negfast.errors import InputError
+from negfast.files import locked
 from negfast.prepare.append import append_events
 from negfast.prepare.events import Events
 from negfast.runtime.inspection import describe, report
@@ -164,5 +165,18 @@ def test_what_does_not_continue_the_data_set_is_refused(tmp_path):
         append_events(tmp_path / "other", fine)
     assert sorted(file.name for file in path.glob("[!.]*")) == before
     assert (path / MANIFEST).read_text() == manifest
+    with locked(path), pytest.raises(InputError, match="is being written by process"):
+        append_events(path, fine)
     append_events(path, fine)
     assert len(json.loads((path / MANIFEST).read_text())["parts"]) == 1
+
+
+def test_the_data_set_says_what_it_extends(tmp_path):
+    """So runs that were trained on it go on serving."""
+    path = tmp_path / "data"
+    write(path, events_of([("u0", 5, 0, 2)]))
+    found = [Dataset.open(path).fingerprint]
+    for day in (1, 2):
+        data = append_events(path, events_of([("u0", day * DAY, 1, 1)]))
+        assert data.extends == found and data.fingerprint not in found
+        found.append(data.fingerprint)

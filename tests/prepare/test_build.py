@@ -241,7 +241,7 @@ def test_a_small_part_is_warned_of(sources, tmp_path):
 
 def test_memory_that_training_will_not_have_is_warned_of(sources, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("negfast.prepare.build.machine_bytes", lambda: 100_000)
+    monkeypatch.setattr("negfast.prepare.build.total_memory", lambda: 100_000)
     run(sources, tmp_path / "data", report=said.append)
     assert any(line.startswith("warning: training keeps tables of 61 days x 30 items: about 0.0 GiB") for line in said)
 

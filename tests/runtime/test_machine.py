@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from negfast import memory
 from negfast.errors import InputError
 from negfast.runtime import engine, machine
 
@@ -15,6 +16,7 @@ from negfast.runtime import engine, machine
 @pytest.fixture
 def cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     return tmp_path
 
@@ -42,6 +44,25 @@ def test_threads_are_those_asked_for_then_those_of_openmp_then_those_allowed(cgr
     monkeypatch.delenv("OMP_NUM_THREADS")
     machine.use_threads(0)
     assert found == [5, 3, 8]
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "freeable"),
+    [
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ],
+)
+def test_the_memory_of_a_cgroup(cgroup: Path, limit: str, used: str, freeable: str):
+    installed, free = memory.total_memory(), memory.available_memory()
+    assert 0 < free < installed
+    (cgroup / "memory").mkdir()
+    (cgroup / used).write_text("50000000\n")
+    (cgroup / limit).with_name("memory.stat").write_text(f"anon 1\n{freeable} 20000000\n")
+    (cgroup / limit).write_text("90000000\n")
+    assert (memory.total_memory(), memory.available_memory()) == (90_000_000, 60_000_000)
+    (cgroup / limit).write_text("max\n")
+    assert memory.total_memory() == installed
 
 
 def test_tables_that_would_not_fit_are_refused_with_the_number(monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 
 from negfast import spans
 from negfast.errors import InputError
+from negfast.files import locked
 from negfast.train.profile import busy_time, table_of_report
 from tests.tiny import run_cli, train_arguments
 
@@ -21,6 +22,8 @@ def test_profile_names_every_range_of_a_step_and_the_slowest_operations(tiny_dat
     assert {"level 2", "reference"} <= {event.get("name") for event in trace["traceEvents"]}
     assert spans.span("prompt") is spans.NOTHING  # off again
     assert "expected one of align, sft, grpo" in run_cli("profile", "--stage", "x", "--out", str(run), code=2)
+    with locked(run):  # by `negfast train`, say
+        assert "is being written by process" in run_cli("profile", "--out", str(run), code=2)
 
 
 @pytest.fixture

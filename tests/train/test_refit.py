@@ -161,3 +161,9 @@ def test_on_the_whole_log_it_leaves_nothing_to_measure_it_on(tiny_run, tmp_path)
     again = run_cli("train", "--refit", str(tiny_run), "--out", str(run.path), code=2)
     assert f"found a refit on events before {date_of(run.refit.until)}" in again
     assert "--whole-log: expected --refit RUN" in run_cli("train", "--whole-log", code=2)
+
+
+def test_it_is_not_written_into_a_data_set(tiny_data, tiny_run):
+    assert "lies in the data set" in run_cli(
+        "train", "--refit", str(tiny_run), "--out", str(tiny_data / "refit"), code=2
+    )
