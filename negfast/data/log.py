@@ -49,7 +49,7 @@ class EventLog:
         return counts | {"withdrawn": withdrawn} if withdrawn else counts
 
     def repeats(self) -> np.ndarray:
-        """Whether an event is in nothing different from an earlier one of its user and second, bool [N]."""
+        """Whether an event repeats an earlier one of its user and second in every column, bool [N]."""
         user, time = self.user, self.time
         together = (user[1:] == user[:-1]) & (time[1:] == time[:-1])
         rows = np.flatnonzero(np.append(together, False) | np.append(False, together))

@@ -57,7 +57,6 @@ class Split:
     valid_day: int  # days since 1970
     test_day: int
     horizon: int  # days
-    test_primary: np.ndarray  # bool [R_test]: with F, the user's first such request of each week from test_day on
 
 
 def split_requests(log: EventLog, horizon: int, valid_day: int, test_day: int) -> Split:
@@ -86,7 +85,7 @@ def split_requests(log: EventLog, horizon: int, valid_day: int, test_day: int) -
                 f"the log covers {_date(int(log.day.min()))} to {_date(last_day)}, "
                 f"valid starts {_date(valid_day)}, test {_date(test_day)}"
             )
-    return Split(train, valid, test, valid_day, test_day, horizon, first_of_week(test, test_day))
+    return Split(train, valid, test, valid_day, test_day, horizon)
 
 
 def all_requests(log: EventLog, horizon: int) -> Requests:

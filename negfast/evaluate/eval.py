@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from negfast.data.dataset import date_of
+from negfast.data.dataset import Dataset, date_of
 from negfast.data.log import EventLog
 from negfast.data.neighbours import co_dislike_neighbours, content_neighbours, soft_similarity
 from negfast.data.split import Requests
@@ -131,15 +131,16 @@ def check_predictions(log: EventLog, evalset: EvalSet, predictions: dict[str, Pr
 
 
 def write_report(run: RunFolder, evalset: EvalSet, rows: list[dict[str, Any]]) -> None:
-    """RUN/report.md and RUN/report.json."""
+    """RUN/report.md and RUN/report.json, which keeps the fingerprint of the data that the table was made on."""
     text = StringIO()
     with redirect_stdout(text):
         print_table(evalset, rows)
     with atomic_file(run.path / "report.json") as temporary:
-        temporary.write_text(to_json(evalset, rows) + "\n")
+        table = json.loads(to_json(evalset, rows)) | {"fingerprint": Dataset.open(run.data).fingerprint}
+        temporary.write_text(json.dumps(table) + "\n")
     with atomic_file(run.report) as temporary:
-        table = f"# {run.path.name}: {evalset.name} split\n\n```\n{text.getvalue()}```\n"
-        temporary.write_text(table + alignment_section(run))
+        tables = f"# {run.path.name}: {evalset.name} split\n\n```\n{text.getvalue()}```\n"
+        temporary.write_text(tables + alignment_section(run))
 
 
 def alignment_section(run: RunFolder) -> str:

@@ -69,16 +69,17 @@ ROWS = {
 def write_page(run: Path, out: Path | None) -> Path:
     """Writes the page to ``out`` (default RUN/report.html) and returns its path.
 
-    The run's own table is read from RUN/report.json, and made where it is not there. Raises InputError as
-    `RunFolder.finished_engine` does, and where a split has likes or dislikes only.
+    The run's own table is read from RUN/report.json, and made where that is missing or of other data. Raises InputError
+    as `RunFolder.finished_engine` does, and where a split has likes or dislikes only.
     """
     folder = RunFolder(run)
     out = out or folder.path / "report.html"
     check_output_file(out)
     engine = folder.finished_engine(None)
-    if not (folder.path / "report.json").is_file():
+    table = _table(folder)
+    if table.get("fingerprint") != engine.data.fingerprint:  # none yet, or the data set has grown since
         write_report(folder, *evaluate_folder(folder, "test", None))
-    table = json.loads((folder.path / "report.json").read_text())
+        table = _table(folder)
     rows, data, config = table["rows"], engine.data, engine.config
     sets = {name: evaluation_set(engine.log, engine.split, name) for name in ("valid", "test")}
     for evalset in sets.values():
@@ -117,6 +118,14 @@ def write_page(run: Path, out: Path | None) -> Path:
     with atomic_file(out) as temporary:
         temporary.write_text(page, "utf-8")
     return out
+
+
+def _table(folder: RunFolder) -> dict[str, Any]:
+    """What RUN/report.json holds; nothing where it is missing or damaged."""
+    try:
+        return json.loads((folder.path / "report.json").read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def _head(folder: RunFolder, data: Dataset, table: Mapping[str, Any], found: Mapping[str, Comparison]) -> str:

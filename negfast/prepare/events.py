@@ -53,7 +53,7 @@ class Selection:
     """Which rows and events of a log are left out; all that are, are counted."""
 
     skip_bad_rows: bool = False  # those that cannot be read; else the first one is an error
-    drop_repeats: bool = False  # events that are in nothing different from an earlier one
+    drop_repeats: bool = False  # events that repeat an earlier one in every column
     first_day: int | None = None  # days since 1970, both inclusive
     last_day: int | None = None
     left_out: dict[str, int] = field(default_factory=dict)  # filled while reading: what was left out, and how often

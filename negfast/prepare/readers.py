@@ -36,7 +36,7 @@ FOREIGN = {  # how files start that are no text, and what to do about them
     b"\xfe\xff": "UTF-16 text; save it as UTF-8",
 }
 NULLS = ("", "null", "nan", "-nan", "none", "na", "n/a", "#n/a", "<na>", "nat", "\\n")  # in lower case, of any text
-SHOWN = 10  # bad rows that are told one by one
+SHOWN = 10  # bad rows that are shown
 JSON_HEAD, JSON_BLOCK = 200, 1 << 24  # lines whose types are looked at; bytes parsed at once, no line may be longer
 
 

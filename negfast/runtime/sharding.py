@@ -32,8 +32,8 @@ ROOM = 0.6  # of a GPU's memory that they may take before `auto` shards
 
 
 def wanted(setting: str, state: int, memory: int | None) -> bool:
-    """Whether `train.shard` asks for it with ``state`` bytes on ranks with ``memory`` bytes (None: no GPU); one rank
-    has nobody to share with."""
+    """Whether `train.shard` asks for it with ``state`` bytes on ranks with ``memory`` bytes (None: no GPU). Never on a
+    single rank."""
     if distributed.size() == 1:
         return False
     return setting == "fsdp" or (setting == "auto" and memory is not None and state > ROOM * memory)

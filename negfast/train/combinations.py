@@ -5,7 +5,7 @@ from negfast.errors import InputError
 from negfast.runtime import distributed
 from negfast.train.grpo.loss import check_full, objective_of
 
-IDLE = (  # a condition on the configuration in words and as a function, and the settings that do nothing where it holds
+IDLE = (  # where a condition (in words, as a function) holds, these settings do nothing
     ("grpo.schedule=mixed", lambda c: c.grpo.schedule == "mixed", ("grpo.negative_phase", "grpo.mixed_share")),
     ("grpo.schedule=static", lambda c: c.grpo.schedule == "static", ("grpo.negative_phase",)),
     ("grpo.epochs=1", lambda c: c.grpo.epochs == 1, ("grpo.clip_low", "grpo.clip_high")),

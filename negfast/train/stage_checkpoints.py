@@ -33,7 +33,7 @@ KEPT = 2  # checkpoints within a stage
 class StageCheckpoints:
     """What a stage keeps: its last ``KEPT`` checkpoints, its best weights on valid, and its final weights.
 
-    Rank 0 writes; on the others nothing is written and every question has the same answer.
+    Only rank 0 writes; every rank reads the same results.
     """
 
     def __init__(

@@ -42,20 +42,36 @@ class TrainOptions:
 
 
 def settings_of(options: TrainOptions) -> tuple[RunFolder, Config]:
-    """Which run with which settings; where none are given, those of an existing run. InputError on bad ones."""
+    """Which run with which settings: an existing run's own where neither file nor preset is named. InputError on bad
+    ones."""
     out = options.out
-    if options.config is None and options.preset is None and not options.overrides and out and RunFolder(out).exists:
+    if options.config is None and options.preset is None and out and RunFolder(out).exists:
         run = RunFolder(out)
-        settings = run.config
+        settings = load_config(run.path / "config.toml", None, options.overrides)
     else:
         preset = options.preset or ("quickstart" if options.config is None else None)
         settings = load_config(options.config, preset, options.overrides)
         run = RunFolder(out or Path("runs") / (options.config.stem if options.config is not None else str(preset)))
+    _refuse_unused(options)
     check_combinations(settings)
     check_tensorboard(settings.train.tensorboard)
     check_output(run.path / "x")
     refuse_data_folder(run.path)
     return run, settings
+
+
+def _refuse_unused(options: TrainOptions) -> None:
+    """InputError where --set names a setting that another option makes meaningless."""
+    rules = (
+        ("--model", options.model, "model.", "brings its own shape"),
+        ("--init", options.init, "model.", "brings its own shape"),
+        ("--data", options.data, "sample.", "is prepared already"),
+    )
+    for option, given, prefix, why in rules:
+        for override in options.overrides if given is not None else ():
+            key = override.partition("=")[0].strip()
+            if key.startswith(prefix) and key != "model.lora_rank":
+                raise InputError(f"--set {key}: does nothing beside {option} {given}, which {why}")
 
 
 def open_run(run: RunFolder, settings: Config, options: TrainOptions, device: torch.device) -> Engine:

@@ -84,9 +84,11 @@ class Figures:
 
 
 class Stage(Protocol):
-    """One stage of training. What it reads is a pure function of the number of the step and the micro-batch,
-    and what it makes of that one of the weights: that is what makes resuming and reading ahead exact, and what makes
-    ranks and accumulation give the same gradient."""
+    """One stage of training.
+
+    What it reads depends on the step's number and the micro-batch alone, and the loss on that and the weights alone. So
+    resuming and reading ahead are exact, and ranks and accumulation give the same gradient.
+    """
 
     @property
     def name(self) -> str: ...

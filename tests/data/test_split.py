@@ -6,7 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from negfast.data.log import DAY, DISLIKE, EXPOSED, LIKE, EventLog
-from negfast.data.split import Requests, all_requests, only_next, split_requests
+from negfast.data.split import Requests, all_requests, first_of_week, only_next, split_requests
 from negfast.errors import InputError
 
 Event = tuple[int, int, int, int]  # user, item, feedback, time
@@ -116,7 +116,7 @@ def check_split(events: list[Event], n_users: int, n_items: int, horizon: int, v
     for row, (day, user, dislikes, _) in enumerate(test):
         if dislikes:
             first.setdefault((user, (day - test_day) // 7), row)
-    assert np.flatnonzero(split.test_primary).tolist() == sorted(first.values())
+    assert np.flatnonzero(first_of_week(split.test, test_day)).tolist() == sorted(first.values())
     return True
 
 

@@ -78,7 +78,6 @@ def test_requests_next_dislikes_and_cold_items(random_log: MakeLog, seed: int) -
             future = set(requests.dislikes[requests.dislike_offsets[row] : requests.dislike_offsets[row + 1]].tolist())
             own = [(i, f, d) for u, i, f, d in events_of(log) if u == user and d > day]
             assert evalset.next_dislike[row] == next(i for i, f, _ in own if f == DISLIKE and i in future)
-    assert test.primary.tolist() == split.test_primary[split.test.has_dislikes].tolist()
     early = {item for _, item, _, day in events_of(log) if day < split.valid_day}
     assert np.flatnonzero(test.cold_item).tolist() == [i for i in range(log.n_items) if i not in early]
 

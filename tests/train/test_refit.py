@@ -105,7 +105,7 @@ def test_it_cannot_be_asked_about_what_it_was_trained_on(refitted):
 
 def test_no_run_that_chooses_on_valid_starts_from_it(tiny_data, refitted, tmp_path):
     run = refitted[0]
-    said = run_cli(*tiny.train_arguments(tiny_data, tmp_path / "run"), "--init", str(run.path), code=2)
+    said = run_cli(*tiny.train_arguments(tiny_data, tmp_path / "run", run.path), code=2)
     data = Dataset.open(tiny_data)
     until, start = date_of(data.test_day), date_of(data.valid_day)
     assert f"learned from events before {until}, expected none from {start} on" in said

@@ -22,7 +22,7 @@ def test_tensorboard_that_is_not_there_is_refused_at_once(tmp_path, monkeypatch)
 def test_a_run_shows_the_model_that_it_inherits(tiny_run, tiny_data, tmp_path):
     out = tmp_path / "run"
     none = {"align__steps": 0, "sft__steps": 0, "grpo__steps": 0}
-    command = [*train_arguments(tiny_data, out, model__hidden=64, **none), "--init", str(tiny_run)]
+    command = train_arguments(tiny_data, out, tiny_run, **none)
     for _ in range(2):  # the second time it goes on
         run_cli(*command)
     assert RunFolder(out).config.model.hidden == SETTINGS["model.hidden"] == 32
@@ -32,7 +32,7 @@ def test_a_run_from_another_fits_the_verdicts_prior_anew(tiny_run, tiny_data, tm
     """On the same data and seed it ends where the first fit ended: it does not go on from there."""
     out = tmp_path / "run"
     none = {"align__steps": 0, "sft__steps": 0, "grpo__steps": 0}
-    run_cli(*train_arguments(tiny_data, out, **none), "--init", str(tiny_run))
+    run_cli(*train_arguments(tiny_data, out, tiny_run, **none))
     first = load_file(out / "checkpoints" / "initial" / "policy.safetensors")
     assert not first["verdict_prior.wide.weight"].any() and not first["verdict_prior.last.weight"].any()
     ended, before = (load_file(run / "final" / "policy.safetensors") for run in (out, tiny_run))
@@ -78,3 +78,22 @@ def test_a_setting_that_does_nothing_beside_others_is_refused(settings, idle):
 def test_the_same_settings_are_taken_where_they_do_something():
     check_combinations(load_config(overrides=("grpo.epochs=2", "grpo.clip_high=0.3")))
     check_combinations(load_config(overrides=("grpo.schedule=progressive", "grpo.negative_phase=0.1")))
+
+
+def test_settings_that_another_option_makes_meaningless_are_refused(tiny_run, tiny_data, tmp_path):
+    for options, said in (
+        (("--model", str(tmp_path)), "model.hidden: does nothing beside --model"),
+        (("--init", str(tiny_run), "--data", str(tiny_data)), "model.hidden: does nothing beside --init"),
+    ):
+        command = ["train", "--set", "model.hidden=64", *options, "--out", str(tmp_path / "run")]
+        assert said in run_cli(*command, code=2)
+    command = ["train", "--set", "sample.encoder=tfidf", "--data", str(tiny_data), "--out", str(tmp_path / "run")]
+    assert "sample.encoder: does nothing beside --data" in run_cli(*command, code=2)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_execution_setting_is_asked_of_a_run_as_it_is(tiny_run):
+    """Without preset and file the run's own settings are meant, not the quickstart's."""
+    run_cli("train", "--out", str(tiny_run), "--set", "train.threads=2")
+    said = run_cli("train", "--out", str(tiny_run), "--set", "sft.steps=9", code=2)
+    assert "was started with other settings" in said
