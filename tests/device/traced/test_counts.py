@@ -12,7 +12,7 @@ from tests.device.fake_cuda import CUDA, Trace
 
 SHAPE = Model(hidden=64, intermediate=96, layers=28, heads=4, kv_heads=2, head_dim=32)
 CASE = Case(lengths=(100, 80, 60, 100), group=16, levels=4)
-FORWARD, BACKWARD = 4100, 5900  # launches
+FORWARD, BACKWARD = 4015, 5881  # launches; 3,500 together are wanted
 
 
 def copies(trace: Trace, policy: Policy) -> float:
@@ -32,7 +32,6 @@ def test_grpo_step(trace):
     backward = trace.launches.total() - forward
     ours.update()
     print(f"{forward} launches forward, {backward} backward")
-    print(trace.launches.most_common(50))
     assert forward <= FORWARD and backward <= BACKWARD
     assert copies(trace, ours.policy) == 1 and copies(trace, ours.reference) == 0
     assert not trace.waits
