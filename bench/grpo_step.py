@@ -113,8 +113,9 @@ class Ours:
         self.optimizer.zero_grad(set_to_none=True)
 
     def step(self) -> None:
-        sampled, _, result, _ = self.loss()
-        result.loss.backward()
+        with self.policy.weights_cast_once():
+            sampled, _, result, _ = self.loss()
+            result.loss.backward()
         self.update()
         self.steps += 1
         self.processed = len(self.tokens) + sum(len(rows) for rows in sampled.rows[1:])

@@ -25,7 +25,6 @@ of 256 the launch is all. The loss "dapo" reads all T counted flags in every row
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -40,7 +39,7 @@ from negfast.kernels.trie_grpo_reference import (
     GRPOObjective,
     GRPOTerms,
     SampledTokens,
-    set_shares,
+    set_shares_on,
     trie_grpo_reference,
 )
 from negfast.kernels.trie_rows import RowInputs, RowTokens, TrieRows, TrieTables, row_inputs
@@ -212,7 +211,7 @@ def launch(
             counted.contiguous(),
             None if old_log_prob is None else old_log_prob.contiguous(),
             rewards.contiguous(),
-            _shares_on(logits.device, group, given.set_size) if given.set_size > 1 else None,
+            set_shares_on(logits.device, torch.float32, group, given.set_size) if given.set_size > 1 else None,
             *inputs,
             codebook,
             *inputs.strides,
@@ -252,8 +251,3 @@ def specialise(objective: GRPOObjective, codebook: int, group: int) -> dict[str,
         "BLOCK_G": triton.next_power_of_2(group),
         **row_block(codebook),
     }
-
-
-@lru_cache(maxsize=8)
-def _shares_on(device: torch.device, group: int, set_size: int) -> Tensor:
-    return torch.tensor(set_shares(group, set_size), dtype=torch.float32, device=device)

@@ -7,6 +7,7 @@ and enters neither sums nor denominators.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import comb
 
 import torch
@@ -91,9 +92,10 @@ class GRPOTerms:
 def group_advantage(rewards: Tensor, objective: GRPOObjective) -> Tensor:
     """Advantage [B, G] of rewards [B, G].
 
-    Raises ValueError on NaN or inf in rewards, and where a group is smaller than ``set_size``.
+    Raises ValueError where a group is smaller than ``set_size``, and on the CPU on NaN or inf in rewards; elsewhere the
+    host would wait for the device.
     """
-    if not torch.isfinite(rewards).all():
+    if rewards.device.type == "cpu" and not torch.isfinite(rewards).all():
         raise ValueError("rewards: found NaN or inf, expected finite numbers")
     if objective.set_size:
         return max_at_k_advantage(rewards, objective.set_size)
@@ -118,7 +120,7 @@ def max_at_k_advantage(rewards: Tensor, k: int) -> Tensor:
     # Sorted ascending, completion m is the best of comb(m, k - 2) sets of k - 1 completions; only sets whose best lies
     # below completion i leave it anything to add.
     ordered, order = rewards.sort(dim=-1)
-    share = torch.tensor(set_shares(size, k), dtype=rewards.dtype, device=rewards.device)
+    share = set_shares_on(rewards.device, rewards.dtype, size, k)
     share_below = share.cumsum(0) - share
     best_below = (share * ordered).cumsum(-1) - share * ordered
     return torch.empty_like(rewards).scatter_(-1, order, share_below * ordered - best_below)
@@ -130,6 +132,12 @@ def set_shares(size: int, k: int) -> list[float]:
     Divided as integers, since binomials of large groups overflow any float.
     """
     return [k * comb(m, k - 2) / comb(size - 1, k - 1) for m in range(size)]
+
+
+@lru_cache(maxsize=8)
+def set_shares_on(device: torch.device, dtype: torch.dtype, size: int, k: int) -> Tensor:
+    """`set_shares` as a tensor [size]. Kept, since the host waits until it is copied."""
+    return torch.tensor(set_shares(size, k), dtype=dtype, device=device)
 
 
 def trie_grpo_reference(

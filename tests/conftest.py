@@ -20,7 +20,16 @@ settings.load_profile("suite")
 
 # What `make check` leaves to `make test`: tests that train, prepare or evaluate whole logs, and those of kernels.
 JOB_FIXTURES = {"tiny_run", "tiny_data", "movietweetings"}
-JOB_FILES = ("kernels/", "bench/", "test_docs", "test_main_job", "test_nightly", "test_examples", "test_smollm2")
+JOB_FILES = (
+    "kernels/",
+    "bench/",
+    "device/",
+    "test_docs",
+    "test_main_job",
+    "test_nightly",
+    "test_examples",
+    "test_smollm2",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -43,7 +43,7 @@ def group_attention(
     if dropout or attention_mask is not None:
         raise ValueError("the group layout takes neither attention dropout nor an attention mask")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, H, D]
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [N, H, D]
 
     if torch.is_autocast_enabled(query.device.type):  # norms of queries and keys leave it; kernels want one dtype
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -63,9 +63,11 @@ def group_attention(
         kept = layout.keys[layer] = parts.prompt_keys(layout, key[:rows], value[:rows])
         outputs.append(parts.prompt_attention(kept, layout, query[:rows], scale))
     if layout.new_tokens:
+        if rows:  # a slice of all rows would cost a copy in the backward
+            query, key, value = query[rows:], key[rows:], value[rows:]
         kept = layout.keys[layer]
-        kept.append_own(*(x[rows:].unflatten(0, (layout.completions, layout.new_tokens)) for x in (key, value)))
-        outputs.append(parts.completion_attention(kept, layout, query[rows:], scale))
+        kept.append_own(*(x.unflatten(0, (layout.completions, layout.new_tokens)) for x in (key, value)))
+        outputs.append(parts.completion_attention(kept, layout, query, scale))
     return torch.cat(outputs).unsqueeze(0) if len(outputs) > 1 else outputs[0].unsqueeze(0), None
 
 

@@ -114,11 +114,16 @@ class Policy(nn.Module):
                 use_cache=False,
                 layout=layout,
             )
-        hidden = out.last_hidden_state[0].to(embedded.dtype)
+        hidden = out.last_hidden_state.squeeze(0).to(embedded.dtype)
         if prompt_tokens is None or prompt_rows == "all" or self.drops_prompt_rows:
             return hidden
         completions = hidden[layout.prompt_tokens :]
         return completions if prompt_rows == "none" else torch.cat([hidden[layout.last_prompt_row], completions])
+
+    def weights_cast_once(self) -> torch.autocast:
+        """Within it calls of ``hidden`` share the bfloat16 copies of trained weights, where each would make its own. To
+        be left before weights change. A copy's gradients add up in bfloat16 over the calls of one backward."""
+        return torch.autocast(self.block.rows.device.type, enabled=False)  # copies live until the outermost is left
 
     def level_rows(self, level: int) -> Tensor:
         """The block's rows [K, d] of the codes of a level in 1..L."""

@@ -114,7 +114,7 @@ def child_log_prior(
     exists = child >= 0
     child = child.clamp(min=0)
     unseen = trie.leaf_count[level][child] - seen_count
-    branches = torch.as_tensor(branch, device=child.device).expand(len(child))[:, None]
+    branches = branch if isinstance(branch, int) else branch[:, None]
     mass = prior.prior.mass[level][branches, prior.day_row[request_rows][:, None], child]
     mass = (mass - prior.seen_mass[level][branches, entry]).clamp(min=0) + prior.prior.eps * unseen.to(mass.dtype)
     valid = exists & (unseen > 0)

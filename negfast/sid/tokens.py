@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 MARKERS = (
     "dislikes",
@@ -50,6 +52,11 @@ class CodeVocabulary:
         if not 1 <= level <= self.levels:
             raise ValueError(f"level {level} is outside 1..{self.levels}")
         return self.base + len(MARKERS) + (level - 1) * self.codebook
+
+    def code_bases(self, device: torch.device) -> Tensor:
+        """`code_base` of every level, int64 [L], made on ``device``: the host does not wait for it."""
+        first = self.code_base(1)
+        return torch.arange(first, first + self.levels * self.codebook, self.codebook, device=device)
 
     def item_tokens(self, codes: np.ndarray) -> np.ndarray:
         """Codes of items, [I, L] of any integer type, to their token ids, int32 [I, L]."""

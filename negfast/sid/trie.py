@@ -123,8 +123,9 @@ class DeviceTrie:
         """Of level 0..L-1, as ``Trie.child_bits``: int32 [n_l, ceil(K/32)], bit c says that code c exists."""
         words = -(-self.codebook // 32)
         children = self.first_child[level].long().diff()
-        parent = torch.repeat_interleave(torch.arange(len(children), device=children.device), children)
         code = self.node_code[level].long()
+        nodes = torch.arange(len(children), device=children.device)
+        parent = torch.repeat_interleave(nodes, children, output_size=len(code))
         bits = torch.zeros(len(children) * words, dtype=torch.int64, device=code.device)
         # codes of a node are distinct: adding sets bits
         bits.index_add_(0, parent * words + code // 32, torch.ones_like(code) << code % 32)

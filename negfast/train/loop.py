@@ -20,7 +20,7 @@ from negfast.train.optimizer import learning_rate, make_optimizer
 from negfast.train.reader import read_steps
 from negfast.train.speed import Meter
 from negfast.train.stage_checkpoints import StageCheckpoints
-from negfast.train.step import Batch, Figures, MicroBatch, Stage, add_up
+from negfast.train.step import Batch, Figures, Measured, MicroBatch, Stage, add_up
 
 
 class StopRequested(Exception):
@@ -105,24 +105,27 @@ def update(
 ) -> Figures:
     """One optimiser step over this rank's ``batches``, taken out of the list, and those of all others.
 
-    Raises `faults.NotFinite` before anything is updated.
+    Raises `faults.NotFinite` with nothing updated: the device looks at loss and norm before it changes a weight.
     """
     policy.train()
     for group in optimizer.param_groups:
         group["lr"] = rate
-    figures, norm = gradients(stage, policy, batches)
-    faults.require_finite(figures)
+    measured, norm = gradients(stage, policy, batches)
     with span("optimiser"):
-        sharding.clip(list(policy.parameters()), clip_norm, norm)
+        # a norm that is not finite scales nothing: `faults.save_failed` looks at the gradients as they were
+        sharding.clip(list(policy.parameters()), clip_norm, norm.nan_to_num(0.0, 0.0, 0.0))
+        optimizer.found_inf = measured.not_finite  # type: ignore[attr-defined]  # where 1, fused AdamW leaves all be
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    figures = measured.figures()  # the one wait for the device, when all of the step is on its way
+    faults.require_finite(figures)
+    optimizer.zero_grad(set_to_none=True)
     return figures
 
 
-def gradients(stage: Stage, policy: Policy, batches: list[Batch]) -> tuple[Figures, torch.Tensor]:
+def gradients(stage: Stage, policy: Policy, batches: list[Batch]) -> tuple[Measured, torch.Tensor]:
     """The gradient of the whole batch in ``policy``; what the step measured, and the gradient's norm."""
     results = []
-    with sharding.gathered(policy):
+    with sharding.gathered(policy), policy.weights_cast_once():
         while batches:  # a batch keeps keys and values with their graph: let go of it before the next one
             sharding.reduce_gradients(policy, now=len(batches) == 1)
             result = stage.step(batches.pop(0))

@@ -109,25 +109,44 @@ class Stage(Protocol):
         ...
 
 
-def add_up(results: list[StepResult], norm: Tensor) -> Figures:
-    """The step's figures over the micro-batches of all ranks, by one sum and one copy to the host."""
-    means = [name for name, value in results[0].metrics.items() if isinstance(value, Mean)]
-    rows = [
-        torch.stack(
-            [
-                torch.as_tensor(value, device=norm.device).detach().double()
-                for value in (result.loss, result.tokens, *(part for name in means for part in result.metrics[name]))  # type: ignore[union-attr]
-            ]
-        )
-        for result in results
-    ]
+@dataclass(frozen=True)
+class Measured:
+    """What a whole step measured, still on the device; the same on all ranks."""
+
+    numbers: (
+        Tensor  # float64: loss, tokens, total and weight of each Mean of ``metrics``, gradient norm before clipping
+    )
+    metrics: dict[str, Mean | float | None]  # of one micro-batch
+
+    @property
+    def not_finite(self) -> Tensor:
+        """float32 scalar: 1 where the loss or the gradient norm is NaN or infinite, else 0."""
+        return (~(self.numbers[0].isfinite() & self.numbers[-1].isfinite())).float()
+
+    def figures(self) -> Figures:
+        """Waits for the device."""
+        loss, tokens, *parts, norm = self.numbers.tolist()
+        metrics: dict[str, float | None] = {}
+        for name, value in self.metrics.items():
+            if isinstance(value, Mean):
+                total, weight, *parts = parts
+                metrics[name] = total / weight if weight else 0.0
+            else:
+                metrics[name] = value
+        return Figures(loss, norm, metrics, round(tokens))
+
+
+def add_up(results: list[StepResult], norm: Tensor) -> Measured:
+    """What the micro-batches of all ranks measured, by one sum."""
+
+    def number(value: Tensor | float) -> Tensor:
+        if isinstance(value, Tensor):
+            return value.detach().double()
+        return torch.full((), value, dtype=torch.float64, device=norm.device)  # filled there: no copy to wait for
+
+    rows = []
+    for result in results:
+        parts = (part for value in result.metrics.values() if isinstance(value, Mean) for part in value)
+        rows.append(torch.stack([number(value) for value in (result.loss, result.tokens, *parts)]))
     sums = distributed.add(torch.stack(rows).sum(0))
-    loss, tokens, *parts, norm_value = torch.cat([sums, norm.detach().double().reshape(1)]).tolist()
-    metrics: dict[str, float | None] = {
-        name: value for name, value in results[0].metrics.items() if not isinstance(value, Mean)
-    }
-    values = {
-        name: total / count if count else 0.0 for name, total, count in zip(means, parts[::2], parts[1::2], strict=True)
-    }
-    ordered = {name: values[name] if name in values else metrics[name] for name in results[0].metrics}
-    return Figures(loss, norm_value, ordered, round(tokens))
+    return Measured(torch.cat([sums, norm.detach().double().reshape(1)]), results[0].metrics)

@@ -43,7 +43,8 @@ def stage_gradients(
         items: list[torch.Tensor] = []
         if name == "grpo":
             keep_items(stage, items)
-        figures, norm = gradients(stage, policy, read_step(stage, STEP, my_micro_batches(accumulate), budget))
+        measured, norm = gradients(stage, policy, read_step(stage, STEP, my_micro_batches(accumulate), budget))
+        figures = measured.figures()
         found |= {f"{name}/{n}": whole(p.grad).clone() for n, p in policy.named_parameters() if p.grad is not None}
         found[f"{name} figures"] = torch.tensor([figures.loss, norm.item(), *map(float, figures.metrics.values())])
         if items:

@@ -23,10 +23,10 @@ def sft_gradient(run: RunFolder, dtype: str) -> tuple[float, torch.Tensor]:
     stage = SftStage(engine)
     torch.manual_seed(1)
     torch.nn.init.normal_(policy.block.head.weight, std=0.1)
-    figures, _ = gradients(stage, policy, read_step(stage, STEP, my_micro_batches(1), 0))
+    measured, _ = gradients(stage, policy, read_step(stage, STEP, my_micro_batches(1), 0))
     flat = torch.cat([p.grad.flatten() for n, p in policy.named_parameters() if n.startswith("decoder.layers")])
     assert {p.grad.dtype for p in policy.parameters() if p.grad is not None} == {torch.float32}
-    return figures.loss, flat
+    return measured.figures().loss, flat
 
 
 def test_bfloat16_gives_float32_gradients_that_point_the_same_way(tiny_run):

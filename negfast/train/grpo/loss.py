@@ -198,8 +198,8 @@ def check_full(objective: GRPOObjective, prior_weight: float) -> None:
 
 def vocabulary_tokens(vocabulary: CodeVocabulary, sampled: Rollout) -> SampledTokens:
     """The tokens of a rollout as choices among the whole vocabulary: ids instead of codes, all of them counted."""
-    tokens, (completions, levels) = sampled.tokens, sampled.codes.shape
-    first = torch.tensor([vocabulary.code_base(level + 1) for level in range(levels)], device=tokens.code.device)
+    tokens, completions = sampled.tokens, len(sampled.codes)
+    first = vocabulary.code_bases(tokens.code.device)
     return SampledTokens(
         tokens.row,
         tokens.code + first.repeat_interleave(completions),

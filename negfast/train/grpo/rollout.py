@@ -126,9 +126,7 @@ def replay_hidden(policy: Policy, batch: PromptBatch, sampled: Rollout) -> Tenso
     One forward of prompts and completions together: the reference policy, or the policy itself in two-pass mode.
     """
     levels = sampled.codes.shape[1]
-    first_codes = torch.tensor(
-        [policy.vocabulary.code_base(level) for level in range(1, levels)], device=sampled.codes.device
-    )
+    first_codes = policy.vocabulary.code_bases(sampled.codes.device)[: levels - 1]
     fed = sampled.rows[1] if levels > 1 else sampled.rows[0][:0]
     layout = batch.layout.fresh(fed, sampled.items.shape[1])
     completions = sampled.codes[fed, : levels - 1] + first_codes if len(fed) else None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from negfast.data.split import only_next
 from negfast.model.policy import Policy
@@ -175,9 +175,14 @@ def gradient_shares(reward: Tensor) -> dict[str, Mean]:
 
 def freeze(policy: Policy) -> Policy:
     """A copy that takes no gradient. It shares the weights that do not train: beside adapters, all the base model's.
-    Where layers are sharded it has its own parts of them."""
+    Where layers are sharded it has its own parts of them. Matrices that would be cast to bfloat16 at every call are
+    kept in it."""
     if policy.bare_layers:
         return sharding.frozen_copy(policy)
     shared = {id(parameter): parameter for parameter in policy.parameters() if not parameter.requires_grad}
     reference = copy.deepcopy(policy, shared).eval()
+    if policy.in_bfloat16:
+        for module in reference.decoder.modules():
+            if isinstance(module, nn.Linear) and id(module.weight) not in shared:
+                module.to(torch.bfloat16)
     return reference.requires_grad_(False)
