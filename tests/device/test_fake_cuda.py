@@ -26,5 +26,9 @@ def test_traced(tmp_path):
         subprocess.Popen([*pytest_command, part], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         for part in (HALF, f"not ({HALF})")
     ]
-    said = [run.communicate(timeout=400)[0].decode() for run in runs]
+    try:
+        said = [run.communicate(timeout=400)[0].decode() for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
     assert all(run.returncode == 0 for run in runs), "\n".join(said)
