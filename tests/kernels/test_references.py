@@ -111,8 +111,8 @@ def test_completions_over_a_shared_prompt_equal_full_sequences(seed: int):
     owners = [prompt for prompt, count in enumerate(case.groups) for _ in range(count)]
     prompts = [tensor.split(case.lengths) for tensor in case.prompt]
     for completion, owner in enumerate(owners):
-        whole = [torch.cat([p[owner], own[completion]]) for p, own in zip(prompts, case.own, strict=True)]
-        expected = prompt_attention_reference(*whole, segments_of((len(whole[0]),), CPU))[case.lengths[owner] :]
+        query, key, value = (torch.cat([p[owner], own[completion]]) for p, own in zip(prompts, case.own, strict=True))
+        expected = prompt_attention_reference(query, key, value, segments_of((len(query),), CPU))[case.lengths[owner] :]
         torch.testing.assert_close(found[completion], expected)
 
 

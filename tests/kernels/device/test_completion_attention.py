@@ -59,7 +59,8 @@ def test_operators_are_registered_for_compilation(device: torch.device, seed: in
 
 def test_what_is_unsupported_raises(device: torch.device, seed: int):
     part = attention_case(seed, device, (9, 4), 4, 2, 32, group=2, new=1, seen=2).completions()
-    query, *keys = part.tensors
+    query, prompt_key, prompt_value, own_key, own_value = part.tensors
+    keys = prompt_key, prompt_value, own_key, own_value
     with pytest.raises(ValueError, match="own_key: found 2 tokens a completion, expected none or at least the 3"):
         completion_attention(query.expand(-1, 3, -1, -1), *keys, *part.segments)
     prompts, completions = part.segments

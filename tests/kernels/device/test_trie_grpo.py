@@ -9,13 +9,13 @@ from cases import LossAndGradient, TrieCase, loss_and_gradient, relative_error, 
 
 from negfast.kernels import dispatch
 from negfast.kernels.trie_grpo import GRPOObjective, trie_grpo
-from negfast.kernels.trie_rows import RowTokens, row_inputs
+from negfast.kernels.trie_rows import RowTokens, TrieRows, TrieTables, row_inputs
 
 ROUNDING = 3e-6
 BASE = GRPOObjective(beta=0.1)
 
 
-def inputs(case: TrieCase) -> tuple:
+def inputs(case: TrieCase) -> tuple[torch.Tensor, TrieTables, TrieRows, RowTokens, torch.Tensor]:
     return case.logits, case.tables, case.rows, case.tokens, case.rewards
 
 

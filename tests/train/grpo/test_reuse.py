@@ -51,7 +51,7 @@ def test_a_moved_policy_is_weighed_by_clipped_ratios(move):
     # completion by completion and level by level, from the leaves' probabilities by separate forwards
     after = small.leaf_log_probs(0)
     advantage = rewards - rewards.mean(1, keepdim=True)
-    total, clipped = 0.0, 0
+    total, clipped = torch.zeros((), dtype=torch.float64), 0
     for b, items in enumerate(taken.rollout.items.tolist()):
         for g, item in enumerate(items):
             for level in range(3):
