@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_checks import check, check_bits, check_operators
-from cases import attention_case
 
 from negfast.kernels.completion_attention import completion_attention
 from negfast.kernels.completion_attention_reference import completion_attention_reference
+from tests.kernels.attention_checks import check, check_bits, check_operators
+from tests.kernels.cases import attention_case
 
 
 @pytest.mark.parametrize("group", [1, 3, 64])

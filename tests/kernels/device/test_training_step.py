@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import relative_error
-from steps import GROUP, ITEMS, PROMPTS, Job, check, gradients, make_job, thirds
 
 from negfast.kernels import dispatch, sid_cross_entropy, trie_grpo, vocabulary_cross_entropy
 from negfast.kernels.trie_grpo import GRPOObjective, GRPOTerms
@@ -23,6 +21,8 @@ from negfast.sid.prior import NEXT_DISLIKE
 from negfast.sid.trie import SeenNodes
 from negfast.train.grpo import loss as grpo
 from negfast.train.grpo.loss import GroupLoss
+from tests.kernels.cases import relative_error
+from tests.kernels.steps import GROUP, ITEMS, PROMPTS, Job, check, gradients, make_job, thirds
 
 
 @pytest.fixture

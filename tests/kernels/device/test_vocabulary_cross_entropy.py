@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import relative_error
 
 from negfast import kernels
 from negfast.kernels import dispatch
 from negfast.kernels import vocabulary_cross_entropy as module
 from negfast.kernels.vocabulary_cross_entropy import row_entropy, vocabulary_cross_entropy
 from negfast.train.text import text_nll
+from tests.kernels.cases import relative_error
 
 ROUNDING = 3e-6
 
