@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ if INSTALLED:
         monkeypatch.setattr(tiny, "USERS", 20)
         monkeypatch.setattr(tiny, "ITEMS", 50)
         counts = {"align": ("titles", "sid_titles", "attributes", "pairs", "verdicts"), "sft": ("requests", "verdicts")}
-        changes = {f"{stage}__{name}": 2 for stage, names in counts.items() for name in names}
+        changes: dict[str, Any] = {f"{stage}__{name}": 2 for stage, names in counts.items() for name in names}
         changes |= {f"{stage}__steps": 2 for stage in ("align", "sft", "grpo")}
         changes |= {
             "sft__validate_every": 2,

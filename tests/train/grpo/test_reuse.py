@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from typing import Any
 
 import pytest
 import torch
@@ -78,7 +79,7 @@ def conditional(codes, log_prob, item, level):
 @pytest.fixture(scope="module")
 def reusing_run(tiny_data, tmp_path_factory):
     """(arguments but for the folder, folder) of a finished run of rounds of three steps, two and a third of them."""
-    settings = dict(grpo__epochs=3, grpo__steps=7, train__checkpoint_every=99)
+    settings: dict[str, Any] = dict(grpo__epochs=3, grpo__steps=7, train__checkpoint_every=99)
     settings |= dict(align__steps=1, sft__steps=1, sft__warmup=0)
     folder = tmp_path_factory.mktemp("reuse") / "run"
     run_cli(*train_arguments(tiny_data, folder, **settings))
