@@ -20,8 +20,8 @@ def test_constrained_generation_ranks_every_unseen_item(tiny_run: Path, tmp_path
     seen = ["i1", "i2", "i3"]
     command = [
         sys.executable,
-        EXAMPLES / "transformers_constrained.py",
-        out,
+        str(EXAMPLES / "transformers_constrained.py"),
+        str(out),
         "--liked",
         *seen[:2],
         "--disliked",

@@ -133,7 +133,8 @@ def test_a_folder_whose_parent_is_not_writable_is_locked_from_within(tmp_path, m
 def test_a_holder_that_leaves_between_open_and_lock_is_no_holder(tmp_path, monkeypatch):
     """A second process that opened the lock file just before its holder removed it must not hold a file of no name."""
     path, lock = tmp_path / "x", tmp_path / ".x.lock"
-    flock, removed = fcntl.flock, []
+    removed: list[Path] = []
+    flock = fcntl.flock
 
     def late(descriptor: int, how: int) -> None:
         if not removed:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -79,7 +80,7 @@ def test_a_run_killed_at_twenty_random_moments_gives_the_same_bits(tiny_data, tm
     """Each kill comes within a few steps of where the restart began, so they are spread over all stages, and each
     restart goes on from a checkpoint where one was left. The killed one reads ahead, the other does not."""
     run, whole = tmp_path / "run", tmp_path / "whole"
-    steps = {"align__steps": 20, "sft__steps": 20, "grpo__steps": 20}
+    steps: dict[str, Any] = {"align__steps": 20, "sft__steps": 20, "grpo__steps": 20}
     run_cli(*train_arguments(tiny_data, whole, **steps))
     rng = np.random.default_rng()
     metrics, checkpoints = run / "metrics.jsonl", run / "checkpoints"
@@ -304,7 +305,8 @@ def test_an_export_replaces_nothing_but_an_export(tiny_run, tmp_path):
 def test_a_run_in_a_linked_folder_finds_its_data(tiny_data, tmp_path):
     (tmp_path / "deep" / "er").mkdir(parents=True)
     (tmp_path / "runs").symlink_to(tmp_path / "deep" / "er")
-    run, none = tmp_path / "runs" / "a", {"align__steps": 0, "sft__steps": 0, "grpo__steps": 0}
+    run = tmp_path / "runs" / "a"
+    none: dict[str, Any] = {"align__steps": 0, "sft__steps": 0, "grpo__steps": 0}
     shutil.copytree(tiny_data, tmp_path / "data")
     for _ in range(2):  # the second time it finds itself
         run_cli(*train_arguments(tmp_path / "data", run, **none))

@@ -1,7 +1,7 @@
 """The nightly job of docs/daily.md as a loop: two days of a tiny log in CI, a week of MovieTweetings as a slow test."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from tests.tiny import SETTINGS, run_cli, write_log
 DAYS = 6  # of MovieTweetings; each is scored by the day before it, so a week in all
 
 
-def nightly(data: Path, init: Path, out: Path, settings: dict[str, object]) -> None:
+def nightly(data: Path, init: Path, out: Path, settings: Mapping[str, object]) -> None:
     """`negfast train --preset nightly --init`, without the table of the test split."""
     overrides = tuple(f"{key}={value}" for key, value in settings.items())
     train(TrainOptions(preset="nightly", data=data, init=init, out=out, overrides=overrides), table=False)

@@ -179,7 +179,8 @@ def test_profiles_count_what_the_log_holds(tiny_run, tmp_path):
     data = Dataset.open(RunFolder(tiny_run).data)
     found = {(row["user"], row["category"]): row for row in parquet.read_table(out).to_pylist()}
     log, genre = data.log, [values[0] for values in data.items.attributes["genre"]]
-    bad, good = {}, {}
+    bad: dict[tuple[str, str], int] = {}
+    good: dict[tuple[str, str], int] = {}
     for u, i, f in zip(log.user.tolist(), log.item.tolist(), log.feedback.tolist(), strict=True):  # no pair twice
         counts = bad if f == DISLIKE else good
         counts[data.user_ids[u], genre[i]] = counts.get((data.user_ids[u], genre[i]), 0) + 1
@@ -192,7 +193,7 @@ def test_profiles_count_what_the_log_holds(tiny_run, tmp_path):
     expected = (bad[user, category] + 5 * of_all) / (bad[user, category] + good.get((user, category), 0) + 5)
     row = found[user, category]
     assert row["dislike_rate"] == pytest.approx(expected, rel=1e-5) and row["lift"] == pytest.approx(expected / of_all)
-    shares = {}
+    shares: dict[str, float] = {}
     for (name, _), row in found.items():
         shares[name] = shares.get(name, 0) + row["expected_share"]
     assert all(share == pytest.approx(1, abs=1e-4) for share in shares.values()) and len(shares) == log.n_users
@@ -310,7 +311,8 @@ def test_a_damaged_description_is_one_line(run, pairs, tmp_path, name):
         damaged.append(b"")
         whole = json.loads(good)
         for key in whole.keys() - {"model", "init", "shown_calibration"}:  # which nothing that serves reads
-            damaged += [json.dumps(whole | {key: value}).encode() for value in ("no", 7, [], {"a": 1})]
+            values: tuple[object, ...] = ("no", 7, [], {"a": 1})
+            damaged += [json.dumps(whole | {key: value}).encode() for value in values]
             damaged.append(json.dumps({k: v for k, v in whole.items() if k != key}).encode())
         damaged = [text for text in damaged if b'"verdict_features": 7' not in text]  # another number is no damage
     for text in damaged:

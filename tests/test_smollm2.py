@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +54,8 @@ if INSTALLED:
         with torch.no_grad():
             logits = model(ids).logits
             assert torch.equal(logits, original(ids).logits)
-        assert tokenizer.decode(logits[0, -1].argmax()).strip() == "Paris"
+        word = tokenizer.decode(logits[0, -1].argmax())
+        assert isinstance(word, str) and word.strip() == "Paris"
         assert "quantization_config" not in json.loads((checkpoint / "config.json").read_text())
 
     @pytest.mark.slow
@@ -61,7 +63,7 @@ if INSTALLED:
         monkeypatch.setattr(tiny, "USERS", 20)
         monkeypatch.setattr(tiny, "ITEMS", 50)
         counts = {"align": ("titles", "sid_titles", "attributes", "pairs", "verdicts"), "sft": ("requests", "verdicts")}
-        changes = {f"{stage}__{name}": 2 for stage, names in counts.items() for name in names}
+        changes: dict[str, Any] = {f"{stage}__{name}": 2 for stage, names in counts.items() for name in names}
         changes |= {f"{stage}__steps": 2 for stage in ("align", "sft", "grpo")}
         changes |= {
             "sft__validate_every": 2,

@@ -1,6 +1,7 @@
 """What the simulator experiment measures, in worlds where the truth is known."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from negfast.data.log import DISLIKE
 from negfast.data.split import split_requests
 from negfast.errors import InputError
 
-SIZES = {"users": 700, "items": 300, "days": 50, "impressions": 3.0, "topics": 10}
+SIZES: dict[str, Any] = {"users": 700, "items": 300, "days": 50, "impressions": 3.0, "topics": 10}
 
 
 def test_later_dislikes_are_in_order_and_unseen() -> None:

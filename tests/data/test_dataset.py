@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import time
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +31,7 @@ def written(tmp_path):
         np.array([5, 5, 90_000, 7, 8]), rng.normal(size=5).astype(np.float32), 4,
     )  # fmt: skip
     items = ItemTable(["a", "b", "c", "d"], ["A", "", "Ç", "d\n"], {"g": [("x", "y"), (), ("z",), ()]})
-    sids = {
+    sids: dict[str, np.ndarray] = {
         "codes": np.array([[0, 1], [0, 2], [3, 0], [3, 1]], np.uint16),
         "codebooks": rng.normal(size=(2, 4, 3)).astype(np.float32),
         "embedding": rng.normal(size=(4, 3)).astype(np.float32),
@@ -75,9 +77,14 @@ def test_every_flipped_byte_is_found(written):
 
 
 def test_opening_reads_each_file_once(written, monkeypatch):
-    path, read = written[0], []
-    record = dataset.file_record
-    monkeypatch.setattr(dataset, "file_record", lambda file: read.append(file.name) or record(file))
+    path, record = written[0], dataset.file_record
+    read: list[str] = []
+
+    def recorded(file: Path) -> dict[str, Any]:
+        read.append(file.name)
+        return record(file)
+
+    monkeypatch.setattr(dataset, "file_record", recorded)
     time.sleep(2 * dataset.CLOCK_TICK / 1e9)  # younger files are read again
     files = set(Dataset.open(path).manifest["files"])
     assert set(read) == files
@@ -148,7 +155,7 @@ def test_files_of_the_right_size_but_the_wrong_kind(written):
 @pytest.mark.job
 def test_the_embedded_movietweetings(tmp_path):
     """Random codes, so that no encoder need run; the counts are those of the source's README and the design."""
-    said = []
+    said: list[str] = []
     data = prepare_movietweetings(
         tmp_path / "data", semantic_ids=SemanticIdSettings(quantizer="random", encoder="tfidf"), report=said.append
     )
@@ -160,9 +167,9 @@ def test_the_embedded_movietweetings(tmp_path):
     assert data.items.attributes["genres"][0] == ("Crime", "Drama")
     assert data.items.attributes["year"][0] == ("1913",)
     assert all(len(year) == 1 for year in data.items.attributes["year"])
-    assert data.log.value.min() >= 0
-    assert data.log.value.max() == 10
-    assert (data.log.value[data.log.feedback == DISLIKE] <= 5).all()
+    value = data.log.value
+    assert value is not None and value.min() >= 0 and value.max() == 10
+    assert (value[data.log.feedback == DISLIKE] <= 5).all()
     np.testing.assert_array_equal(np.sort(np.unique(data.log.item)), np.arange(10_506))
     split = data.split()
     with_dislikes = [int(part.has_dislikes.sum()) for part in (split.train, split.valid, split.test)]
@@ -174,7 +181,7 @@ def test_items_without_attributes(tmp_path):
     path = tmp_path / "data"
     path.mkdir()
     log = EventLog(np.array([0, 1]), np.zeros(1, np.int32), np.array([2], np.uint8), np.array([3]), None, 1)
-    sids = {
+    sids: dict[str, np.ndarray] = {
         "codes": np.zeros((1, 3), np.uint16),
         "codebooks": np.zeros((3, 4, 0), np.float32),
         "embedding": np.zeros((1, 0), np.float32),

@@ -165,7 +165,11 @@ def test_an_event_before_the_last_one_is_not_appended(tmp_path):
     ],
 )
 def test_events_that_cannot_be_stored_are_refused(tmp_path, column, row, value, message):
-    arrays = {"item": np.arange(6, dtype=np.int32), "feedback": np.ones(6, np.uint8), "time": np.arange(10, 16)}
+    arrays: dict[str, np.ndarray] = {
+        "item": np.arange(6, dtype=np.int32),
+        "feedback": np.ones(6, np.uint8),
+        "time": np.arange(10, 16),
+    }
     arrays[column][row] = value
     log = EventLog(np.array([0, 3, 6]), arrays["item"], arrays["feedback"], arrays["time"], None, 20)
     with pytest.raises(InputError, match=message):

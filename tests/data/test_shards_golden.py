@@ -49,8 +49,8 @@ def test_writes_the_same_bytes(tmp_path, name, unit):
     write_shard(tmp_path / name, golden_log(), unit, threads=2)
     assert (tmp_path / name).read_bytes() == (GOLDEN / name).read_bytes()
     if unit == DAY:
-        columns = (np.array(c, d) for c, d in zip(APPENDED, DTYPES, strict=True))
-        part = append_shard(tmp_path / name, *columns, n_users=132, n_items=42)
+        user, item, feedback, time = (np.array(c, d) for c, d in zip(APPENDED, DTYPES, strict=True))
+        part = append_shard(tmp_path / name, user, item, feedback, time, n_users=132, n_items=42)
         assert part.read_bytes() == (GOLDEN / part.name).read_bytes()
         parts = f"{name}.parts"
         assert json.loads((tmp_path / parts).read_text()) == json.loads((GOLDEN / parts).read_text())

@@ -1,6 +1,7 @@
 """The packer against a reference that follows the definitions one event at a time."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def reference_pack(log: EventLog, request: dict, item_nodes: np.ndarray) -> Pack
         for place, (item, feedback) in enumerate(events):
             if feedback in (LIKE, DISLIKE, WITHDRAWN):
                 last[item] = (place, feedback)
-        timeline = []
+        timeline: list = []
         for bit, kind, marker, cap in (
             (1, LIKE, MARKERS[0], request["like_cap"]),
             (2, DISLIKE, MARKERS[1], request["dislike_cap"]),
@@ -71,7 +72,8 @@ def reference_pack(log: EventLog, request: dict, item_nodes: np.ndarray) -> Pack
                 counts[level].append(sum(item_nodes[item, level] == node for item in seen))
             here = list(zip(rows[level], nodes[level], strict=True))
             slots[level].extend(here.index((b, item_nodes[item, level])) for item in seen)
-    return PackedPrompts(tokens, cu, seen_item, seen_cu, nodes, rows, counts, slots)
+    columns: list[Any] = [tokens, cu, seen_item, seen_cu, nodes, rows, counts, slots]  # lists, not arrays
+    return PackedPrompts(*columns)
 
 
 def random_request(rng: np.random.Generator, log: EventLog, size: int, levels: int) -> dict:

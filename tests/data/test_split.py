@@ -158,6 +158,7 @@ def test_bad_settings_are_one_line(horizon: int, valid_day: int, test_day: int, 
     with pytest.raises(InputError, match=message) as error:
         split_requests(log, horizon, valid_day, test_day)
     assert "\n" not in str(error.value)
-    empty = EventLog(np.zeros(1, np.int64), *np.zeros((2, 0), np.int32), np.zeros(0, np.int64), None, 0)
+    none = np.zeros(0, np.int32)
+    empty = EventLog(np.zeros(1, np.int64), none, none.astype(np.uint8), none.astype(np.int64), None, 0)
     with pytest.raises(InputError):
         split_requests(empty, 2, 5, 9)

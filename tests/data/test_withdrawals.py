@@ -66,8 +66,10 @@ def test_more_undos_than_feedback_of_late_are_numbers():
 def test_futures_and_labels_hold_what_happened(logs):
     """A dislike that stood at the end of its day was one; an undo is neither a like nor a dislike."""
     withdrawn, kept, _ = logs
-    judged = [(log.user[rows], log.item[rows]) for log in (withdrawn, kept) for rows in [first_feedback(log)]]
-    np.testing.assert_array_equal(*judged)
+    mine_judged, kept_judged = [
+        (log.user[rows], log.item[rows]) for log in (withdrawn, kept) for rows in [first_feedback(log)]
+    ]
+    np.testing.assert_array_equal(mine_judged, kept_judged)
     mine, expected = all_requests(withdrawn, 7), all_requests(kept, 7)
     rows = np.isin(mine.user * 1000 + mine.day, expected.user * 1000 + expected.day)  # an undo makes a day active
     assert 0 < (~rows).sum() <= USERS

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -26,9 +26,11 @@ from triton.runtime.jit import KernelInterface
 
 CUDA = torch.device("cuda", 0)
 PROJECT = Path(__file__).parents[2]
+LIGER = find_spec("liger_kernel")
+assert LIGER is not None and LIGER.submodule_search_locations is not None
 PLACES = {  # of code that is named where it makes the host wait
     **{str(PROJECT / folder) + "/": folder for folder in ("negfast", "kernels", "tests/device/traced")},
-    **{folder + "/": "liger_kernel" for folder in find_spec("liger_kernel").submodule_search_locations},
+    **{folder + "/": "liger_kernel" for folder in LIGER.submodule_search_locations},
 }
 COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default, torch.ops.aten.lift_fresh.default}
 # Operators whose result's shape depends on the data, or that look at it: the host waits.
@@ -107,7 +109,7 @@ def _waits(name: str, args: Any, kwargs: Any) -> bool:
 
 def _caller() -> tuple[str, str]:
     """(file, function) that dispatches now; of a backward, that which called for it."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         file, function = frame.f_code.co_filename, frame.f_code.co_name
         for folder, name in PLACES.items():
@@ -129,7 +131,7 @@ def fake_cuda() -> Iterator[Trace]:
 
         return wait
 
-    changes = [
+    changes: list[contextlib.AbstractContextManager] = [
         mock.patch.object(FakeTensorMode, "avoid_device_init", True),
         mock.patch.object(nn.Module, "_apply", _apply),
         mock.patch.object(Tensor, "pin_memory", lambda tensor: tensor),

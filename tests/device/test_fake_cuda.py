@@ -21,7 +21,7 @@ def test_traced(tmp_path):
     command = [*compiler, *hidden, *folders, FOLDER / "fake_cuda.cpp", "-o", library, "-lc10", "-ltorch_cpu"]
     subprocess.run(command, check=True)
     environment = os.environ | {"LD_PRELOAD": str(library), "FAKE_CUDA": "1", "OMP_NUM_THREADS": "1"}
-    pytest_command = [sys.executable, "-m", "pytest", FOLDER / "traced", "--durations=5", "-k"]
+    pytest_command = [sys.executable, "-m", "pytest", str(FOLDER / "traced"), "--durations=5", "-k"]
     runs = [  # a process for each of CI's two cores
         subprocess.Popen([*pytest_command, part], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         for part in (HALF, f"not ({HALF})")

@@ -93,7 +93,9 @@ def test_its_figures_are_those_of_the_run(page, tiny_run):
 
 
 def test_the_heading_says_log_dates_and_verdict(page, tiny_run):
-    title = re.search("<h1>(.*?)</h1>", page)[1]
+    heading = re.search("<h1>(.*?)</h1>", page)
+    assert heading is not None
+    title = heading[1]
     assert re.fullmatch(r"events\.csv: the filter is (above|below|level with) the best baselines?, [a-z, -]+", title)
     manifest = Dataset.open(RunFolder(tiny_run).data).manifest
     assert f"Test days {manifest['split']['test']} to {manifest['days']['last']}" in page

@@ -134,7 +134,8 @@ def test_rows_are_admissible_and_repeatable(random_log: MakeLog) -> None:
             generated, pool_score = a[name].generated, a[name].pool_score
             assert generated is not None and pool_score is not None
             check_generated(log, evalset.requests, generated)
-            assert np.array_equal(generated, b[name].generated)
+            repeated = b[name].generated
+            assert repeated is not None and np.array_equal(generated, repeated)
             assert pool_score.shape == evalset.pool_items.shape and np.isfinite(pool_score).all()
             assert (np.diff(pool_score, axis=1) != 0).any()
 

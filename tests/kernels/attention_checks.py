@@ -3,7 +3,8 @@
 from collections.abc import Callable
 
 import torch
-from cases import AttentionCase, relative_error
+
+from tests.kernels.cases import AttentionCase, relative_error
 
 ROUNDING = 3e-6
 

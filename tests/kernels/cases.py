@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -254,9 +254,9 @@ def loss_and_gradient(
 class AttentionCase:
     """Tensors of one half of group attention, a gradient of its output, and the segments it takes."""
 
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[Any, ...]  # Tensor; Any, as both are passed on by `*`
     grad: Tensor
-    segments: tuple[Segments, ...]
+    segments: tuple[Any, ...]  # Segments
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,10 @@ of its own.
 """
 
 import os
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # for `import cases`, which bench/ reads as well, and `import steps`
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore = [] if INTERPRETED or torch.cuda.is_available() else ["device"]

@@ -11,7 +11,7 @@ from negfast.model.choice import TrieChooser
 from negfast.model.layout import GroupLayout
 from negfast.model.policy import Policy
 from negfast.model.prompts import PromptBatch
-from negfast.sid.prior import DevicePrior
+from negfast.sid.prior import DevicePrior, RequestPrior
 from negfast.sid.tokens import CodeVocabulary
 from negfast.sid.trie import SeenNodes, build_trie
 from negfast.train.grpo.stage import freeze
@@ -32,7 +32,7 @@ class Job:
     chooser: TrieChooser
     tokens: torch.Tensor
     cu_seqlens: np.ndarray
-    prior: object
+    prior: RequestPrior
     item_token_ids: torch.Tensor
 
     @property

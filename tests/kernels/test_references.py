@@ -7,7 +7,6 @@ from importlib.metadata import version
 import numpy as np
 import pytest
 import torch
-from cases import attention_case, loss_and_gradient, segments_of, trie_case
 
 from negfast import kernels
 from negfast.kernels import dispatch
@@ -17,6 +16,7 @@ from negfast.kernels.sid_cross_entropy import sid_cross_entropy
 from negfast.kernels.trie_grpo import GRPOObjective, trie_grpo
 from negfast.kernels.trie_grpo_reference import SampledTokens, group_advantage, set_shares, trie_grpo_reference
 from negfast.kernels.trie_rows_reference import dense_policy, log_policy
+from tests.kernels.cases import attention_case, loss_and_gradient, segments_of, trie_case
 
 CPU = torch.device("cpu")
 
@@ -34,6 +34,7 @@ def test_dense_policy_is_what_enumeration_finds(levels: int, codebook: int, item
         for code, unseen in case.trie.choices(prefix, case.request_seen[request]).items():
             expected_valid[row, code] = True
             if with_prior:
+                assert case.rows.mass_row is not None and case.mass is not None
                 day = int(case.rows.mass_row[row])
                 mass = sum(case.mass[day, item] for item in unseen)
                 expected_prior[row, code] = 0.8 * np.log(mass + 0.05 * len(unseen))
@@ -72,6 +73,7 @@ def test_cross_entropy_is_that_of_enumerated_choices_and_its_gradient_of_finite_
     rest = (case.tables, case.rows, torch.tensor(targets, dtype=torch.int32))
     logits = case.logits.clone().requires_grad_()
     found = sid_cross_entropy(case.logits, *rest)
+    assert case.rows.mass_row is not None and case.mass is not None
     for row, (request, prefix) in enumerate(case.row_prefix):
         day = int(case.rows.mass_row[row])
         scores = {
@@ -111,8 +113,8 @@ def test_completions_over_a_shared_prompt_equal_full_sequences(seed: int):
     owners = [prompt for prompt, count in enumerate(case.groups) for _ in range(count)]
     prompts = [tensor.split(case.lengths) for tensor in case.prompt]
     for completion, owner in enumerate(owners):
-        whole = [torch.cat([p[owner], own[completion]]) for p, own in zip(prompts, case.own, strict=True)]
-        expected = prompt_attention_reference(*whole, segments_of((len(whole[0]),), CPU))[case.lengths[owner] :]
+        query, key, value = (torch.cat([p[owner], own[completion]]) for p, own in zip(prompts, case.own, strict=True))
+        expected = prompt_attention_reference(query, key, value, segments_of((len(query),), CPU))[case.lengths[owner] :]
         torch.testing.assert_close(found[completion], expected)
 
 

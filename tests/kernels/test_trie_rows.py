@@ -18,7 +18,7 @@ def test_rows_from_levels_are_the_dense_prior(levels: int, branch: int, seed: in
     codebook, items, requests, days = 9, 8 if levels == 1 else 60, 5, 4
     trie = build_trie(random_codes(random, items, levels, codebook), codebook)
     masses = random.exponential(1.0, (2, days, items)) * (random.random((2, days, items)) < 0.6)
-    prior = DevicePrior.build(trie, *masses, first_day=100, eps=0.02, device="cpu")
+    prior = DevicePrior.build(trie, masses[0], masses[1], first_day=100, eps=0.02, device="cpu")
     seen_items = [random.choice(items, random.integers(0, items), replace=False).tolist() for _ in range(requests)]
     seen = SeenNodes.from_packed(seen_nodes_reference(trie, seen_items), trie, "cpu")
     request_prior = prior.for_requests(100 + random.integers(0, days, requests), seen)

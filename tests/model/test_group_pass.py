@@ -1,5 +1,7 @@
 """The group pass against G separate full forwards of the stock model: log-probabilities and gradients."""
 
+from typing import Any, Literal
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from negfast.model.layout import GroupLayout
 from negfast.model.policy import Policy
 from negfast.sid.tokens import CodeVocabulary
 
-SHAPE = dict(
+SHAPE: dict[str, Any] = dict(
     vocab_size=40,
     hidden_size=48,
     intermediate_size=80,
@@ -67,13 +69,14 @@ def group_forward(policy: Policy, prompts: list[torch.Tensor], completions: torc
     cu = np.cumsum([0] + [len(p) for p in prompts])
     layout = GroupLayout.build(cu, group, torch.device("cpu"))
     length = completions.shape[1]
-    rows, tokens = ("all", int(cu[-1])) if mode.endswith("whole") else ("last", len(prompts))
+    rows: Literal["all", "last"] = "all" if mode.endswith("whole") else "last"
+    tokens = int(cu[-1]) if rows == "all" else len(prompts)
     last = layout.last_prompt_row if rows == "all" else torch.arange(len(prompts))
     if mode.startswith("single"):
-        states = [policy.hidden(layout, torch.cat(prompts), None, True, rows)[last][layout.completion_prompt]]
+        each = [policy.hidden(layout, torch.cat(prompts), None, True, rows)[last][layout.completion_prompt]]
         for level in range(length - 1):
-            states.append(policy.hidden(layout, None, completions[:, level : level + 1], True))
-        states = torch.stack(states, 1)
+            each.append(policy.hidden(layout, None, completions[:, level : level + 1], True))
+        states = torch.stack(each, 1)
     else:
         fed = completions[:, :-1] if length > 1 else None
         hidden = policy.hidden(layout, torch.cat(prompts), fed, True, rows)

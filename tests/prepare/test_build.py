@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as parquet
@@ -28,6 +29,12 @@ def silent(_):
     pass
 
 
+SETTINGS: dict[str, Any] = {
+    **{"mapping": MAPPING, "item_mapping": ITEM_MAPPING, "split": SplitSettings()},
+    **{"semantic_ids": SIDS, "report": silent},
+}
+
+
 @pytest.fixture
 def sources(tmp_path):
     """An event log and an item table of 30 items in a folder of their own."""
@@ -43,9 +50,7 @@ def sources(tmp_path):
 
 
 def run(sources, out, **options):
-    settings = {"mapping": MAPPING, "item_mapping": ITEM_MAPPING, "split": SplitSettings(), "semantic_ids": SIDS}
-    settings |= {"report": silent, **options}
-    return prepare([sources / "log.csv"], sources / "items.csv", out, **settings)
+    return prepare([sources / "log.csv"], sources / "items.csv", out, **SETTINGS | options)
 
 
 def contents(folder):
@@ -117,8 +122,7 @@ def test_several_event_files_are_named_in_the_manifest(sources, tmp_path):
     parts = [sources / "a.csv", sources / "b.csv"]
     for part, some in zip(parts, (rows[:200], rows[200:]), strict=True):
         part.write_text("\n".join([header, *some]) + "\n")
-    settings = {"mapping": MAPPING, "item_mapping": ITEM_MAPPING, "split": SplitSettings(), "semantic_ids": SIDS}
-    joined = prepare(parts, sources / "items.csv", tmp_path / "joined", **settings, report=silent)
+    joined = prepare(parts, sources / "items.csv", tmp_path / "joined", **SETTINGS)
     names = {key: source["name"] for key, source in joined.manifest["sources"].items()}
     assert names == {"events": "a.csv", "events 2": "b.csv", "items": "items.csv"}
     whole = run(sources, tmp_path / "whole")
@@ -148,7 +152,7 @@ def test_without_an_item_table(sources, tmp_path):
 
 
 def test_the_split_is_the_one_that_was_said(sources, tmp_path):
-    said = []
+    said: list[str] = []
     data = run(sources, tmp_path / "data", split=SplitSettings(5, "2013-07-01", "2013-07-20"), report=said.append)
     split = data.split()
     assert (split.horizon, date_of(split.valid_day), date_of(split.test_day)) == (5, "2013-07-01", "2013-07-20")
@@ -231,7 +235,7 @@ def test_a_log_that_wakes_late_is_split_where_its_dislikes_are():
 
 
 def test_a_small_part_is_warned_of(sources, tmp_path):
-    said = []
+    said: list[str] = []
     run(sources, tmp_path / "data", report=said.append)
     assert [line.split(" user-days")[0].rpartition(" ")[0] for line in said if line.startswith("warning")] == [
         "warning: valid has",
@@ -240,7 +244,7 @@ def test_a_small_part_is_warned_of(sources, tmp_path):
 
 
 def test_memory_that_training_will_not_have_is_warned_of(sources, tmp_path, monkeypatch):
-    said = []
+    said: list[str] = []
     monkeypatch.setattr("negfast.prepare.build.total_memory", lambda: 100_000)
     run(sources, tmp_path / "data", report=said.append)
     assert any(line.startswith("warning: training keeps tables of 61 days x 30 items: about 0.0 GiB") for line in said)

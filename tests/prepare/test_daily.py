@@ -47,6 +47,7 @@ def parts(tmp_path_factory):
 
 def triples(data: Dataset) -> list[tuple]:
     log = data.log
+    assert log.value is not None
     user, item = np.array(data.user_ids)[log.user], np.array(data.items.ids)[log.item]
     return sorted(zip(user, item, log.feedback.tolist(), log.time.tolist(), log.value.tolist(), strict=True))
 
@@ -102,7 +103,7 @@ def test_a_day_comes_once(parts, tmp_path):
 def test_new_events_before_all_others_are_warned_of(parts, tmp_path):
     few = (parts / "day.csv").read_text().splitlines()[:60]  # too few to call one of them stray
     (tmp_path / "log.csv").write_text("\n".join([*few, "u1,i1,1,0"]) + "\n")
-    said = []
+    said: list[str] = []
     prepare_like([tmp_path / "log.csv"], parts / "a", tmp_path / "c", report=said.append)
     assert any(line.startswith("warning: new events begin on 1970-01-01") for line in said)
     cut = Selection(first_day=10)
@@ -133,7 +134,7 @@ def test_events_that_are_held_already_are_skipped_and_counted(parts, tmp_path):
 
 
 def test_new_items_without_a_table_are_cold(parts, tmp_path):
-    said = []
+    said: list[str] = []
     new = prepare_like([parts / "day.csv"], parts / "a", tmp_path / "c", report=said.append)
     assert any("without a row in an item table" in line for line in said)
     assert (new.codes[70:, 0] == 15).all()  # the cold prefix
@@ -146,7 +147,7 @@ def test_what_new_items_lack_is_said_and_recorded(parts, tmp_path):
     np.save(tmp_path / "vectors.npy", np.random.default_rng(0).normal(size=(70, 4)).astype(np.float32))
     command = ["prepare", str(parts / "early.csv"), "--items", str(parts / "few.csv"), *PREPARE]
     run_cli(*command, "--item-embedding", str(tmp_path / "vectors.npy"), "--out", str(tmp_path / "own"))
-    said = []
+    said: list[str] = []
     own = prepare_like([parts / "day.csv"], tmp_path / "own", tmp_path / "c", report=said.append)
     assert any("those 20 have zeros" in line for line in said)
     assert own.manifest["items_without_embedding"] == 20

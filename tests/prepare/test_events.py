@@ -4,7 +4,9 @@ import csv
 import gzip
 import json
 import math
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -44,8 +46,8 @@ def write_rows(path, rows, names=NAMES):
             csv.writer(file, delimiter=separator, lineterminator="\n").writerows(lines)
         text = path_text.read_text("utf-8")
     data = text.encode()
-    compress = {"": bytes, "gz": gzip.compress, "zst": zstandard.compress}[compression]
-    path.write_bytes(compress(data))
+    compress: dict[str, Callable[[bytes], bytes]] = {"": bytes, "gz": gzip.compress, "zst": zstandard.compress}
+    path.write_bytes(compress[compression](data))
     return path
 
 
@@ -198,7 +200,7 @@ def test_iso_times(tmp_path_factory, moment, offset, separator, unit):
 def test_auto_tells_the_unit_and_says_so(tmp_path, scale, unit):
     path = tmp_path / "log.csv"
     path.write_text("user,item,time,rating\n" + "".join(f"1,2,{(T0 + i) * scale},1\n" for i in range(5)))
-    said = []
+    said: list[str] = []
     log = read([path], mapping(time_unit="auto"), report=said.append).log
     assert log.time.tolist() == [T0 + i for i in range(5)]
     assert any(f" {unit} " in line for line in said)
@@ -242,7 +244,7 @@ def test_order_where_users_and_microseconds_overflow_one_key(tmp_path):
 @given(chunks=st.lists(st.lists(st.sampled_from(["a", "b", "c", "", None]), max_size=4), max_size=5))
 def test_encoding_of_a_column_in_chunks(chunks):
     table = pa.table({"x": pa.chunked_array(chunks, pa.string())})
-    column = encode(Source(None, table, 1), "x")
+    column = encode(Source(Path("x.parquet"), table, 1), "x")
     expected = [value or None for chunk in chunks for value in chunk]
     assert [None if code < 0 else column.values[int(code)].as_py() for code in column.codes] == expected
     assert len(set(column.values.to_pylist())) == len(column.values)

@@ -207,6 +207,7 @@ def test_movietweetings_is_the_sample(tmp_path, movietweetings):
     log, table = movietweetings
     np.testing.assert_array_equal(events.log.feedback, log.feedback)
     np.testing.assert_array_equal(events.log.item, log.item)
+    assert items is not None
     assert (items.ids, items.text, items.attributes) == (table.ids, table.text, table.attributes)
 
 

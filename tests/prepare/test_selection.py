@@ -2,6 +2,7 @@
 
 import json
 from datetime import datetime
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,9 @@ from negfast.prepare.rules import Rule, parse_rule
 from tests.prepare.test_events import T0, mapping, read, silent, write_rows
 
 SPELLINGS = ["NaN", "nan", "NULL", "null", "None", "N/A", "NA", "<NA>", " NaT ", "\\N", ""]
-ROWS = [{"user": f"u{i}", "item": f"i{i}", "rating": 1 + 8 * (i % 2), "time": T0 + i} for i in range(8)]
+ROWS: list[dict[str, Any]] = [
+    {"user": f"u{i}", "item": f"i{i}", "rating": 1 + 8 * (i % 2), "time": T0 + i} for i in range(8)
+]
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "dat", "jsonl", "parquet"])
@@ -72,13 +75,14 @@ def test_a_rule_that_matches_nothing_is_named(tmp_path, rules, said):
     path = tmp_path / "log.csv"
     words = ["hide", "view", "view", "buy", "hide", "view", "view", "view"]
     path.write_text("user,item,time,action,rating\n" + "".join(f"u,{i},{T0},{w},9\n" for i, w in enumerate(words)))
-    parsed = {kind: tuple(map(parse_rule, texts)) for kind, texts in rules.items()}
+    parsed: dict[str, Any] = {kind: tuple(map(parse_rule, texts)) for kind, texts in rules.items()}
     with pytest.raises(InputError, match=said):
         read_events([path], EventMapping(**parsed, time_unit="s"), None, silent)
 
 
 def test_no_likes_may_be_said(tmp_path):
-    path, said = write_rows(tmp_path / "log.csv", ROWS), []
+    path = write_rows(tmp_path / "log.csv", ROWS)
+    said: list[str] = []
     events, _ = read_events([path], mapping(rest="exposed"), None, said.append)
     assert set(events.log.feedback) == {DISLIKE, EXPOSED}
     assert any(line.startswith("warning: no likes") for line in said)
@@ -158,11 +162,12 @@ def test_bad_rows_are_skipped_counted_and_shown(tmp_path, kind):
     else:
         body = [*lines[:5], "", broken[0], *lines[5:9], broken[1], broken[2], *lines[9:]]
         path.write_bytes("\n".join(body).encode("latin-1"))
-    said, selection = [], Selection(skip_bad_rows=True)
+    said: list[str] = []
+    selection = Selection(skip_bad_rows=True)
     rules = EventMapping(dislike=(parse_rule("rating<=5"),), value="rating", time_unit="s")
     events, _ = read_events([path], rules, None, said.append, selection)
     assert events.user_ids == [f"u{i}" for i in range(8)]
-    assert events.log.value.tolist() == [row["rating"] for row in ROWS]
+    assert events.log.value is not None and events.log.value.tolist() == [row["rating"] for row in ROWS]
     assert selection.left_out == {"bad_rows": count + len(broken)}
     assert said[0] == f"bad rows: {count + len(broken)} skipped, 8 rows left:"
     shown = said[1:]
@@ -232,9 +237,9 @@ def test_a_stray_date_is_named_with_its_row(tmp_path, stray, option):
         InputError, match=rf"line 502: {date} is far from the other dates \(2 of 800 .* {option} leaves"
     ):
         read([path], mapping())
-    cut = {"first_day": T0 // DAY} if stray == 0 else {"last_day": T0 // DAY + 100}
+    cut: dict[str, Any] = {"first_day": T0 // DAY} if stray == 0 else {"last_day": T0 // DAY + 100}
     assert len(read([path], mapping(), selection=Selection(**cut)).log) == 798
-    kept = {"first_day": 0} if stray == 0 else {"last_day": stray // DAY}
+    kept: dict[str, Any] = {"first_day": 0} if stray == 0 else {"last_day": stray // DAY}
     assert len(read([path], mapping(), selection=Selection(**kept)).log) == 800  # whoever says so may keep them
 
 
@@ -285,7 +290,7 @@ def test_a_bad_row_of_the_second_file_is_named(tmp_path):
     second = write_rows(tmp_path / "second.csv", [ROWS[0], {**ROWS[1], "user": "null"}])
     with pytest.raises(InputError, match=r"second\.csv, line 3: no user"):
         read([first, second], mapping())
-    said = []
+    said: list[str] = []
     selection = Selection(skip_bad_rows=True)
     assert len(read([first, second], mapping(), report=said.append, selection=selection).log) == 9
     assert "second.csv, line 3" in said[1]
@@ -293,11 +298,13 @@ def test_a_bad_row_of_the_second_file_is_named(tmp_path):
 
 def test_items_that_only_the_log_knows_come_last_without_text(tmp_path):
     log = write_rows(tmp_path / "log.csv", ROWS)
-    table, said = tmp_path / "items.csv", []
+    table = tmp_path / "items.csv"
+    said: list[str] = []
     table.write_text("item,title\ni5,Five\ni0,Zero\nother,Other\n")
     np.save(tmp_path / "own.npy", np.ones((3, 2)))
     items = read_items(table, ItemMapping(text="title"), tmp_path / "own.npy")
     events, all_items = read_events([log], mapping(), items, said.append)
     assert all_items.ids == ["i5", "i0", "other", "i1", "i2", "i3", "i4", "i6", "i7"] == events.item_ids
-    assert all_items.text[:4] == ["Five", "Zero", "Other", ""] and not all_items.embedding[3:].any()
+    assert all_items.text[:4] == ["Five", "Zero", "Other", ""]
+    assert all_items.embedding is not None and not all_items.embedding[3:].any()
     assert "items: 6 of the log are not in the item table, and stay without text" in said

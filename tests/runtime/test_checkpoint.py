@@ -1,6 +1,7 @@
 """Checkpoints in the background: what they hold, and how their failures come out."""
 
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -20,13 +21,14 @@ class Journal:
         self.events.append({"event": kind, **fields})
 
 
-def made(folder, background: bool) -> StageCheckpoints:
+def made(folder, background: bool) -> Any:
     torch.manual_seed(0)
     policy = torch.nn.Linear(3, 3)
     optimizer = torch.optim.AdamW(policy.parameters())
     policy(torch.ones(3)).sum().backward()
     optimizer.step()
-    return StageCheckpoints(folder, 1, "sft", policy, optimizer, Journal(), background)
+    journal: Any = Journal()
+    return StageCheckpoints(folder, 1, "sft", policy, optimizer, journal, background)
 
 
 def test_a_checkpoint_of_the_background_holds_the_step_it_was_asked_at(tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ def test_the_quota_of_a_cgroup_of_version_1(cgroup: Path, quota: str, cpus: int)
 
 
 def test_threads_are_those_asked_for_then_those_of_openmp_then_those_allowed(cgroup: Path, monkeypatch):
-    found = []
+    found: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", found.append)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     machine.use_threads(5)

@@ -8,13 +8,13 @@ import numpy as np
 
 def random_codes(rng, n_items, levels, codebook):
     """Distinct code rows, clumped so that some nodes have many children and some one."""
-    rows = set()
-    while len(rows) < n_items:
+    distinct: set[tuple[int, ...]] = set()
+    while len(distinct) < n_items:
         width = codebook if rng.random() < 0.5 else max(1, codebook // 4)
-        rows.add(tuple(int(c) for c in rng.integers(0, width, levels)))
-        if len(rows) >= max(1, codebook // 4) ** levels:
-            rows.add(tuple(int(c) for c in rng.integers(0, codebook, levels)))
-    rows = sorted(rows)[:n_items]
+        distinct.add(tuple(int(c) for c in rng.integers(0, width, levels)))
+        if len(distinct) >= max(1, codebook // 4) ** levels:
+            distinct.add(tuple(int(c) for c in rng.integers(0, codebook, levels)))
+    rows = sorted(distinct)[:n_items]
     rng.shuffle(rows)
     return np.array(rows, dtype=np.uint16).reshape(n_items, levels)
 

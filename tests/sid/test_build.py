@@ -13,6 +13,10 @@ from negfast.sid.build import build_semantic_ids
 VALID = 100
 
 
+def silent(_: str) -> None:
+    pass
+
+
 def make_case(rng, n_items, n_known, text=True):
     """Items of which the first n_known have an event before VALID, and all have one after it."""
     early, late = rng.permutation(n_known), rng.permutation(n_items)
@@ -32,7 +36,7 @@ def make_case(rng, n_items, n_known, text=True):
 def test_report_adds_up():
     rng = np.random.default_rng()
     items, log = make_case(rng, 300, 200)  # 8^3 texts: many items share theirs
-    said = []
+    said: list[str] = []
     sids = build_semantic_ids(items, log, VALID, codebook=16, encoder="tfidf", report=said.append)
     assert sids.codes.shape == (300, 3) and sids.codes.dtype == np.uint16
     assert len(np.unique(sids.codes, axis=0)) == 300
@@ -54,7 +58,7 @@ def test_report_adds_up():
 def test_same_seed_same_codes_and_random_is_random():
     rng = np.random.default_rng()
     items, log = make_case(rng, 120, 120)
-    make = lambda **kw: build_semantic_ids(items, log, VALID, codebook=8, encoder="tfidf", report=str, **kw)  # noqa: E731
+    make = lambda **kw: build_semantic_ids(items, log, VALID, codebook=8, encoder="tfidf", report=silent, **kw)  # noqa: E731
     assert np.array_equal(make(seed=3).codes, make(seed=3).codes)
     control = make(quantizer="random", seed=3)
     assert np.array_equal(control.codes, make(quantizer="random", seed=3).codes)
@@ -68,7 +72,7 @@ def test_every_quantizer_names_items_apart_and_says_how_well(quantizer, monkeypa
     monkeypatch.setattr(rqvae, "STEPS", 200)
     rng = np.random.default_rng()
     items, log = make_case(rng, 150, 150)
-    sids = build_semantic_ids(items, log, VALID, codebook=8, encoder="tfidf", quantizer=quantizer, report=str)
+    sids = build_semantic_ids(items, log, VALID, codebook=8, encoder="tfidf", quantizer=quantizer, report=silent)
     assert len(np.unique(sids.codes, axis=0)) == 150 and sids.report["quantizer"] == quantizer
     assert ("error_after" in sids.report) == (quantizer != "random")
     first, first_two = sids.report["neighbour_overlap"]
@@ -79,7 +83,7 @@ def test_every_quantizer_names_items_apart_and_says_how_well(quantizer, monkeypa
 def test_cold_items_share_the_reserved_prefix_and_later_events_do_not_warm_them():
     rng = np.random.default_rng()
     items, log = make_case(rng, 50, 40, text=False)
-    sids = build_semantic_ids(items, log, VALID, codebook=8, levels=2, report=str)
+    sids = build_semantic_ids(items, log, VALID, codebook=8, levels=2, report=silent)
     assert sids.report["blocks"].keys() == {"co-occurrence"} and sids.report["cold_items"] == 10
     # 10 cold items need two codes of the first level, which no other item may have
     assert set(sids.codes[40:, 0].tolist()) == {6, 7} and sids.codes[:40, 0].max() < 6
@@ -89,7 +93,7 @@ def test_cold_items_share_the_reserved_prefix_and_later_events_do_not_warm_them(
 def test_a_table_of_cold_items_alone():
     rng = np.random.default_rng()
     items, log = make_case(rng, 20, 0, text=False)
-    sids = build_semantic_ids(items, log, VALID, codebook=8, report=str)
+    sids = build_semantic_ids(items, log, VALID, codebook=8, report=silent)
     assert len(np.unique(sids.codes, axis=0)) == 20 and set(sids.codes[:, 0].tolist()) == {7}
 
 

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers import BertConfig, BertModel
+from transformers.models.bert.tokenization_bert import BertTokenizer
 
 from negfast.data.items import ItemTable
 from negfast.data.log import DAY, LIKE, EventLog
@@ -40,9 +41,10 @@ def tiny_bert(folder):
     """A random two-layer BERT of width 8 whose vocabulary is the words of the tests."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "war", "bread", "and", "roses", "the", "film"]
     (folder / "vocab.txt").write_text("\n".join(words))
-    BertTokenizerFast(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
-    shape = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
-    config = BertConfig(vocab_size=len(words), hidden_size=8, **shape)
+    BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
+    )
     BertModel(config).save_pretrained(folder)
     return folder
 
@@ -75,7 +77,7 @@ def test_batches_do_not_change_a_row(monkeypatch, tmp_path):
 
 
 def test_auto_says_what_it_took(monkeypatch):
-    said = []
+    said: list[str] = []
     monkeypatch.setattr(embed, "minilm_folder", lambda: None)
     embedded = embed_items(table(FILMS), make_log([(0, 0)], 1, 4), VALID, report=said.append)
     assert list(embedded.blocks) == ["tfidf"] and "encoder tfidf" in said[0] and len(said) == 1

@@ -79,8 +79,8 @@ def test_walk_gives_each_unseen_item_its_share(seed, levels, single):
         weight = table[int(branch[row * n_items]) * requests + row].copy()
         weight[seen[row]] = 0
         got = torch.where(alive, log_p.exp(), 0)[row * n_items : (row + 1) * n_items]
-        tolerance = {"rtol": 2e-4, "atol": 3e-7} if single else {"rtol": 1e-10, "atol": 1e-13}
-        np.testing.assert_allclose(got, weight / weight.sum(), **tolerance)
+        rtol, atol = (2e-4, 3e-7) if single else (1e-10, 1e-13)
+        np.testing.assert_allclose(got, weight / weight.sum(), rtol, atol)
         assert alive[row * n_items : (row + 1) * n_items].tolist() == [i not in seen[row] for i in range(n_items)]
 
 

@@ -35,7 +35,7 @@ def stage_gradients(
     """Gradients, figures and, for GRPO, the items sampled by this rank, of step ``STEP`` of every stage; a checkpoint
     after one more step in ``out``."""
     torch.manual_seed(0)
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for policy, stage in opened_stages(run, shard):
         name = stage.name
         torch.nn.init.normal_(policy.block.head.weight, std=0.1)
@@ -46,7 +46,8 @@ def stage_gradients(
         measured, norm = gradients(stage, policy, read_step(stage, STEP, my_micro_batches(accumulate), budget))
         figures = measured.figures()
         found |= {f"{name}/{n}": whole(p.grad).clone() for n, p in policy.named_parameters() if p.grad is not None}
-        found[f"{name} figures"] = torch.tensor([figures.loss, norm.item(), *map(float, figures.metrics.values())])
+        metrics: dict[str, Any] = figures.metrics
+        found[f"{name} figures"] = torch.tensor([figures.loss, norm.item(), *map(float, metrics.values())])
         if items:
             found["items"] = torch.cat(items)
         policy.zero_grad()

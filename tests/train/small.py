@@ -11,9 +11,9 @@ from negfast.model.choice import TrieChooser
 from negfast.model.layout import GroupLayout
 from negfast.model.policy import Policy
 from negfast.model.prompts import PromptBatch
-from negfast.sid.prior import DevicePrior, child_log_prior
+from negfast.sid.prior import DevicePrior, RequestPrior, child_log_prior
 from negfast.sid.tokens import CodeVocabulary
-from negfast.sid.trie import SeenNodes, build_trie
+from negfast.sid.trie import SeenNodes, Trie, build_trie
 from tests.sid.reference import random_codes, seen_nodes_reference
 
 BASE = 7
@@ -23,11 +23,11 @@ BASE = 7
 class Small:
     policy: Policy
     chooser: TrieChooser
-    trie: object
+    trie: Trie
     seen: list[list[int]]
     tokens: torch.Tensor
     cu_seqlens: np.ndarray
-    prior: object
+    prior: RequestPrior
 
     def batch(self, group: int) -> PromptBatch:
         layout = GroupLayout.build(self.cu_seqlens, group, torch.device("cpu"))

@@ -1,6 +1,7 @@
 """The item-level tasks: what they are trained on, what they measure, and that they can be learned."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,7 +81,7 @@ def test_nothing_held_out_is_trained_on(make_engine, monkeypatch):
     assert 5 < len(held) < 40
     stage = AlignStage(engine)
     assert set(stage.tasks) == {"title_sid", "sid_title", "sid_attributes", "pair", "verdict"}
-    tasks = stage.tasks
+    tasks: dict[str, Any] = stage.tasks
     assert set(tasks["title_sid"].items) | held == set(range(engine.log.n_items))
     assert set(tasks["title_sid"].held) == held
     for name in ("sid_title", "sid_attributes"):
@@ -125,7 +126,8 @@ def test_equal_codes_are_ranked_in_their_order(make_engine):
     engine = make_engine()
     torch.nn.init.zeros_(engine.policy.block.head.weight)
     stage = AlignStage(engine)
-    ranks = stage.tasks["title_sid"].ranks(np.arange(engine.log.n_items))
+    titles: Any = stage.tasks["title_sid"]
+    ranks = titles.ranks(np.arange(engine.log.n_items))
     used = np.unique(engine.data.codes[:, 0])
     assert np.array_equal(ranks[:, 0], np.searchsorted(used, engine.data.codes[:, 0]))
 

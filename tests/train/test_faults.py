@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -128,10 +129,11 @@ def test_a_data_file_that_vanished_is_named(unfinished, tiny_data, tmp_path):
 
 
 def test_memory_that_is_not_there_names_the_setting_to_change(tmp_path):
-    stage = Stage("sft", Sft(requests=64, verdicts=32))
+    stage: Any = Stage("sft", Sft(requests=64, verdicts=32))
+    policy: Any = torch.nn.Linear(1, 1)
     with (
         pytest.raises(TrainingError) as raised,
-        faults.explained(stage, 4, torch.nn.Linear(1, 1), [MicroBatch()], 0, tmp_path) as parts,
+        faults.explained(stage, 4, policy, [MicroBatch()], 0, tmp_path) as parts,
     ):
         parts.append(5000)
         torch.empty(1 << 58)
@@ -145,26 +147,28 @@ def test_advice_about_cuda_memory_says_by_how_much():
         "is free. Including non-PyTorch memory, this process has 67.84 GiB memory in use."
     )
     error = torch.OutOfMemoryError(message)
-    stage = Stage("grpo", Grpo(requests=32, group=16))
-    advice = faults.memory_advice(error, stage, [8000, 6000])
-    assert (
-        "train.token_budget=4000 (now a part has 8000 tokens)" in advice
-        and "90.0 GiB more, with 67.8 of 79.1 GiB in use" in advice
-    )
-    advice = faults.memory_advice(error, stage, [8000, 6000], accumulate=2)
-    assert "set train.accumulate=4 (now 2): the same result" in advice
+    stage: Any = Stage("grpo", Grpo(requests=32, group=16))
+    reused: Any = Stage("grpo", Grpo(requests=32, group=16, epochs=2))  # such a batch is never split
+
+    def advice(stage: Any, tokens: list[int], accumulate: int | None = None) -> str:
+        text = faults.memory_advice(error, stage, tokens, accumulate)
+        assert text is not None
+        return text
+
+    said = advice(stage, [8000, 6000])
+    assert "train.token_budget=4000 (now a part has 8000 tokens)" in said
+    assert "90.0 GiB more, with 67.8 of 79.1 GiB in use" in said
+    assert "set train.accumulate=4 (now 2): the same result" in advice(stage, [8000, 6000], accumulate=2)
     lower = "grpo.requests=16 (now 32) or grpo.group=8 (now 16)"
-    assert lower in faults.memory_advice(error, stage, [500] * 32)  # a request each
-    assert lower in faults.memory_advice(
-        error, Stage("grpo", Grpo(requests=32, group=16, epochs=2)), [8000]
-    )  # such a batch is never split
+    assert lower in advice(stage, [500] * 32)  # a request each
+    assert lower in advice(reused, [8000])
     assert faults.memory_advice(RuntimeError("shapes do not match"), stage, [8000]) is None
 
 
 def test_sigterm_saves_like_ctrl_c(unfinished, monkeypatch):
     step = Journal.step
 
-    def terminated(*arguments: object) -> None:
+    def terminated(*arguments: Any) -> None:
         step(*arguments)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -177,7 +181,7 @@ def test_sigterm_saves_like_ctrl_c(unfinished, monkeypatch):
 def test_sigterm_in_a_stages_last_step_stops_before_the_next(tiny_data, tmp_path, monkeypatch):
     run, step = tmp_path / "run", Journal.step
 
-    def terminated(journal: Journal, stage: str, number: int, *rest: object) -> None:
+    def terminated(journal: Journal, stage: str, number: int, *rest: Any) -> None:
         step(journal, stage, number, *rest)
         if (stage, number) == ("sft", 6):
             os.kill(os.getpid(), signal.SIGTERM)

@@ -1,6 +1,7 @@
 """train.dtype=bfloat16: the decoder computes in bfloat16, everything else stays float32."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -24,7 +25,8 @@ def sft_gradient(run: RunFolder, dtype: str) -> tuple[float, torch.Tensor]:
     torch.manual_seed(1)
     torch.nn.init.normal_(policy.block.head.weight, std=0.1)
     measured, _ = gradients(stage, policy, read_step(stage, STEP, my_micro_batches(1), 0))
-    flat = torch.cat([p.grad.flatten() for n, p in policy.named_parameters() if n.startswith("decoder.layers")])
+    of_layers: list[Any] = [p.grad for n, p in policy.named_parameters() if n.startswith("decoder.layers")]
+    flat = torch.cat([gradient.flatten() for gradient in of_layers])
     assert {p.grad.dtype for p in policy.parameters() if p.grad is not None} == {torch.float32}
     return measured.figures().loss, flat
 

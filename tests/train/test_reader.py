@@ -2,7 +2,9 @@
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +42,8 @@ class Slow:
 @pytest.mark.parametrize("prefetch", ["on", "off"])
 def test_the_wait_that_is_logged_is_the_wait_there_was(prefetch):
     """With reading of 0.1 s and computing of 0.2 s only the first step waits for a batch that is read ahead."""
-    reader = read_steps(Slow(0.1), range(3), [MicroBatch()], Train(prefetch=prefetch), CPU)
+    stage: Any = Slow(0.1)
+    reader: Iterator[Any] = read_steps(stage, range(3), [MicroBatch()], Train(prefetch=prefetch), CPU)
     meter, waits = Meter(make_small(0).policy), []
     for step in range(3):
         with meter.step():
@@ -54,7 +57,8 @@ def test_the_wait_that_is_logged_is_the_wait_there_was(prefetch):
 
 @pytest.mark.parametrize("prefetch", ["on", "off"])
 def test_what_reading_raises_comes_out_at_its_step(prefetch):
-    reader = read_steps(Slow(0.0), range(2, 5), [MicroBatch()], Train(prefetch=prefetch), CPU)
+    stage: Any = Slow(0.0)
+    reader: Iterator[Any] = read_steps(stage, range(2, 5), [MicroBatch()], Train(prefetch=prefetch), CPU)
     assert next(reader) == [2]
     with pytest.raises(InputError, match="damaged"):
         next(reader)
@@ -66,7 +70,7 @@ def test_a_run_that_reads_ahead_writes_the_same_figures_and_goes_on_exactly(tiny
     command = train_arguments(tiny_data, run, train__prefetch="on")
     write = Journal.step
 
-    def stop_in_sft(journal: Journal, stage: str, step: int, *rest: object) -> None:
+    def stop_in_sft(journal: Journal, stage: str, step: int, *rest: Any) -> None:
         if (stage, step) == ("sft", 3):
             raise KeyboardInterrupt
         write(journal, stage, step, *rest)

@@ -88,7 +88,7 @@ def test_nothing_from_the_test_day_on_is_learned(tiny_run, tiny_data, refitted, 
     (copied / "run.json").write_text(json.dumps(description))
     refit(RunFolder(copied), tmp_path / "refit", table=False)
     again = RunFolder(tmp_path / "refit")
-    assert again.refit.stages == refitted[0].refit.stages
+    assert again.refit is not None and again.refit.stages == refitted[0].refit.stages
     weights = [(folder.final / "policy.safetensors").read_bytes() for folder in (refitted[0], again)]
     assert weights[0] == weights[1]
 
@@ -153,7 +153,7 @@ def test_on_the_whole_log_it_leaves_nothing_to_measure_it_on(tiny_run, tmp_path)
     run = RunFolder(tmp_path / "run")
     log = Dataset.open(run.data).log
     engine = run.finished_engine(None)
-    assert run.refit.until == run.learned_until == engine.fit_until == int(log.day.max()) + 1
+    assert run.refit is not None and run.refit.until == run.learned_until == engine.fit_until == int(log.day.max()) + 1
     everything = all_requests(log, engine.data.horizon)
     assert len(engine.train_requests) == (everything.day + engine.data.horizon < engine.fit_until).sum()
     assert "learned from the whole log" in said and not run.report.exists()

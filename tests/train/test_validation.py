@@ -46,7 +46,7 @@ def test_validation_chooses_the_scale_that_makes_futures_likeliest(engine):
         engine.policy.block.scale.fill_(scale)
         nlls[scale] = -float((future_log_probs(engine, requests) / np.repeat(counts, counts)).sum() / len(counts))
     assert len(set(nlls.values())) == len(scales)
-    assert metrics["scale"] == min(nlls, key=nlls.get)
+    assert metrics["scale"] == min(nlls, key=nlls.__getitem__)
     assert abs(metrics["nll"] - min(nlls.values())) < 1e-9 and metrics["score"] == -metrics["nll"]
 
 

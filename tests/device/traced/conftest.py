@@ -48,14 +48,15 @@ def open_job(started: RunFolder, tmp_path: Path) -> Iterator[Callable[..., Job]]
     """Opens the run on the device with other settings than it was started with."""
     dataset = Dataset.open(started.data)
 
-    def opened(**changes: object) -> Job:
-        settings = SETTINGS | KERNEL_HEADS | {key.replace("__", "."): value for key, value in changes.items()}
-        overrides = tuple(f"{key}={str(value).lower()}" for key, value in settings.items())
-        _, config = settings_of(TrainOptions(preset="smoke", out=tmp_path / "none", overrides=overrides))
-        policy, tokenizer = started.load_policy(dataset)
-        return Job(build_engine(config, dataset, policy, tokenizer, CUDA), trace)
-
     with fake_cuda() as trace:
+
+        def opened(**changes: object) -> Job:
+            settings = SETTINGS | KERNEL_HEADS | {key.replace("__", "."): value for key, value in changes.items()}
+            overrides = tuple(f"{key}={str(value).lower()}" for key, value in settings.items())
+            _, config = settings_of(TrainOptions(preset="smoke", out=tmp_path / "none", overrides=overrides))
+            policy, tokenizer = started.load_policy(dataset)
+            return Job(build_engine(config, dataset, policy, tokenizer, CUDA), trace)
+
         yield opened
 
 

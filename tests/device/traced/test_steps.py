@@ -1,13 +1,13 @@
 """Every stage's step in its variants, lists and verdicts: every tensor on the device, no wait but those of `WAITS`."""
 
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, unset_fake_temporarily
 
 from negfast.model.choice import TrieChooser
@@ -154,7 +154,7 @@ def also(before: Callable[..., object]) -> Callable[[Callable], Callable]:
     return change
 
 
-def then(after: Callable[[Tensor], object]) -> Callable[[Callable], Callable]:
+def then(after: Callable[[Any], object]) -> Callable[[Callable], Callable]:
     """A change of a function: its result goes through ``after``."""
 
     def change(stock: Callable) -> Callable:

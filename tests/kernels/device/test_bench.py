@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from cases import relative_error
 
 from bench.kernel_cases.completion_attention import completion_attention_case
 from bench.kernel_cases.prompt_attention import prompt_attention_case
 from bench.kernel_cases.sid_cross_entropy import sid_cross_entropy_case
 from bench.kernel_cases.trie_grpo import trie_grpo_case
 from bench.kernel_cases.vocabulary_cross_entropy import vocabulary_cross_entropy_case
+from tests.kernels.cases import relative_error
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_checks import check, check_bits, check_operators
-from cases import attention_case
 
 from negfast.kernels.completion_attention import completion_attention
 from negfast.kernels.completion_attention_reference import completion_attention_reference
+from tests.kernels.attention_checks import check, check_bits, check_operators
+from tests.kernels.cases import attention_case
 
 
 @pytest.mark.parametrize("group", [1, 3, 64])
@@ -59,7 +59,8 @@ def test_operators_are_registered_for_compilation(device: torch.device, seed: in
 
 def test_what_is_unsupported_raises(device: torch.device, seed: int):
     part = attention_case(seed, device, (9, 4), 4, 2, 32, group=2, new=1, seen=2).completions()
-    query, *keys = part.tensors
+    query, prompt_key, prompt_value, own_key, own_value = part.tensors
+    keys = prompt_key, prompt_value, own_key, own_value
     with pytest.raises(ValueError, match="own_key: found 2 tokens a completion, expected none or at least the 3"):
         completion_attention(query.expand(-1, 3, -1, -1), *keys, *part.segments)
     prompts, completions = part.segments

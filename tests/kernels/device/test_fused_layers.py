@@ -5,8 +5,6 @@ import copy
 import pytest
 import torch
 import triton.language as tl
-from cases import relative_error
-from steps import GROUP, PROMPTS, SHAPE, check, gradients, make_job, thirds
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from negfast.kernels import dispatch
@@ -15,6 +13,8 @@ from negfast.model.fused_layers import FusedMlp, FusedNorm, fuse_layers, fused_r
 from negfast.model.policy import Policy
 from negfast.train.grpo.loss import GroupLoss
 from negfast.train.grpo.stage import freeze
+from tests.kernels.cases import relative_error
+from tests.kernels.steps import GROUP, PROMPTS, SHAPE, check, gradients, make_job, thirds
 
 
 class Scalar(float):

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_checks import check, check_bits, check_operators
-from cases import attention_case
 
 from negfast.kernels.prompt_attention import prompt_attention
 from negfast.kernels.prompt_attention_reference import prompt_attention_reference
+from tests.kernels.attention_checks import check, check_bits, check_operators
+from tests.kernels.cases import attention_case
 
 
 @pytest.mark.parametrize("lengths", [(1, 3), (63, 64, 65), (123, 2, 17)], ids=str)

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import TrieCase, relative_error, trie_case
 
 from negfast.kernels import dispatch
 from negfast.kernels.sid_cross_entropy import sid_cross_entropy
 from negfast.kernels.trie_rows import row_inputs
+from tests.kernels.cases import TrieCase, relative_error, trie_case
 
 ROUNDING = 3e-6
 

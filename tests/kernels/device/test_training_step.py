@@ -6,12 +6,11 @@ there is one, else in Triton's interpreter.
 
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from cases import relative_error
-from steps import GROUP, ITEMS, PROMPTS, Job, check, gradients, make_job, thirds
 
 from negfast.kernels import dispatch, sid_cross_entropy, trie_grpo, vocabulary_cross_entropy
 from negfast.kernels.trie_grpo import GRPOObjective, GRPOTerms
@@ -22,6 +21,8 @@ from negfast.sid.prior import NEXT_DISLIKE
 from negfast.sid.trie import SeenNodes
 from negfast.train.grpo import loss as grpo
 from negfast.train.grpo.loss import GroupLoss
+from tests.kernels.cases import relative_error
+from tests.kernels.steps import GROUP, ITEMS, PROMPTS, Job, check, gradients, make_job, thirds
 
 
 @pytest.fixture
@@ -95,8 +96,8 @@ def test_grpo_that_carries_forced_answers_along(device: torch.device, seed: int,
         return loss.sample(job.batch(GROUP), ids, thirds, seed).terms.loss
 
     with dispatch.eager():
-        expected = step()
-        expected = expected, gradients(job, expected)
+        loss = step()
+        expected = loss, gradients(job, loss)
     monkeypatch.setattr(grpo, "rollout", partial(grpo.rollout, keep_forced=True))
     found = step()
     check((found, gradients(job, found)), expected)
@@ -136,13 +137,13 @@ def test_sft(with_prior: bool, device: torch.device, seed: int, calls: dict[str,
     job = make_job(seed, device)
     rng = np.random.default_rng(seed)
     counts = np.array([4, 0, 3])
-    engine = SimpleNamespace(
+    engine: Any = SimpleNamespace(
         chooser=job.chooser, policy=job.policy, prompts=SimpleNamespace(item_token_ids=job.item_token_ids)
     )
     seen = job.prior.seen
     unseen = [np.setdiff1d(np.arange(ITEMS), leaves_of(job, seen, request)) for request in range(PROMPTS)]
-    items = np.concatenate([rng.choice(unseen[request], count) for request, count in enumerate(counts)])
-    items = torch.from_numpy(items).to(device)
+    drawn = np.concatenate([rng.choice(unseen[request], count) for request, count in enumerate(counts)])
+    items = torch.from_numpy(drawn).to(device)
     branch = torch.from_numpy(rng.integers(0, 2, len(items))).to(device) if with_prior else 0
     markers = torch.full_like(items, job.policy.vocabulary.marker("next-dislike"))
     weight = torch.rand(len(items), device=device)
@@ -163,7 +164,7 @@ def test_sft_in_bfloat16(device: torch.device, seed: int):
     """Under autocast: no further from float32 than eager code under autocast is."""
     job = make_job(seed, device)
     items = torch.from_numpy(np.random.default_rng(seed).integers(0, ITEMS, 6)).to(device)
-    engine = SimpleNamespace(
+    engine: Any = SimpleNamespace(
         chooser=job.chooser, policy=job.policy, prompts=SimpleNamespace(item_token_ids=job.item_token_ids)
     )
     markers = torch.full_like(items, job.policy.vocabulary.marker("next-dislike"))

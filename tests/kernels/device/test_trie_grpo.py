@@ -2,20 +2,21 @@
 
 import json
 from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 import torch
-from cases import LossAndGradient, TrieCase, loss_and_gradient, relative_error, trie_case
 
 from negfast.kernels import dispatch
 from negfast.kernels.trie_grpo import GRPOObjective, trie_grpo
-from negfast.kernels.trie_rows import RowTokens, row_inputs
+from negfast.kernels.trie_rows import RowTokens, TrieRows, TrieTables, row_inputs
+from tests.kernels.cases import LossAndGradient, TrieCase, loss_and_gradient, relative_error, trie_case
 
 ROUNDING = 3e-6
 BASE = GRPOObjective(beta=0.1)
 
 
-def inputs(case: TrieCase) -> tuple:
+def inputs(case: TrieCase) -> tuple[torch.Tensor, TrieTables, TrieRows, RowTokens, torch.Tensor]:
     return case.logits, case.tables, case.rows, case.tokens, case.rewards
 
 
@@ -172,7 +173,7 @@ def test_rewards_that_are_not_finite_raise(bad: float, device: torch.device, see
 
 def test_what_is_unsupported_raises(device: torch.device, seed: int):
     case = trie_case(seed, device)
-    calls = {
+    calls: dict[str, dict[str, Any]] = {
         "beta > 0": {"objective": BASE},
         "set_size: found 5": {"objective": replace(BASE, set_size=5), "reference": case.reference},
         "reference: found torch.bfloat16": {"objective": BASE, "reference": case.reference.bfloat16()},
@@ -187,7 +188,7 @@ def test_what_is_unsupported_raises(device: torch.device, seed: int):
         wrong = replace(case.tokens, code=case.tokens.code.long())
         trie_grpo(*inputs(replace(case, tokens=wrong)), replace(BASE, beta=0.0))
     bits = torch.zeros(len(case.tables.child_bits), 257, dtype=torch.int32, device=device)
-    wide = torch.zeros(len(case.logits), 8193, device=device)
-    wide = replace(case, logits=wide, tables=replace(case.tables, child_bits=bits))
+    logits = torch.zeros(len(case.logits), 8193, device=device)
+    wide = replace(case, logits=logits, tables=replace(case.tables, child_bits=bits))
     with pytest.raises(ValueError, match="codebook: found 8193"):
         trie_grpo(*inputs(wide), replace(BASE, beta=0.0))

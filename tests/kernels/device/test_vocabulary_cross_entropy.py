@@ -4,16 +4,17 @@ liger-kernel comes with the development extra; without it these tests fail.
 """
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from cases import relative_error
 
 from negfast import kernels
 from negfast.kernels import dispatch
 from negfast.kernels import vocabulary_cross_entropy as module
 from negfast.kernels.vocabulary_cross_entropy import row_entropy, vocabulary_cross_entropy
 from negfast.train.text import text_nll
+from tests.kernels.cases import relative_error
 
 ROUNDING = 3e-6
 
@@ -78,7 +79,7 @@ def test_entropy(device: torch.device, seed: int):
 def test_text_loss(device: torch.device, seed: int, calls: list):
     """What an alignment task learns of its words: the loss, and the gradients of head and states."""
     torch.manual_seed(seed)
-    policy = SimpleNamespace(text_head=torch.nn.Linear(24, 3001, bias=False, device=device))
+    policy: Any = SimpleNamespace(text_head=torch.nn.Linear(24, 3001, bias=False, device=device))
     states = torch.randn(37, 24, device=device, requires_grad=True)
     targets = torch.randint(3001, (37,), device=device)
     leaves = states, policy.text_head.weight

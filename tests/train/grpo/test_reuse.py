@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from typing import Any
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def test_a_moved_policy_is_weighed_by_clipped_ratios(move):
     # completion by completion and level by level, from the leaves' probabilities by separate forwards
     after = small.leaf_log_probs(0)
     advantage = rewards - rewards.mean(1, keepdim=True)
-    total, clipped = 0.0, 0
+    total, clipped = torch.zeros((), dtype=torch.float64), 0
     for b, items in enumerate(taken.rollout.items.tolist()):
         for g, item in enumerate(items):
             for level in range(3):
@@ -78,7 +79,7 @@ def conditional(codes, log_prob, item, level):
 @pytest.fixture(scope="module")
 def reusing_run(tiny_data, tmp_path_factory):
     """(arguments but for the folder, folder) of a finished run of rounds of three steps, two and a third of them."""
-    settings = dict(grpo__epochs=3, grpo__steps=7, train__checkpoint_every=99)
+    settings: dict[str, Any] = dict(grpo__epochs=3, grpo__steps=7, train__checkpoint_every=99)
     settings |= dict(align__steps=1, sft__steps=1, sft__warmup=0)
     folder = tmp_path_factory.mktemp("reuse") / "run"
     run_cli(*train_arguments(tiny_data, folder, **settings))
