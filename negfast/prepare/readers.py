@@ -349,7 +349,7 @@ def _content(path: Path) -> pa.Buffer:
     start = content[:4].to_pybytes()
     for magic, what in FOREIGN.items():
         if start.startswith(magic):
-            raise InputError(f"{path}: found {what}; expected text")
+            raise InputError(f"{path}: found {what}")
     return content
 
 

@@ -53,7 +53,7 @@ def settings_of(options: TrainOptions) -> tuple[RunFolder, Config]:
         run = RunFolder(out or Path("runs") / (options.config.stem if options.config is not None else str(preset)))
     check_combinations(settings)
     check_tensorboard(settings.train.tensorboard)
-    check_output(run.path / "x")
+    check_output(run.path / "config.toml")
     refuse_data_folder(run.path)
     return run, settings
 
