@@ -11,7 +11,7 @@ import click
 
 import negfast
 from negfast.config import to_toml
-from negfast.data.dataset import Dataset, date_of
+from negfast.data.dataset import Dataset, date_of, refuse_data_folder
 from negfast.evaluate.charts import Line, bar_chart, changes, line_chart, percent
 from negfast.evaluate.eval import baselines_of, evaluate_folder, write_report
 from negfast.evaluate.predictions import predict_set
@@ -75,6 +75,7 @@ def write_page(run: Path, out: Path | None) -> Path:
     folder = RunFolder(run)
     out = out or folder.path / "report.html"
     check_output_file(out)
+    refuse_data_folder(out)
     engine = folder.finished_engine(None)
     if not (folder.path / "report.json").is_file():
         write_report(folder, *evaluate_folder(folder, "test", None))

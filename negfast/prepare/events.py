@@ -163,7 +163,7 @@ def event_columns(mapping: EventMapping) -> list[str]:
     places = {"user": mapping.user, "item": mapping.item, "time": mapping.time}
     for name, column in places.items():
         if list(places.values()).count(column) > 1:
-            raise InputError(f"--{name}-column {column!r}: found for two of user, item and time, expected three columns")
+            raise InputError(f"--{name}-column {column!r}: found for two of user, item and time")
     rules = (*mapping.dislike, *mapping.like)
     columns = [mapping.user, mapping.item, mapping.time, *(rule.column for rule in rules)]
     return columns + ([mapping.value] if mapping.value else [])
