@@ -187,6 +187,16 @@ def test_more_names_than_int64_holds(folder):
     assert "semantic IDs: 8 levels of 256 codes are more than 2^62 names" in message
 
 
+def test_times_of_two_units(folder):
+    """Half in seconds, half in ms: taken as ms, the seconds would all be of January 1970."""
+    header, *rows = (folder / "log.csv").read_text().split()
+    rows = [row + "000" if number % 2 else row for number, row in enumerate(rows)]
+    (folder / "log.csv").write_text("\n".join([header, *rows]) + "\n")
+    result = CliRunner().invoke(main, ["prepare", str(folder / "log.csv"), "--dislike", "rating<=5", "--out", "out"])
+    assert result.exit_code == 2
+    assert f"log.csv, line 2: time {T0} is s by its magnitude, most are ms" in result.stderr
+
+
 def test_damaged_compression(folder):
     import zstandard
 

@@ -402,6 +402,12 @@ def test_a_run_whose_data_set_was_moved_says_so(run, pairs, tmp_path):
     assert said == f"negfast: {run}: found no data set at {tmp_path}/data, which it was trained on; was one moved?"
 
 
+def test_a_damaged_table_of_a_run_is_named_by_its_report(run):
+    table = (run / "report.json").read_text()
+    (run / "report.json").write_text(table[: len(table) // 2])
+    assert f"{run}/report.json: damaged: " in one_line(run_cli("report", str(run), code=2))
+
+
 def test_paths_are_checked_before_anything_loads(tiny_run, pairs, tmp_path):
     code = (
         "import sys\n"

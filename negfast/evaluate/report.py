@@ -12,6 +12,7 @@ import click
 import negfast
 from negfast.config import to_toml
 from negfast.data.dataset import Dataset, date_of, refuse_data_folder
+from negfast.errors import InputError
 from negfast.evaluate.charts import Line, bar_chart, changes, line_chart, percent
 from negfast.evaluate.eval import baselines_of, evaluate_folder, write_report
 from negfast.evaluate.predictions import predict_set
@@ -77,9 +78,10 @@ def write_page(run: Path, out: Path | None) -> Path:
     check_output_file(out)
     refuse_data_folder(out)
     engine = folder.finished_engine(None)
-    if not (folder.path / "report.json").is_file():
+    own = folder.path / "report.json"
+    if not own.is_file():
         write_report(folder, *evaluate_folder(folder, "test", None))
-    table = json.loads((folder.path / "report.json").read_text())
+    table = _json(own, own.read_text())
     rows, data, config = table["rows"], engine.data, engine.config
     sets = {name: evaluation_set(engine.log, engine.split, name) for name in ("valid", "test")}
     for evalset in sets.values():
@@ -433,4 +435,12 @@ def _cards(cards: Sequence[str]) -> str:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     text = re.sub(r"\bNaN\b", "null", path.read_text())
-    return [json.loads(line) for line in text.splitlines()]
+    return [_json(path, line) for line in text.splitlines()]
+
+
+def _json(path: Path, text: str) -> Any:
+    """What ``text``, of the file ``path``, holds; InputError where it is damaged."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{path}: damaged: {error}") from error
