@@ -229,7 +229,7 @@ def prepare(context: click.Context, files: tuple[Path, ...], out: Path, **option
             raise click.UsageError("Missing option '--dislike' (or --recipe, or --like).", context)
         if options["items"] is None:
             of_items = {p.name for p in context.command.params if p.name and p.name.startswith("item_")}
-            _refuse(context, of_items - {"item_column", "item_embedding"}, "without --items, which it is about")
+            _refuse(context, of_items - {"item_column", "item_embedding"}, "without --items")
         if options["like_rule"]:
             _refuse(context, {"rest"}, "beside --like-rule: events of no rule are exposures then")
         data = _prepare_mapped(files, out, dislike, split, semantic_ids, selection, options, report)

@@ -182,6 +182,21 @@ def test_truncated_parquet(folder, share):
     assert "log.parquet: cannot be read as Parquet" in refused(folder, folder / "log.parquet")
 
 
+def test_more_names_than_int64_holds(folder):
+    message = refused(folder, folder / "log.csv", "--levels", "8")
+    assert "semantic IDs: 8 levels of 256 codes are more than 2^62 names" in message
+
+
+def test_times_of_two_units(folder):
+    """Half in seconds, half in ms: taken as ms, the seconds would all be of January 1970."""
+    header, *rows = (folder / "log.csv").read_text().split()
+    rows = [row + "000" if number % 2 else row for number, row in enumerate(rows)]
+    (folder / "log.csv").write_text("\n".join([header, *rows]) + "\n")
+    result = CliRunner().invoke(main, ["prepare", str(folder / "log.csv"), "--dislike", "rating<=5", "--out", "out"])
+    assert result.exit_code == 2
+    assert f"log.csv, line 2: time {T0} is s by its magnitude, most are ms" in result.stderr
+
+
 def test_damaged_compression(folder):
     import zstandard
 
@@ -372,6 +387,14 @@ def test_the_summary_as_json(folder):
             "--rest has no place",
         ),
         (["prepare", "a", "--out", "x", "--dislike", "r<3", "--seed", "-1"], "-1 is not in the range x>=0"),
+        (
+            ["prepare", "a", "--out", "x", "--dislike", "r<3", "--item-column", "user"],
+            "--user-column 'user': found for two of user, item and time",
+        ),
+        (
+            ["prepare", "a", "--out", "x", "--dislike", "r<3", "--from", "2024-02-01", "--until", "2024-01-01"],
+            "--from 2024-02-01: expected a day not after --until 2024-01-01",
+        ),
         (["wrong"], "No such command 'wrong'"),
         (["inspect", "none"], "none: no such file or directory"),
     ],

@@ -357,7 +357,7 @@ def test_a_full_disk_is_one_line(tiny_run, pairs, tmp_path):
 
 
 def test_other_accounts_can_read_an_export(tiny_run, tmp_path):
-    run_cli("export", str(tiny_run), "--out", str(tmp_path / "export"))
+    assert "Writing" not in run_cli("export", str(tiny_run), "--out", str(tmp_path / "export"))  # no bar of the library
     umask = os.umask(0o022)
     os.umask(umask)
     for path in (*(tmp_path / "export").iterdir(), *(tiny_run / "final").iterdir(), RunFolder(tiny_run).data / ITEMS):
@@ -385,9 +385,20 @@ def test_candidates_may_be_csv(tiny_run, pairs, tmp_path):
 def test_an_output_is_checked_for_what_it_is(tiny_run, pairs, tmp_path):
     before = pairs.read_bytes()
     data = str(RunFolder(tiny_run).data)
+    empty = tmp_path / "empty.csv"
+    empty.touch()
+    other = tmp_path / "other.csv"
+    other.write_text("usr\n1\n")
     for command, said in (
         (("predict", str(tiny_run), "--out", "x.txt"), "x.txt: found suffix '.txt', expected .parquet or .csv"),
-        (("score", str(tiny_run), str(pairs), "--out", str(pairs)), "is the list of candidates itself"),
+        (("score", str(tiny_run), str(pairs), "--out", str(pairs)), "is an input of this command"),
+        (("predict", str(tiny_run), "--users", str(pairs), "--out", str(pairs)), "is an input of this command"),
+        (("score", str(tiny_run), str(pairs), "--out", f"{data}/x.csv"), "lies in the data set"),
+        (("predict", str(tiny_run), "--out", f"{data}/x.csv"), "lies in the data set"),
+        (("user-profiles", str(tiny_run), "--attribute", "a", "--out", f"{data}/x.csv"), "lies in the data set"),
+        (("report", str(tiny_run), "--out", f"{data}/x.html"), "lies in the data set"),
+        (("score", str(tiny_run), str(empty), "--out", "x.csv"), "empty.csv: the file is empty"),
+        (("predict", str(tiny_run), "--users", str(other), "--out", "x.csv"), "other.csv: no column 'user', found usr"),
         (("train", "--preset", "smoke", "--data", data, "--out", f"{data}/run"), "lies in the data set"),
         (("train", "--preset", "smoke", "--data", data, "--out", data), "lies in the data set"),
         (("export", str(tiny_run), "--out", f"{data}/export"), "lies in the data set"),
@@ -395,6 +406,18 @@ def test_an_output_is_checked_for_what_it_is(tiny_run, pairs, tmp_path):
     ):
         assert said in one_line(run_cli(*command, code=2))
     assert pairs.read_bytes() == before and not (Path(data) / "run.json").exists()
+
+
+def test_a_run_whose_data_set_was_moved_says_so(run, pairs, tmp_path):
+    (tmp_path / "data").rename(tmp_path / "elsewhere")
+    said = one_line(run_cli("score", str(run), str(pairs), "--out", str(tmp_path / "x.csv"), code=2))
+    assert said == f"negfast: {run}: found no data set at {tmp_path}/data, which it was trained on; was one moved?"
+
+
+def test_a_damaged_table_of_a_run_is_named_by_its_report(run):
+    table = (run / "report.json").read_text()
+    (run / "report.json").write_text(table[: len(table) // 2])
+    assert f"{run}/report.json: damaged: " in one_line(run_cli("report", str(run), code=2))
 
 
 def test_paths_are_checked_before_anything_loads(tiny_run, pairs, tmp_path):

@@ -11,7 +11,8 @@ import click
 
 import negfast
 from negfast.config import to_toml
-from negfast.data.dataset import Dataset, date_of
+from negfast.data.dataset import Dataset, date_of, refuse_data_folder
+from negfast.errors import InputError
 from negfast.evaluate.charts import Line, bar_chart, changes, line_chart, percent
 from negfast.evaluate.eval import baselines_of, evaluate_folder, write_report
 from negfast.evaluate.predictions import predict_set
@@ -75,6 +76,7 @@ def write_page(run: Path, out: Path | None) -> Path:
     folder = RunFolder(run)
     out = out or folder.path / "report.html"
     check_output_file(out)
+    refuse_data_folder(out)
     engine = folder.finished_engine(None)
     table = _table(folder)
     if table.get("fingerprint") != engine.data.fingerprint:  # none yet, or the data set has grown since
@@ -121,11 +123,9 @@ def write_page(run: Path, out: Path | None) -> Path:
 
 
 def _table(folder: RunFolder) -> dict[str, Any]:
-    """What RUN/report.json holds; nothing where it is missing or damaged."""
-    try:
-        return json.loads((folder.path / "report.json").read_text())
-    except (OSError, ValueError):
-        return {}
+    """What RUN/report.json holds; nothing where it is missing. InputError where it is damaged."""
+    own = folder.path / "report.json"
+    return _json(own, own.read_text()) if own.is_file() else {}
 
 
 def _head(folder: RunFolder, data: Dataset, table: Mapping[str, Any], found: Mapping[str, Comparison]) -> str:
@@ -441,4 +441,12 @@ def _cards(cards: Sequence[str]) -> str:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     text = re.sub(r"\bNaN\b", "null", path.read_text())
-    return [json.loads(line) for line in text.splitlines()]
+    return [_json(path, line) for line in text.splitlines()]
+
+
+def _json(path: Path, text: str) -> Any:
+    """What ``text``, of the file ``path``, holds; InputError where it is damaged."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{path}: damaged: {error}") from error

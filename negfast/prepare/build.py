@@ -202,7 +202,8 @@ def choose_split(log: EventLog, settings: SplitSettings, report: Report) -> tupl
     if last - first + 1 - 3 * horizon < 3:
         raise InputError(
             f"the log covers {last - first + 1} days ({date_of(first)} to {date_of(last)}), "
-            f"a horizon of {horizon} days needs at least {3 * horizon + 3}: give a smaller --horizon"
+            f"a horizon of {horizon} days needs at least {3 * horizon + 3}: "
+            "give a smaller --horizon, or the right --time-unit"
         )
     valid, test = check_date("--valid", settings.valid), check_date("--test", settings.test)
     earliest = first + horizon + 1

@@ -58,6 +58,12 @@ class Selection:
     last_day: int | None = None
     left_out: dict[str, int] = field(default_factory=dict)  # filled while reading: what was left out, and how often
 
+    def __post_init__(self) -> None:
+        if self.first_day is not None and self.last_day is not None and self.first_day > self.last_day:
+            raise InputError(
+                f"--from {date_of(self.first_day)}: expected a day not after --until {date_of(self.last_day)}"
+            )
+
 
 @dataclass(frozen=True)
 class ItemMapping:
@@ -154,6 +160,10 @@ def select_rows(
 
 def event_columns(mapping: EventMapping) -> list[str]:
     """The columns of the event file that the mapping names."""
+    places = {"user": mapping.user, "item": mapping.item, "time": mapping.time}
+    for name, column in places.items():
+        if list(places.values()).count(column) > 1:
+            raise InputError(f"--{name}-column {column!r}: found for two of user, item and time")
     rules = (*mapping.dislike, *mapping.like)
     columns = [mapping.user, mapping.item, mapping.time, *(rule.column for rule in rules)]
     return columns + ([mapping.value] if mapping.value else [])

@@ -22,6 +22,7 @@ import pyarrow.json as arrow_json
 import pyarrow.parquet as parquet
 
 from negfast.errors import InputError
+from negfast.files import check_input_file
 
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".dat": "::"}
@@ -163,10 +164,7 @@ def read_table(
     too few or too many fields, or one that is no JSON object.
     """
     skipping = bad if bad is not None and bad.skip else None
-    if not path.is_file():
-        raise InputError(f"{path}: {'is a directory, expected a file' if path.is_dir() else 'no such file'}")
-    if path.stat().st_size == 0:
-        raise InputError(f"{path}: the file is empty")
+    _check_file(path)
     wanted = list(dict.fromkeys(columns))
     suffix = _format_suffix(path)
     if separator is None and suffix in PARQUET:
@@ -194,11 +192,16 @@ def join(sources: Sequence[Source]) -> Source:
     return Joined(sources[0].path, table, sources[0].header_lines, tuple(sources))
 
 
+def _check_file(path: Path) -> None:
+    check_input_file(path)
+    if path.stat().st_size == 0:
+        raise InputError(f"{path}: the file is empty")
+
+
 def file_columns(path: Path, separator: str | None = None) -> list[str]:
     """The column names of a Parquet file, or of a text file's first line or object. Raises InputError."""
+    _check_file(path)
     suffix = _format_suffix(path)
-    if not path.is_file():
-        raise InputError(f"{path}: {'is a directory, expected a file' if path.is_dir() else 'no such file'}")
     if separator is None and suffix in PARQUET:
         try:
             return parquet.read_schema(path).names
@@ -349,7 +352,7 @@ def _content(path: Path) -> pa.Buffer:
     start = content[:4].to_pybytes()
     for magic, what in FOREIGN.items():
         if start.startswith(magic):
-            raise InputError(f"{path}: found {what}; expected text")
+            raise InputError(f"{path}: found {what}")
     return content
 
 

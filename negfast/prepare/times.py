@@ -13,6 +13,8 @@ from negfast.data.log import DAY
 from negfast.errors import InputError
 from negfast.prepare.readers import BadRows, Source, failures
 
+LEAST = {"ns": 1e17, "us": 1e14, "ms": 1e11, "s": 0.0}  # each is 1973; 1e11 s is the year 5138
+LEAST_SECONDS = 1e8  # 1973: smaller numbers may be of any unit
 PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 UNITS = ("auto", *PER_SECOND, "iso")
 HEAD = 100  # values that tell whether a column is ISO 8601
@@ -141,6 +143,15 @@ def _from_numbers(
     if unit == "auto" and len(numbers):
         unit = _unit_of_magnitude(float(np.median(numbers)))
         report(f"times: {column} taken as {unit} since 1970 by its magnitude (--time-unit sets it)")
+        other = np.flatnonzero((numbers >= LEAST_SECONDS) & (numbers < LEAST[unit]))
+        bad.add(
+            source,
+            other,
+            lambda row: (
+                f"{column} {values[row].as_py()} is {_unit_of_magnitude(float(numbers[row]))} by its magnitude, "
+                f"most are {unit} (--time-unit {unit} takes it as such)"
+            ),
+        )
     per_second = PER_SECOND.get(unit, 1)
     if numbers.dtype.kind == "f":
         missing = np.flatnonzero(np.isnan(numbers))
@@ -151,5 +162,4 @@ def _from_numbers(
 
 
 def _unit_of_magnitude(value: float) -> str:
-    """1e11 s is the year 5138; 1e11 ms is 1973, 1e14 us and 1e17 ns likewise."""
-    return "s" if value < 1e11 else "ms" if value < 1e14 else "us" if value < 1e17 else "ns"
+    return next((unit for unit, least in LEAST.items() if value >= least), "s")

@@ -1,5 +1,6 @@
 """A run directory: where things lie in it, and how a policy comes back out of it."""
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -104,7 +105,7 @@ class RunFolder:
 
     @property
     def data(self) -> Path:
-        return self.path / self._entry("data", str)
+        return Path(os.path.normpath(self.path.resolve() / self._entry("data", str)))
 
     @property
     def config(self) -> Config:
@@ -190,6 +191,8 @@ class RunFolder:
         unfinished or the data does not belong to it.
         """
         self.require_finished()
+        if data is None and not self.data.is_dir():
+            raise InputError(f"{self.path}: found no data set at {self.data}, which it was trained on; was one moved?")
         dataset = Dataset.open(self.data if data is None else data)
         self.check_data(dataset)
         config = self.config

@@ -2,23 +2,33 @@
 
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from negfast.data.dataset import MANIFEST, date_of, day_of, file_record
+from negfast.data.dataset import MANIFEST, date_of, day_of, file_record, refuse_data_folder
 from negfast.data.log import EventLog
 from negfast.errors import InputError
+from negfast.files import check_input_file, check_table
 
 if TYPE_CHECKING:
     from negfast.runtime.engine import Engine
     from negfast.runtime.run_folder import RunFolder
 
 
-def check_sources(run: Path, data: Path | None) -> None:
-    """Raises InputError where ``run`` plainly is no run or ``data`` no directory: known before torch is imported."""
+def check_paths(run: Path, data: Path | None, out: Path, inputs: Collection[Path] = ()) -> None:
+    """Raises InputError for paths that cannot do, known before torch is imported.
+
+    ``run`` is a run, ``data`` a directory; ``out`` is a table that lies in no data set and is none of ``inputs``.
+    """
+    check_table(out)
+    refuse_data_folder(out)
+    for path in inputs:
+        check_input_file(path)
+        if out.exists() and out.samefile(path):
+            raise InputError(f"{out}: is an input of this command; choose another --out")
     if not (run / "run.json").is_file():
         raise InputError(f"{run}: found no run.json, expected a run directory")
     if data is not None and not data.is_dir():

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from negfast.data.dataset import refuse_data_folder
 from negfast.errors import InputError
@@ -46,7 +47,9 @@ def _write_export(folder: RunFolder, out: Path) -> None:
     model = merged_model(engine.policy)
     tokenizer = merged_tokenizer(engine.policy, engine.tokenizer)
     with atomic_directory(out) as temporary:
+        disable_progress_bar()
         model.save_pretrained(temporary, safe_serialization=True)
+        enable_progress_bar()
         tokenizer.save_pretrained(temporary)
         tokens = engine.prompts.item_tokens
         columns = {

@@ -10,9 +10,9 @@ import pyarrow as pa
 from negfast.data.dataset import file_record
 from negfast.data.split import Requests
 from negfast.errors import InputError
-from negfast.files import check_input_file, check_table, locked
-from negfast.prepare.readers import Source, read_table
-from negfast.serve.context import check_sources, quick_imports, report_context_day, source_of
+from negfast.files import locked
+from negfast.prepare.readers import Source, check_columns, file_columns, read_table
+from negfast.serve.context import check_paths, quick_imports, report_context_day, source_of
 from negfast.serve.parts import write_in_parts
 from negfast.serve.score import index_of
 
@@ -46,9 +46,8 @@ def predict_run(
     are then probabilities among the items that are left. The same call resumes one that was killed. Raises InputError
     for files that cannot be read or name nothing that is known, and as `RunFolder.finished_engine` does.
     """
-    check_table(out)
-    check_sources(run, data)
     asked = {name: path for name, path in (("users", users), ("items", items), ("not_items", not_items)) if path}
+    check_paths(run, data, out, asked.values())
     lists = {name: read_ids(path, "user" if name == "users" else "item") for name, path in asked.items()}
     with locked(out):
         with quick_imports():
@@ -91,7 +90,7 @@ def predict_run(
 
 def read_ids(path: Path, column: str) -> Source:
     """The column of ids of a table in any format that `negfast prepare` reads."""
-    check_input_file(path)
+    check_columns(path, [column], file_columns(path))
     return read_table(path, [column])
 
 

@@ -8,8 +8,8 @@ import scipy.sparse as sp
 
 from negfast.data.log import DISLIKE, EXPOSED, LIKE, EventLog
 from negfast.errors import InputError
-from negfast.files import check_table, locked
-from negfast.serve.context import check_sources, quick_imports, report_context_day, source_of
+from negfast.files import locked
+from negfast.serve.context import check_paths, quick_imports, report_context_day, source_of
 from negfast.serve.parts import write_in_parts
 from negfast.serve.predict import USERS_AT_ONCE, requests_at
 
@@ -36,8 +36,7 @@ def profile_users(run: Path, attribute: str, data: Path | None, at: str | None, 
     next dislikes, an item of several categories counting for each (negfast's choice). Raises InputError for an
     attribute that the items do not have, and as `RunFolder.finished_engine` does.
     """
-    check_table(out)
-    check_sources(run, data)
+    check_paths(run, data, out)
     with locked(out):
         with quick_imports():
             from negfast.data.features import PSEUDO_EVENTS
@@ -49,7 +48,7 @@ def profile_users(run: Path, attribute: str, data: Path | None, at: str | None, 
         attributes = engine.data.items.attributes
         if attribute not in attributes:
             there = ", ".join(attributes) or "none"
-            raise InputError(f"--attribute {attribute!r}: the items of {engine.data.path} have {there}")
+            raise InputError(f"--attribute {attribute!r}: the items of {run} have {there}")
         day = report_context_day(folder, engine.log, at)
         names, of_item = category_matrix(attributes[attribute])
         disliked, liked = (counts @ of_item for counts in feedback_matrices(engine.log, day))

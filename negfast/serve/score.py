@@ -9,9 +9,9 @@ import pyarrow.compute as compute
 
 from negfast.data.log import EventLog
 from negfast.errors import InputError
-from negfast.files import check_input_file, check_table, locked
+from negfast.files import locked
 from negfast.prepare.readers import Source, encode, file_columns, read_table, to_strings
-from negfast.serve.context import check_sources, quick_imports, report_context_day
+from negfast.serve.context import check_paths, quick_imports, report_context_day
 from negfast.serve.parts import write_table
 
 ADDED = ("score", "abstain")
@@ -32,11 +32,8 @@ def score_run(
     (negfast's choice). Paths are checked first. Raises InputError for a missing file or column, for a table of which no
     user or no item is known, where the run cannot answer for ``given``, and as `RunFolder.finished_engine` does.
     """
-    check_table(out)
-    check_sources(run, data)
+    check_paths(run, data, out, [candidates])
     source = read_candidates(candidates)
-    if out.exists() and out.samefile(candidates):
-        raise InputError(f"{out}: is the list of candidates itself; choose another --out")
     with locked(out):
         with quick_imports():
             from negfast.runtime.run_folder import RunFolder
@@ -75,7 +72,6 @@ def knows(log: EventLog, user: np.ndarray, item: np.ndarray, day: int) -> np.nda
 
 def read_candidates(path: Path) -> Source:
     """All columns of a table of any format that `negfast prepare` reads, user and item among them."""
-    check_input_file(path)
     columns = file_columns(path)
     for name in ("user", "item"):
         if name not in columns:

@@ -63,6 +63,8 @@ def check_shape(n_items: int, levels: int, codebook: int, quantizer: str) -> Non
         raise InputError(f"semantic IDs: expected quantizer {', '.join(QUANTIZERS)}, found {quantizer!r}")
     if levels < 1 or not 2 <= codebook <= 65_536:
         raise InputError(f"semantic IDs: expected levels >= 1 and codebook in 2..65536, found {levels} x {codebook}")
+    if codebook**levels > 2**62:  # leaves are numbered in int64
+        raise InputError(f"semantic IDs: {levels} levels of {codebook} codes are more than 2^62 names")
     if codebook**levels < n_items:
         raise InputError(f"semantic IDs: {levels} levels of {codebook} codes cannot name {n_items} items apart")
 

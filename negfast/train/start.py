@@ -55,7 +55,7 @@ def settings_of(options: TrainOptions) -> tuple[RunFolder, Config]:
     _refuse_unused(options)
     check_combinations(settings)
     check_tensorboard(settings.train.tensorboard)
-    check_output(run.path / "x")
+    check_output(run.path / "config.toml")
     refuse_data_folder(run.path)
     return run, settings
 
