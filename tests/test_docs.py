@@ -24,8 +24,11 @@ RUNNABLE = [page for page in PAGES if "```sh" in page.read_text()]
 HAS_DATA = {"daily.md": "data/yesterday", "configuration.md": "data"}  # where a page takes a data set for granted
 SHELL_ONLY = (".", ".venv/bin/pip", "pip", "git", "cd", "docker", "nsys")  # of a reader's shell, nothing to run here
 OF_QUICKSTART = ("1074638", "1853728", "1430132")
-TINY = [word for key, value in SETTINGS.items() for word in ("--set", f"{key}={value}")]
-TINY += ["--set", "grpo.steps=2", "--set", "sft.steps=2", "--set", "align.steps=1"]
+SHORT = SETTINGS | {"grpo.steps": 2, "sft.steps": 2, "align.steps": 1}
+TINY_MODEL, TINY_STEPS = (
+    [word for key, value in SHORT.items() if key.startswith("model.") == model for word in ("--set", f"{key}={value}")]
+    for model in (True, False)
+)
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -63,7 +66,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = ["--item-attributes", "genres", "--encoder", "tfidf", "--codebook", "16", "--horizon", "5"]
     run_cli("prepare", str(folder / "early.csv"), *fields, *small, "--out", str(folder / "base"))
     run = folder / "runs" / "yesterday"
-    run_cli("train", "--preset", "smoke", "--data", str(folder / "base"), "--out", str(run), *TINY)
+    run_cli("train", "--preset", "smoke", "--data", str(folder / "base"), "--out", str(run), *TINY_MODEL, *TINY_STEPS)
     shutil.copytree(run, run.with_name("quickstart"))
     (folder / "my.toml").write_text("[grpo]\nbeta = 0.05\n")
     rng = np.random.default_rng(0)
@@ -108,7 +111,8 @@ def follow(words: list[str], desk: Path) -> None:
     elif program == "negfast":
         if rest[0] == "train" and "--refit" not in rest:
             assert "--init" not in rest or "nightly" in rest
-            rest += TINY if "--data" in rest else [*TINY, "--data", "base"]
+            rest += TINY_STEPS if "--init" in rest else [*TINY_MODEL, *TINY_STEPS]
+            rest += [] if "--data" in rest else ["--data", "base"]
         if "shown" in rest:
             run_cli(*rest, code=2)  # the reader's log has no exposures
             return

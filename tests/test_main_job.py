@@ -322,7 +322,7 @@ def test_refusals(tiny_run, tiny_data, tmp_path):
     empty = tmp_path / "model"
     empty.mkdir()
     nowhere = tmp_path / "nowhere"
-    assert "config.json" in refused(*train_arguments(tiny_data, nowhere), "--model", str(empty))
+    assert "config.json" in refused(*train_arguments(tiny_data, nowhere, model=empty))
     assert not nowhere.exists()
     assert "other settings" in refused(*train_arguments(tiny_data, tiny_run, sft__steps=7))
     assert "run.json" in refused("eval", str(tmp_path))
@@ -370,7 +370,8 @@ def test_any_local_decoder_trains(tiny_data, tmp_path):
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     run = tmp_path / "run"
-    run_cli(*train_arguments(tiny_data, run, align__steps=1, sft__steps=1, grpo__steps=1), "--model", str(folder))
+    short: dict[str, Any] = {"align__steps": 1, "sft__steps": 1, "grpo__steps": 1}
+    run_cli(*train_arguments(tiny_data, run, model=folder, **short))
     assert (run / "report.md").exists()
     out = tmp_path / "exported"
     run_cli("export", str(run), "--out", str(out))

@@ -75,12 +75,16 @@ def prepare_log(folder: Path, events: Path, items: Path, *options: str) -> Path:
     return out
 
 
-def train_arguments(data: Path, out: Path, init: Path | None = None, **changes: object) -> list[str]:
-    """A `train` command with the tiny settings; those of the model are left to ``init``, a run to start from."""
-    shape = {key: value for key, value in SETTINGS.items() if init is None or not key.startswith("model.")}
+def train_arguments(
+    data: Path, out: Path, init: Path | None = None, model: Path | None = None, **changes: object
+) -> list[str]:
+    """A `train` command with the tiny settings. A run ``init`` to start from, or a ``model``, brings its own shape."""
+    brought = init is not None or model is not None
+    shape = {key: value for key, value in SETTINGS.items() if not (brought and key.startswith("model."))}
     settings = {**shape, **{key.replace("__", "."): value for key, value in changes.items()}}
     command = ["train", "--preset", "smoke", "--data", str(data), "--out", str(out)]
-    command += [] if init is None else ["--init", str(init)]
+    for option, path in (("--init", init), ("--model", model)):
+        command += [] if path is None else [option, str(path)]
     for key, value in settings.items():
         command += ["--set", f"{key}={value}"]
     return command

@@ -1,6 +1,7 @@
 """LoRA adapters: what trains, what the reference policy shares, and what becomes of them in a run and its export."""
 
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -142,7 +143,7 @@ def test_an_export_has_the_adapters_in_its_weights(lora_run, tmp_path):
 
 def test_a_run_that_starts_from_another_merges_its_adapters(lora_run, tiny_data, tmp_path):
     run = tmp_path / "run"
-    none = dict(align__steps=0, sft__steps=0, sft__warmup=0, sft__reset_head="false", grpo__steps=0)
+    none: dict[str, Any] = dict(align__steps=0, sft__steps=0, sft__warmup=0, sft__reset_head="false", grpo__steps=0)
     run_cli(*train_arguments(tiny_data, run, lora_run, **none))
     engine = RunFolder(lora_run).finished_engine(None)
     merge_adapters(engine.policy)

@@ -1,6 +1,7 @@
 """What is settled, and refused, before a run does any work."""
 
 import re
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -21,7 +22,7 @@ def test_tensorboard_that_is_not_there_is_refused_at_once(tmp_path, monkeypatch)
 
 def test_a_run_shows_the_model_that_it_inherits(tiny_run, tiny_data, tmp_path):
     out = tmp_path / "run"
-    none = {"align__steps": 0, "sft__steps": 0, "grpo__steps": 0}
+    none: dict[str, Any] = {"align__steps": 0, "sft__steps": 0, "grpo__steps": 0}
     command = train_arguments(tiny_data, out, tiny_run, **none)
     for _ in range(2):  # the second time it goes on
         run_cli(*command)
@@ -31,7 +32,7 @@ def test_a_run_shows_the_model_that_it_inherits(tiny_run, tiny_data, tmp_path):
 def test_a_run_from_another_fits_the_verdicts_prior_anew(tiny_run, tiny_data, tmp_path):
     """On the same data and seed it ends where the first fit ended: it does not go on from there."""
     out = tmp_path / "run"
-    none = {"align__steps": 0, "sft__steps": 0, "grpo__steps": 0}
+    none: dict[str, Any] = {"align__steps": 0, "sft__steps": 0, "grpo__steps": 0}
     run_cli(*train_arguments(tiny_data, out, tiny_run, **none))
     first = load_file(out / "checkpoints" / "initial" / "policy.safetensors")
     assert not first["verdict_prior.wide.weight"].any() and not first["verdict_prior.last.weight"].any()
