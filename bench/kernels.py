@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from bench.kernel_cases.case import Case, inputs
+from bench.kernel_cases.case import Case
 from bench.kernel_cases.completion_attention import completion_attention_case
 from bench.kernel_cases.prompt_attention import prompt_attention_case
 from bench.kernel_cases.sid_cross_entropy import sid_cross_entropy_case
 from bench.kernel_cases.trie_grpo import trie_grpo_case
 from bench.kernel_cases.vocabulary_cross_entropy import vocabulary_cross_entropy_case
 from bench.machine import versions, write_result
+from tests.kernels import cases as inputs
 
 H100_COPY = 3.0e12  # bytes/s, read plus written; about 90 % of the datasheet's 3.35e12. Predictions only
 H100_MATRIX = 989e12  # dense bf16 FLOP/s of the datasheet. Predictions only

@@ -1,28 +1,11 @@
 """One size of one kernel as the benchmark times it, and what the makers of cases share."""
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-ROOT = Path(__file__).parents[2]
-
-
-def _load_cases() -> Any:
-    spec = importlib.util.spec_from_file_location("cases", ROOT / "tests" / "kernels" / "cases.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault("cases", module)
-    spec.loader.exec_module(module)
-    return module
-
-
-inputs = _load_cases()
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from bench.kernel_cases.case import Case, attention_systems, compiled, inputs
+from bench.kernel_cases.case import Case, attention_systems, compiled
 from negfast.kernels.completion_attention import completion_attention
+from tests.kernels import cases as inputs
 
 
 def completion_attention_case(

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.kernel_cases.case import Case, attention_systems, inputs
+from bench.kernel_cases.case import Case, attention_systems
 from negfast.kernels.prompt_attention import prompt_attention
+from tests.kernels import cases as inputs
 
 
 def prompt_attention_case(prompts: int, length: int, heads: int, kv_heads: int, dim: int, backward: bool) -> Case:

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.kernel_cases.case import Case, compiled, gradient, inputs, table_bytes
+from bench.kernel_cases.case import Case, compiled, gradient, table_bytes
 from negfast.kernels.sid_cross_entropy import sid_cross_entropy
 from negfast.kernels.trie_rows_reference import dense_policy
+from tests.kernels import cases as inputs
 
 
 def sid_cross_entropy_case(rows: int, codebook: int, dtype: torch.dtype) -> Case:

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.kernel_cases.case import Case, compiled, gradient, inputs, table_bytes
+from bench.kernel_cases.case import Case, compiled, gradient, table_bytes
 from negfast.kernels.trie_grpo import GRPOObjective, trie_grpo
 from negfast.kernels.trie_grpo_reference import SampledTokens, trie_grpo_reference
 from negfast.kernels.trie_rows_reference import dense_policy, log_policy
+from tests.kernels import cases as inputs
 
 
 def trie_grpo_case(rows: int, codebook: int, dtype: torch.dtype) -> Case:

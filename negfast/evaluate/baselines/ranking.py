@@ -75,8 +75,14 @@ def day_scores(log: EventLog, days: np.ndarray) -> Iterator[tuple[int, dict[str,
             fortnight -= of_day(k - 14, True)
             fortnight_all -= of_day(k - 14, False)
         if first + k in wanted:
-            scores = (popularity, week, fortnight, decayed, fortnight_all)
-            yield first + k, dict(zip(RANKINGS, scores, strict=True)), events
+            scores = {
+                "popularity": popularity,
+                "recent-7d": week,
+                "recent-14d": fortnight,
+                "decay-4d": decayed,
+                "recent-all-14d": fortnight_all,
+            }
+            yield first + k, scores, events
 
 
 def first_unseen(log: EventLog, requests: Requests, order: np.ndarray) -> np.ndarray:
