@@ -4,9 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-# Idle OpenMP threads that spin slow everything else down.
-export OMP_WAIT_POLICY ?= PASSIVE
-
 .PHONY: help install train smoke check test test-slow fuzz soak lint docs wheel try-wheel clean
 
 help:

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,10 @@ from negfast.config import ENCODERS, QUANTIZERS
 from negfast.errors import InputError, TrainingError
 from negfast.files import check_page, locked
 
-# Idle OpenMP threads that spin make training 4 to 20 times slower where anything else runs. Read when torch loads.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 # Commands import what they run inside: --help and bad usage should not wait for torch.
 
 PATH = click.Path(path_type=Path)
+LOAD = Path("/proc/loadavg")
 
 
 class Negfast(click.Group):
@@ -42,6 +41,16 @@ class Negfast(click.Group):
 def _fail(message: str, code: int) -> None:
     click.echo(f"negfast: {' '.join(message.split())}", err=True)
     sys.exit(code)
+
+
+def others_run() -> bool:
+    """Whether another process wants a CPU of this machine now: in each of five looks, 10 ms apart."""
+    for _ in range(5):
+        running = int(LOAD.read_text().split()[3].partition("/")[0])  # this process is one
+        if running < 2:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def _version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -81,6 +90,9 @@ def main() -> None:
     negfast score runs/mine candidates.parquet --out scored.parquet
     negfast COMMAND --help                        options and examples
     """
+    # Idle OpenMP threads spin, which is fastest alone, and slow beside anything else. Read when torch loads.
+    if "OMP_WAIT_POLICY" not in os.environ and others_run():
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 @main.command()

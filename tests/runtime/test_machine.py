@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
-from negfast import memory
+from negfast import cli, memory
 from negfast.errors import InputError
 from negfast.runtime import engine, machine
 
@@ -72,10 +73,23 @@ def test_tables_that_would_not_fit_are_refused_with_the_number(monkeypatch):
         engine.check_memory(10_000, 10_000)
 
 
-@pytest.mark.parametrize(("given", "found"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_idle_threads_wait_passively_unless_told_otherwise(given: str | None, found: str):
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
-    asked = "import negfast.cli, os, sys; assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
-    said = subprocess.run([sys.executable, "-c", asked], env=environment, capture_output=True, text=True, check=True)
-    assert said.stdout.strip() == found
+@pytest.mark.parametrize(
+    ("load", "given", "found"),
+    [("2/90", None, "PASSIVE"), ("1/90", None, None), ("5/90", "ACTIVE", "ACTIVE")],
+)
+def test_idle_threads_wait_passively_beside_others(
+    load: str, given: str | None, found: str | None, tmp_path, monkeypatch
+):
+    (tmp_path / "loadavg").write_text(f"0.00 0.01 0.05 {load} 4711\n")
+    monkeypatch.setattr(cli, "LOAD", tmp_path / "loadavg")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    assert CliRunner().invoke(cli.main, ["inspect", str(tmp_path / "none")]).exit_code == 2
+    assert os.environ.get("OMP_WAIT_POLICY") == found
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+
+
+def test_the_command_line_loads_no_torch():
+    asked = "import negfast.cli, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", asked], check=True)
