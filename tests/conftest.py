@@ -3,7 +3,7 @@ import re
 from importlib.resources import files
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads, as the command does
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: tests start processes beside each other
 
 import numpy as np
 import pytest
