@@ -23,6 +23,8 @@ JOB_FIXTURES = {"tiny_run", "tiny_data", "movietweetings"}
 JOB_FILES = (
     "kernels/",
     "bench/",
+    "data/test_shards",
+    "model/test_group_pass",
     "device/",
     "test_docs",
     "test_main_job",
