@@ -44,7 +44,10 @@ def _fail(message: str, code: int) -> None:
 
 
 def others_run() -> bool:
-    """Whether another process wants a CPU of this machine now: in each of five looks, 10 ms apart."""
+    """Whether another process wants a CPU of this machine now: in each of five looks, 10 ms apart. False where the
+    kernel does not tell."""
+    if not LOAD.is_file():
+        return False
     for _ in range(5):
         running = int(LOAD.read_text().split()[3].partition("/")[0])  # this process is one
         if running < 2:

@@ -75,12 +75,13 @@ def test_tables_that_would_not_fit_are_refused_with_the_number(monkeypatch):
 
 @pytest.mark.parametrize(
     ("load", "given", "found"),
-    [("2/90", None, "PASSIVE"), ("1/90", None, None), ("5/90", "ACTIVE", "ACTIVE")],
+    [("2/90", None, "PASSIVE"), ("1/90", None, None), ("5/90", "ACTIVE", "ACTIVE"), (None, None, None)],
 )
 def test_idle_threads_wait_passively_beside_others(
     load: str, given: str | None, found: str | None, tmp_path, monkeypatch
 ):
-    (tmp_path / "loadavg").write_text(f"0.00 0.01 0.05 {load} 4711\n")
+    if load is not None:
+        (tmp_path / "loadavg").write_text(f"0.00 0.01 0.05 {load} 4711\n")
     monkeypatch.setattr(cli, "LOAD", tmp_path / "loadavg")
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     if given is not None:
