@@ -24,7 +24,7 @@ from negfast.evaluate.bootstrap import interval
 from negfast.evaluate.eval import baselines_of, check_predictions, similarity_of
 from negfast.evaluate.metrics import Samples
 from negfast.evaluate.predictions import Predictions
-from negfast.evaluate.sets import EvalSet, evaluation_set
+from negfast.evaluate.sets import EvalSet, engine_set
 from negfast.evaluate.table import HEADLINE, metric_samples, paired_differences, print_table, summary
 from negfast.runtime.run_folder import RunFolder
 
@@ -67,7 +67,7 @@ def run(
         again = [refitted(runs / f"refit-{seed}", done) for seed, done in zip(chosen, finished, strict=True)]
 
     engine = finished[0].finished_engine(None)
-    sets = {name: evaluation_set(engine.log, engine.split, name) for name in ("valid", "test")}
+    sets = {name: engine_set(engine, name) for name in ("valid", "test")}
     result, samples = table(sets, split, chosen, model_rows(finished, longer, unaligned), sasrec, resamples)
     made_by = {"device": device_name(), "versions": versions("negfast", "torch", "scikit-learn")}
     result = {**made_by, **summary(sets[split]), "seeds": chosen, "frozen_at": "valid", **result}

@@ -478,7 +478,8 @@ SERVE_OPTIONS = (
     click.option(
         "--at", metavar="TIME",
         help="ISO date or time, UTC unless it names a zone. The context is every event up to the end of the day "
-        "before: at 2013-08-01T18:30 that is the end of 2013-07-31. Default: the log's end.",
+        "before: at 2013-08-01T18:30 that is the end of 2013-07-31. For `score` by a run with history.context=event it "
+        "is every event before the second. Default: the log's end.",
     ),
 )  # fmt: skip
 

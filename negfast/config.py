@@ -82,6 +82,17 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class History:
+    """What of a user's past is seen."""
+
+    context: str = setting(
+        "day",
+        choices=("day", "event"),
+        help="of a verdict: all events up to the end of the day before, or all before the second",
+    )
+
+
+@dataclass(frozen=True)
 class Prior:
     """The community prior on the trie."""
 
@@ -240,6 +251,7 @@ class Config:
     sid: Sid = Sid()
     model: Model = Model()
     prompt: Prompt = Prompt()
+    history: History = History()
     prior: Prior = Prior()
     align: Align = Align()
     sft: Sft = Sft()

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,15 +19,16 @@ import pyarrow.csv as csv
 import pyarrow.parquet as parquet
 import pytest
 
+from negfast.config import load_config
 from negfast.data.dataset import ITEMS, Dataset, date_of
-from negfast.data.log import DISLIKE, EXPOSED, LIKE, EventLog
+from negfast.data.log import DAY, DISLIKE, EXPOSED, LIKE, EventLog
 from negfast.errors import InputError
 from negfast.files import locked
 from negfast.runtime import generation, verdict
 from negfast.runtime.run_folder import RunFolder
 from negfast.runtime.verdict import candidate_logits, group_candidates, shown_candidates
 from negfast.serve import predict
-from negfast.serve.context import context_day
+from negfast.serve.context import context_day, report_context_moment
 from negfast.serve.parts import write_in_parts
 from negfast.serve.profiles import category_matrix, feedback_matrices
 from negfast.serve.score import index_of, knows, read_candidates
@@ -93,6 +96,24 @@ def test_a_time_with_a_zone_is_a_day_of_utc():
         assert context_day(log, at) == last
 
 
+def test_score_looks_from_a_second_in_event_context(capsys):
+    run: Any
+    log = EventLog(np.array([0, 2]), np.array([0, 1]), np.array([LIKE, LIKE]), np.array([10, 30 * DAY + 5]), None, 2)
+    for context, at, moment, said in (
+        ("event", "1970-01-11T01:00+05:00", 9 * DAY + 20 * 3600, "events before 1970-01-10T20:00:00"),
+        ("event", "1970-01-01T00:00:11", 11, "events before 1970-01-01T00:00:11"),
+        ("event", None, 31 * DAY, "up to the end of 1970-01-31"),
+        ("event", "1999-01-01", 31 * DAY, "events before 1970-02-01T00:00:00"),
+        ("day", "1970-01-11T12:00", 10 * DAY, "up to the end of 1970-01-10"),
+    ):
+        run = SimpleNamespace(config=load_config(overrides=[f"history.context={context}"]), learned_until=0)
+        assert report_context_moment(run, log, at) == moment
+        assert said in capsys.readouterr().err
+    run = SimpleNamespace(config=load_config(overrides=["history.context=event"]), learned_until=0)
+    with pytest.raises(InputError, match="after the log's first event"):
+        report_context_moment(run, log, "1970-01-01T00:00:10")
+
+
 def test_answers_of_a_run_that_knows_later_days_say_so(tiny_run, tmp_path):
     learned = date_of(RunFolder(tiny_run).learned_until)
     out = ["--top", "2", "--out", str(tmp_path / "x.parquet")]
@@ -106,7 +127,7 @@ def test_many_candidates_of_one_user_are_answered_in_parts(tiny_run, monkeypatch
     engine = RunFolder(tiny_run).finished_engine(None)
     users, day = np.repeat([3, 5, 6], [90, 1, 40]), int(engine.log.day.max()) + 1
     items = np.concatenate([np.arange(90), [7], np.arange(40)])
-    candidates = group_candidates(users, np.full(len(users), day), items)
+    candidates = group_candidates(users, np.full(len(users), day * DAY), items)
     whole = candidate_logits(engine, candidates)
     monkeypatch.setattr(verdict, "CANDIDATES_AT_ONCE", 32)
     parts = candidates.split(32)
@@ -120,9 +141,9 @@ def test_knows():
         np.array([1, 3, 5]) * 86_400, None, 4,
     )  # fmt: skip
     user, item = np.array([0, 1, 1, 1, -1, 0]), np.array([3, 0, 1, 2, 1, -1])
-    assert knows(log, user, item, 3).tolist() == [True, False, True, False, False, False]
-    assert knows(log, user, item, 1).tolist() == [True, False, False, False, False, False]
-    assert knows(log, user, item, 0).tolist() == [False] * 6
+    assert knows(log, user, item, 4 * DAY).tolist() == [True, False, True, False, False, False]
+    assert knows(log, user, item, 2 * DAY).tolist() == [True, False, False, False, False, False]
+    assert knows(log, user, item, DAY).tolist() == [False] * 6
 
 
 def test_ids_are_those_that_prepare_reads(tmp_path):
@@ -551,10 +572,10 @@ def test_what_was_shown():
         np.array([EXPOSED, DISLIKE, EXPOSED, LIKE, DISLIKE, EXPOSED, DISLIKE, EXPOSED], np.uint8),
         np.array([86_400, 86_401, 86_402, 86_403, 172_800, 172_801, 86_400, 259_200]), None, 3,
     )  # fmt: skip
-    candidates, disliked = shown_candidates(log, 1, 3)
+    candidates, disliked = shown_candidates(log, "day", 1, 3)
     assert candidates.items.tolist() == [0, 1, 2, 2] and disliked.tolist() == [True, False, False, True]
-    assert candidates.user.tolist() == [0, 1] and candidates.day.tolist() == [1, 1]
-    assert shown_candidates(log, 2, 4)[1].tolist() == []  # none is first shown then
+    assert candidates.user.tolist() == [0, 1] and candidates.moment.tolist() == [86_400, 86_400]
+    assert shown_candidates(log, "day", 2, 4)[1].tolist() == []  # none is first shown then
 
 
 def test_probability_given_shown(shown_run, tiny_run, pairs, tmp_path):
@@ -562,7 +583,7 @@ def test_probability_given_shown(shown_run, tiny_run, pairs, tmp_path):
     said = one_line(run_cli("score", str(tiny_run), str(pairs), "--given", "shown", "--out", str(out), code=2))
     assert "its log has no exposures with dislikes among them on valid" in said
     engine = RunFolder(shown_run).finished_engine(None)
-    candidates, disliked = shown_candidates(engine.log, engine.split.valid_day, engine.split.test_day)
+    candidates, disliked = shown_candidates(engine.log, "day", engine.split.valid_day, engine.split.test_day)
     logits = candidate_logits(engine, candidates)
     shown, feedback = RunFolder(shown_run).shown_calibration, RunFolder(shown_run).calibration
     assert shown.probability(logits).mean() == pytest.approx(disliked.mean(), rel=1e-4)  # calibrated on them
@@ -589,7 +610,7 @@ def test_serving_gives_the_bits_of_transformers(tiny_run):
     assert type(stock.policy.decoder).__module__.startswith("transformers.")
     day = int(stock.log.day.max())
     users = np.repeat(np.arange(30), 20)
-    candidates = group_candidates(users, np.full(600, day + 1), np.tile(np.arange(20) * 4, 30))
+    candidates = group_candidates(users, np.full(600, (day + 1) * DAY), np.tile(np.arange(20) * 4, 30))
     assert np.array_equal(candidate_logits(serving, candidates), candidate_logits(stock, candidates))
     requests = predict.requests_at(np.arange(100, dtype=np.int32), day)
     for one, other in zip(*(generation.generate(e, requests, 20) for e in (serving, stock)), strict=True):

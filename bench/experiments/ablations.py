@@ -21,7 +21,7 @@ from negfast.config import Config, load_config
 from negfast.evaluate.bootstrap import interval
 from negfast.evaluate.eval import similarity_of
 from negfast.evaluate.metrics import Samples
-from negfast.evaluate.sets import evaluation_set
+from negfast.evaluate.sets import engine_set
 from negfast.evaluate.table import metric_samples, paired_differences
 from negfast.runtime.run_folder import RunFolder
 
@@ -95,7 +95,7 @@ def main(
         raise click.UsageError(f"{out}: holds rows of another budget ({results['steps']} steps); give another --out")
 
     engine = default.finished_engine(None)
-    valid = evaluation_set(engine.log, engine.split, "valid")
+    valid = engine_set(engine, "valid")
     similarity = similarity_of(engine)
 
     def measured(run: RunFolder) -> dict[str, Samples]:

@@ -83,13 +83,13 @@ def filter_effects(simulation: Simulation, user_days: int = 4_000) -> Result:
     often dislikes are reported, which a platform can ask its users.
     """
     log, settings, truth = simulation.log, simulation.settings, simulation.truth
-    day = log.day
+    day, moment = log.day, log.moments("day")
     fit_until, test_from = (FIRST_DAY + settings.days * k // 6 for k in (4, 5))
-    score = fit_scorers(log, simulation.items, fit_until)["logistic"]
+    score = fit_scorers(log, simulation.items, fit_until, "day")["logistic"]
     rng = np.random.default_rng(0)
     before = np.flatnonzero((day >= fit_until) & (day < test_from))
     before = np.sort(rng.permutation(before)[:50_000])
-    threshold = float(np.quantile(score(log.user[before], log.item[before], day[before]), 1 - FILTER_SHARE))
+    threshold = float(np.quantile(score(log.user[before], log.item[before], moment[before]), 1 - FILTER_SHARE))
     key = log.user.astype(np.int64) * 2**32 + day
     chosen = rng.permutation(np.unique(key[day >= test_from]))[:user_days]
     rows = np.flatnonzero(np.isin(key, chosen))
@@ -101,7 +101,7 @@ def filter_effects(simulation: Simulation, user_days: int = 4_000) -> Result:
         user, item = int(log.user[row]), int(log.item[row])
         if key[row] != last:
             last = key[row]
-            scores = score(np.full(log.n_items, user), everyone, np.full(log.n_items, day[row]))
+            scores = score(np.full(log.n_items, user), everyone, np.full(log.n_items, moment[row]))
             kept, model = scores < threshold, true_probability(scores, settings)
             p = truth.dislike_probability(np.full(log.n_items, user), everyone)
         policy = exposure_policy(simulation, user, int(day[row]) - FIRST_DAY, int(row - log.user_offsets[user]))
@@ -122,7 +122,7 @@ def filter_effects(simulation: Simulation, user_days: int = 4_000) -> Result:
             1.0,
         )
     observed = log.feedback[rows] > 0
-    scored = score(log.user[rows], log.item[rows], day[rows])
+    scored = score(log.user[rows], log.item[rows], moment[rows])
     cut = scored >= threshold
     disliked = log.feedback[rows] == DISLIKE
     totals = np.stack([observed, disliked, observed & ~cut, ~cut & disliked], axis=1).astype(float)
@@ -194,7 +194,7 @@ def recovery(simulation: Simulation, runs: Path, preset: str, steps: int, seeds:
                     engine,
                     group_candidates(
                         np.repeat(requests.user, CANDIDATES),
-                        np.repeat(requests.day + 1, CANDIDATES),
+                        np.repeat(requests.moment, CANDIDATES),
                         truth.candidates.ravel(),
                     ),
                 )

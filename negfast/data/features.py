@@ -1,4 +1,4 @@
-"""What the past says of a user, an item and their pair, at the start of any day: inputs of verdict and baselines.
+"""What the past says of a user, an item and their pair, before any moment: inputs of verdict and baselines.
 
 The last like or dislike of a user-item pair counts: when it changes, the earlier one is taken back. Exposures do
 not count, and do not take a like or dislike back (negfast's choice); a withdrawal does.
@@ -18,7 +18,9 @@ _INDICATORS = 32  # most frequent values of an attribute that get a column each
 
 
 class HistoryFeatures:
-    """Features of (user, item, day) from events of days before ``day``; rates are smoothed towards a prior rate.
+    """Features of (user, item, moment) from events before the moment; rates are smoothed towards a prior rate.
+
+    Events count from their moment in the context (`EventLog.moments`) on: in context "day", ask at the start of a day.
 
     ``simple`` gives the four of the logistic baseline, ``full`` those and what else the log and item table offer:
     with values, the item's and user's mean and the user's spread; with attributes, the user's and everyone's
@@ -26,20 +28,20 @@ class HistoryFeatures:
     adds how user and item deviate from what was to be expected of them, and what is recent: the verdict's features.
     """
 
-    def __init__(self, log: EventLog, items: ItemTable, prior_rate: float, prior_value: float) -> None:
+    def __init__(self, log: EventLog, items: ItemTable, prior_rate: float, prior_value: float, context: str) -> None:
         self.prior_rate, self.prior_value = prior_rate, prior_value
         self.has_values = log.value is not None
         rows, changes = _changes(log)
-        user, item, day = log.user[rows], log.item[rows], log.day[rows]
-        self.by_user = RunningSums(user, day, changes)
-        self.by_item = RunningSums(item, day, changes)
+        user, item, time = log.user[rows], log.item[rows], log.moments(context)[rows]
+        self.by_user = RunningSums(user, time, changes)
+        self.by_item = RunningSums(item, time, changes)
         self.attributes = [
-            _Attribute(values, user, item, day, changes[:, :2], items.original) for values in items.attributes.values()
+            _Attribute(values, user, item, time, changes[:, :2], items.original) for values in items.attributes.values()
         ]
         kinds = [(changes[:, 0], changes[:, 1], prior_rate)]
         if self.has_values:
             kinds.append((changes[:, 2], changes[:, 3], prior_value))
-        self.deviations = Deviations(user, item, day, kinds)
+        self.deviations = Deviations(user, item, time, kinds)
 
     @property
     def width(self) -> int:
@@ -51,34 +53,34 @@ class HistoryFeatures:
         """The smoothed dislike rate of sums whose first columns are events and dislikes."""
         return (sums[..., 1] + PSEUDO_EVENTS * self.prior_rate) / (sums[..., 0] + PSEUDO_EVENTS)
 
-    def item_rate(self, item: np.ndarray, day: np.ndarray) -> np.ndarray:
-        return self.rate(self.by_item.before(item, day))
+    def item_rate(self, item: np.ndarray, moment: np.ndarray) -> np.ndarray:
+        return self.rate(self.by_item.before(item, moment))
 
-    def user_rate(self, user: np.ndarray, day: np.ndarray) -> np.ndarray:
-        return self.rate(self.by_user.before(user, day))
+    def user_rate(self, user: np.ndarray, moment: np.ndarray) -> np.ndarray:
+        return self.rate(self.by_user.before(user, moment))
 
-    def simple(self, user: np.ndarray, item: np.ndarray, day: np.ndarray) -> np.ndarray:
+    def simple(self, user: np.ndarray, item: np.ndarray, moment: np.ndarray) -> np.ndarray:
         """Logit item rate, logit user rate and both log counts, float64 [Q, 4]."""
-        of_user, of_item = self.by_user.before(user, day), self.by_item.before(item, day)
+        of_user, of_item = self.by_user.before(user, moment), self.by_item.before(item, moment)
         columns = [_logit(self.rate(of_item)), _logit(self.rate(of_user))]
         return np.stack([*columns, np.log1p(of_item[:, 0]), np.log1p(of_user[:, 0])], axis=1)
 
-    def full(self, user: np.ndarray, item: np.ndarray, day: np.ndarray) -> np.ndarray:
+    def full(self, user: np.ndarray, item: np.ndarray, moment: np.ndarray) -> np.ndarray:
         """float64 [Q, C]; NaN where a feature is not known."""
-        columns = list(self.simple(user, item, day).T)
+        columns = list(self.simple(user, item, moment).T)
         if self.has_values:
-            of_user, of_item = self.by_user.before(user, day), self.by_item.before(item, day)
+            of_user, of_item = self.by_user.before(user, moment), self.by_item.before(item, moment)
             columns += [self._mean_value(of_item), self._mean_value(of_user), _spread(of_user)]
         for attribute in self.attributes:
-            columns += [attribute.mean_rate(self, user, item, day), attribute.mean_rate(self, None, item, day)]
+            columns += [attribute.mean_rate(self, user, item, moment), attribute.mean_rate(self, None, item, moment)]
             columns += list(attribute.static[item].T)
         return np.stack(columns, axis=1)
 
-    def rich(self, user: np.ndarray, item: np.ndarray, day: np.ndarray) -> np.ndarray:
+    def rich(self, user: np.ndarray, item: np.ndarray, moment: np.ndarray) -> np.ndarray:
         """``full``, `negfast.data.deviations` and with values the item's spread, float64 [Q, width]; NaN as above."""
-        columns = [self.full(user, item, day), self.deviations.columns(user, item, day)]
+        columns = [self.full(user, item, moment), self.deviations.columns(user, item, moment)]
         if self.has_values:
-            columns.append(_spread(self.by_item.before(item, day))[:, None])
+            columns.append(_spread(self.by_item.before(item, moment))[:, None])
         return np.concatenate(columns, axis=1)
 
     def _mean_value(self, sums: np.ndarray) -> np.ndarray:
@@ -96,7 +98,7 @@ class _Attribute:
         values: list[tuple[str, ...]],
         user: np.ndarray,
         item: np.ndarray,
-        day: np.ndarray,
+        time: np.ndarray,
         counts: np.ndarray,
         original: int | None,
     ) -> None:
@@ -107,14 +109,16 @@ class _Attribute:
         self.offsets = np.concatenate([[0], np.cumsum([len(of_item) for of_item in values])])
         self.static = self._static_columns(names, len(values) if original is None else original)
         row, value = self._expand(item)
-        everyone = RunningSums(value, day[row], counts[row]) if len(row) else None
+        everyone = RunningSums(value, time[row], counts[row]) if len(row) else None
         self.by_value = everyone
         self.by_user_value = (
-            RunningSums(user[row].astype(np.int64) * self.n_values + value, day[row], counts[row]) if len(row) else None
+            RunningSums(user[row].astype(np.int64) * self.n_values + value, time[row], counts[row])
+            if len(row)
+            else None
         )
 
     def mean_rate(
-        self, features: HistoryFeatures, user: np.ndarray | None, item: np.ndarray, day: np.ndarray
+        self, features: HistoryFeatures, user: np.ndarray | None, item: np.ndarray, moment: np.ndarray
     ) -> np.ndarray:
         """The user's (everyone's if None) dislike rate, averaged over the item's values; NaN without values."""
         sums = self.by_value if user is None else self.by_user_value
@@ -122,7 +126,7 @@ class _Attribute:
             return np.full(len(item), np.nan)
         row, value = self._expand(item)
         key = value if user is None else user[row].astype(np.int64) * self.n_values + value
-        rate = np.bincount(row, features.rate(sums.before(key, day[row])), len(item))
+        rate = np.bincount(row, features.rate(sums.before(key, moment[row])), len(item))
         count = np.diff(self.offsets)[item]
         return np.divide(rate, count, out=np.full(len(item), np.nan), where=count > 0)
 

@@ -37,6 +37,13 @@ class EventLog:
         """The UTC day of every event, int32 [N], days since 1970."""
         return (self.time // DAY).astype(np.int32)
 
+    def moments(self, context: str) -> np.ndarray:
+        """The moment of every event, int64 [N], seconds: its second in context "event", its day's start in "day".
+
+        A question about an event sees the events of earlier moments, none of its own.
+        """
+        return self.time if context == "event" else self.time // DAY * DAY
+
     @property
     def judged(self) -> np.ndarray:
         """Whether an event is a like or a dislike, bool [N]."""
@@ -75,16 +82,20 @@ class EventLog:
         return len(self.item)
 
 
+def events_before(log: EventLog, user: np.ndarray, moment: np.ndarray) -> np.ndarray:
+    """Where a user's events before a moment (seconds) end in the flat columns, int64, one for each (user, moment)."""
+    low, span = int(log.time.min()), int(log.time.max() - log.time.min()) + 2
+    keys = log.user.astype(np.int64) * span + (log.time - low)
+    within = np.clip(moment.astype(np.int64) - low, 0, span - 1)
+    return np.searchsorted(keys, user.astype(np.int64) * span + within)
+
+
 def history_ends(log: EventLog, user: np.ndarray, day: np.ndarray) -> np.ndarray:
     """Where a user's events up to the end of a day end in the flat columns, int64, one for each (user, day)."""
-    days = log.day.astype(np.int64)
-    low, span = int(days.min()) - 1, int(days.max() - days.min()) + 2
-    keys = log.user.astype(np.int64) * span + (days - low)
-    within = np.clip(day.astype(np.int64) - low, 0, span - 1)
-    return np.searchsorted(keys, user.astype(np.int64) * span + within, side="right")
+    return events_before(log, user, (day.astype(np.int64) + 1) * DAY)
 
 
-def past_dislikes(log: EventLog, user: np.ndarray, day: np.ndarray) -> np.ndarray:
-    """Dislikes of each user up to the end of each day, int64."""
+def past_dislikes(log: EventLog, user: np.ndarray, moment: np.ndarray) -> np.ndarray:
+    """Dislikes of each user before each moment, int64."""
     dislikes = np.concatenate([[0], np.cumsum(log.feedback == DISLIKE)])
-    return dislikes[history_ends(log, user, day)] - dislikes[log.user_offsets[user]]
+    return dislikes[events_before(log, user, moment)] - dislikes[log.user_offsets[user]]

@@ -1,4 +1,4 @@
-"""Sums of what happened before a day, asked by key and day."""
+"""Sums of what happened before a moment, asked by key and moment."""
 
 import numpy as np
 
@@ -6,26 +6,31 @@ LONG = 256  # events of a key that are worth a call of their own
 
 
 class RunningSums:
-    """Sums of columns over the events of a key on days before a given one, for any (key, day) asked.
+    """Sums of columns over the events of a key before a moment, for any (key, moment) asked.
 
     Sums run within a key, so an answer is the same to the last bit whatever came later or happened elsewhere.
     """
 
-    def __init__(self, key: np.ndarray, day: np.ndarray, columns: np.ndarray) -> None:
-        """key int64 [M] >= 0, day int [M], columns float64 [M, C]."""
-        self.low, self.span = int(day.min()), int(day.max() - day.min()) + 2
-        where = key.astype(np.int64) * self.span + (day - self.low)
-        order = np.argsort(where, kind="stable")
-        self.where = where[order]
+    def __init__(self, key: np.ndarray, time: np.ndarray, columns: np.ndarray) -> None:
+        """key int64 [M] >= 0, time int64 [M] in seconds, columns float64 [M, C]."""
+        self.low, self.span = int(time.min()), int(time.max() - time.min()) + 2
+        order = np.lexsort((time, key))
+        key = key[order]
+        starts = np.flatnonzero(np.diff(key, prepend=-1))
+        self.keys = np.append(key[starts], -1)  # -1: no key, where one is asked that lies above all
+        self.starts = np.append(starts, len(key))
+        rank = np.repeat(np.arange(len(starts)), np.diff(self.starts))  # keys times seconds would overflow
+        self.where = rank * self.span + (time[order] - self.low)
         self.total = np.zeros((len(order) + 1, columns.shape[1]))  # total[m]: of m's key, with event m - 1 the last
-        _sum_within(key[order], columns[order].astype(np.float64), self.total)
+        _sum_within(key, columns[order].astype(np.float64), self.total)
 
-    def before(self, key: np.ndarray, day: np.ndarray) -> np.ndarray:
-        """float64 [Q, C] for keys int [Q] and days int [Q]."""
-        base = key.astype(np.int64) * self.span
-        within = np.clip(day.astype(np.int64) - self.low, 0, self.span - 1)
-        stop, start = np.searchsorted(self.where, base + within), np.searchsorted(self.where, base)
-        return self.total[np.where(stop > start, stop, 0)]
+    def before(self, key: np.ndarray, moment: np.ndarray) -> np.ndarray:
+        """float64 [Q, C] for keys int [Q] and moments int [Q]."""
+        rank = np.searchsorted(self.keys[:-1], key)
+        within = np.clip(moment.astype(np.int64) - self.low, 0, self.span - 1)
+        stop = np.searchsorted(self.where, rank * self.span + within)
+        some = (self.keys[rank] == key) & (stop > self.starts[rank])
+        return self.total[np.where(some, stop, 0)]
 
 
 def _sum_within(key: np.ndarray, columns: np.ndarray, total: np.ndarray) -> None:

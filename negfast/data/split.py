@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from negfast.data.log import DISLIKE, LIKE, EventLog
+from negfast.data.log import DAY, DISLIKE, LIKE, EventLog
 from negfast.errors import InputError
 
 WEEK = 7  # days of a block of the primary test set
@@ -38,6 +38,11 @@ class Requests:
     def has_dislikes(self) -> np.ndarray:
         """Whether F is non-empty, bool [R]."""
         return np.diff(self.dislike_offsets) > 0
+
+    @property
+    def moment(self) -> np.ndarray:
+        """int64 [R], seconds: the context is every event before it."""
+        return (self.day.astype(np.int64) + 1) * DAY
 
     def take(self, rows: np.ndarray) -> "Requests":
         """The requests at ``rows`` (indices or a bool mask), in the order given."""

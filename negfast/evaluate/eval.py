@@ -19,7 +19,7 @@ from negfast.errors import InputError
 from negfast.evaluate.baselines import baseline_predictions
 from negfast.evaluate.metrics import Costs, Similarity
 from negfast.evaluate.predictions import TOP, Predictions, calibrate, check_generated, predict_set
-from negfast.evaluate.sets import EvalSet, evaluation_set
+from negfast.evaluate.sets import EvalSet, engine_set
 from negfast.evaluate.table import evaluate_rows, print_table, to_json
 from negfast.files import atomic_file
 from negfast.runtime.checkpoint import load_weights
@@ -68,7 +68,7 @@ def evaluate_folder(
     """The rows of every baseline, of `prior`, and of the run's `sft` and `grpo` weights."""
     engine = run.finished_engine(data)
     check_unseen(run, engine, split)
-    sets = {name: evaluation_set(engine.log, engine.split, name) for name in ("valid", "test")}
+    sets = {name: engine_set(engine, name) for name in ("valid", "test")}
     evalset = sets[split]
     predictions = baselines_of(engine, sets, split, all_baselines)
     predictions |= model_predictions(run, engine, evalset, sets["valid"])

@@ -43,8 +43,8 @@ def threshold_for_share(score: np.ndarray, share: float = 0.1) -> float:
 
 def filter_logits(engine: Engine, evalset: EvalSet, view: int = MIXED) -> np.ndarray:
     """Verdict logits of the filter events, float64 [E]."""
-    order = np.lexsort((evalset.filter_day, evalset.filter_user))
-    candidates = group_candidates(evalset.filter_user[order], evalset.filter_day[order], evalset.filter_item[order])
+    order = np.lexsort((evalset.filter_moment, evalset.filter_user))
+    candidates = group_candidates(evalset.filter_user[order], evalset.filter_moment[order], evalset.filter_item[order])
     out = np.empty(len(order))
     out[order] = candidate_logits(engine, candidates, view)
     return out
@@ -52,9 +52,9 @@ def filter_logits(engine: Engine, evalset: EvalSet, view: int = MIXED) -> np.nda
 
 def pool_logits(engine: Engine, evalset: EvalSet) -> np.ndarray:
     """Verdict logits of the matched pools, float64 [N, POOL]."""
-    user, day = np.repeat(evalset.pool_user, POOL), np.repeat(evalset.pool_day + 1, POOL)
-    order = np.lexsort((day, user))
-    candidates = group_candidates(user[order], day[order], evalset.pool_items.reshape(-1)[order])
+    user, moment = np.repeat(evalset.pool_user, POOL), np.repeat(evalset.pool_moment, POOL)
+    order = np.lexsort((moment, user))
+    candidates = group_candidates(user[order], moment[order], evalset.pool_items.reshape(-1)[order])
     out = np.empty(len(order))
     out[order] = candidate_logits(engine, candidates)
     return out.reshape(-1, POOL)
@@ -75,12 +75,12 @@ def calibrate_shown(engine: Engine) -> Calibration | None:
     log, split = engine.log, engine.split
     if not (log.feedback == EXPOSED).any():
         return None
-    candidates, disliked = shown_candidates(log, split.valid_day, split.test_day)
+    candidates, disliked = shown_candidates(log, engine.config.history.context, split.valid_day, split.test_day)
     if len(disliked) > SHOWN_AT_MOST:
         draw = np.random.default_rng(engine.config.train.seed).choice(len(disliked), SHOWN_AT_MOST, replace=False)
         draw.sort()
         owner = candidates.group_of_item[draw]
-        candidates = group_candidates(candidates.user[owner], candidates.day[owner], candidates.items[draw])
+        candidates = group_candidates(candidates.user[owner], candidates.moment[owner], candidates.items[draw])
         disliked = disliked[draw]
     if not 0 < disliked.sum() < len(disliked):
         return None

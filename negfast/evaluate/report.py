@@ -29,15 +29,16 @@ from negfast.evaluate.report_facts import (
     strata,
     tradeoffs,
 )
-from negfast.evaluate.sets import check_choosable, evaluation_set
+from negfast.evaluate.sets import check_choosable, engine_set
 from negfast.evaluate.table import (
-    CONTEXT,
+    CONTEXTS,
     FILTER,
     GENERATION,
     MATCHED_POOL,
     PER_CENT,
     QUESTIONS,
     Question,
+    asks,
     best_of,
     known,
     shown,
@@ -83,7 +84,8 @@ def write_page(run: Path, out: Path | None) -> Path:
         write_report(folder, *evaluate_folder(folder, "test", None))
         table = _table(folder)
     rows, data, config = table["rows"], engine.data, engine.config
-    sets = {name: evaluation_set(engine.log, engine.split, name) for name in ("valid", "test")}
+    context = config.history.context
+    sets = {name: engine_set(engine, name) for name in ("valid", "test")}
     for evalset in sets.values():
         check_choosable(evalset)  # curves and rates of one kind of event say nothing
     click.echo("report: baselines and test split again, for curves and examples; takes minutes", err=True)
@@ -93,15 +95,15 @@ def write_page(run: Path, out: Path | None) -> Path:
     beside = [*found["filter_auc"].baselines[:1]] if "filter_auc" in found else []
     saved = savings(test, predictions, ["grpo", *beside], config.eval.resamples, config.train.seed)
     sections = {  # id -> what the contents list says, and the section
-        "filter": ("Filter", _filter(rows, found, tradeoffs(test, predictions, COMPARED))),
-        "costs": ("What withholding saves", _costs(saved, table["filter_dislike_rate"])),
-        "past": ("By past dislikes", _strata(strata(engine.log, test, final))),
-        "pool": ("Matched pool", _question(MATCHED_POOL, rows, found)),
-        "generation": ("Generation", _question(GENERATION, rows, found)),
+        "filter": ("Filter", _filter(rows, context, found, tradeoffs(test, predictions, COMPARED))),
+        "costs": ("What withholding saves", _costs(saved, context, table["filter_dislike_rate"])),
+        "past": ("By past dislikes", _strata(strata(engine.log, test, final), context)),
+        "pool": ("Matched pool", _question(MATCHED_POOL, context, rows, found)),
+        "generation": ("Generation", _question(GENERATION, context, rows, found)),
         "training": ("Training", _training(folder)),
         "more": (
             "Every metric, codebooks, example users, configuration",
-            _all_metrics(rows)
+            _all_metrics(rows, context)
             + _codes(data)
             + _examples(examples(data, test, final, config.train.seed), data.horizon)
             + _made_of(folder, data),
@@ -186,9 +188,12 @@ def _chosen_step(folder: RunFolder) -> int | None:
     return chosen[-1] if chosen else None
 
 
-def _question(question: Question, rows: Sequence[Mapping[str, Any]], found: Mapping[str, Comparison]) -> str:
+def _question(
+    question: Question, context: str, rows: Sequence[Mapping[str, Any]], found: Mapping[str, Comparison]
+) -> str:
     """A heading, what is asked, the verdict of each figure and the table of the rows that have one."""
-    asks = question.asks[0].upper() + question.asks[1:]
+    asked = asks(question, context)
+    asked = asked[0].upper() + asked[1:]
     verdicts = "".join(
         f"<li>{escape(_verdict(rows, metric, heading, found[metric]))}</li>"
         for metric, (heading, _) in question.figures.items()
@@ -205,7 +210,7 @@ def _question(question: Question, rows: Sequence[Mapping[str, Any]], found: Mapp
     head = "".join(f"<th>{heading}</th>" for heading, _ in question.figures.values())
     says = " ".join(f"{heading}: {what}." for heading, what in question.figures.values())
     return (
-        f"<h2>{question.name}</h2><p>{escape(asks)}.</p><ul>{verdicts}</ul>{_html_table(head, body)}"
+        f"<h2>{question.name}</h2><p>{escape(asked)}.</p><ul>{verdicts}</ul>{_html_table(head, body)}"
         f'<p class="soft">{escape(says)} ± is half of a 95 % bootstrap interval over users; bold is the best of a '
         "column.</p>"
     )
@@ -216,7 +221,7 @@ def _row_names() -> str:
     return f"<details><summary>What the rows are</summary><ul>{lines}</ul></details>"
 
 
-def _all_metrics(rows: Sequence[Mapping[str, Any]]) -> str:
+def _all_metrics(rows: Sequence[Mapping[str, Any]], context: str) -> str:
     models = [row for row in rows if row["kind"] == "model"]
     names = list(dict.fromkeys(m for row in models for m in row if isinstance(row[m], dict) and "mean" in row[m]))
     lines = [
@@ -227,7 +232,7 @@ def _all_metrics(rows: Sequence[Mapping[str, Any]]) -> str:
     head = "".join(f"<th>{escape(row['name'])}</th>" for row in models)
     return (
         "<h2>More</h2><details><summary>Every metric, with past dislikes or none, cold or warm items</summary>"
-        f"<p>Those of the filter: {escape(CONTEXT)}.</p>"
+        f"<p>Those of the filter: {escape(CONTEXTS[context])}.</p>"
         f"{_html_table(head, lines)}</details>"
     )
 
@@ -290,7 +295,9 @@ def _smoothed(steps: Sequence[Mapping[str, Any]], key: str) -> list[Line]:
     return [Line("", x, y, faint=True), Line("", x, [sum(part) / len(part) for part in around])]
 
 
-def _filter(rows: Sequence[Mapping[str, Any]], found: Mapping[str, Comparison], curves: Mapping[str, Tradeoff]) -> str:
+def _filter(
+    rows: Sequence[Mapping[str, Any]], context: str, found: Mapping[str, Comparison], curves: Mapping[str, Tradeoff]
+) -> str:
     by_name = {row["name"]: row for row in rows}
     calibration = [
         Line(
@@ -324,20 +331,20 @@ def _filter(rows: Sequence[Mapping[str, Any]], found: Mapping[str, Comparison], 
     )
     said = line_chart(calibration, "predicted probability", "dislike rate", from_zero=True, diagonal=True)
     cards = [
-        _card('Dislikes avoided against likes withheld, context "day"', chart),
-        _card('Calibration, context "day"', said),
+        _card(f'Dislikes avoided against likes withheld, context "{context}"', chart),
+        _card(f'Calibration, context "{context}"', said),
         _card(
-            'Withheld with the top 10 %, context "day"',
+            f'Withheld with the top 10 %, context "{context}"',
             _html_table("<th>of dislikes</th><th>of likes</th>", at_ten_rows),
         ),
     ]
     return (
-        f"{_question(FILTER, rows, found)}{_row_names()}{_cards(cards)}"
+        f"{_question(FILTER, context, rows, found)}{_row_names()}{_cards(cards)}"
         '<p class="soft">Observational: the log carries no propensities.</p>'
     )
 
 
-def _costs(saved: Sequence[Savings], dislike_rate: float) -> str:
+def _costs(saved: Sequence[Savings], context: str, dislike_rate: float) -> str:
     names = list(saved[0].by_name)
     lines = []
     for at in saved:
@@ -352,14 +359,14 @@ def _costs(saved: Sequence[Savings], dislike_rate: float) -> str:
     return (
         "<h2>What withholding saves</h2><p>Let a dislike that is shown cost as much as X likes that are withheld. With "
         "a calibrated probability it is cheapest to withhold where P(dislike) is at least 1 / (1 + X). The model's "
-        f"probability was calibrated on valid; what it saves is counted on test; {escape(CONTEXT)}. Costs and savings "
-        f"are in likes withheld, per 1,000 events; the shares are those of {escape(names[0])}.</p>"
+        f"probability was calibrated on valid; what it saves is counted on test; {escape(CONTEXTS[context])}. "
+        f"Costs and savings are in likes withheld, per 1,000 events; the shares are those of {escape(names[0])}.</p>"
         f"{_html_table(head, lines, 'X')}"
         '<p class="soft">Other costs: <code>negfast eval RUN --cost-dislike X --cost-like Y</code>.</p>'
     )
 
 
-def _strata(rows: Sequence[Stratum]) -> str:
+def _strata(rows: Sequence[Stratum], context: str) -> str:
     lines = [
         f"<tr><td>{row.label}</td><td>{row.events:,}</td><td>{_three(row.filter_auc)}</td>"
         f"<td>{row.requests:,}</td><td>{_three(row.fhr20)}</td></tr>"
@@ -368,7 +375,7 @@ def _strata(rows: Sequence[Stratum]) -> str:
     head = "<th>events</th><th>filter AUC</th><th>requests</th><th>FHR@20</th>"
     return (
         "<h2>By past dislikes</h2><p>How much a user's own dislikes matter to what the model knows: users by the "
-        f"number of their dislikes before the day. Filter: {escape(CONTEXT)}.</p>{_html_table(head, lines)}"
+        f"number of their dislikes before that. Filter: {escape(CONTEXTS[context])}.</p>{_html_table(head, lines)}"
     )
 
 

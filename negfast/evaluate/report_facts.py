@@ -132,9 +132,9 @@ def tradeoff(score: np.ndarray, dislike: np.ndarray) -> Tradeoff:
 def strata(log: EventLog, evalset: EvalSet, predictions: Predictions) -> list[Stratum]:
     """The model by the number of dislikes that the user had before."""
     assert predictions.filter_score is not None and predictions.generated is not None
-    of_event = past_dislikes(log, evalset.filter_user, evalset.filter_day - 1)
+    of_event = past_dislikes(log, evalset.filter_user, evalset.filter_moment)
     requests = evalset.requests
-    of_request = past_dislikes(log, requests.user, requests.day)
+    of_request = past_dislikes(log, requests.user, requests.moment)
     hit = np.asarray(future_hits(requests.dislike_offsets, requests.dislikes, predictions.generated[:, :20]).any(1))
     out = []
     for low, high in PAST_BINS:
@@ -155,7 +155,7 @@ def examples(data: Dataset, evalset: EvalSet, predictions: Predictions, seed: in
     top = predictions.generated[:, : SHOWN + 2]
     hit = future_hits(requests.dislike_offsets, requests.dislikes, top)
     liked = future_hits(requests.like_offsets, requests.likes, top)
-    known = np.flatnonzero(past_dislikes(log, requests.user, requests.day) >= 3)
+    known = np.flatnonzero(past_dislikes(log, requests.user, requests.moment) >= 3)
     shuffled = np.random.default_rng(seed).permutation(known)
     with_hit = [row for row in shuffled if hit[row].any()][: EXAMPLES // 2]
     others = [row for row in shuffled if not hit[row].any()]

@@ -8,6 +8,7 @@ import numpy as np
 from negfast.data.log import DISLIKE, EventLog, past_dislikes
 from negfast.data.split import Requests, Split, first_dislike_events, first_feedback, first_of_week, next_dislikes
 from negfast.errors import InputError
+from negfast.runtime.engine import Engine
 
 POOL = 100  # the disliked item and 99 others
 
@@ -16,11 +17,12 @@ POOL = 100  # the disliked item and 99 others
 class EvalSet:
     """R requests with future dislikes, E filter events, N matched pools.
 
-    The context of a request and its pools ends with ``requests.day``; that of a filter event with the day before
-    ``filter_day``. Users are indices in the log.
+    The context of a request and its pools is what came before ``requests.moment``; that of a filter event what came
+    before ``filter_moment``. Users are indices in the log.
     """
 
     name: str  # "valid" or "test"
+    context: str  # of the filter: "day" or "event"
     requests: Requests  # R requests with non-empty F, sorted by (day, user)
     primary: np.ndarray  # bool [R], a user's first such request of each week
     next_dislike: np.ndarray  # int32 [R], the item of F disliked first (of equal times the first in the log)
@@ -28,9 +30,9 @@ class EvalSet:
     cold_item: np.ndarray  # bool [I], no event before the valid day
     filter_user: np.ndarray  # int32 [E]
     filter_item: np.ndarray  # int32 [E]
-    filter_day: np.ndarray  # int32 [E], the day of the event, itself not part of the context
+    filter_moment: np.ndarray  # int64 [E], of the event in the context, itself not seen (`EventLog.moments`)
     filter_dislike: np.ndarray  # bool [E], the label
-    filter_past_dislike: np.ndarray  # bool [E], whether the user disliked anything before that day
+    filter_past_dislike: np.ndarray  # bool [E], whether the user disliked anything before that moment
     pool_request: np.ndarray  # int32 [N], row of ``requests`` whose context counts
     pool_items: np.ndarray  # int32 [N, POOL], the disliked item first
     pools_redrawn: int  # pools with fewer than 99 events to draw from, so drawn with replacement
@@ -46,9 +48,19 @@ class EvalSet:
         """int32 [N], the last day of each pool's context."""
         return self.requests.day[self.pool_request]
 
+    @property
+    def pool_moment(self) -> np.ndarray:
+        """int64 [N], seconds: each pool's context is every event before it."""
+        return self.requests.moment[self.pool_request]
 
-def evaluation_set(log: EventLog, split: Split, name: str, seed: int = 0) -> EvalSet:
-    """Makes the evaluation set of split ``name`` ("valid" or "test").
+
+def engine_set(engine: Engine, name: str) -> EvalSet:
+    """The evaluation set of split ``name`` of the engine's data, in its context."""
+    return evaluation_set(engine.log, engine.split, name, context=engine.config.history.context)
+
+
+def evaluation_set(log: EventLog, split: Split, name: str, seed: int = 0, context: str = "day") -> EvalSet:
+    """Makes the evaluation set of split ``name`` ("valid" or "test"), its filter in ``context`` ("day" or "event").
 
     Filter events are the first like or dislike of each user-item pair from the split's first day on, for valid
     up to the test day; a mere exposure is neither and is not scored (negfast's choice). Every distinct (user,
@@ -66,22 +78,24 @@ def evaluation_set(log: EventLog, split: Split, name: str, seed: int = 0) -> Eva
     events = events[(days[events] >= start) & (days[events] < stop)]
     if len(events) == 0:
         raise InputError(f"evaluation: {name} has no first like or dislike, expected at least one")
-    events = events[np.lexsort((log.item[events], log.user[events], days[events]))]
+    moments = log.moments(context)
+    events = events[np.lexsort((log.item[events], log.user[events], moments[events]))]
     cold = np.ones(log.n_items, dtype=bool)
     cold[log.item[days < split.valid_day]] = False
     pool_request, pool_items, redrawn, dropped = _pools(log, requests, seed)
     return EvalSet(
         name=name,
+        context=context,
         requests=requests,
         primary=first_of_week(requests, start),
         next_dislike=next_dislikes(log, requests),
-        past_dislike=past_dislikes(log, requests.user, requests.day) > 0,
+        past_dislike=past_dislikes(log, requests.user, requests.moment) > 0,
         cold_item=cold,
         filter_user=log.user[events],
         filter_item=log.item[events],
-        filter_day=days[events],
+        filter_moment=moments[events],
         filter_dislike=log.feedback[events] == DISLIKE,
-        filter_past_dislike=past_dislikes(log, log.user[events], days[events] - 1) > 0,
+        filter_past_dislike=past_dislikes(log, log.user[events], moments[events]) > 0,
         pool_request=pool_request,
         pool_items=pool_items,
         pools_redrawn=redrawn,

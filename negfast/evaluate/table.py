@@ -26,7 +26,10 @@ from negfast.evaluate.metrics import (
 from negfast.evaluate.predictions import TOP, Predictions
 from negfast.evaluate.sets import EvalSet
 
-CONTEXT = 'context "day": events up to the end of the day before'
+CONTEXTS = {
+    "day": 'context "day": events up to the end of the day before',
+    "event": 'context "event": events up to the second before',
+}
 """What a predictor has seen when it scores an event of the filter."""
 
 
@@ -41,7 +44,7 @@ class Question:
 
 FILTER = Question(
     "Filter",
-    f"every first like or dislike is scored; {CONTEXT}",
+    "every first like or dislike is scored",
     {
         "filter_auc": ("AUC", "chance that a dislike scores above a like"),
         "filter_reduction": ("reduction %", "fall of the dislike rate when exactly the top 10 % is withheld"),
@@ -162,7 +165,7 @@ def summary(evalset: EvalSet) -> dict[str, Any]:
         "primary_requests": int(evalset.primary.sum()),
         "users": len(np.unique(evalset.requests.user)),
         "filter_events": len(evalset.filter_user),
-        "filter_context": "day",
+        "filter_context": evalset.context,
         "filter_dislike_rate": float(evalset.filter_dislike.mean()),
         "pools": len(evalset.pool_items),
         "pools_redrawn": evalset.pools_redrawn,
@@ -186,15 +189,20 @@ def print_table(
     console.print(sizes(evalset), highlight=False)
     for question in QUESTIONS:
         headings = {metric: heading for metric, (heading, _) in question.figures.items()}
-        console.print(f"\n[bold]{question.name}[/bold]: {question.asks}", highlight=False)
+        console.print(f"\n[bold]{question.name}[/bold]: {asks(question, evalset.context)}", highlight=False)
         console.print(_grid(rows, headings, headings))
         for heading, says in question.figures.values():
             console.print(f"{heading}: {says}", highlight=False)
     if costs is not None:
-        console.print(f"\n[bold]Costs[/bold]: {cost_rule(costs)}; {CONTEXT}", highlight=False)
+        console.print(f"\n[bold]Costs[/bold]: {cost_rule(costs)}; {CONTEXTS[evalset.context]}", highlight=False)
         console.print(_grid(rows, COST_FIGURES, ("saved_per_1000",)))
         console.print("saved per 1,000 events: in the unit of the costs, against showing everything", highlight=False)
     console.print("\n± is half of a 95 % bootstrap interval over users; bold is the best of a column", highlight=False)
+
+
+def asks(question: Question, context: str) -> str:
+    """What is asked; of the filter, also what a predictor has seen."""
+    return f"{question.asks}; {CONTEXTS[context]}" if question is FILTER else question.asks
 
 
 def sizes(evalset: EvalSet) -> str:

@@ -93,7 +93,7 @@ def build_engine(
         trie,
         TrieChooser(trie.to(device), config.prior.weight),
         prompts,
-        history_features(data, fit_until),
+        history_features(data, fit_until, config.history.context),
         device,
         fit_until,
     )
@@ -105,14 +105,14 @@ def requests_before(data: Dataset, fit_until: int) -> Requests:
     return requests.take(requests.day.astype(np.int64) + data.horizon < fit_until)
 
 
-def history_features(data: Dataset, fit_until: int) -> HistoryFeatures:
+def history_features(data: Dataset, fit_until: int, context: str) -> HistoryFeatures:
     """Features of the verdict's prior, smoothed towards the rates and values of the events before ``fit_until``."""
     log = data.log
     early = (log.day < fit_until) & log.judged
     rate = float((log.feedback[early] == DISLIKE).mean()) if early.any() else 0.5
     value = np.zeros(0) if log.value is None else log.value[early]
     known = value[np.isfinite(value)]
-    return HistoryFeatures(log, data.items, rate, float(known.mean()) if len(known) else 0.0)
+    return HistoryFeatures(log, data.items, rate, float(known.mean()) if len(known) else 0.0, context)
 
 
 def check_memory(days: int, items: int) -> None:

@@ -1,4 +1,4 @@
-"""The verdict task: will this user dislike this item, if it is consumed? Context strictly before the item's day."""
+"""The verdict task: will this user dislike this item, if it is consumed? Context strictly before the moment."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from negfast.data.log import DISLIKE, WITHDRAWN, EventLog, history_ends
+from negfast.data.log import DAY, DISLIKE, WITHDRAWN, EventLog, history_ends
 from negfast.data.split import first_feedback
 from negfast.model.policy import Policy
 from negfast.model.prompts import MIXED, PromptBatch
@@ -21,10 +21,10 @@ WARM_UP_DAYS = 30  # of the log are left out: rates mean little before (negfast'
 
 @dataclass(frozen=True)
 class Candidates:
-    """Candidates of G user-days: group g has ``items[offsets[g]:offsets[g + 1]]``; the context ends before the day."""
+    """Candidates of G users at moments: group g has ``items[offsets[g]:offsets[g + 1]]``, asked at its moment."""
 
     user: np.ndarray  # int32 [G]
-    day: np.ndarray  # int32 [G], the candidates' day
+    moment: np.ndarray  # int64 [G], seconds; in context "day" the start of the candidates' day
     offsets: np.ndarray  # int64 [G + 1]
     items: np.ndarray  # int32 [E]
 
@@ -36,40 +36,40 @@ class Candidates:
         return np.repeat(np.arange(len(self)), np.diff(self.offsets))
 
     def split(self, most: int) -> "Candidates":
-        """The same with at most ``most`` candidates a group: longer ones are several of the same user and day."""
+        """The same with at most ``most`` candidates a group: longer ones are several of the same user and moment."""
         counts = np.diff(self.offsets)
         pieces = -(-counts // most)
         group = np.repeat(np.arange(len(self)), pieces)
         place = np.arange(len(group)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
         offsets = np.append(self.offsets[group] + place * most, self.offsets[-1])
-        return Candidates(self.user[group], self.day[group], offsets, self.items)
+        return Candidates(self.user[group], self.moment[group], offsets, self.items)
 
     def take(self, groups: np.ndarray) -> tuple["Candidates", np.ndarray]:
         """The groups at ``groups``, and the places of their candidates in ``items``."""
         counts = np.diff(self.offsets)[groups]
         offsets = np.concatenate([[0], np.cumsum(counts)])
         places = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][groups] - offsets[:-1], counts)
-        return Candidates(self.user[groups], self.day[groups], offsets, self.items[places]), places
+        return Candidates(self.user[groups], self.moment[groups], offsets, self.items[places]), places
 
 
 def first_feedback_candidates(
-    log: EventLog, from_day: int, before_day: int, among: np.ndarray | None = None
+    log: EventLog, context: str, from_day: int, before_day: int, among: np.ndarray | None = None
 ) -> tuple[Candidates, np.ndarray]:
-    """The first like or dislike of every user-item pair on days [from_day, before_day), grouped by user-day, and
-    whether each is a dislike, float32 [E]; of the items of the mask ``among`` bool [I] alone, where given."""
+    """The first like or dislike of every user-item pair on days [from_day, before_day), grouped by user and moment in
+    the context, and whether each is a dislike, float32 [E]; of the items of the mask ``among`` bool [I] alone, where
+    given."""
     rows = first_feedback(log)
     days = log.day
     rows = rows[(days[rows] >= from_day) & (days[rows] < before_day)]
     if among is not None:
         rows = rows[among[log.item[rows]]]
-    return group_candidates(log.user[rows], days[rows], log.item[rows]), (log.feedback[rows] == DISLIKE).astype(
-        np.float32
-    )
+    labels = (log.feedback[rows] == DISLIKE).astype(np.float32)
+    return group_candidates(log.user[rows], log.moments(context)[rows], log.item[rows]), labels
 
 
-def shown_candidates(log: EventLog, from_day: int, before_day: int) -> tuple[Candidates, np.ndarray]:
-    """User-item pairs whose first event, judged or not, lies on days [from_day, before_day), grouped by user-day, and
-    whether the user disliked the item by the end of that day (negfast's choice), bool [E]."""
+def shown_candidates(log: EventLog, context: str, from_day: int, before_day: int) -> tuple[Candidates, np.ndarray]:
+    """User-item pairs whose first event, judged or not, lies on days [from_day, before_day), grouped by user and moment
+    in the context, and whether the user disliked the item by the end of that day (negfast's choice), bool [E]."""
     key = log.user.astype(np.int64) * log.n_items + log.item
     rows = np.flatnonzero(log.feedback != WITHDRAWN)
     rows = rows[np.sort(np.unique(key[rows], return_index=True)[1])]
@@ -78,7 +78,7 @@ def shown_candidates(log: EventLog, from_day: int, before_day: int) -> tuple[Can
     disliked = log.feedback == DISLIKE
     last = int(days.max()) + 1
     same_day = np.isin(key[rows] * last + days[rows], key[disliked] * last + days[disliked])
-    return group_candidates(log.user[rows], days[rows], log.item[rows]), same_day
+    return group_candidates(log.user[rows], log.moments(context)[rows], log.item[rows]), same_day
 
 
 def verdict_start(log: EventLog, fit_until: int) -> int:
@@ -87,16 +87,16 @@ def verdict_start(log: EventLog, fit_until: int) -> int:
     return min(first_day + WARM_UP_DAYS, (first_day + fit_until) // 2)
 
 
-def group_candidates(user: np.ndarray, day: np.ndarray, items: np.ndarray) -> Candidates:
-    """Candidates from columns [E] in which equal (user, day) stand together."""
-    starts = np.flatnonzero((np.diff(user, prepend=-1) != 0) | (np.diff(day, prepend=-1) != 0))
+def group_candidates(user: np.ndarray, moment: np.ndarray, items: np.ndarray) -> Candidates:
+    """Candidates from columns [E], ``moment`` in seconds, in which equal (user, moment) stand together."""
+    starts = np.flatnonzero((np.diff(user, prepend=-1) != 0) | (np.diff(moment, prepend=-1) != 0))
     offsets = np.append(starts, len(user))
-    return Candidates(user[starts].astype(np.int32), day[starts].astype(np.int32), offsets, items.astype(np.int32))
+    return Candidates(user[starts].astype(np.int32), moment[starts].astype(np.int64), offsets, items.astype(np.int32))
 
 
 @dataclass(frozen=True)
 class VerdictInputs:
-    """Candidates as the policy reads them: one prompt a user-day, its candidates as completions."""
+    """Candidates as the policy reads them: one prompt a user and moment, its candidates as completions."""
 
     prompts: PromptBatch
     tokens: Tensor  # int64 [E, L + 1], codes and the verdict marker
@@ -105,12 +105,16 @@ class VerdictInputs:
 
 def read_candidates(engine: Engine, candidates: Candidates, view: int = MIXED) -> VerdictInputs:
     """Prompts, tokens and features of candidates, on the device."""
-    before = candidates.day - 1
     counts = np.diff(candidates.offsets)
-    batch = engine.prompts.build(candidates.user, before, view, counts, trending=False)
+    batch = engine.prompts.build(candidates.user, _day_before(candidates), view, counts, trending=False)
     codes = engine.prompts.item_token_ids[put(candidates.items, engine.device).long()]
     tokens = F.pad(codes, (0, 1), value=engine.policy.vocabulary.marker("verdict"))
     return VerdictInputs(batch, tokens, _on_device(engine, prior_features(engine, candidates)))
+
+
+def _day_before(candidates: Candidates) -> np.ndarray:
+    """The last day that prompts show, int32 [G]: the whole day before the moment's."""
+    return (candidates.moment // DAY - 1).astype(np.int32)
 
 
 def verdict_logits(policy: Policy, inputs: VerdictInputs) -> Tensor:
@@ -123,7 +127,7 @@ def verdict_logits(policy: Policy, inputs: VerdictInputs) -> Tensor:
 def prior_features(engine: Engine, candidates: Candidates) -> np.ndarray:
     """What the verdict's prior looks at, float64 [E, verdict_features]."""
     owner = candidates.group_of_item
-    return engine.features.rich(candidates.user[owner], candidates.items, candidates.day[owner])
+    return engine.features.rich(candidates.user[owner], candidates.items, candidates.moment[owner])
 
 
 @torch.no_grad()
@@ -139,7 +143,7 @@ def _on_device(engine: Engine, features: np.ndarray) -> Tensor:
 def fit_prior(engine: Engine) -> None:
     """Fits the verdict's prior to the first feedback of the train days: where training starts from."""
     candidates, labels = first_feedback_candidates(
-        engine.log, verdict_start(engine.log, engine.fit_until), engine.fit_until
+        engine.log, engine.config.history.context, verdict_start(engine.log, engine.fit_until), engine.fit_until
     )
     if 0 < labels.sum() < len(labels):
         fit(engine.policy.verdict_prior, prior_features(engine, candidates), labels, engine.config.train.seed)
@@ -150,7 +154,7 @@ def candidate_logits(engine: Engine, candidates: Candidates, view: int = MIXED) 
     """Verdict logits float64 [E] of candidates, in batches of similar prompt length."""
     out = np.empty(len(candidates.items))
     candidates = candidates.split(CANDIDATES_AT_ONCE)
-    ends = history_ends(engine.log, candidates.user, candidates.day - 1)
+    ends = history_ends(engine.log, candidates.user, _day_before(candidates))
     order = np.argsort(ends - engine.log.user_offsets[candidates.user], kind="stable")
     counts = np.diff(candidates.offsets)[order]
     batch_of = (np.cumsum(counts) - counts) // CANDIDATES_AT_ONCE

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from negfast.data.dataset import MANIFEST, date_of, day_of, file_record, refuse_data_folder
-from negfast.data.log import EventLog
+from negfast.data.log import DAY, EventLog
 from negfast.errors import InputError
 from negfast.files import check_input_file, check_table
 
@@ -49,10 +49,21 @@ def report_context_day(run: "RunFolder", log: EventLog, at: str | None) -> int:
     """`context_day`, printed to stderr; a note where the run learned from later events."""
     day = context_day(log, at)
     print(f"context: events up to the end of {date_of(day)}", file=sys.stderr)
-    if day + 1 < run.learned_until:
-        until = date_of(run.learned_until)
-        print(f"note: {run.path} learned from events before {until}, so its scores know of them", file=sys.stderr)
+    _note_later(run, (day + 1) * DAY)
     return day
+
+
+def report_context_moment(run: "RunFolder", log: EventLog, at: str | None) -> int:
+    """The moment (seconds) before which a verdict's events lie, printed to stderr: in a run of context "event" the
+    second ``at``, else as `report_context_day`. Raises InputError as `context_day`."""
+    if run.config.history.context == "day" or at is None:
+        return (report_context_day(run, log, at) + 1) * DAY
+    moment = min(int(_time_of(at).timestamp()), (int(log.day.max()) + 1) * DAY)
+    if moment <= log.time.min():
+        raise InputError(f"--at: found {at}, expected a time after the log's first event")
+    print(f"context: events before {datetime.fromtimestamp(moment, UTC):%Y-%m-%dT%H:%M:%S}", file=sys.stderr)
+    _note_later(run, moment)
+    return moment
 
 
 def context_day(log: EventLog, at: str | None) -> int:
@@ -62,15 +73,25 @@ def context_day(log: EventLog, at: str | None) -> int:
     first, last = int(log.day.min()), int(log.day.max())
     if at is None:
         return last
-    try:
-        when = datetime.fromisoformat(at)
-        when = when if when.tzinfo is None else when.astimezone(UTC)
-        day = day_of(when.date().isoformat()) - 1
-    except (ValueError, OverflowError) as error:
-        raise InputError(f"--at: found {at!r}, expected an ISO date or time such as 2013-08-01") from error
+    day = day_of(_time_of(at).date().isoformat()) - 1
     if day < first:
         raise InputError(f"--at: found {at}, expected a time after the log's first day {date_of(first)}")
     return min(day, last)
+
+
+def _time_of(at: str) -> datetime:
+    """In UTC. InputError for what is not a time."""
+    try:
+        when = datetime.fromisoformat(at)
+        return when.replace(tzinfo=UTC) if when.tzinfo is None else when.astimezone(UTC)
+    except (ValueError, OverflowError) as error:
+        raise InputError(f"--at: found {at!r}, expected an ISO date or time such as 2013-08-01") from error
+
+
+def _note_later(run: "RunFolder", moment: int) -> None:
+    if moment < run.learned_until * DAY:
+        until = date_of(run.learned_until)
+        print(f"note: {run.path} learned from events before {until}, so its scores know of them", file=sys.stderr)
 
 
 def source_of(run: "RunFolder", engine: "Engine") -> dict[str, Any]:

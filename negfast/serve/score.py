@@ -11,7 +11,7 @@ from negfast.data.log import EventLog
 from negfast.errors import InputError
 from negfast.files import locked
 from negfast.prepare.readers import Source, encode, file_columns, read_table, to_strings
-from negfast.serve.context import check_paths, quick_imports, report_context_day
+from negfast.serve.context import check_paths, quick_imports, report_context_moment
 from negfast.serve.parts import write_table
 
 ADDED = ("score", "abstain")
@@ -28,7 +28,7 @@ def score_run(
 
     ``score`` in [0, 1] is calibrated to be P(dislike | the user likes or dislikes the item), or, ``given`` "shown",
     P(dislike | the item is shown). Where ``abstain`` is true the model knows nothing and the score is null: the user or
-    the item is not in the data set, or up to the day neither has the user any event nor the item any like or dislike
+    the item is not in the data set, or before the moment the user has no event and the item no like or dislike
     (negfast's choice). Paths are checked first. Raises InputError for a missing file or column, for a table of which no
     user or no item is known, where the run cannot answer for ``given``, and as `RunFolder.finished_engine` does.
     """
@@ -45,11 +45,11 @@ def score_run(
         engine = folder.finished_engine(data, serving=True)
         user = index_of(source, "user", engine.data.user_ids)
         item = index_of(source, "item", engine.data.items.ids)
-        day = report_context_day(folder, engine.log, at)
-        answered = knows(engine.log, user, item, day)
+        moment = report_context_moment(folder, engine.log, at)
+        answered = knows(engine.log, user, item, moment)
         rows = np.flatnonzero(answered)
         rows = rows[np.argsort(user[rows], kind="stable")]
-        groups = group_candidates(user[rows], np.full(len(rows), day + 1), item[rows])
+        groups = group_candidates(user[rows], np.full(len(rows), moment), item[rows])
         probability = np.full(len(user), np.nan)
         if len(rows):
             probability[rows] = calibration.probability(candidate_logits(engine, groups))
@@ -61,9 +61,9 @@ def score_run(
         write_table(out, table.schema, [table])
 
 
-def knows(log: EventLog, user: np.ndarray, item: np.ndarray, day: int) -> np.ndarray:
-    """Whether anything is known of pairs of indices (-1: not in the data set) at the end of a day, bool [E]."""
-    past = log.day <= day
+def knows(log: EventLog, user: np.ndarray, item: np.ndarray, moment: int) -> np.ndarray:
+    """Whether anything is known of pairs of indices (-1: not in the data set) before a moment (seconds), bool [E]."""
+    past = log.time < moment
     active, judged = np.zeros(log.n_users + 1, bool), np.zeros(log.n_items + 1, bool)
     active[log.user[past]] = True
     judged[log.item[past & log.judged]] = True

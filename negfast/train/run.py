@@ -9,7 +9,7 @@ from typing import Any
 from negfast.errors import InputError
 from negfast.evaluate.eval import evaluate_folder, write_report
 from negfast.evaluate.predictions import calibrate, calibrate_shown
-from negfast.evaluate.sets import check_choosable, evaluation_set
+from negfast.evaluate.sets import check_choosable, engine_set
 from negfast.files import locked
 from negfast.kernels import VOCABULARY, implementations
 from negfast.model.fused_layers import stock_because
@@ -152,7 +152,7 @@ def _run_stages(run: RunFolder, engine: Engine) -> None:
     validations: dict[str, Validation] = {}
     every = {"sft": engine.config.sft.validate_every, "grpo": engine.config.grpo.validate_every}
     if refit is None:
-        valid = evaluation_set(engine.log, engine.split, "valid")
+        valid = engine_set(engine, "valid")
         check_choosable(valid)
         validations = {"sft": Validation(engine, valid, SCALES), "grpo": Validation(engine, valid, by_reward=True)}
     for number, name in enumerate(names):
@@ -184,7 +184,7 @@ def _run_stages(run: RunFolder, engine: Engine) -> None:
 
 def _finish(run: RunFolder, engine: Engine) -> None:
     if run.refit is None:
-        valid = evaluation_set(engine.log, engine.split, "valid")
+        valid = engine_set(engine, "valid")
         with sharding.gathered(engine.policy):
             state = distributed.from_first(lambda: _calibrations(calibrate(engine, valid), calibrate_shown(engine)))
     else:

@@ -113,7 +113,7 @@ def _start(run: RunFolder, settings: Config, options: TrainOptions) -> None:
     _check_quantizer(dataset, settings.sid.quantizer, options.data is None)
     torch.manual_seed(settings.train.seed)
     shape = dataset.codes.shape[1], int(dataset.manifest["semantic_ids"]["codebook"])
-    verdict_features = history_features(dataset, dataset.valid_day).width
+    verdict_features = history_features(dataset, dataset.valid_day, settings.history.context).width
     if options.init is None:
         texts = [text for text in dataset.items.text if text.strip()]
         policy, tokenizer = build_policy(settings.model, options.model, texts, *shape, verdict_features)

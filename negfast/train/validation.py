@@ -45,8 +45,10 @@ class Validation:
         self.requests = valid.requests.take(rows)
         self.rewards = reward_table(engine, self.requests)
         events = np.sort(rng.permutation(len(valid.filter_user))[: size * 8])
-        order = events[np.lexsort((valid.filter_day[events], valid.filter_user[events]))]
-        self.candidates = group_candidates(valid.filter_user[order], valid.filter_day[order], valid.filter_item[order])
+        order = events[np.lexsort((valid.filter_moment[events], valid.filter_user[events]))]
+        self.candidates = group_candidates(
+            valid.filter_user[order], valid.filter_moment[order], valid.filter_item[order]
+        )
         self.labels = valid.filter_dislike[order]
 
     def __call__(self) -> dict[str, float]:

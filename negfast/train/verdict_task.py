@@ -34,10 +34,12 @@ class VerdictTask:
     """Verdicts on the first feedback of train days."""
 
     def __init__(self, engine: Engine, batch: int, among: np.ndarray | None = None) -> None:
-        """``batch``: user-days a step; ``among`` bool [I]: of these items alone."""
+        """``batch``: users at moments a step; ``among`` bool [I]: of these items alone."""
         start = verdict_start(engine.log, engine.fit_until)
         self.engine, self.batch = engine, batch
-        self.candidates, self.labels = first_feedback_candidates(engine.log, start, engine.fit_until, among)
+        self.candidates, self.labels = first_feedback_candidates(
+            engine.log, engine.config.history.context, start, engine.fit_until, among
+        )
 
     def read(self, step: int, micro_batch: MicroBatch = WHOLE) -> VerdictBatch:
         """The micro-batch's user-days of a step."""

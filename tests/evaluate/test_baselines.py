@@ -8,9 +8,10 @@ import pytest
 
 from negfast.data.features import HistoryFeatures
 from negfast.data.items import ItemTable
-from negfast.data.log import DISLIKE, EXPOSED, LIKE, EventLog
+from negfast.data.log import DAY, DISLIKE, EXPOSED, LIKE, EventLog
 from negfast.data.split import all_requests, split_requests
 from negfast.evaluate.baselines import baseline_predictions
+from negfast.evaluate.baselines.rates import fit_scorers
 from negfast.evaluate.predictions import TOP, Predictions, check_generated, threshold_for_share
 from negfast.evaluate.sets import EvalSet, evaluation_set
 from negfast.evaluate.table import evaluate_rows
@@ -108,12 +109,12 @@ def last_feedback(log: EventLog, day: int) -> dict[tuple[int, int], tuple[bool, 
 def test_features_count_the_last_feedback_of_a_pair(random_log: MakeLog, random_items: MakeItems) -> None:
     log, items = random_log(4, n_users=15, n_items=20, n_events=900), random_items(4, 20)
     prior, prior_value = 0.25, 3.0
-    features = HistoryFeatures(log, items, prior, prior_value)
+    features = HistoryFeatures(log, items, prior, prior_value, "day")
     rng = np.random.default_rng(0)
     n = 150
     user, item = rng.integers(0, 15, n), rng.integers(0, 20, n)
     day = rng.integers(15_000 - 2, 15_000 + 63, n)
-    full = features.full(user, item, day)
+    full = features.full(user, item, day * DAY)
 
     def rate(pairs: list[tuple[bool, float]]) -> float:
         return (sum(d for d, _ in pairs) + 5 * prior) / (len(pairs) + 5)
@@ -139,14 +140,19 @@ def test_features_count_the_last_feedback_of_a_pair(random_log: MakeLog, random_
             np.testing.assert_allclose(full[q, column], np.mean(rates) if rates else np.nan, rtol=1e-9)
         assert full[q, 9:13].sum() == len(genres)
         assert full[q, 15] == float(items.attributes["year"][item[q]][0])
-    assert features.item_rate(item, day) == pytest.approx(1 / (1 + np.exp(-full[:, 0])))
-    assert features.user_rate(user, day) == pytest.approx(1 / (1 + np.exp(-full[:, 1])))
+    assert features.item_rate(item, day * DAY) == pytest.approx(1 / (1 + np.exp(-full[:, 0])))
+    assert features.user_rate(user, day * DAY) == pytest.approx(1 / (1 + np.exp(-full[:, 1])))
 
 
 def altered_after(log: EventLog, day: int, seed: int = 0) -> EventLog:
     """The same log up to the end of ``day``; after it other items, other feedback, other values."""
+    return altered_from(log, (day + 1) * DAY, seed)
+
+
+def altered_from(log: EventLog, moment: int, seed: int = 0) -> EventLog:
+    """The same log before ``moment``; from it on other items, other feedback, other values."""
     rng = np.random.default_rng(seed)
-    late = np.flatnonzero(log.day > day)
+    late = np.flatnonzero(log.time >= moment)
     item, feedback = log.item.copy(), log.feedback.copy()
     item[late] = rng.permutation(item[late])
     feedback[late] = np.where(feedback[late] == DISLIKE, LIKE, DISLIKE)
@@ -165,7 +171,7 @@ def differing(a: Predictions, b: Predictions, evalset: EvalSet, first: int, last
 
     rows = {
         "generated": within(evalset.requests.day),
-        "filter_score": within(evalset.filter_day - 1),
+        "filter_score": within(evalset.filter_moment // DAY - 1),
         "pool_score": within(evalset.pool_day),
     }
     assert all(chosen.sum() > 5 for chosen in rows.values())
@@ -195,6 +201,19 @@ def test_no_baseline_reads_the_future(random_log: MakeLog, random_items: MakeIte
         assert all(differing(answer, other[name], test, day - 3, day).values()), name
 
 
+def test_in_event_context_all_before_the_second_counts(random_log: MakeLog, random_items: MakeItems) -> None:
+    """Rates see the same day's earlier events; nothing of the second itself or later changes an answer."""
+    log, items = random_log(13, n_users=60, n_items=80, n_events=5000), random_items(13, 80)
+    moment = int(np.sort(log.time[log.day == TEST])[20])
+    user, item = (grid.ravel() for grid in np.meshgrid(np.arange(60), np.arange(80)))
+    asked = user, item, np.full(len(user), moment)
+    truth = fit_scorers(log, items, VALID, "event")
+    for start, same in ((moment, True), (TEST * DAY, False)):
+        other = fit_scorers(altered_from(log, start), items, VALID, "event")
+        for name, score in truth.items():
+            assert (score(*asked) == other[name](*asked)).all() == same, name
+
+
 @pytest.mark.job
 def test_nothing_fitted_sees_the_days_after_the_fit(random_log: MakeLog, random_items: MakeItems) -> None:
     """Contexts that end where the fit does are answered alike, whatever happens from then on; a refit differs."""
@@ -202,9 +221,9 @@ def test_nothing_fitted_sees_the_days_after_the_fit(random_log: MakeLog, random_
     items = random_items(12, 80)
     _, test = sets_of(log)
     first_day = {
-        "filter_user": test.filter_user[test.filter_day == TEST],
-        "filter_item": test.filter_item[test.filter_day == TEST],
-        "filter_day": test.filter_day[test.filter_day == TEST],
+        "filter_user": test.filter_user[test.filter_moment == TEST * DAY],
+        "filter_item": test.filter_item[test.filter_moment == TEST * DAY],
+        "filter_moment": test.filter_moment[test.filter_moment == TEST * DAY],
     }
     small = replace(test, **first_day)
     (refit,) = baseline_predictions(log, items, [small], TEST)
@@ -234,9 +253,9 @@ def test_contexts_do_not_depend_on_the_future(random_log: MakeLog, seed: int) ->
             request = {(u, d): p for u, d, p in zip(x.requests.user, x.requests.day, x.past_dislike, strict=True)}
             for u, d, p in zip(y.requests.user, y.requests.day, y.past_dislike, strict=True):
                 assert d > day or request.get((u, d), p) == p
-        known = old.filter_day <= day
-        assert (old.filter_user[known] == new.filter_user[new.filter_day <= day]).all()
-        assert (old.filter_past_dislike[known] == new.filter_past_dislike[new.filter_day <= day]).all()
+        known = old.filter_moment <= day * DAY
+        assert (old.filter_user[known] == new.filter_user[new.filter_moment <= day * DAY]).all()
+        assert (old.filter_past_dislike[known] == new.filter_past_dislike[new.filter_moment <= day * DAY]).all()
 
 
 def test_a_log_without_values_and_attributes(random_log: MakeLog) -> None:

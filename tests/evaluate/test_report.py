@@ -199,8 +199,8 @@ def test_past_dislikes():
         np.array([0, 3, 5]), np.arange(5), np.array([DISLIKE, LIKE, DISLIKE, DISLIKE, LIKE], np.uint8),
         np.array([1, 2, 4, 3, 3]) * 86_400, None, 5,
     )  # fmt: skip
-    user, day = np.array([0, 0, 0, 1, 1]), np.array([0, 3, 4, 2, 3])
-    assert past_dislikes(log, user, day).tolist() == [0, 1, 2, 0, 1]
+    user, moment = np.array([0, 0, 0, 1, 1]), np.array([1, 4, 5, 3, 4]) * 86_400
+    assert past_dislikes(log, user, moment).tolist() == [0, 1, 2, 0, 1]
 
 
 @given(low=st.floats(-1e6, 1e6), width=st.floats(0, 1e6))

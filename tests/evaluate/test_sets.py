@@ -43,7 +43,7 @@ def test_filter_events_are_first_feedback(random_log: MakeLog, seed: int) -> Non
             for (user, item), (day, feedback) in first.items()
             if start <= day < stop
         )
-        columns = (evalset.filter_day, evalset.filter_user, evalset.filter_item, evalset.filter_dislike)
+        columns = (evalset.filter_moment // DAY, evalset.filter_user, evalset.filter_item, evalset.filter_dislike)
         assert list(zip(*(column.tolist() for column in columns), strict=True)) == expected
         dislike_days = {user: [d for u, _, f, d in events_of(log) if u == user and f == DISLIKE] for user in range(40)}
         assert evalset.filter_past_dislike.tolist() == [
@@ -53,6 +53,27 @@ def test_filter_events_are_first_feedback(random_log: MakeLog, seed: int) -> Non
             any(d <= day for d in dislike_days[user])
             for user, day in zip(evalset.requests.user.tolist(), evalset.requests.day.tolist(), strict=True)
         ]
+
+
+def test_the_filter_in_event_context(random_log: MakeLog) -> None:
+    """The same events as in day context, each asked at its second."""
+    log = random_log(0)
+    split, _, by_day = sets_of(log)
+    by_event = evaluation_set(log, split, "test", context="event")
+    rows = {
+        evalset.context: sorted(
+            zip(evalset.filter_user, evalset.filter_item, evalset.filter_moment // DAY, strict=True)
+        )
+        for evalset in (by_day, by_event)
+    }
+    assert rows["day"] == rows["event"]
+    for user, item, moment, past in zip(
+        by_event.filter_user, by_event.filter_item, by_event.filter_moment, by_event.filter_past_dislike, strict=True
+    ):
+        own = slice(log.user_offsets[user], log.user_offsets[user + 1])
+        assert moment in log.time[own][log.item[own] == item]
+        assert past == ((log.feedback[own] == DISLIKE) & (log.time[own] < moment)).any()
+    assert by_event.filter_past_dislike.sum() >= by_day.filter_past_dislike.sum()
 
 
 def test_a_valid_split_that_chooses_nothing_is_refused(random_log: MakeLog) -> None:

@@ -32,8 +32,8 @@ BOOSTED_PLUS = BOOSTED | {"max_iter": 300, "max_leaf_nodes": 7, "min_samples_lea
 
 _SMALL = 500_000  # rows
 
-Scorer = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # users, items, days -> probability
-Features = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # users, items, days -> columns [Q, C]
+Scorer = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # users, items, moments -> probability
+Features = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # users, items, moments -> columns [Q, C]
 
 
 def rate_predictions(
@@ -46,11 +46,11 @@ def rate_predictions(
     the design, ``boosted-plus`` all that the model's verdict sees. The fitted ones are left out when the events to fit
     on hold one class only.
     """
-    scorers = fit_scorers(log, items, fit_until)
+    scorers = fit_scorers(log, items, fit_until, evalsets[0].context)
     return [
         {
             name: Predictions(
-                filter_score=score(evalset.filter_user, evalset.filter_item, evalset.filter_day),
+                filter_score=score(evalset.filter_user, evalset.filter_item, evalset.filter_moment),
                 filter_is_probability=True,
                 pool_score=None if name == "user-rate" else _score_pools(evalset, score),
                 kind="baseline",
@@ -61,8 +61,8 @@ def rate_predictions(
     ]
 
 
-def fit_scorers(log: EventLog, items: ItemTable, fit_until: int) -> dict[str, Scorer]:
-    """The dislike probability of (user, item) from events of days before ``day``, by each baseline."""
+def fit_scorers(log: EventLog, items: ItemTable, fit_until: int, context: str) -> dict[str, Scorer]:
+    """The dislike probability of (user, item) from events before the moment in ``context``, by each baseline."""
     events = first_feedback(log)
     days = log.day
     events = events[days[events] < fit_until]
@@ -73,17 +73,18 @@ def fit_scorers(log: EventLog, items: ItemTable, fit_until: int) -> dict[str, Sc
         items,
         prior_rate=float(dislike.mean()) if len(events) else 0.5,
         prior_value=float(value[np.isfinite(value)].mean()) if np.isfinite(value).any() else 0.0,
+        context=context,
     )
     scorers: dict[str, Scorer] = {
-        "item-rate": lambda user, item, day: features.item_rate(item, day),
-        "user-rate": lambda user, item, day: features.user_rate(user, day),
+        "item-rate": lambda user, item, moment: features.item_rate(item, moment),
+        "user-rate": lambda user, item, moment: features.user_rate(user, moment),
     }
     # Of a short log at most 40 % is left out.
     fitted = days[events] - days.min() >= min(WARM_UP, int(0.4 * (fit_until - days.min())))
     events, dislike = events[fitted], dislike[fitted]
     if dislike.all() or not dislike.any():
         return scorers
-    asked = (log.user[events], log.item[events], days[events])
+    asked = (log.user[events], log.item[events], log.moments(context)[events])
     logistic = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     logistic.fit(features.simple(*asked), dislike)
     scorers["logistic"] = lambda *pair: logistic.predict_proba(features.simple(*pair))[:, 1]
@@ -95,14 +96,14 @@ def fit_scorers(log: EventLog, items: ItemTable, fit_until: int) -> dict[str, Sc
 def _boosted(
     settings: dict[str, Any], columns: Features, asked: tuple[np.ndarray, np.ndarray, np.ndarray], dislike: np.ndarray
 ) -> Scorer:
-    """Boosted trees on the feature columns of the (user, item, day) asked."""
+    """Boosted trees on the feature columns of the (user, item, moment) asked."""
     model = HistGradientBoostingClassifier(**settings, early_stopping=False, random_state=0)
     with _threads(len(dislike)):
         model.fit(columns(*asked), dislike)
 
-    def score(user: np.ndarray, item: np.ndarray, day: np.ndarray) -> np.ndarray:
+    def score(user: np.ndarray, item: np.ndarray, moment: np.ndarray) -> np.ndarray:
         with _threads(len(user)):
-            return model.predict_proba(columns(user, item, day))[:, 1]
+            return model.predict_proba(columns(user, item, moment))[:, 1]
 
     return score
 
@@ -114,5 +115,5 @@ def _threads(rows: int) -> threadpool_limits:
 
 def _score_pools(evalset: EvalSet, score: Scorer) -> np.ndarray:
     n, size = evalset.pool_items.shape
-    day = np.repeat(evalset.pool_day + 1, size)  # a pool's context includes its request's day
-    return score(np.repeat(evalset.pool_user, size), evalset.pool_items.ravel(), day).reshape(n, size)
+    moment = np.repeat(evalset.pool_moment, size)
+    return score(np.repeat(evalset.pool_user, size), evalset.pool_items.ravel(), moment).reshape(n, size)

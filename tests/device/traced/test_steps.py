@@ -135,7 +135,7 @@ def test_lists(with_policy, open_job):
 def test_verdicts(open_job):
     job = open_job()
     log = job.engine.log
-    candidates, _ = first_feedback_candidates(log, int(log.day.max()) - 5, int(log.day.max()))
+    candidates, _ = first_feedback_candidates(log, "day", int(log.day.max()) - 5, int(log.day.max()))
     job.trace.reset()
     candidate_logits(job.engine, candidates)
     assert dict(job.trace.waits) == {("negfast/runtime/verdict.py", "candidate_logits"): 1}
