@@ -4,7 +4,8 @@ Every figure is the median of several runs from a warm page cache. A run opens t
 verified in it, and what it gave is compared with the truth. On two cores negfast uses two threads and a peer two
 processes with half of the users each, which write to shared memory.
 
-Our write includes making the file durable (fsync); no peer does that.
+Our write includes making the file durable (fsync); no peer does that. ``histories`` is what a trainer's batch needs
+and no peer has: positions, and the seen items of one request at the end of each history.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -28,12 +29,13 @@ from typing import Any
 import numpy as np
 
 from bench.machine import device_name, versions, write_result
-from bench.sequences import Sequences, make_sequences
+from bench.sequences import CODEBOOK, Sequences, make_sequences
 from bench.shard_peers import Peer, installed_peers
 from negfast.data.log import DAY, EventLog
-from negfast.data.shards import describe_shard, open_shard, write_shard
+from negfast.data.shards import PackedHistories, describe_shard, open_shard, write_shard
+from negfast.sid.trie import build_trie
 
-BATCH_USERS = 1024  # of a random read
+BATCH_USERS = 1024  # of a random read, and of a batch of packed histories
 HIGHER_IS_BETTER = "write_mev_s", "sequential_mev_s", "random_users_s", "packed_mtok_s"
 PACKAGES = "negfast", "numpy", "pyarrow", "zstandard", "datasets", "mosaicml-streaming", "litdata"
 
@@ -44,7 +46,7 @@ class Contender:
 
     system: str
     case: dict[str, Any]
-    steps: dict[str, Callable[[], Any]]  # write, sequential, random, packed
+    steps: dict[str, Callable[[], Any]]  # write, sequential, random, packed; of negfast also histories
     checks: dict[str, Callable[[], None]]
     before_write: Callable[[], None]
     bytes_written: Callable[[], int]
@@ -56,6 +58,7 @@ class Bench:
 
     def __init__(self, data: Sequences, folder: Path) -> None:
         self.log, self.codes, self.folder = data.log, data.codes, folder
+        self.item_nodes = build_trie(data.codes, CODEBOOK).item_nodes
         n = len(data.log)
         self.out = _shared(n, np.int32), _shared(n, np.uint8), _shared(n, np.int64)
         self.tokens = _shared(n * data.codes.shape[1], np.uint16).reshape(n, -1)
@@ -84,6 +87,20 @@ class Bench:
         found = (column[at : at + len(events)] for column in self.out)
         if not all(np.array_equal(f, t) for f, t in zip(found, truth, strict=True)):
             raise AssertionError("random reads gave something else than was written")
+
+    def check_histories(self, batches: Iterator[PackedHistories]) -> None:
+        """The batches are the histories of all users in the order of random reads."""
+        at = 0
+        for packed in batches:
+            users = self.order[at : at + len(packed.prefix)]
+            ends = list(zip(self.log.user_offsets[users], self.log.user_offsets[users + 1], strict=True))
+            items = np.concatenate([np.append(-1, self.log.item[first:last]) for first, last in ends])
+            seen = np.concatenate([np.unique(self.log.item[first:last]) for first, last in ends])
+            if not (np.array_equal(packed.item, items) and np.array_equal(packed.seen_item, seen)):
+                raise AssertionError("packed histories are not those of the users")
+            at += len(users)
+        if at != len(self.order):
+            raise AssertionError(f"found {at} packed histories, expected {len(self.order)}")
 
 
 def run(users: int = 200_000, repeats: int = 5, out: Path | None = None) -> dict[str, Any]:
@@ -140,6 +157,8 @@ def measure(bench: Bench, contenders: list[Contender], repeats: int) -> list[dic
             "random_users_s": contender.random_users / median["random"],
             "packed_mtok_s": n * bench.codes.shape[1] / median["packed"] / 1e6,
         }
+        if "histories" in median:
+            row["histories_mpos_s"] = (n + contender.case["users"]) / median["histories"] / 1e6
         print(_line(row), flush=True)
         rows.append(row)
     return rows
@@ -157,6 +176,21 @@ def negfast_contender(bench: Bench, cores: int, resolution: str, time_unit: int)
             offsets, *_ = shard.get_many(batch, cores, (item[at:], sign[at:], time[at:]))
             at += int(offsets[-1])
 
+    def pack_histories() -> Iterator[PackedHistories]:
+        shard, end = open_shard(path), int(log.time.max()) + 1
+        for first in range(0, len(users), BATCH_USERS):
+            batch = users[first : first + BATCH_USERS]
+            yield shard.pack(
+                users=batch,
+                first=np.zeros(len(batch), np.int64),
+                views=np.full(len(batch), 3, np.uint8),  # all events shown
+                branch_history=np.arange(len(batch), dtype=np.int32),
+                moments=np.full(len(batch), end),
+                requests=np.ones(len(batch), bool),
+                item_nodes=bench.item_nodes,
+                threads=cores,
+            )
+
     return Contender(
         "negfast",
         {"cores": cores, "resolution": resolution, "users": log.n_users, "events": len(log), "checksums": True},
@@ -165,11 +199,13 @@ def negfast_contender(bench: Bench, cores: int, resolution: str, time_unit: int)
             "sequential": lambda: open_shard(path).get_many(None, cores, bench.out),
             "random": read_random,
             "packed": lambda: open_shard(path).tokens(None, bench.codes, cores, bench.tokens),
+            "histories": lambda: deque(pack_histories(), maxlen=0),
         },
         {
             "sequential": lambda: bench.check_sequential(log, time_unit),
             "random": lambda: bench.check_random(log, bench.order, 0, time_unit),
             "packed": lambda: bench.check_tokens(log),
+            "histories": lambda: bench.check_histories(pack_histories()),
         },
         lambda: path.unlink(missing_ok=True),
         lambda: path.stat().st_size,
@@ -340,9 +376,10 @@ def _ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _line(row: dict[str, Any]) -> str:
     case = row["case"]
+    histories = f"  histories {row['histories_mpos_s']:5.1f} Mpos/s" if "histories_mpos_s" in row else ""
     return (
         f"{row['system']:<18} {case['cores']} core{'s' if case['cores'] > 1 else ' '} {case['resolution']:<7}"
         f" {row['bytes_per_event']:7.3f} B/event  write {row['write_mev_s']:6.1f} Mev/s"
         f"  sequential {row['sequential_mev_s']:6.1f} Mev/s  random {row['random_users_s']:9.0f} users/s"
-        f"  packed {row['packed_mtok_s']:6.0f} Mtok/s"
+        f"  packed {row['packed_mtok_s']:6.0f} Mtok/s{histories}"
     )

@@ -100,41 +100,28 @@ void shard_read_rows(const Shard& shard, Column<int32_t> users, Column<int64_t> 
   shard.read_rows(view(users), offsets.data(), table.data(), table.shape(1), out.data(), threads);
 }
 
-PackedParts shard_pack(const Shard& shard, Column<int32_t> users, Column<int64_t> cut, Column<uint8_t> views,
-                     int64_t like_cap, int64_t dislike_cap, Table<int32_t> item_tokens, Table<int32_t> item_nodes,
-                     std::vector<int32_t> markers, Table<int32_t> trending, Column<int32_t> trending_row,
-                     Column<int32_t> tail, bool timeline, unsigned threads) {
-  same_length(cut.size(), users.size(), "cut");
+PackedParts shard_pack(const Shard& shard, Column<int32_t> users, Column<int64_t> first, Column<uint8_t> views,
+                       Column<int32_t> branch_history, Column<int64_t> moments, Column<uint8_t> requests,
+                       Table<int32_t> item_nodes, unsigned threads) {
+  same_length(first.size(), users.size(), "first");
   same_length(views.size(), users.size(), "views");
-  same_length(trending_row.size(), users.size(), "trending_row");
-  same_length(tail.size(), users.size(), "tail");
-  same_length(markers.size(), 3, "markers");
-  same_length(item_nodes.shape(0), item_tokens.shape(0), "item_nodes");
-  same_length(item_nodes.shape(1), item_tokens.shape(1), "levels of item_nodes");
-  const PackRequests requests{view(users), cut.data(), views.data(), trending_row.data(), tail.data()};
-  const PackLayout layout{like_cap,
-                          dislike_cap,
-                          item_tokens.data(),
-                          item_nodes.data(),
-                          static_cast<int>(item_tokens.shape(1)),
-                          item_tokens.shape(0),
-                          markers[0],
-                          markers[1],
-                          markers[2],
-                          trending.data(),
-                          static_cast<int64_t>(trending.shape(0)),
-                          static_cast<int64_t>(trending.shape(1)),
-                          timeline};
+  same_length(moments.size(), branch_history.size(), "moments");
+  same_length(requests.size(), branch_history.size(), "requests");
+  const PackHistories histories{view(users), first.data(), views.data()};
+  const PackBranches branches{view(branch_history), moments.data(), requests.data()};
+  const ItemNodes nodes{item_nodes.data(), item_nodes.shape(0), static_cast<int>(item_nodes.shape(1))};
   nb::gil_scoped_release release;
-  return pack(shard, requests, layout, threads);
+  return pack(shard, histories, branches, nodes, threads);
 }
 
-void write_packed(const PackedParts& parts, Output<int32_t> tokens, Output<int32_t> cu_seqlens,
+void write_packed(const PackedParts& parts, Output<int32_t> item, Output<uint8_t> feedback, Output<uint8_t> gap,
+                  Output<int32_t> cu_seqlens, Output<int32_t> prefix, Output<uint8_t> branch_gap,
                   Output<int32_t> seen_item, Output<int32_t> seen_cu, std::vector<Output<int32_t>> node,
                   std::vector<Output<int32_t>> request, std::vector<Output<int32_t>> count,
                   std::vector<Output<int32_t>> slot, unsigned threads) {
-  auto room = [](const Output<int32_t>& array) { return std::span<int32_t>(array.data(), array.size()); };
-  PackedRoom all{room(tokens), room(cu_seqlens), room(seen_item), room(seen_cu), {}};
+  auto room = [](const auto& array) { return std::span(array.data(), array.size()); };
+  PackedRoom all{room(item),   room(feedback),   room(gap),       room(cu_seqlens),
+                 room(prefix), room(branch_gap), room(seen_item), room(seen_cu),    {}};
   for (const auto* arrays : {&node, &request, &count, &slot})
     same_length(arrays->size(), parts.nodes().size(), "levels");
   for (size_t level = 0; level < node.size(); ++level)
@@ -193,6 +180,8 @@ NB_MODULE(_core, m) {
     }
   });
 
+  m.attr("START") = kStart;
+  m.attr("GAPS") = kGaps;
   m.def("write_histories", &write_histories, "path"_a, "offsets"_a, "item"_a, "feedback"_a, "time"_a, "user_list"_a,
         "users"_a, "items"_a, "time_unit"_a, "threads"_a);
 
@@ -202,12 +191,14 @@ NB_MODULE(_core, m) {
       .def("write", &write_sorted, "path"_a, "users"_a, "items"_a, "time_unit"_a, "threads"_a);
 
   nb::class_<PackedParts>(m, "PackedParts")
+      .def_prop_ro("histories", &PackedParts::histories)
+      .def_prop_ro("positions", &PackedParts::positions)
+      .def_prop_ro("branches", &PackedParts::branches)
       .def_prop_ro("requests", &PackedParts::requests)
-      .def_prop_ro("tokens", &PackedParts::tokens)
       .def_prop_ro("seen", &PackedParts::seen)
       .def_prop_ro("nodes", &PackedParts::nodes)
-      .def("write", &write_packed, "tokens"_a, "cu_seqlens"_a, "seen_item"_a, "seen_cu"_a, "seen_node"_a,
-           "seen_request"_a, "seen_count"_a, "seen_slot"_a, "threads"_a);
+      .def("write", &write_packed, "item"_a, "feedback"_a, "gap"_a, "cu_seqlens"_a, "prefix"_a, "branch_gap"_a,
+           "seen_item"_a, "seen_cu"_a, "seen_node"_a, "seen_request"_a, "seen_count"_a, "seen_slot"_a, "threads"_a);
 
   nb::class_<Shard>(m, "Shard")
       .def(nb::init<const std::vector<std::string>&>(), "paths"_a, nb::call_guard<nb::gil_scoped_release>())
@@ -218,7 +209,6 @@ NB_MODULE(_core, m) {
       .def("offsets", &shard_offsets, "users"_a, "out"_a)
       .def("read", &shard_read, "users"_a, "offsets"_a, "item"_a, "feedback"_a, "time"_a, "threads"_a)
       .def("read_rows", &shard_read_rows, "users"_a, "offsets"_a, "table"_a, "out"_a, "threads"_a)
-      .def("pack", &shard_pack, nb::kw_only(), "users"_a, "cut"_a, "views"_a, "like_cap"_a, "dislike_cap"_a,
-           "item_tokens"_a, "item_nodes"_a, "markers"_a, "trending"_a, "trending_row"_a, "tail"_a, "timeline"_a,
-           "threads"_a);
+      .def("pack", &shard_pack, nb::kw_only(), "users"_a, "first"_a, "views"_a, "branch_history"_a, "moments"_a,
+           "requests"_a, "item_nodes"_a, "threads"_a);
 }

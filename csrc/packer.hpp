@@ -1,4 +1,4 @@
-// From requests to what the trainer reads: prompt tokens without padding, and the trie nodes of seen items.
+// From histories and branches to what the trainer reads: positions without padding, and the trie nodes of seen items.
 #pragma once
 
 #include <cstdint>
@@ -9,24 +9,25 @@
 
 namespace negfast {
 
-struct PackRequests {
+constexpr uint8_t kStart = 4;  // feedback of the position that starts a history
+constexpr int kGaps = 24;      // buckets of the time since the event before
+
+struct PackHistories {
   std::span<const int32_t> users;  // [B]
-  const int64_t* cut;              // [B] events before this time, in seconds, are the context
-  const uint8_t* views;            // [B] bit 0: likes shown, bit 1: dislikes shown
-  const int32_t* trending_row;     // [B] row of the trending table, -1: no segment
-  const int32_t* tail;             // [B] last token of the prompt, -1: none
+  const int64_t* first;            // [B] first event, counted within the user's events
+  const uint8_t* views;            // [B] bit 0: likes shown, bit 1: dislikes shown, both: all events shown
 };
 
-struct PackLayout {
-  int64_t like_cap, dislike_cap;  // most recent ones kept
-  const int32_t* item_tokens;     // [items, levels]
-  const int32_t* item_nodes;      // [items, levels] nodes are numbered in lexicographic order in every level
-  int levels;
+struct PackBranches {
+  std::span<const int32_t> history;  // [A] ascending
+  const int64_t* moments;            // [A] seconds; events before this are seen
+  const uint8_t* requests;           // [A] not 0: the seen items are wanted
+};
+
+struct ItemNodes {
+  const int32_t* nodes;  // [items, levels] numbered in lexicographic order in every level
   uint64_t items;
-  int32_t likes_marker, dislikes_marker, trending_marker;
-  const int32_t* trending;        // [days, trending_width] items, -1 padded
-  int64_t trending_days, trending_width;
-  bool timeline;                  // likes and dislikes together in order of time, not one after the other
+  int levels;
 };
 
 // The nodes of one level above (or at) the seen items of each request, ordered by (request, node).
@@ -36,11 +37,14 @@ struct SeenLevel {
 };
 
 struct Packed {
-  std::vector<int32_t> tokens;     // [T]
-  std::vector<int32_t> cu_seqlens;  // [B + 1]
-  std::vector<int32_t> seen_item;  // [S] distinct items with an event before the cut, increasing within a request
-  std::vector<int32_t> seen_cu;    // [B + 1]
-  std::vector<SeenLevel> seen;     // [levels]
+  std::vector<int32_t> item;           // [T] -1 at a start
+  std::vector<uint8_t> feedback, gap;  // [T]
+  std::vector<int32_t> cu_seqlens;     // [B + 1]
+  std::vector<int32_t> prefix;         // [A] positions of its history that a branch sees
+  std::vector<uint8_t> branch_gap;     // [A]
+  std::vector<int32_t> seen_item;      // [S] distinct items of the user before the moment, increasing within a request
+  std::vector<int32_t> seen_cu;        // [R + 1]
+  std::vector<SeenLevel> seen;         // [levels]
 };
 
 // Room for a Packed in memory of the caller's.
@@ -48,17 +52,23 @@ struct PackedRoom {
   struct Level {
     std::span<int32_t> node, request, count, slot;
   };
-  std::span<int32_t> tokens, cu_seqlens, seen_item, seen_cu;
+  std::span<int32_t> item;
+  std::span<uint8_t> feedback, gap;
+  std::span<int32_t> cu_seqlens, prefix;
+  std::span<uint8_t> branch_gap;
+  std::span<int32_t> seen_item, seen_cu;
   std::vector<Level> seen;
 };
 
-// Packed requests, in the parts that tasks made of them: how large they are is known before they are put together.
+// Packed histories, in the parts that tasks made of them: how large they are is known before they are put together.
 class PackedParts {
  public:
-  PackedParts(std::vector<Packed> parts, uint64_t requests, int levels);
+  PackedParts(std::vector<Packed> parts, int levels);
 
+  uint64_t histories() const { return histories_; }
+  uint64_t positions() const { return positions_; }
+  uint64_t branches() const { return branches_; }
   uint64_t requests() const { return requests_; }
-  uint64_t tokens() const { return tokens_; }
   uint64_t seen() const { return seen_; }
   const std::vector<uint64_t>& nodes() const { return nodes_; }  // of every level
 
@@ -67,11 +77,12 @@ class PackedParts {
 
  private:
   std::vector<Packed> parts_;
-  uint64_t requests_, tokens_ = 0, seen_ = 0;
+  uint64_t histories_ = 0, positions_ = 0, branches_ = 0, requests_ = 0, seen_ = 0;
   std::vector<uint64_t> nodes_;
 };
 
-// Throws ShardError for requests that do not fit the shard or the tables, and for a damaged shard.
-PackedParts pack(const Shard& shard, const PackRequests& requests, const PackLayout& layout, unsigned threads);
+// Throws ShardError for histories, branches or nodes that do not fit the shard or each other, and for a damaged shard.
+PackedParts pack(const Shard& shard, const PackHistories& histories, const PackBranches& branches,
+                 const ItemNodes& item_nodes, unsigned threads);
 
 }  // namespace negfast

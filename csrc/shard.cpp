@@ -19,8 +19,6 @@ Shard::Shard(const std::vector<std::string>& paths) {
     users_ = std::max(users_, h.users);
     items_ = std::max(items_, h.items);
     events_ += h.events;
-    if (h.events > 0)
-      end_time_ = std::max(end_time_, static_cast<int64_t>((static_cast<uint64_t>(h.time_last) + 1) * h.time_unit));
   }
 }
 

@@ -22,7 +22,6 @@ class Shard {
   uint64_t users() const { return users_; }
   uint64_t items() const { return items_; }
   uint64_t events() const { return events_; }
-  int64_t end_time() const { return end_time_; }  // no event has this time or a later one
   const std::vector<std::unique_ptr<ShardFile>>& files() const { return files_; }
 
   // Throws ShardError for a user out of range.
@@ -53,7 +52,6 @@ class Shard {
 
   std::vector<std::unique_ptr<ShardFile>> files_;
   uint64_t users_ = 0, items_ = 0, events_ = 0;
-  int64_t end_time_ = INT64_MIN;
 };
 
 }  // namespace negfast

@@ -7,6 +7,9 @@ from numpy.typing import NDArray
 
 from negfast.errors import InputError
 
+START: int  # feedback of a position that starts a history
+GAPS: int  # buckets of the time since the event before
+
 class ShardError(InputError): ...
 
 class EventSorter:
@@ -23,20 +26,28 @@ class EventSorter:
     def write(self, path: str, users: int, items: int, time_unit: int, threads: int) -> None: ...
 
 class PackedParts:
-    """Packed requests whose sizes are known and that `write` puts together in arrays of exactly these sizes."""
+    """Packed histories whose sizes are known and that `write` puts together in arrays of exactly these sizes."""
 
     @property
-    def requests(self) -> int: ...
+    def histories(self) -> int: ...
     @property
-    def tokens(self) -> int: ...
+    def positions(self) -> int: ...
+    @property
+    def branches(self) -> int: ...
+    @property
+    def requests(self) -> int: ...
     @property
     def seen(self) -> int: ...
     @property
     def nodes(self) -> list[int]: ...
     def write(
         self,
-        tokens: NDArray[np.int32],
+        item: NDArray[np.int32],
+        feedback: NDArray[np.uint8],
+        gap: NDArray[np.uint8],
         cu_seqlens: NDArray[np.int32],
+        prefix: NDArray[np.int32],
+        branch_gap: NDArray[np.uint8],
         seen_item: NDArray[np.int32],
         seen_cu: NDArray[np.int32],
         seen_node: list[NDArray[np.int32]],
@@ -79,17 +90,12 @@ class Shard:
         self,
         *,
         users: NDArray[np.int32],
-        cut: NDArray[np.int64],
+        first: NDArray[np.int64],
         views: NDArray[np.uint8],
-        like_cap: int,
-        dislike_cap: int,
-        item_tokens: NDArray[np.int32],
+        branch_history: NDArray[np.int32],
+        moments: NDArray[np.int64],
+        requests: NDArray[np.uint8],
         item_nodes: NDArray[np.int32],
-        markers: list[int],
-        trending: NDArray[np.int32],
-        trending_row: NDArray[np.int32],
-        tail: NDArray[np.int32],
-        timeline: bool,
         threads: int,
     ) -> PackedParts: ...
 

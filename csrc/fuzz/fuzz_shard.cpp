@@ -66,15 +66,19 @@ void read_everything(const std::string& path) {
       if (what == 0) shard.read_rows(users, offsets.data(), table.data(), 6, rows.data(), 1);
       if (what == 1) shard.read(users, offsets.data(), item.data(), feedback.data(), time.data(), 1);
       if (what == 2) {
-        std::vector<int64_t> cut(users.size(), shard.events() > 0 ? shard.end_time() - 1 : 0);
-        std::vector<uint8_t> views(users.size(), 3);
-        std::vector<int32_t> none(users.size(), -1), tokens(3 * shard.items());
-        std::iota(tokens.begin(), tokens.end(), 0);
-        const PackLayout layout{9, 9, tokens.data(), tokens.data(), 3, shard.items(), 1, 2, 3, nullptr, 0, 0};
-        const PackedParts parts = pack(shard, {users, cut.data(), views.data(), none.data(), none.data()}, layout, 1);
-        std::vector<int32_t> token(parts.tokens()), cu(users.size() + 1), seen(parts.seen()), seen_cu(users.size() + 1);
+        std::vector<int64_t> first(users.size(), 0), moments(users.size(), 0);
+        for (size_t u = 0; u < users.size(); ++u)
+          if (offsets[u] < offsets[u + 1]) moments[u] = time[static_cast<size_t>(offsets[u + 1]) - 1];
+        std::vector<uint8_t> views(users.size(), 3), requests(users.size(), 1);
+        std::vector<int32_t> nodes(3 * shard.items());
+        std::iota(nodes.begin(), nodes.end(), 0);
+        const PackedParts parts = pack(shard, {users, first.data(), views.data()},
+                                       {users, moments.data(), requests.data()}, {nodes.data(), shard.items(), 3}, 1);
+        std::vector<int32_t> packed(parts.positions()), cu(users.size() + 1), prefix(users.size());
+        std::vector<int32_t> seen(parts.seen()), seen_cu(users.size() + 1);
+        std::vector<uint8_t> kind(parts.positions()), gap(parts.positions()), branch_gap(users.size());
         std::vector<std::vector<int32_t>> levels;  // node, request, count, slot of each
-        PackedRoom room{token, cu, seen, seen_cu, {}};
+        PackedRoom room{packed, kind, gap, cu, prefix, branch_gap, seen, seen_cu, {}};
         levels.reserve(4 * parts.nodes().size());
         auto make = [&](uint64_t n) { return std::span<int32_t>(levels.emplace_back(n)); };
         for (uint64_t n : parts.nodes()) {

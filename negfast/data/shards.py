@@ -1,4 +1,4 @@
-"""Histories on disk: compressed, checksummed, memory-mapped shards (csrc/FORMAT.md), and prompts packed from them."""
+"""Histories on disk: compressed, checksummed, memory-mapped shards (csrc/FORMAT.md), and what is packed from them."""
 
 import json
 import os
@@ -15,16 +15,23 @@ from negfast.data.log import EventLog
 from negfast.errors import InputError
 from negfast.files import atomic_file
 
+START = _core.START  # the feedback of a start position, beside those of an event (negfast.data.log)
+GAPS = _core.GAPS  # buckets of the time since the event before
+
 
 @dataclass(frozen=True)
-class PackedPrompts:
-    """B prompts without padding, and the trie nodes above each request's seen items; all int32."""
+class PackedHistories:
+    """B histories of T positions without padding, the A branches that see them, and what R requests have seen."""
 
-    tokens: np.ndarray  # [T]
-    cu_seqlens: np.ndarray  # [B + 1]: prompt b is tokens[cu_seqlens[b]:cu_seqlens[b + 1]]
-    seen_item: np.ndarray  # [S] distinct items with an event before the cut, increasing within a request
-    seen_cu: np.ndarray  # [B + 1]
-    # One array a level l = 1..L. The nodes of a level are ordered by (request, node).
+    item: np.ndarray  # int32 [T], -1 at a start position
+    feedback: np.ndarray  # uint8 [T], START at a start position
+    gap: np.ndarray  # uint8 [T] in [0, GAPS)
+    cu_seqlens: np.ndarray  # int32 [B + 1]: history b is the positions cu_seqlens[b]:cu_seqlens[b + 1]
+    prefix: np.ndarray  # int32 [A] positions of its history that a branch sees, 1 or more
+    branch_gap: np.ndarray  # uint8 [A] in [0, GAPS)
+    seen_item: np.ndarray  # int32 [S] distinct items of the user before the moment, increasing within a request
+    seen_cu: np.ndarray  # int32 [R + 1]
+    # The trie nodes above the seen items, one int32 array a level l = 1..L, each ordered by (request, node).
     seen_node: list[np.ndarray]  # [M_l]
     seen_request: list[np.ndarray]  # [M_l]
     seen_count: list[np.ndarray]  # [M_l] seen leaves under the node
@@ -114,57 +121,56 @@ class Shard:
         self,
         *,
         users: np.ndarray,
-        cut: np.ndarray,
+        first: np.ndarray,
         views: np.ndarray,
-        like_cap: int,
-        dislike_cap: int,
-        item_tokens: np.ndarray,
+        branch_history: np.ndarray,
+        moments: np.ndarray,
+        requests: np.ndarray,
         item_nodes: np.ndarray,
-        markers: tuple[int, int, int],
-        trending: np.ndarray,
-        trending_row: np.ndarray,
-        tail: np.ndarray,
-        timeline: bool = False,
         threads: int = 1,
-    ) -> PackedPrompts:
-        """The prompts of B requests: ``[<likes> sid*] [<dislikes> sid*] [<trending> sid*] [tail]``.
+    ) -> PackedHistories:
+        """B histories and the A branches that see them.
 
-        users int32 [B]; cut int64 [B]: events before this time (UTC seconds) are the context; views uint8 [B]: bit 0
-        shows the likes, bit 1 the dislikes. A hidden segment has no marker, an empty shown one keeps it. The last
-        like or dislike of an item counts and gives it its place (an exposure changes neither); the most recent
-        ``like_cap`` and ``dislike_cap`` are kept, in order of time. item_tokens and item_nodes int32 [I, L];
-        ``markers`` are the tokens of likes, dislikes, trending; trending int32 [D, T]: items, -1 padded;
-        trending_row int32 [B]: its row, -1 for no segment; tail int32 [B]: the last token, -1 for none. With
-        ``timeline`` the first two segments are one, in order of time: it begins with the marker of the first that is
-        shown, and another stands wherever likes turn into dislikes or back.
+        A history is a start position, then a position for each event shown, from event ``first`` of the user up to
+        the last that a branch sees. ``views`` says what is shown: likes where bit 0 is set, dislikes where bit 1 is,
+        exposures and withdrawals where both are. A branch sees the positions of its history with time < its moment.
 
-        Raises InputError for requests outside the tables, arrays that are too short or of another kind, and for a
-        damaged shard.
+        users int32 [B]; first int64 [B], counted within the user's events; views uint8 [B]; branch_history int32 [A],
+        ascending; moments int64 [A], UTC seconds; requests bool [A]: the branches whose seen items are wanted, i.e.
+        all items of the user with an event before the moment, also those before ``first`` or hidden; item_nodes
+        int32 [I, L]: the trie node above each item at each level.
+
+        A gap is the time since the position before, in whole seconds s, as a bucket: 0 where there is no event
+        before, else min(GAPS - 1, 1 + bits of s // 64), so 1 is under 64 s, 2 under 128 s, 23 from 4.25 years
+        (negfast's choice). A branch's gap is the time from the last event that it sees to its moment.
+
+        Raises InputError for arrays whose lengths differ, histories and branches out of range or out of order, a
+        table that is too short, and for a damaged shard.
         """
         parts = self._core.pack(
             users=users,
-            cut=cut,
+            first=first,
             views=views,
-            like_cap=like_cap,
-            dislike_cap=dislike_cap,
-            item_tokens=item_tokens,
+            branch_history=branch_history,
+            moments=moments,
+            requests=requests.view(np.uint8),
             item_nodes=item_nodes,
-            markers=list(markers),
-            trending=trending,
-            trending_row=trending_row,
-            tail=tail,
-            timeline=timeline,
             threads=threads,
         )
-        requests, seen = parts.requests, parts.seen
-
-        def empty(length: int) -> np.ndarray:
-            return np.empty(length, np.int32)
-
-        node, request, count = ([empty(m) for m in parts.nodes] for _ in range(3))
-        slot = [empty(seen) for _ in parts.nodes]
-        packed = PackedPrompts(
-            empty(parts.tokens), empty(requests + 1), empty(seen), empty(requests + 1), node, request, count, slot
+        nodes, seen = parts.nodes, parts.seen
+        packed = PackedHistories(
+            item=np.empty(parts.positions, np.int32),
+            feedback=np.empty(parts.positions, np.uint8),
+            gap=np.empty(parts.positions, np.uint8),
+            cu_seqlens=np.empty(parts.histories + 1, np.int32),
+            prefix=np.empty(parts.branches, np.int32),
+            branch_gap=np.empty(parts.branches, np.uint8),
+            seen_item=np.empty(seen, np.int32),
+            seen_cu=np.empty(parts.requests + 1, np.int32),
+            seen_node=[np.empty(m, np.int32) for m in nodes],
+            seen_request=[np.empty(m, np.int32) for m in nodes],
+            seen_count=[np.empty(m, np.int32) for m in nodes],
+            seen_slot=[np.empty(seen, np.int32) for _ in nodes],
         )
         parts.write(**vars(packed), threads=threads)
         return packed

@@ -21,6 +21,7 @@ def test_measures_every_installed_system(tmp_path, monkeypatch, capsys):
     systems = {row["system"] for row in result["rows"]}
     assert {"negfast", "numpy-planes-zstd", "parquet-zstd", "megatron-memmap"} <= systems
     assert all(row[figure] > 0 for row in result["rows"] for figure in FIGURES)
+    assert all(row["histories_mpos_s"] > 0 for row in result["rows"] if row["system"] == "negfast")
     assert {
         (row["case"]["cores"], row["case"]["resolution"]) for row in result["rows"] if row["system"] == "negfast"
     } == {(cores, resolution) for cores in (1, 2) for resolution in ("seconds", "days")}

@@ -1,121 +1,226 @@
 """The packer against a reference that follows the definitions one event at a time."""
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from negfast.data.log import DISLIKE, LIKE, WITHDRAWN, EventLog
-from negfast.data.shards import PackedPrompts, open_shard, write_shard
+from negfast.data.log import DAY, DISLIKE, EXPOSED, LIKE, WITHDRAWN, EventLog
+from negfast.data.shards import GAPS, START, PackedHistories, Shard, open_shard, write_shard
 from negfast.errors import InputError
 from negfast.sid.trie import build_trie
 
 from .shard_logs import random_log
 
-MARKERS = (900, 901, 902)  # likes, dislikes, trending
-DAY = 86_400
+POSITIVE_ONLY, NEGATIVE_ONLY, MIXED = 1, 2, 3  # views
+SHOWN = {
+    0: set(),
+    POSITIVE_ONLY: {LIKE},
+    NEGATIVE_ONLY: {DISLIKE},
+    MIXED: {LIKE, DISLIKE, EXPOSED, WITHDRAWN},
+}
+PER_LEVEL = "seen_node", "seen_request", "seen_count", "seen_slot"
 
 
-def reference_pack(log: EventLog, request: dict, item_nodes: np.ndarray) -> PackedPrompts:
-    tokens, cu, seen_item, seen_cu = [], [0], [], [0]
+def reference_gap(seconds: int) -> int:
+    """The smallest bucket whose bound is above: 64 s, 128 s, 256 s, ... from bucket 1 on."""
+    bucket = 1
+    while bucket < GAPS - 1 and seconds >= 64 * 2 ** (bucket - 1):
+        bucket += 1
+    return bucket
+
+
+def reference_pack(log: EventLog, request: dict, item_nodes: np.ndarray) -> dict[str, list]:
+    packed: dict[str, list] = {name: [] for name in PackedHistories.__dataclass_fields__}
     levels = item_nodes.shape[1]
-    nodes: list[list[int]] = [[] for _ in range(levels)]
-    rows: list[list[int]] = [[] for _ in range(levels)]
-    counts: list[list[int]] = [[] for _ in range(levels)]
-    slots: list[list[int]] = [[] for _ in range(levels)]
-    for b, user in enumerate(request["users"]):
+    for name in PER_LEVEL:
+        packed[name] = [[] for _ in range(levels)]
+    packed["cu_seqlens"], packed["seen_cu"] = [0], [0]
+    requests = 0
+    for b, (user, first, view) in enumerate(zip(request["users"], request["first"], request["views"], strict=True)):
         events = [
-            (int(log.item[i]), int(log.feedback[i]))
+            (int(log.item[i]), int(log.feedback[i]), int(log.time[i]))
             for i in range(log.user_offsets[user], log.user_offsets[user + 1])
-            if log.time[i] < request["cut"][b]
         ]
-        last: dict[int, tuple[int, int]] = {}  # item -> (place, feedback)
-        for place, (item, feedback) in enumerate(events):
-            if feedback in (LIKE, DISLIKE, WITHDRAWN):
-                last[item] = (place, feedback)
-        timeline: list = []
-        for bit, kind, marker, cap in (
-            (1, LIKE, MARKERS[0], request["like_cap"]),
-            (2, DISLIKE, MARKERS[1], request["dislike_cap"]),
-        ):
-            if request["views"][b] & bit:
-                shown = sorted((p, i) for i, (p, f) in last.items() if f == kind)
-                shown = shown[len(shown) - min(cap, len(shown)) :]
-                timeline.append((-1, marker, []))
-                timeline += [(place, marker, request["item_tokens"][item]) for place, item in shown]
-        if request["timeline"]:
-            timeline = timeline[:1] + sorted((event for event in timeline if event[0] >= 0), key=lambda event: event[0])
-        before = None
-        for place, marker, item_tokens in timeline:
-            if marker != before or place < 0:
-                tokens.append(marker)
-            before = marker
-            tokens.extend(item_tokens)
-        if request["trending_row"][b] >= 0:
-            tokens.append(MARKERS[2])
-            for item in request["trending"][request["trending_row"][b]]:
-                if item >= 0:
-                    tokens.extend(request["item_tokens"][item])
-        if request["tail"][b] >= 0:
-            tokens.append(request["tail"][b])
-        cu.append(len(tokens))
-        seen = sorted({item for item, _ in events})
-        seen_item.extend(seen)
-        seen_cu.append(len(seen_item))
-        for level in range(levels):
-            for node in sorted({item_nodes[item, level] for item in seen}):
-                nodes[level].append(node)
-                rows[level].append(b)
-                counts[level].append(sum(item_nodes[item, level] == node for item in seen))
-            here = list(zip(rows[level], nodes[level], strict=True))
-            slots[level].extend(here.index((b, item_nodes[item, level])) for item in seen)
-    columns: list[Any] = [tokens, cu, seen_item, seen_cu, nodes, rows, counts, slots]  # lists, not arrays
-    return PackedPrompts(*columns)
+        branches = np.flatnonzero(request["branch_history"] == b)
+        moments = [int(request["moments"][a]) for a in branches]
+        packed["item"].append(-1)
+        packed["feedback"].append(START)
+        packed["gap"].append(0)
+        shown: list[int] = []  # times
+        for item, feedback, time in events[first:]:
+            if feedback in SHOWN[view] and any(time < moment for moment in moments):
+                packed["item"].append(item)
+                packed["feedback"].append(feedback)
+                packed["gap"].append(reference_gap(time - shown[-1]) if shown else 0)
+                shown.append(time)
+        packed["cu_seqlens"].append(len(packed["item"]))
+        for a, moment in zip(branches, moments, strict=True):
+            visible = [time for time in shown if time < moment]
+            packed["prefix"].append(1 + len(visible))
+            packed["branch_gap"].append(reference_gap(moment - visible[-1]) if visible else 0)
+            if not request["requests"][a]:
+                continue
+            seen = sorted({item for item, _, time in events if time < moment})
+            packed["seen_item"].extend(seen)
+            packed["seen_cu"].append(len(packed["seen_item"]))
+            for level in range(levels):
+                nodes, rows = packed["seen_node"][level], packed["seen_request"][level]
+                for node in sorted({item_nodes[item, level] for item in seen}):
+                    nodes.append(node)
+                    rows.append(requests)
+                    packed["seen_count"][level].append(sum(item_nodes[item, level] == node for item in seen))
+                here = list(zip(rows, nodes, strict=True))
+                packed["seen_slot"][level].extend(here.index((requests, item_nodes[item, level])) for item in seen)
+            requests += 1
+    return packed
 
 
-def random_request(rng: np.random.Generator, log: EventLog, size: int, levels: int) -> dict:
+def lists(packed: PackedHistories) -> dict[str, list]:
     return {
-        "users": rng.integers(0, log.n_users, size).astype(np.int32),
-        "cut": rng.integers(-1, 45, size),
-        "views": rng.integers(0, 4, size).astype(np.uint8),
-        "like_cap": int(rng.integers(0, 12)),
-        "dislike_cap": int(rng.integers(0, 12)),
-        "item_tokens": rng.integers(0, 800, (log.n_items, levels)).astype(np.int32),
-        "trending": rng.integers(-1, log.n_items, (3, 4)).astype(np.int32),
-        "trending_row": rng.integers(-1, 3, size).astype(np.int32),
-        "tail": rng.choice([-1, 903, 904], size).astype(np.int32),
-        "timeline": bool(rng.integers(2)),
+        name: [a.tolist() for a in value] if isinstance(value, list) else value.tolist()
+        for name, value in vars(packed).items()
     }
 
 
-@settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 2**32), threads=st.integers(1, 3), size=st.integers(0, 150))
-def test_pack_follows_the_definitions(tmp_path_factory, seed, threads, size):
-    rng = np.random.default_rng(seed)
+def random_request(rng: np.random.Generator, log: EventLog, size: int, branches: int) -> dict:
+    """Histories without branches and several branches at one moment are frequent."""
+    users = rng.integers(0, log.n_users, size).astype(np.int32)
+    low, high = (int(log.time.min()), int(log.time.max())) if len(log) else (0, 1)
+    moments = rng.integers(low - 2, high + 3, branches)
+    at_an_event = rng.random(branches) < 0.5
+    if len(log):
+        moments[at_an_event] = rng.choice(log.time, at_an_event.sum()) + rng.integers(0, 2, at_an_event.sum())
+    return {
+        "users": users,
+        "first": rng.integers(0, np.diff(log.user_offsets)[users] + 1),
+        "views": rng.integers(0, 4, size).astype(np.uint8),
+        "branch_history": np.sort(rng.integers(0, max(size, 1), branches)).astype(np.int32),
+        "moments": moments,
+        "requests": rng.random(branches) < 0.6,
+    }
+
+
+def random_nodes(rng: np.random.Generator, items: int) -> np.ndarray:
     levels, codebook = int(rng.integers(1, 5)), 40
-    log = random_log(
-        rng, users=int(rng.integers(1, 30)), items=int(rng.integers(1, 40)), longest=int(rng.integers(0, 40))
-    )
-    seconds = int(rng.choice([1, 9_000, DAY, 17 * DAY]))  # between one moment of the log and the next
-    log = replace(log, time=log.time * seconds)
-    codes = rng.permutation(codebook)[: log.n_items, None] // [8 ** (levels - 1 - k) for k in range(levels)]
-    codes[:, -1] = rng.permutation(codebook)[: log.n_items]  # distinct rows under shared prefixes
-    trie = build_trie(codes.astype(np.uint16), codebook)
+    codes = rng.permutation(codebook)[:items, None] // [8 ** (levels - 1 - k) for k in range(levels)]
+    codes[:, -1] = rng.permutation(codebook)[:items]  # distinct rows under shared prefixes
+    return build_trie(codes.astype(np.uint16), codebook).item_nodes
+
+
+def random_case(rng: np.random.Generator) -> tuple[EventLog, int]:
+    """A log whose moments are seconds, hours or days apart, at the resolution of its shard."""
+    users, items, longest = int(rng.integers(1, 30)), int(rng.integers(1, 40)), int(rng.integers(0, 40))
+    log = random_log(rng, users=users, items=items, longest=longest)
+    seconds, unit = int(rng.choice([1, 50, 9_000, DAY, 400 * DAY])), int(rng.choice([1, DAY]))
+    return replace(log, time=log.time * seconds // unit * unit), unit
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 2**32), threads=st.integers(1, 3), size=st.integers(0, 60), branches=st.integers(0, 150))
+def test_pack_follows_the_definitions(tmp_path_factory, seed, threads, size, branches):
+    rng = np.random.default_rng(seed)
+    log, unit = random_case(rng)
     path = tmp_path_factory.mktemp("pack") / "events.nfs"
-    write_shard(path, log)
-    request = random_request(rng, log, size, levels)
-    request["cut"] = request["cut"] * seconds + int(rng.integers(-1, 2))
-    packed = open_shard(path).pack(**request, item_nodes=trie.item_nodes, markers=MARKERS, threads=threads)
-    expected = reference_pack(log, request, trie.item_nodes)
-    for name in ("tokens", "cu_seqlens", "seen_item", "seen_cu"):
-        found = getattr(packed, name)
-        assert found.dtype == np.int32
-        assert found.tolist() == getattr(expected, name), name
-    for name in ("seen_node", "seen_request", "seen_count", "seen_slot"):
-        assert [a.tolist() for a in getattr(packed, name)] == getattr(expected, name), name
+    write_shard(path, log, unit)
+    nodes = random_nodes(rng, log.n_items)
+    request = random_request(rng, log, size, branches if size else 0)
+    packed = open_shard(path).pack(**request, item_nodes=nodes, threads=threads)
+    expected = reference_pack(log, request, nodes)
+    for name, found in lists(packed).items():
+        assert found == expected[name], name
+    dtypes = {name: value.dtype for name, value in vars(packed).items() if name not in PER_LEVEL}
+    assert {name for name, dtype in dtypes.items() if dtype == np.uint8} == {"feedback", "gap", "branch_gap"}
+    assert {dtype for dtype in dtypes.values() if dtype != np.uint8} == {np.dtype(np.int32)}
+    assert {a.dtype for name in PER_LEVEL for a in getattr(packed, name)} == {np.dtype(np.int32)}
+
+
+def branch_parts(packed: PackedHistories, request: dict, a: int) -> list:
+    """All that a branch which is a request reads: the positions that it sees, its gap, its seen items and nodes."""
+    start = packed.cu_seqlens[request["branch_history"][a]]
+    positions = slice(start, start + packed.prefix[a])
+    parts = [column[positions].tolist() for column in (packed.item, packed.feedback, packed.gap)]
+    r = int(request["requests"][:a].sum())
+    items = slice(packed.seen_cu[r], packed.seen_cu[r + 1])
+    parts += [int(packed.branch_gap[a]), packed.seen_item[items].tolist()]
+    for node, row, count, slot in zip(*(getattr(packed, name) for name in PER_LEVEL), strict=True):
+        parts += [node[row == r].tolist(), count[row == r].tolist(), node[slot[items]].tolist()]
+    return parts
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_events_at_or_after_a_moment_change_nothing_that_its_branch_reads(tmp_path_factory, seed):
+    rng = np.random.default_rng(seed)
+    log, unit = random_case(rng)
+    folder = tmp_path_factory.mktemp("pack")
+    nodes, request = random_nodes(rng, log.n_items), random_request(rng, log, 8, 20)
+    request["requests"][:] = True
+    a = int(rng.integers(20))
+    user, moment = request["users"][request["branch_history"][a]], int(request["moments"][a])
+    # The user's later events become others, and some more.
+    low, high = log.user_offsets[user], log.user_offsets[user + 1]
+    kept = low + int(np.searchsorted(log.time[low:high], moment))
+    more = int(rng.integers(1, 6))
+    n = high - kept + more
+    time = np.sort(-(-moment // unit) * unit + unit * rng.integers(0, 50, n))
+    time[0] = -(-moment // unit) * unit  # the moment itself, at the shard's resolution
+    columns = [rng.integers(0, log.n_items, n), rng.integers(0, 4, n), time]
+    item, feedback, time = (
+        np.concatenate([old[:kept], new.astype(old.dtype), old[high:]])
+        for old, new in zip((log.item, log.feedback, log.time), columns, strict=True)
+    )
+    offsets = log.user_offsets + more * (np.arange(log.n_users + 1) > user)
+    found = []
+    for name, one in (("a", log), ("b", EventLog(offsets, item, feedback, time, None, log.n_items))):
+        write_shard(folder / name, one, unit)
+        found.append(branch_parts(open_shard(folder / name).pack(**request, item_nodes=nodes), request, a))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "bucket"),
+    [(0, 1), (63, 1), (64, 2), (127, 2), (128, 3), (DAY, 12), (2**27 - 1, 22), (2**27, 23), (2**31, 23)],
+)
+def test_gaps_are_buckets_of_seconds(tmp_path, seconds, bucket):
+    time = np.array([-7, seconds - 7])
+    log = EventLog(np.array([0, 2]), np.zeros(2, np.int32), np.ones(2, np.uint8), time, None, 1)
+    write_shard(tmp_path / "events.nfs", log)
+    packed = open_shard(tmp_path / "events.nfs").pack(
+        users=np.zeros(2, np.int32),
+        first=np.zeros(2, np.int64),
+        views=np.full(2, MIXED, np.uint8),
+        branch_history=np.array([0, 1], np.int32),
+        moments=np.array([time[1] + 1, time[1] + max(seconds, 1)]),
+        requests=np.zeros(2, bool),
+        item_nodes=np.zeros((1, 1), np.int32),
+    )
+    assert packed.gap.tolist() == [0, 0, bucket] * 2
+    assert packed.branch_gap.tolist() == [1, bucket]
+    assert (packed.prefix.tolist(), packed.seen_cu.tolist()) == ([3, 3], [0])
+
+
+def test_any_moment_of_64_bits_is_one(packable):
+    shard, request, nodes = packable
+    ends = np.iinfo(np.int64)
+    request["moments"][:2] = ends.min, ends.max
+    request["branch_history"][:2] = 0
+    packed = shard.pack(**request, item_nodes=nodes)
+    assert packed.branch_gap[:2].tolist() == [0, GAPS - 1 if packed.prefix[1] > 1 else 0]
+
+
+@pytest.fixture
+def packable(tmp_path) -> tuple[Shard, dict, np.ndarray]:
+    """A shard of 5 users and 7 items, 4 histories with 6 branches of it, and the nodes of its items."""
+    rng = np.random.default_rng(5)
+    log = random_log(rng, users=5, items=7, longest=9)
+    write_shard(tmp_path / "events.nfs", log)
+    nodes = build_trie(np.arange(14, dtype=np.uint16).reshape(7, 2), 20).item_nodes
+    request = random_request(rng, log, 4, 6)
+    request["branch_history"][:] = 0, 0, 1, 2, 2, 3
+    return open_shard(tmp_path / "events.nfs"), request, nodes
 
 
 @pytest.mark.parametrize(
@@ -123,46 +228,36 @@ def test_pack_follows_the_definitions(tmp_path_factory, seed, threads, size):
     [
         ("users", 99, "found user 99, expected 0 to 4"),
         ("users", -1, "found user -1"),
-        ("views", 4, "found view 4, expected 0 to 3"),
-        ("trending_row", 3, "found trending row 3, expected -1 to 2"),
-        ("trending", 50, "found item 50"),
+        ("views", 4, "history 2: found view 4, expected 0 to 3"),
+        ("first", -1, "history 2: found first event -1, expected 0 to "),
+        ("first", 99, "history 2: found first event 99, expected 0 to "),
+        ("branch_history", -1, r"branch 2: found history -1, expected 0 to 3 \(ascending\)"),
+        ("branch_history", 4, r"branch 2: found history 4, expected 0 to 3 \(ascending\)"),
+        ("branch_history", 3, r"branch 3: found history 2, expected 3 to 3 \(ascending\)"),
     ],
 )
-def test_requests_outside_the_tables_are_refused(tmp_path, field, value, message):
-    rng = np.random.default_rng(5)
-    log = random_log(rng, users=5, items=7, longest=9)
-    write_shard(tmp_path / "events.nfs", log)
-    request = random_request(rng, log, 4, 2)
-    request[field].reshape(-1)[2] = value
-    nodes = build_trie(np.arange(14, dtype=np.uint16).reshape(7, 2), 20).item_nodes
+def test_histories_and_branches_out_of_range_are_refused(packable, field, value, message):
+    shard, request, nodes = packable
+    request[field][2] = value
     with pytest.raises(InputError, match=message):
-        open_shard(tmp_path / "events.nfs").pack(**request, item_nodes=nodes, markers=MARKERS)
+        shard.pack(**request, item_nodes=nodes)
 
 
-def test_nodes_that_do_not_follow_the_leaves_are_refused(tmp_path):
-    log = EventLog(np.array([0, 2]), np.array([0, 1], np.int32), np.ones(2, np.uint8), np.array([1, 2]), None, 2)
-    write_shard(tmp_path / "events.nfs", log)
-    request = random_request(np.random.default_rng(0), log, 1, 2) | {"cut": np.array([9])}
-    nodes = np.array([[1, 0], [0, 1]], np.int32)
+@pytest.mark.parametrize("field", ["first", "views", "moments", "requests"])
+def test_lengths_that_differ_are_refused(packable, field):
+    shard, request, nodes = packable
+    expected = len(request[field])
+    request[field] = request[field][:-1].copy()
+    with pytest.raises(InputError, match=f"{field}: found {expected - 1} entries, expected {expected}"):
+        shard.pack(**request, item_nodes=nodes)
+
+
+def test_nodes_that_do_not_fit_the_items_are_refused(packable):
+    shard, request, nodes = packable
+    for table in (nodes[:-1].copy(), nodes[:, :0].copy()):
+        with pytest.raises(InputError, match=r"item nodes: found . rows of . levels, expected 7 rows or more"):
+            shard.pack(**request, item_nodes=table)
+    swapped = np.stack([nodes[::-1, 0], nodes[:, 1]], axis=1)
+    request["moments"][:], request["requests"][:] = 99, True
     with pytest.raises(InputError, match="level 1 is not numbered in the order of the leaves"):
-        open_shard(tmp_path / "events.nfs").pack(**request, item_nodes=nodes, markers=MARKERS)
-
-
-@pytest.fixture
-def packable(tmp_path):
-    """A shard's pack with everything but the users given."""
-    rng = np.random.default_rng(6)
-    log = random_log(rng, users=60, items=30, longest=40)
-    write_shard(tmp_path / "events.nfs", log)
-    nodes = build_trie(np.arange(60, dtype=np.uint16).reshape(30, 2), 60).item_nodes
-    shard, request = open_shard(tmp_path / "events.nfs"), random_request(rng, log, 60, 2)
-
-    def pack(users: slice, **options) -> PackedPrompts:
-        rows = {name: request[name][users] for name in ("users", "cut", "views", "trending_row", "tail")}
-        return shard.pack(**(request | rows), item_nodes=nodes, markers=MARKERS, **options)
-
-    return pack
-
-
-def lists(packed: PackedPrompts) -> list:
-    return [[a.tolist() for a in v] if isinstance(v, list) else v.tolist() for v in vars(packed).values()]
+        shard.pack(**request, item_nodes=swapped)
