@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from negfast.model.prompts import MIXED, PromptBatch
 from torch import Tensor
 
 from negfast.config import Config, Model
@@ -23,7 +24,6 @@ from negfast.model.fused_layers import fuse_layers
 from negfast.model.layout import GroupLayout
 from negfast.model.load import build_policy, small_qwen3
 from negfast.model.policy import Policy
-from negfast.model.prompts import MIXED, PromptBatch
 from negfast.prepare.build import SemanticIdSettings
 from negfast.prepare.samples import prepare_movietweetings
 from negfast.runtime.engine import build_engine

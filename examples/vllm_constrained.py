@@ -1,13 +1,14 @@
 """What a user will dislike, by vLLM: beam search on the trie of `negfast export`, a level a call.
 
 Needs `pip install vllm` and a GPU. **It was never run**: nobody had a GPU when it was written. It was read against the
-documentation of vLLM 0.20 to 0.22 (LLM, SamplingParams, the sampler's order of steps); the trie and the
-prompt are those of transformers_constrained.py, which a test runs.
+documentation of vLLM 0.20 to 0.22 (LLM, SamplingParams, prompt embeddings, the sampler's order of steps); the trie and
+the positions are those of transformers_constrained.py, which a test runs.
 
     negfast export runs/quickstart --out exported
-    python examples/vllm_constrained.py exported --liked 1074638 1853728 --disliked 1430132 --top 10
+    python examples/vllm_constrained.py exported events.csv --at 1370200000 --top 10
 
-Each level asks for one token among the codes that exist (`allowed_token_ids`); vLLM's prefix cache keeps the prompt.
+Each level asks for one token among the codes that exist (`allowed_token_ids`). A position of a history is a sum of
+embeddings, so prompts are given as embeddings.
 """
 
 import argparse
@@ -15,13 +16,19 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as parquet
-from transformers import AutoTokenizer
-from transformers_constrained import Trie, prompt, rows_of
+import torch
+from transformers import AutoModelForCausalLM
+from transformers_constrained import Trie, history_sums, read_about, read_events
 from vllm import LLM, SamplingParams
 
 
-def beam_search(model: LLM, trie: Trie, start: list[int], beams: int) -> list[tuple[float, list[int]]]:
-    """(log-probability, completion tokens), best first; probabilities are over the codes that exist."""
+def beam_search(
+    model: LLM, rows: torch.Tensor, trie: Trie, start: torch.Tensor, beams: int
+) -> list[tuple[float, list[int]]]:
+    """(log-probability, completion tokens), best first; probabilities are over the codes that exist.
+
+    ``start`` [P, d] are the embeddings of the prompt, ``rows`` [V, d] those of tokens.
+    """
     alive: list[tuple[float, list[int]]] = [(0.0, [])]
     for _ in range(trie.levels):
         allowed = [trie.children(tokens)[0].tolist() for _, tokens in alive]
@@ -29,9 +36,8 @@ def beam_search(model: LLM, trie: Trie, start: list[int], beams: int) -> list[tu
             SamplingParams(max_tokens=1, temperature=0.0, allowed_token_ids=codes, logprobs=min(len(codes), beams))
             for codes in allowed
         ]
-        outputs = model.generate(
-            [{"prompt_token_ids": start + tokens} for _, tokens in alive], sampling, use_tqdm=False
-        )
+        prompts = [{"prompt_embeds": torch.cat([start, rows[tokens]])} for _, tokens in alive]
+        outputs = model.generate(prompts, sampling, use_tqdm=False)
         grown = [
             (score + entry.logprob, [*tokens, token])
             for (score, tokens), codes, output in zip(alive, allowed, outputs, strict=True)
@@ -45,24 +51,29 @@ def beam_search(model: LLM, trie: Trie, start: list[int], beams: int) -> list[tu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="what `negfast export` wrote")
-    parser.add_argument("--liked", nargs="*", default=[], metavar="ITEM")
-    parser.add_argument("--disliked", nargs="*", default=[], metavar="ITEM")
+    parser.add_argument("events", type=Path, help="CSV of one user: item, feedback (like, dislike, shown), time (s)")
+    parser.add_argument("--at", type=int, required=True, help="the second that is asked about; events before it count")
     parser.add_argument("--top", type=int, default=10)
     options = parser.parse_args()
 
-    rows = parquet.read_table(options.folder / "sid_table.parquet")
-    items, texts = rows["item"].to_pylist(), rows["text"].to_pylist()
-    tokens = dict(zip(items, rows["tokens"].to_pylist(), strict=True))
-    trie = Trie(options.folder, rows_of(items, options.liked + options.disliked))
+    about = read_about(options.folder)
+    table = parquet.read_table(options.folder / "sid_table.parquet")
+    items, texts = table["item"].to_pylist(), table["text"].to_pylist()
+    codes = dict(zip(items, table["tokens"].to_pylist(), strict=True))
+    events = read_events(options.events, codes, options.at)
+    seen = {item for item, _, _ in events}
+    trie = Trie(options.folder, about, [row for row, item in enumerate(items) if item in seen])
+    with torch.no_grad():
+        rows = AutoModelForCausalLM.from_pretrained(options.folder).get_input_embeddings().weight
+        start = rows[torch.tensor(history_sums(about, codes, events, options.at))].sum(1)
     beams = max(2 * options.top, 20)
     model = LLM(
         model=str(options.folder),
-        enable_prefix_caching=True,
+        enable_prompt_embeds=True,
         max_logprobs=beams,
         logprobs_mode="processed_logprobs",  # after the codes that do not exist were struck out
     )
-    start = prompt(AutoTokenizer.from_pretrained(options.folder), tokens, options.liked, options.disliked)
-    for score, completion in beam_search(model, trie, start, beams)[: options.top]:
+    for score, completion in beam_search(model, rows, trie, start, beams)[: options.top]:
         row = trie.item(completion)
         print(f"{np.exp(score):.5f}  {items[row]}  {texts[row]}")
 

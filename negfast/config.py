@@ -68,20 +68,6 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """How many items of each kind a prompt holds, the most recent ones kept."""
-
-    like_cap: int = setting(50, low=0)
-    dislike_cap: int = setting(50, low=0)
-    trending_cap: int = setting(5, low=0, help="most disliked items lately")
-    layout: str = setting(
-        "segments",
-        choices=("segments", "timeline"),
-        help="segments: likes, then dislikes; timeline: both together in order of time",
-    )
-
-
-@dataclass(frozen=True)
 class History:
     """What of a user's past is seen."""
 
@@ -90,6 +76,10 @@ class History:
         choices=("day", "event"),
         help="of a verdict: all events up to the end of the day before, or all before the second",
     )
+    window: int = setting(512, low=4, help="events of a user that the decoder sees at once; a quarter of them overlap")
+    positions: str = setting(
+        "events", choices=("events", "codes"), help="events: one position an event; codes: its codes and feedback"
+    )
 
 
 @dataclass(frozen=True)
@@ -97,7 +87,7 @@ class Prior:
     """The community prior on the trie."""
 
     weight: float = setting(1.0, low=0.0, help="0 switches it off")
-    half_life_days: float = setting(4.0, above=0.0, help="of a dislike's weight, also in the trending segment")
+    half_life_days: float = setting(4.0, above=0.0, help="of a dislike's weight")
     eps: float = setting(0.01, above=0.0, help="mass of an unseen item without events")
 
 
@@ -129,7 +119,7 @@ class Align(Stage):
     sid_titles: int = setting(8, low=0, help="SID -> title examples a step")
     attributes: int = setting(8, low=0, help="SID -> attribute examples a step")
     pairs: int = setting(48, low=0, help="co-disliked pairs a step")
-    verdicts: int = setting(24, low=0, help="user-days with verdicts a step")
+    verdicts: int = setting(24, low=0, help="histories with verdicts a step")
     held_out: float = setting(
         0.05, low=0.0, high=0.5, help="share of the items, and of the pairs' users, to measure on"
     )
@@ -144,14 +134,14 @@ class Sft(Stage):
     warmup: int = setting(50, low=0, help="steps")
     validate_every: int = setting(100, low=1, help="steps; the best weights on valid are kept")
     reset_head: bool = setting(True, help="start as the community prior alone, whatever align taught the code head")
-    requests: int = setting(64, low=1, help="requests a step")
+    histories: int = setting(64, low=1, help="histories a step; all their verdicts, and some requests, share each")
+    requests_per_history: int = setting(4, low=1, help="requests drawn of a history, at most")
     target: str = setting("window", choices=("window", "next"), help="F, or only the item of F disliked first")
     targets: int = setting(4, low=1, help="items drawn from F, and from P, for a request")
     like_weight: float = setting(0.3, low=0.0, help="of the loss after <|next-like|>")
-    verdicts: int = setting(64, low=1, help="user-days with verdicts a step")
     verdict_weight: float = setting(1.0, low=0.0)
-    negative_view: float = setting(0.2, low=0.0, high=1.0, help="share of prompts that show no likes")
-    positive_view: float = setting(0.05, low=0.0, high=1.0, help="share of prompts that show no dislikes")
+    negative_view: float = setting(0.2, low=0.0, high=1.0, help="share of histories that show no likes")
+    positive_view: float = setting(0.05, low=0.0, high=1.0, help="share of histories that show no dislikes")
 
 
 @dataclass(frozen=True)
@@ -162,7 +152,8 @@ class Grpo(Stage):
     lr: float = setting(2e-4, above=0.0, help="peak of a linear warm-up and a cosine")
     warmup: int = setting(10, low=0, help="steps")
     validate_every: int = setting(50, low=1, help="steps; the best weights on valid are kept")
-    requests: int = setting(32, low=1, help="requests (groups) a step")
+    histories: int = setting(16, low=1, help="histories a step")
+    requests_per_history: int = setting(4, low=1, help="requests (groups) drawn of a history, at most")
     group: int = setting(64, low=2, help="completions a request")
     epochs: int = setting(1, low=1, help="updates from one rollout; more than 1 need a second pass each")
     objective: str = setting("trie", choices=("trie", "full"), help="what log-probabilities are taken over")
@@ -177,17 +168,17 @@ class Grpo(Stage):
     schedule: str = setting(
         "mixed",
         choices=("progressive", "mixed", "static"),
-        help="of mixed prompts: rising to mixed_share where they were measured not to be worse, all of them from the "
+        help="of mixed histories: rising to mixed_share where they were measured not to be worse, all of them from the "
         "first step, or mixed_share throughout",
     )
     negative_phase: float = setting(
-        0.4, low=0.0, high=1.0, help="of progressive: share of the steps on negative-only prompts"
+        0.4, low=0.0, high=1.0, help="of progressive: share of the steps on negative-only histories"
     )
     mixed_share: float = setting(
-        0.7, low=0.0, high=1.0, help="share of mixed prompts at the end of progressive, and of static"
+        0.7, low=0.0, high=1.0, help="share of mixed histories at the end of progressive, and of static"
     )
-    sft_weight: float = setting(0.0, low=0.0, help="of the SFT loss on both branches")
-    verdict_weight: float = setting(1.0, low=0.0, help="of the SFT loss on verdicts")
+    sft_weight: float = setting(0.0, low=0.0, help="of the SFT loss on the same requests, both branches")
+    verdict_weight: float = setting(1.0, low=0.0, help="of the SFT loss on the histories' verdicts")
 
     @property
     def round_steps(self) -> int:
@@ -250,7 +241,6 @@ class Config:
     sample: Sample = Sample()
     sid: Sid = Sid()
     model: Model = Model()
-    prompt: Prompt = Prompt()
     history: History = History()
     prior: Prior = Prior()
     align: Align = Align()
@@ -267,8 +257,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "sample": {"encoder": "tfidf"},
         "model": {"hidden": 64, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate": 192},
         "align": {"steps": 10},
-        "sft": {"steps": 20, "warmup": 5, "requests": 32, "verdicts": 32},
-        "grpo": {"steps": 5, "warmup": 2, "requests": 8, "group": 8},
+        "sft": {"steps": 20, "warmup": 5, "histories": 32},
+        "grpo": {"steps": 5, "warmup": 2, "histories": 4, "group": 8},
         "eval": {"beam": 50, "valid_requests": 64, "resamples": 100},
     },
     "nightly": {  # with --init: starts from yesterday's weights, which know the items already

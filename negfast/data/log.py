@@ -84,10 +84,13 @@ class EventLog:
 
 def events_before(log: EventLog, user: np.ndarray, moment: np.ndarray) -> np.ndarray:
     """Where a user's events before a moment (seconds) end in the flat columns, int64, one for each (user, moment)."""
-    low, span = int(log.time.min()), int(log.time.max() - log.time.min()) + 2
-    keys = log.user.astype(np.int64) * span + (log.time - low)
-    within = np.clip(moment.astype(np.int64) - low, 0, span - 1)
-    return np.searchsorted(keys, user.astype(np.int64) * span + within)
+    low, high = log.user_offsets[user], log.user_offsets[user + 1]
+    while (open_ := low < high).any():
+        middle = (low + high) // 2
+        earlier = open_ & (log.time[np.minimum(middle, len(log) - 1)] < moment)
+        low = np.where(earlier, middle + 1, low)
+        high = np.where(open_ & ~earlier, middle, high)
+    return low
 
 
 def history_ends(log: EventLog, user: np.ndarray, day: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from negfast.data.log import EXPOSED, EventLog, history_ends
 from negfast.data.split import Requests
 from negfast.evaluate.sets import POOL, EvalSet, check_choosable
-from negfast.model.prompts import MIXED
+from negfast.model.histories import MIXED
 from negfast.runtime.engine import Engine
 from negfast.runtime.generation import generate
 from negfast.runtime.verdict import Calibration, candidate_logits, group_candidates, shown_candidates

@@ -1,6 +1,6 @@
-"""Group attention: prompts attend causally to themselves, completions to their prompt and their own earlier tokens.
+"""Group attention: prompts attend causally to themselves, completions to their prefix and their own earlier tokens.
 
-All completions of a group read the prompt's keys and values in place; nothing is copied per completion. `install`
+All completions of a prompt read its keys and values in place; nothing is copied per completion. `install`
 registers it with transformers' AttentionInterface under `NAME`, so stock decoders run unpatched; gradients flow through
 everything.
 """
@@ -54,52 +54,44 @@ def group_attention(
         layout.keys[layer] = parts.prompt_keys(layout, key, value)
         return torch.zeros((), dtype=query.dtype, device=query.device).expand(1, *query.shape), None
     outputs = []
-    rows = layout.prompt_tokens if layout.holds_prompts else 0
-    if layout.holds_prompts and layer in layout.keys:  # only the last rows of the prompts are here
-        rows = 0 if layout.prompt_rows == "none" else layout.prompts
-        if rows:
-            outputs.append(parts.last_token_attention(layout.keys[layer], layout, query[:rows], scale))
-    elif layout.holds_prompts:
+    if layout.holds_prompts and layer not in layout.keys:  # else the last layer dropped the prompts' rows
+        rows = layout.prompt_tokens
         kept = layout.keys[layer] = parts.prompt_keys(layout, key[:rows], value[:rows])
         outputs.append(parts.prompt_attention(kept, layout, query[:rows], scale))
-    if layout.new_tokens:
-        if rows:  # a slice of all rows would cost a copy in the backward
+        if layout.new_tokens:  # a slice of all rows would cost a copy in the backward
             query, key, value = query[rows:], key[rows:], value[rows:]
+    if layout.new_tokens:
         kept = layout.keys[layer]
-        kept.append_own(*(x.unflatten(0, (layout.completions, layout.new_tokens)) for x in (key, value)))
+        kept.append_own(*(x.unflatten(0, (len(layout.completions), layout.new_tokens)) for x in (key, value)))
         outputs.append(parts.completion_attention(kept, layout, query, scale))
     return torch.cat(outputs).unsqueeze(0) if len(outputs) > 1 else outputs[0].unsqueeze(0), None
 
 
 def drop_prompt_rows(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """Forward pre-hook of a decoder's last layer: of the prompts only the rows that the caller wants go through it.
+    """Forward pre-hook of a decoder's last layer: where completions are asked about, their rows alone go through it.
 
-    Nobody attends to what this layer makes of the others; they give it their keys and values and are dropped. Holds for
-    layers whose attention reads ``input_layernorm`` of their input, see `Policy`.
+    Nobody attends to what this layer makes of the prompts; they give it their keys and values and are dropped. Holds
+    for layers whose attention reads ``input_layernorm`` of their input, see `Policy`.
     """
     layout: GroupLayout | None = kwargs.get("layout")
-    if layout is None or not layout.holds_prompts or layout.prompt_rows == "all":
+    if layout is None or not layout.holds_prompts or not layout.new_tokens:
         return None
     hidden, tokens = args[0], layout.prompt_tokens
-    prompts = slice(0, tokens)
     cos, sin = kwargs["position_embeddings"]
     layout.keys_only = True
     layer.self_attn(  # type: ignore[operator]
-        hidden_states=layer.input_layernorm(hidden[:, prompts]),  # type: ignore[operator]
-        position_embeddings=(cos[:, prompts], sin[:, prompts]),
+        hidden_states=layer.input_layernorm(hidden[:, :tokens]),  # type: ignore[operator]
+        position_embeddings=(cos[:, :tokens], sin[:, :tokens]),
         attention_mask=None,
         layout=layout,
     )
     layout.keys_only = False
-    rows = torch.arange(tokens, hidden.shape[1], device=hidden.device)
-    if layout.prompt_rows == "last":
-        rows = torch.cat([layout.last_prompt_row, rows])
     position_ids = kwargs["position_ids"]
     selected = {
-        "position_embeddings": (cos[:, rows], sin[:, rows]),
-        "position_ids": None if position_ids is None else position_ids[:, rows],
+        "position_embeddings": (cos[:, tokens:], sin[:, tokens:]),
+        "position_ids": None if position_ids is None else position_ids[:, tokens:],
     }
-    return (hidden[:, rows], *args[1:]), kwargs | selected
+    return (hidden[:, tokens:], *args[1:]), kwargs | selected
 
 
 def install(model: "PreTrainedModel") -> None:

@@ -1,64 +1,56 @@
-"""Constrained beam search: the most probable unseen items of a context, beams as rows over shared prompt keys."""
+"""Constrained beam search: the most probable unseen items of a context, beams as rows over shared histories."""
 
 import torch
 from torch import Tensor
 
 from negfast.model.choice import TrieChooser
-from negfast.model.layout import GroupLayout
+from negfast.model.histories import Histories
 from negfast.model.policy import Policy
-from negfast.sid.prior import RequestPrior
+from negfast.sid.prior import MARKERS, RequestPrior
 
 
 @torch.no_grad()
 def beam_search(
     policy: Policy | None,
     chooser: TrieChooser,
-    layout: GroupLayout,
-    prompt_tokens: Tensor,
+    histories: Histories,
     prior: RequestPrior | None,
     branch: int,
     width: int,
     top: int,
 ) -> tuple[Tensor, Tensor]:
-    """The ``top`` best items of each of B prompts (which end with the branch's marker) and their log-probabilities.
+    """The ``top`` best items of each of the R requests of ``histories`` and their log-probabilities.
 
-    Returns (items int64 [B, top], log_prob [B, top]), best first; -1 and -inf where fewer unseen items were found.
+    Returns (items int64 [R, top], log_prob [R, top]), best first; -1 and -inf where fewer unseen items were found.
     ``width`` beams are kept at every level above the last. Items are distinct, exist and are unseen, since only valid
     codes are followed. Ties go to the lower node. Without a policy the prior alone is searched, without a prior all
     items are.
     """
-    prompts, levels = layout.prompts, chooser.trie.levels
-    device = prompt_tokens.device
-    hidden = None
-    if policy is not None:
-        hidden = policy.hidden(layout, prompt_tokens, None, prompt_rows="last")
-    score = torch.zeros(prompts, 1, device=device)
-    nodes = torch.zeros(prompts, 1, dtype=torch.int64, device=device)
-    requests = torch.arange(prompts, device=device)
+    size, levels, device = len(histories.requests), chooser.trie.levels, histories.tokens.device
+    hidden = None if policy is None else histories.start(policy, MARKERS[branch])
+    score = torch.zeros(size, 1, device=device)
+    nodes = torch.zeros(size, 1, dtype=torch.int64, device=device)
+    requests = torch.arange(size, device=device)
     for level in range(levels):
         beams = nodes.shape[1]
         alive = torch.isfinite(score)
         choice = chooser.choose(
             policy, hidden, level, nodes.flatten(), requests.repeat_interleave(beams), prior, branch
         )
-        joint = score.unsqueeze(-1) + choice.log_probs().unflatten(0, (prompts, beams))
-        valid = choice.valid.unflatten(0, (prompts, beams)) & alive.unsqueeze(-1)
+        joint = score.unsqueeze(-1) + choice.log_probs().unflatten(0, (size, beams))
+        valid = choice.valid.unflatten(0, (size, beams)) & alive.unsqueeze(-1)
         joint = joint.masked_fill(~valid, -torch.inf).flatten(1)
         keep = min(width if level < levels - 1 else top, joint.shape[1])
         score, index = stable_topk(joint, keep)
-        nodes = choice.children.unflatten(0, (prompts, beams)).flatten(1).gather(1, index)
+        nodes = choice.children.unflatten(0, (size, beams)).flatten(1).gather(1, index)
         nodes = nodes.clamp_min(0)  # a dead beam (score -inf) walks along on node 0
         if level == levels - 1 or policy is None:
             continue
         parents = (index // choice.logits.shape[1] + requests[:, None] * beams).flatten()
-        slots = torch.arange(prompts * keep, device=device)
-        if level == 0:
-            layout.set_completions(slots, keep)
-        else:
-            layout.branch(parents, slots, keep)
+        histories.layout.branch(parents, keep)
         codes = index % choice.logits.shape[1]
         tokens = policy.vocabulary.code_base(level + 1) + codes
-        hidden = policy.hidden(layout, None, tokens.reshape(-1, 1))
+        hidden = policy.hidden(histories.layout, None, tokens.reshape(-1, 1))
     items = torch.where(torch.isfinite(score), chooser.trie.leaf_item[nodes].long(), -1)
     if items.shape[1] < top:
         missing = top - items.shape[1]

@@ -1,18 +1,18 @@
-"""The group layout: ragged prompts packed without padding, and the completions that share each of them.
+"""The group layout: ragged prompts packed without padding, and the completions that branch off them.
 
 One `GroupLayout` travels with a call of a stock transformers decoder (`model(..., layout=layout)` hands it to the
 registered attention function) and holds, layer by layer, the keys and values that later calls attend to. Rows of a
 call are packed: first the prompts' tokens, if the call holds prompts, then the tokens of one completion after the
-other. Linear layers, norms and MLPs therefore touch no padding. Attention works on buckets of prompts of similar length
-and similar number of completions, each padded to its largest.
+other. Linear layers, norms and MLPs therefore touch no padding. Eager attention works on buckets of prompts of similar
+length, each padded to its largest.
 
-A completion is whatever follows a shared prompt: what a rollout samples, a target of SFT, a candidate of a verdict.
+A prompt is whatever is shared: a user's history, or text. A completion sees the first `prefix` tokens of its prompt and
+its own: a candidate of a verdict, a target of SFT, what a rollout samples.
 """
 
 from collections import UserDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import numpy as np
 import torch
@@ -20,19 +20,16 @@ from torch import Tensor
 
 from negfast import staging
 
-FILL = 0.75  # a bucket's shortest prompt is at least this share of its longest
-CROWD = 4.0  # a bucket's numbers of completions differ by less than this factor
-
-PromptRows = Literal["all", "last", "none"]
+FILL = 0.75  # a bucket's shortest prompt is at least this share of its longest,
+SLACK = 16  # or this many tokens shorter
 
 
 @dataclass(frozen=True)
 class Bucket:
     """b prompts of similar length, padded to P places. Rows count within the bucket's own packed tokens."""
 
-    pad_index: Tensor  # int64 [b * P], packed row of each place; padding points at its prompt's first row
-    unpad_index: Tensor | None  # int64 [t], place of each packed row; None where nothing is padded
-    mask: Tensor | None  # bool [b, P]; None where nothing is padded
+    pad_index: Tensor | None  # int64 [b * P], packed row of each place; padding points at its prompt's first row
+    unpad_index: Tensor | None  # int64 [t], place of each packed row; both None where nothing is padded
     prompts: int
     longest: int
     tokens: int
@@ -64,45 +61,81 @@ class Keys(UserDict[int, LayerKeys]):
     on with a copy where tensors have gradients."""
 
 
+@dataclass(frozen=True)
+class Completions:
+    """A completions, sorted by (prompt, prefix).
+
+    prompt  int64 [A]  the prompt of each
+    prefix  int64 [A]  tokens of it that the completion sees
+    cell    int64 [A]  its place in the grid of all buckets, in which a bucket's prompts have equally many cells
+    cells   list[int]  cells of a prompt, by bucket
+    sizes   list[int]  cells of a bucket
+    most    int        at least the most completions of a prompt
+    seen    float      tokens of their prefixes together
+    """
+
+    prompt: Tensor
+    prefix: Tensor
+    cell: Tensor
+    cells: list[int]
+    sizes: list[int]
+    most: int
+    seen: float
+
+    def __len__(self) -> int:
+        return self.prompt.shape[0]
+
+    def repeated(self, times: int) -> "Completions":
+        """``times`` of each, side by side."""
+        copy = torch.arange(times, device=self.cell.device)
+        return Completions(
+            self.prompt.repeat_interleave(times),
+            self.prefix.repeat_interleave(times),
+            (self.cell[:, None] * times + copy).flatten(),
+            [cells * times for cells in self.cells],
+            [size * times for size in self.sizes],
+            self.most * times,
+            self.seen * times,
+        )
+
+    def take(self, rows: Tensor) -> "Completions":
+        """Those at ``rows`` int64, ascending; the others' cells stay empty. ``seen`` shrinks by their number."""
+        seen = self.seen * len(rows) / max(len(self), 1)
+        return replace(self, prompt=self.prompt[rows], prefix=self.prefix[rows], cell=self.cell[rows], seen=seen)
+
+
 @dataclass
 class GroupLayout:
-    """B prompts of ragged length, A completions, each belonging to one prompt.
+    """B prompts of ragged length and the completions that branch off them at the moment.
 
-    lengths       int64 [B]     tokens of each prompt
+    lengths       int64 [B]     tokens of each prompt; ``host_lengths`` the same on the host
     cu_seqlens    int32 [B + 1] their offsets
     positions     int64 [T]     position of each packed prompt token
     buckets                     of prompts
     token_order   int64 [T]     packed rows in the order of buckets; None where that is their order anyway
-    place         int64 [B]     place of each prompt in the order of buckets
-    slots         int64 [A]     prompt * group + number of each completion; ascending
-    group         int           at least the largest number of completions of a prompt
-    cells         list[int]     cells that each bucket's grid has for a prompt's completions
-    grid_base     int64 [B]     first cell of each prompt in the grid of all buckets
+    bucket_place  int64 [B]     place of each prompt in the order of buckets, on the host
     """
 
     lengths: Tensor
+    host_lengths: np.ndarray
     cu_seqlens: Tensor
     positions: Tensor
     buckets: list[Bucket]
     token_order: Tensor | None
-    place: Tensor
-    slots: Tensor
-    group: int
-    cells: list[int]
-    grid_base: Tensor
+    bucket_place: np.ndarray
     holds_prompts: bool = True  # whether the rows of the current call begin with the prompts
-    prompt_rows: PromptRows = "all"  # of the current call's prompts, the rows whose hidden states it gives
     keys_only: bool = False  # while a layer gives nothing but the prompts' keys and values
     new_tokens: int = 0  # tokens that each completion adds in the current call
     past_tokens: int = 0  # tokens that each completion added in earlier calls
     keys: Keys = field(default_factory=Keys)
-    _completion_offsets: Tensor | None = None  # once asked for
+    _asked: Completions | None = None
+    _completions: Completions | None = None
+    _offsets: Tensor | None = None  # once asked for
+    _masks: tuple[tuple[int, torch.dtype], list[Tensor]] | None = None  # once asked for
 
     @classmethod
-    def build(
-        cls, cu_seqlens: np.ndarray, completions_per_prompt: np.ndarray | int, device: torch.device
-    ) -> "GroupLayout":
-        """Layout of prompts with offsets ``cu_seqlens`` int [B + 1] and 0 or more completions each."""
+    def build(cls, cu_seqlens: np.ndarray, device: torch.device) -> "GroupLayout":
+        """Layout of prompts with offsets ``cu_seqlens`` int [B + 1]."""
         lengths = np.diff(cu_seqlens).astype(np.int64)
         if len(lengths) == 0 or lengths.min() < 1:
             raise ValueError(f"prompt lengths: found {lengths.min() if len(lengths) else 'none'}, expected at least 1")
@@ -110,41 +143,79 @@ class GroupLayout:
         def put(array: np.ndarray) -> Tensor:
             return staging.put(array, device)
 
-        counts = np.broadcast_to(np.asarray(completions_per_prompt, dtype=np.int64), len(lengths))
-        crowd = np.log(np.maximum(counts, 1)) // np.log(CROWD)
-        order = np.lexsort((lengths, crowd))
-        parts = [part for c in np.unique(crowd) for part in _similar(order[crowd[order] == c], lengths)]
-        cells = [max(int(counts[part].max()), 1) for part in parts]
-        starts = np.repeat(np.asarray(cu_seqlens[:-1], dtype=np.int64), lengths)
+        order = np.argsort(lengths, kind="stable")
         in_order = bool((order == np.arange(len(order))).all())
         place = np.argsort(order)
-        token_order = np.argsort(np.repeat(place, lengths), kind="stable")
-        of_bucket = np.repeat(cells, [len(part) for part in parts])
-        group = max(cells)
+        starts = np.repeat(np.asarray(cu_seqlens[:-1], dtype=np.int64), lengths)
         return cls(
             lengths=put(lengths),
+            host_lengths=lengths,
             cu_seqlens=put(np.asarray(cu_seqlens, dtype=np.int32)),
             positions=put(np.arange(cu_seqlens[-1]) - starts),
-            buckets=[_bucket(lengths[part], put) for part in parts],
-            token_order=None if in_order else put(token_order),
-            place=put(place),
-            slots=put(np.flatnonzero(np.arange(group) < counts[:, None])),
-            group=group,
-            cells=cells,
-            grid_base=put((np.cumsum(of_bucket) - of_bucket)[place]),
+            buckets=[_bucket(lengths[part], put) for part in _similar(order, lengths)],
+            token_order=None if in_order else put(np.argsort(np.repeat(place, lengths), kind="stable")),
+            bucket_place=place,
         )
 
-    def fresh(self, slots: Tensor, group: int) -> "GroupLayout":
-        """A layout of the same prompts for other completions, with nothing computed yet."""
+    def ask(self, prompt: np.ndarray, prefix: np.ndarray | None = None) -> None:
+        """New completions without tokens: of the prompts ``prompt`` int [A], ascending, each of which sees the first
+        ``prefix`` int [A] tokens; all by default. Those of a prompt are best sorted by prefix."""
+        device, counts = self.lengths.device, np.bincount(prompt, minlength=self.prompts)
+        of_bucket = np.empty(self.prompts, dtype=np.int64)
+        of_bucket[self.bucket_place] = np.arange(self.prompts)  # prompts in the order of buckets
+        cells, base, start = [], np.empty(self.prompts, dtype=np.int64), 0
+        for part in np.split(of_bucket, np.cumsum([bucket.prompts for bucket in self.buckets])[:-1]):
+            most = max(int(counts[part].max()), 1)
+            base[part] = start + np.arange(len(part)) * most
+            start += len(part) * most
+            cells.append(most)
+        number = np.arange(len(prompt)) - (np.cumsum(counts) - counts)[prompt]
+        if prefix is None:
+            prefix = self.host_lengths[prompt]
+        self._asked = Completions(
+            staging.put(prompt.astype(np.int64), device),
+            staging.put(prefix.astype(np.int64), device),
+            staging.put(base[prompt] + number, device),
+            cells,
+            [bucket.prompts * each for bucket, each in zip(self.buckets, cells, strict=True)],
+            max(int(counts.max()), 1),
+            float(prefix.sum()),
+        )
+        self._set(self._asked)
+        self.past_tokens = self.new_tokens = 0
+        for layer in self.keys.values():
+            layer.own_key = layer.own_value = None
+
+    def keep(self, rows: Tensor) -> None:
+        """Keeps the completions ``rows`` int64 [A'] only, ascending indices into the present ones."""
+        self._set(self.completions.take(rows))
+        self._select_own(rows)
+
+    def branch(self, parents: Tensor, times: int) -> None:
+        """``times`` completions of each that was asked for; they continue the present ones at ``parents`` int64."""
+        assert self._asked is not None
+        self._set(self._asked.repeated(times))
+        self._select_own(parents)
+
+    def fresh(self) -> "GroupLayout":
+        """A layout of the same prompts, and the completions that were asked for, with nothing computed yet."""
         layout = replace(self, keys=Keys(), past_tokens=0, new_tokens=0)
-        layout.set_completions(slots, group)
+        if self._asked is not None:
+            layout._set(self._asked)
         return layout
 
-    def set_completions(self, slots: Tensor, group: int) -> None:
-        """New completions at ``slots`` int64 [A], up to ``group`` of each prompt."""
-        self.slots, self.group, self._completion_offsets = slots, group, None
-        self.cells = [group] * len(self.buckets)
-        self.grid_base = self.place * group
+    def _set(self, completions: Completions) -> None:
+        self._completions, self._offsets, self._masks = completions, None, None
+
+    def _select_own(self, rows: Tensor) -> None:
+        for layer in self.keys.values():
+            if layer.own_key is not None and layer.own_value is not None:
+                layer.own_key, layer.own_value = layer.own_key[rows], layer.own_value[rows]
+
+    @property
+    def completions(self) -> Completions:
+        assert self._completions is not None, "layout.ask comes first"
+        return self._completions
 
     @property
     def prompts(self) -> int:
@@ -155,65 +226,46 @@ class GroupLayout:
         return self.positions.shape[0]
 
     @property
-    def completions(self) -> int:
-        return self.slots.shape[0]
-
-    @property
-    def completion_prompt(self) -> Tensor:
-        """The prompt of each completion, int64 [A]."""
-        return self.slots // self.group
-
-    @property
-    def completion_offsets(self) -> Tensor:
-        """Where each prompt's completions begin, int32 [B + 1] from 0 to A."""
-        if self._completion_offsets is None:
-            first_slots = torch.arange(self.prompts + 1, device=self.slots.device) * self.group
-            self._completion_offsets = torch.searchsorted(self.slots, first_slots, out_int32=True)
-        return self._completion_offsets
-
-    @property
     def longest(self) -> int:
         """Tokens of the longest prompt."""
         return max(bucket.longest for bucket in self.buckets)
 
     @property
-    def last_prompt_row(self) -> Tensor:
-        """The packed row of each prompt's last token, int64 [B]."""
-        return self.lengths.cumsum(0) - 1
+    def completion_offsets(self) -> Tensor:
+        """Where each prompt's completions begin, int32 [B + 1] from 0 to A."""
+        if self._offsets is None:
+            prompts = torch.arange(self.prompts + 1, device=self.lengths.device)
+            self._offsets = torch.searchsorted(self.completions.prompt, prompts, out_int32=True)
+        return self._offsets
 
-    @property
-    def grid_size(self) -> int:
-        return sum(bucket.prompts * cells for bucket, cells in zip(self.buckets, self.cells, strict=True))
-
-    def grid_places(self) -> Tensor | None:
-        """The cell of each completion in the grid of all buckets, int64 [A]; None where they fill it in order."""
-        if self.token_order is None and self.completions == self.grid_size:
-            return None
-        return self.grid_base[self.completion_prompt] + self.slots % self.group
+    def key_masks(self, queries: int, dtype: torch.dtype) -> list[Tensor]:
+        """For every bucket [b, 1, Q, P]: 0 where a query sees a prompt place, else -inf. Q are the queries of all cells
+        of a prompt, ``queries`` of each; an empty cell sees the first place."""
+        if self._masks is None or self._masks[0] != (queries, dtype):
+            completions, masks = self.completions, []
+            prefix = torch.ones(sum(completions.sizes), dtype=torch.int64, device=self.lengths.device)
+            prefix.index_copy_(0, completions.cell, completions.prefix)
+            for bucket, of_bucket in zip(self.buckets, prefix.split(completions.sizes), strict=True):
+                of_queries = of_bucket.repeat_interleave(queries).view(bucket.prompts, 1, -1, 1)
+                hidden = torch.arange(bucket.longest, device=prefix.device) >= of_queries
+                masks.append(
+                    torch.zeros(hidden.shape, dtype=dtype, device=prefix.device).masked_fill_(hidden, -torch.inf)
+                )
+            self._masks = (queries, dtype), masks
+        return self._masks[1]
 
     def completion_positions(self) -> Tensor:
-        """Position of each completion token of the current call, int64 [A * n]: a completion follows its prompt."""
-        step = torch.arange(self.past_tokens, self.past_tokens + self.new_tokens, device=self.slots.device)
-        return (self.lengths[self.completion_prompt][:, None] + step).reshape(-1)
-
-    def keep(self, rows: Tensor) -> None:
-        """Keeps the completions ``rows`` int64 [A'] only, ascending indices into the present ones."""
-        self.slots, self._completion_offsets = self.slots[rows], None
-        for layer in self.keys.values():
-            if layer.own_key is not None and layer.own_value is not None:
-                layer.own_key, layer.own_value = layer.own_key[rows], layer.own_value[rows]
-
-    def branch(self, parents: Tensor, slots: Tensor, group: int) -> None:
-        """New completions that extend the completions ``parents`` int64 [A'], at ``slots`` int64 [A']."""
-        self.keep(parents)
-        self.set_completions(slots, group)
+        """Position of each completion token of the current call, int64 [A * n]: they follow the prefix."""
+        step = torch.arange(self.past_tokens, self.past_tokens + self.new_tokens, device=self.lengths.device)
+        return (self.completions.prefix[:, None] + step).reshape(-1)
 
 
 def _similar(rows: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
-    """Splits ``rows``, ascending in length, where padding to the longest would waste more than ``FILL`` allows."""
+    """Splits ``rows``, ascending in length, where padding to the longest would waste more than is allowed."""
     parts, end = [], len(rows)
     while end:
-        start = int(np.searchsorted(lengths[rows[:end]], FILL * lengths[rows[end - 1]]))
+        longest = lengths[rows[end - 1]]
+        start = int(np.searchsorted(lengths[rows[:end]], min(FILL * longest, longest - SLACK)))
         parts.append(rows[start:end])
         end = start
     return parts[::-1]
@@ -221,15 +273,12 @@ def _similar(rows: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
 
 def _bucket(lengths: np.ndarray, put: Callable[[np.ndarray], Tensor]) -> Bucket:
     longest, tokens = int(lengths[-1]), int(lengths.sum())
-    place = np.arange(longest)
-    mask = place < lengths[:, None]
+    real = np.arange(longest) < lengths[:, None]
     first = np.cumsum(lengths) - lengths
-    pad_index = (first[:, None] + np.where(mask, place, 0)).reshape(-1)
-    full = bool(mask.all())
+    full = bool(real.all())
     return Bucket(
-        pad_index=put(pad_index),
-        unpad_index=None if full else put(np.flatnonzero(mask)),
-        mask=None if full else put(mask),
+        pad_index=None if full else put((first[:, None] + np.where(real, np.arange(longest), 0)).reshape(-1)),
+        unpad_index=None if full else put(np.flatnonzero(real)),
         prompts=len(lengths),
         longest=longest,
         tokens=tokens,

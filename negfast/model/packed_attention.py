@@ -3,7 +3,6 @@
 The parts are those of `padded_attention`, their eager reference.
 """
 
-import torch
 from torch import Tensor
 
 from negfast.kernels.attention_inputs import Segments
@@ -22,21 +21,13 @@ def prompt_attention(kept: LayerKeys, layout: GroupLayout, query: Tensor, scale:
     return causal(query, kept.prompt_key[0], kept.prompt_value[0], _prompts(layout), scale)
 
 
-def last_token_attention(kept: LayerKeys, layout: GroupLayout, query: Tensor, scale: float) -> Tensor:
-    """Attention of each prompt's last token, [B, H, D], over the whole prompt."""
-    key, value = kept.prompt_key[0], kept.prompt_value[0]
-    one_each = torch.arange(layout.prompts + 1, dtype=torch.int32, device=query.device)
-    none = key.new_empty(layout.prompts, 0, *key.shape[1:])
-    tensors = query.unsqueeze(1), key, value, none, none
-    return over_prompt_and_own(*tensors, _prompts(layout), Segments(one_each, 1), scale).squeeze(1)
-
-
 def completion_attention(kept: LayerKeys, layout: GroupLayout, query: Tensor, scale: float) -> Tensor:
-    """Attention of the completions' new tokens, query [C * n, H, D], over their prompt and their own tokens so far."""
-    queries = query.unflatten(0, (layout.completions, layout.new_tokens))
+    """Attention of the completions' new tokens, query [C * n, H, D], over their prefix and their own tokens so far."""
+    asked = layout.completions
+    queries = query.unflatten(0, (len(asked), layout.new_tokens))
     tensors = queries, kept.prompt_key[0], kept.prompt_value[0], *kept.own()
-    completions = Segments(layout.completion_offsets, layout.group)
-    return over_prompt_and_own(*tensors, _prompts(layout), completions, scale).flatten(0, 1)
+    completions = Segments(layout.completion_offsets, asked.most)
+    return over_prompt_and_own(*tensors, asked.prefix.int(), _prompts(layout), completions, scale).flatten(0, 1)
 
 
 def _prompts(layout: GroupLayout) -> Segments:

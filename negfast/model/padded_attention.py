@@ -1,14 +1,19 @@
-"""Attention of one layer in eager code: the prompts in buckets of similar length, each padded to its longest.
+"""Attention of one layer by PyTorch: the prompts in buckets of similar length, each padded to its longest.
 
 What computes on the CPU, and what `packed_attention` is held against. A layer's attention is `prompt_keys`, then
-`prompt_attention` or `last_token_attention` of the prompts and `completion_attention` of their completions.
+`prompt_attention` of the prompts and `completion_attention` of their completions.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from negfast.model.layout import Bucket, GroupLayout, LayerKeys
+from negfast.model.layout import Bucket, Completions, GroupLayout, LayerKeys
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def prompt_keys(layout: GroupLayout, key: Tensor, value: Tensor) -> LayerKeys:
@@ -44,74 +49,118 @@ def prompt_attention(kept: LayerKeys, layout: GroupLayout, query: Tensor, scale:
 
 def _padded(rows: Tensor, bucket: Bucket) -> Tensor:
     """[t, H, D] -> [b, H, P, D]."""
-    padded = rows if bucket.mask is None else rows.index_select(0, bucket.pad_index)
+    padded = rows if bucket.pad_index is None else rows.index_select(0, bucket.pad_index)
     return padded.unflatten(0, (bucket.prompts, bucket.longest)).transpose(1, 2)
 
 
-def last_token_attention(kept: LayerKeys, layout: GroupLayout, query: Tensor, scale: float) -> Tensor:
-    """Attention of each prompt's last token, [B, H, D], over the whole prompt."""
-    if layout.token_order is not None:
-        query = torch.zeros_like(query).index_copy(0, layout.place, query)
-    outputs = []
-    sizes = [bucket.prompts for bucket in layout.buckets]
-    for bucket, q, k, v in zip(layout.buckets, query.split(sizes), kept.prompt_key, kept.prompt_value, strict=True):
-        mask = None if bucket.mask is None else bucket.mask[:, None, None]
-        out = F.scaled_dot_product_attention(q.unsqueeze(2), k, v, attn_mask=mask, scale=scale, enable_gqa=True)
-        outputs.append(out.squeeze(2))
-    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return out if layout.token_order is None else out.index_select(0, layout.place)
-
-
 def completion_attention(kept: LayerKeys, layout: GroupLayout, query: Tensor, scale: float) -> Tensor:
-    """Attention of the completions' new tokens, query [C * n, H, D], over their prompt and their own tokens so far."""
-    count, new, past = layout.completions, layout.new_tokens, layout.past_tokens
+    """Attention of the completions' new tokens, query [C * n, H, D], over their prefix and their own tokens so far."""
     own_key, own_value = kept.own()
-    heads, dim, kv_heads = query.shape[1], query.shape[2], own_key.shape[2]
-    repeat = heads // kv_heads
-    queries = (query * scale).view(count, new, kv_heads, repeat, dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    keys, values = own_key.transpose(1, 2), own_value.transpose(1, 2)  # [C, Hk, m, D]
-    own = (queries.unsqueeze(-2) * keys.unsqueeze(2)).sum(-1)  # [C, Hk, rep * n, m]
-    if new > 1:
-        step = torch.arange(new, device=query.device).repeat(repeat)
-        own = own.masked_fill(torch.arange(past + new, device=query.device) > (past + step)[:, None], -torch.inf)
-
-    places = layout.grid_places()
-    sizes = [bucket.prompts * cells for bucket, cells in zip(layout.buckets, layout.cells, strict=True)]
-    outputs, own_weights = [], []
-    parts = zip(
-        layout.buckets,
-        layout.cells,
-        _to_grid(queries, layout, places).split(sizes),
-        _to_grid(own, layout, places).split(sizes),
-        kept.prompt_key,
-        kept.prompt_value,
-        strict=True,
-    )
-    for bucket, cells, q, own_scores, prompt_key, prompt_value in parts:
-        # all queries of a kv head and group side by side, [b, Hk, G * rep * n, D], against the prompt's [b, Hk, P, D]
-        q, own_scores = (_side_by_side(x, bucket.prompts) for x in (q, own_scores))
-        scores = q @ prompt_key.transpose(-1, -2)
-        if bucket.mask is not None:
-            scores = scores.masked_fill(~bucket.mask[:, None, None, :], -torch.inf)
-        weights = torch.softmax(torch.cat([scores, own_scores], dim=-1), dim=-1, dtype=_softmax_dtype(query))
-        weights = weights.to(query.dtype)
-        outputs.append(_apart(weights[..., : bucket.longest] @ prompt_value, cells))
-        own_weights.append(_apart(weights[..., bucket.longest :], cells))
-    out = _from_grid(outputs, places) + (_from_grid(own_weights, places).unsqueeze(-1) * values.unsqueeze(2)).sum(-2)
-    return out.view(count, kv_heads, repeat, new, dim).permute(0, 3, 1, 2, 4).reshape(count * new, heads, dim)
+    count, new, kv_heads = len(layout.completions), layout.new_tokens, own_key.shape[2]
+    # all queries of a kv head and completion together, [C, Hk, rep * n, D]
+    queries = query.unflatten(0, (count, new)).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    own = (x.transpose(1, 2) for x in (own_key, own_value))  # [C, Hk, m, D]
+    out = OverPrefixAndOwn.apply(layout, scale, queries, *own, *kept.prompt_key, *kept.prompt_value)
+    return out.unflatten(2, (-1, new)).permute(0, 3, 1, 2, 4).reshape(query.shape)
 
 
-def _to_grid(rows: Tensor, layout: GroupLayout, places: Tensor | None) -> Tensor:
-    """[C, ...] -> [cells of all buckets, ...]; places without a completion hold zeros."""
-    if places is None:
-        return rows
-    return rows.new_zeros(layout.grid_size, *rows.shape[1:]).index_copy(0, places, rows)
+class OverPrefixAndOwn(torch.autograd.Function):
+    """Queries [C, Hk, rep * n, D] over their own keys [C, Hk, m, D] and the prefixes of the buckets' [b, Hk, P, D].
+
+    As in the kernels, attention over the prefix and over own tokens is merged by log-sum-exp, and the backward of each
+    part is its own with the merged output and log-sum-exp.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, layout: GroupLayout, scale: float, query: Tensor, *tensors: Tensor) -> Tensor:
+        own_key, own_value, *prompts = tensors
+        ctx.completions, ctx.new, ctx.scale = layout.completions, layout.new_tokens, scale
+        ctx.masks = layout.key_masks(query.shape[2], query.dtype)
+        outputs, sums = [], []
+        for q, mask, k, v in zip(_to_grid(query, ctx.completions), ctx.masks, *_halves(prompts), strict=True):
+            out, lse = _attend(_side_by_side(q, len(k)), k, v, mask, scale)
+            outputs.append(_apart(out, len(q)))
+            sums.append(_apart(lse.unsqueeze(-1), len(q)))
+        prefix, prefix_lse = (_from_grid(parts, ctx.completions) for parts in (outputs, sums))
+        prefix_lse = prefix_lse.masked_fill((ctx.completions.prefix == 0)[:, None, None, None], -torch.inf)
+        scores = _own_scores(query, own_key, scale, ctx.new).to(prefix_lse.dtype)
+        lse = torch.logaddexp(prefix_lse, scores.logsumexp(-1, keepdim=True))
+        of_prefix, of_own = ((x - lse).exp().to(query.dtype) for x in (prefix_lse, scores))
+        out = of_prefix * prefix + _weighted(of_own, own_value)
+        ctx.save_for_backward(query, own_key, own_value, out, lse, *prompts)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, own_key, own_value, out, lse, *prompts = ctx.saved_tensors
+        weights = (_own_scores(query, own_key, ctx.scale, ctx.new).to(lse.dtype) - lse).exp().to(query.dtype)
+        of_values = (grad.unsqueeze(-2) * own_value.unsqueeze(2)).sum(-1)
+        score_grad = weights * (of_values - (grad * out).sum(-1, keepdim=True)) * ctx.scale
+        dq, dk, dv = [], [], []
+        grids = zip(*(_to_grid(x, ctx.completions) for x in (grad, query, out, lse)), strict=True)
+        for cells, mask, k, v in zip(grids, ctx.masks, *_halves(prompts), strict=True):
+            g, q, o, merged = (_side_by_side(x, len(k)) for x in cells)
+            of_bucket = _attend_backward(g, q, k, v, o, merged.squeeze(-1), mask, ctx.scale)
+            dq.append(_apart(of_bucket[0], len(cells[0])))
+            dk.append(of_bucket[1])
+            dv.append(of_bucket[2])
+        query_grad = _from_grid(dq, ctx.completions) + _weighted(score_grad, own_key)
+        own = _weighted(score_grad.transpose(2, 3), query), _weighted(weights.transpose(2, 3), grad)
+        return None, None, query_grad, *own, *dk, *dv
 
 
-def _from_grid(parts: list[Tensor], places: Tensor | None) -> Tensor:
-    """[b * G, ...] of every bucket -> [C, ...]."""
-    grid = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return grid if places is None else grid.index_select(0, places)
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of q [b, Hk, Q, D] over k and v [b, Hk, P, D], ``mask`` [b, 1, Q, P] of 0 and -inf; with its
+    log-sum-exp [b, Hk, Q], of no meaning where all is hidden."""
+    if q.device.type == "cpu":
+        return _flash(q, k, v, attn_mask=mask, scale=scale)
+    scores = q @ k.transpose(-1, -2) * scale + mask
+    lse = scores.logsumexp(-1, keepdim=True)
+    weights = (scores - lse.masked_fill(lse.isinf(), 0.0)).exp()
+    return weights @ v, lse.squeeze(-1)
+
+
+def _attend_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; ``out`` and ``lse`` may be those of more keys than these."""
+    if q.device.type == "cpu":
+        return _flash_backward(grad, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale)
+    weights = (q @ k.transpose(-1, -2) * scale + mask - lse.unsqueeze(-1)).exp().to(q.dtype)
+    score_grad = weights * (grad @ v.transpose(-1, -2) - (grad * out).sum(-1, keepdim=True)) * scale
+    return score_grad @ k, score_grad.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ grad
+
+
+def _own_scores(query: Tensor, own_key: Tensor, scale: float, new: int) -> Tensor:
+    """[C, Hk, rep * n, m] of query [C, Hk, rep * n, D] and own keys [C, Hk, m, D], -inf for later tokens than a
+    query's, which is one of the last n."""
+    scores = (query.unsqueeze(-2) * own_key.unsqueeze(2)).sum(-1) * scale
+    if new == 1:
+        return scores
+    rows, tokens = scores.shape[2:]
+    step = torch.arange(tokens - new, tokens, device=query.device).repeat(rows // new)
+    return scores.masked_fill(torch.arange(tokens, device=query.device) > step[:, None], -torch.inf)
+
+
+def _weighted(weights: Tensor, rows: Tensor) -> Tensor:
+    """weights [C, Hk, q, m] @ rows [C, Hk, m, D], of few m."""
+    return (weights.unsqueeze(-1) * rows.unsqueeze(2)).sum(-2)
+
+
+def _halves(prompts: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values of the buckets."""
+    return prompts[: len(prompts) // 2], prompts[len(prompts) // 2 :]
+
+
+def _to_grid(rows: Tensor, completions: Completions) -> tuple[Tensor, ...]:
+    """[C, ...] -> [cells, ...] of every bucket; cells without a completion hold zeros."""
+    grid = rows.new_zeros(sum(completions.sizes), *rows.shape[1:]).index_copy(0, completions.cell, rows)
+    return grid.split(completions.sizes)
+
+
+def _from_grid(parts: list[Tensor], completions: Completions) -> Tensor:
+    """[cells, ...] of every bucket -> [C, ...]."""
+    return torch.cat(parts).index_select(0, completions.cell)
 
 
 def _side_by_side(grid: Tensor, prompts: int) -> Tensor:
@@ -120,9 +169,5 @@ def _side_by_side(grid: Tensor, prompts: int) -> Tensor:
 
 
 def _apart(grid: Tensor, cells: int) -> Tensor:
-    """[b, Hk, G * q, X] -> [b * G, Hk, q, X]."""
-    return grid.unflatten(2, (cells, -1)).transpose(1, 2).flatten(0, 1)
-
-
-def _softmax_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    """[b, Hk, G * q, X] -> [b * G, Hk, q, X], ``cells`` b * G."""
+    return grid.unflatten(2, (cells // len(grid), -1)).transpose(1, 2).flatten(0, 1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from negfast.errors import InputError
 from negfast.model import attention
-from negfast.model.layout import GroupLayout, PromptRows
+from negfast.model.layout import GroupLayout
 from negfast.model.qwen3 import Qwen3
 from negfast.model.verdict_prior import VerdictPrior
 from negfast.sid.tokens import MARKERS, CodeVocabulary
@@ -70,9 +70,15 @@ class Policy(nn.Module):
         self.block = CodeBlock(vocabulary.size, rows.shape[1], std)
         self.verdict_prior = VerdictPrior(verdict_features)
 
-    def embed(self, tokens: Tensor, has_text: bool) -> Tensor:
-        """Embeddings [N, d] of token ids [N]; ``has_text`` says whether any is the decoder's own (no device sync)."""
+    def embed(self, tokens: Tensor, has_text: bool = False) -> Tensor:
+        """Embeddings [N, d] of token ids [N], or of sums [N, S]: those of a row's tokens together, <|none|> nothing.
+
+        ``has_text`` says whether any is the decoder's own (no device sync); sums have none.
+        """
         base = self.vocabulary.base
+        if tokens.ndim == 2:
+            none = self.vocabulary.marker("none") - base
+            return F.embedding_bag(tokens - base, self.block.rows, mode="sum", padding_idx=none)
         codes = F.embedding((tokens - base).clamp_min(0), self.block.rows)
         if not has_text:
             return codes
@@ -85,40 +91,37 @@ class Policy(nn.Module):
         prompt_tokens: Tensor | None,
         completion_tokens: Tensor | None,
         has_text: bool = False,
-        prompt_rows: PromptRows = "all",
     ) -> Tensor:
-        """Final hidden states [rows + A * n, d] of a call that adds prompts [T], completion tokens [A, n], or both.
+        """Final hidden states of a call that adds prompts, completions, or both.
 
-        ``prompt_rows`` says which of the prompts' come first: all T, the B of their last tokens, or none; the last
-        layer computes no others. Keys and values of the call stay in the layout, with gradients where these are on.
+        Tokens of prompts are [T], of completions [A, n], or sums [T, S] and [A, n, S] (see `embed`). The states are
+        those of the completions [A * n, d] where there are any, else of the prompts [T, d]. Keys and values of the call
+        stay in the layout, with gradients where these are on.
         """
         layout.past_tokens += layout.new_tokens
         layout.holds_prompts = prompt_tokens is not None
-        layout.prompt_rows = prompt_rows
+        layout.new_tokens = 0 if completion_tokens is None else completion_tokens.shape[1]
+        embedded, positions = [], []
         if prompt_tokens is not None:
             layout.keys.clear()
-        layout.new_tokens = 0 if completion_tokens is None else completion_tokens.shape[1]
-        tokens, positions = [], []
-        if prompt_tokens is not None:
-            tokens.append(prompt_tokens)
+            embedded.append(self.embed(prompt_tokens, has_text))
             positions.append(layout.positions)
         if completion_tokens is not None:
-            tokens.append(completion_tokens.reshape(-1))
+            embedded.append(self.embed(completion_tokens.flatten(0, 1), has_text))
             positions.append(layout.completion_positions())
-        embedded = self.embed(torch.cat(tokens), has_text)
-        precision = torch.autocast(embedded.device.type, torch.bfloat16, enabled=self.in_bfloat16)
-        with span("prompt" if prompt_tokens is not None else f"level {layout.past_tokens + 2}"), precision:
+        inputs = torch.cat(embedded)
+        precision = torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.in_bfloat16)
+        with span("prompt" if prompt_tokens is not None else f"level {layout.past_tokens + 1}"), precision:
             out = self.decoder(
-                inputs_embeds=embedded.unsqueeze(0),
+                inputs_embeds=inputs.unsqueeze(0),
                 position_ids=torch.cat(positions).unsqueeze(0),
                 use_cache=False,
                 layout=layout,
             )
-        hidden = out.last_hidden_state.squeeze(0).to(embedded.dtype)
-        if prompt_tokens is None or prompt_rows == "all" or self.drops_prompt_rows:
+        hidden = out.last_hidden_state.squeeze(0).to(inputs.dtype)
+        if prompt_tokens is None or completion_tokens is None or self.drops_prompt_rows:
             return hidden
-        completions = hidden[layout.prompt_tokens :]
-        return completions if prompt_rows == "none" else torch.cat([hidden[layout.last_prompt_row], completions])
+        return hidden[layout.prompt_tokens :]
 
     def weights_cast_once(self) -> torch.autocast:
         """Within it calls of ``hidden`` share the bfloat16 copies of trained weights, where each would make its own. To

@@ -1,4 +1,4 @@
-"""Everything that stages, evaluation and serving share: data set, policy, trie, prior, prompts on one device."""
+"""Everything that stages, evaluation and serving share: data set, policy, trie, prior, histories on one device."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,8 +16,8 @@ from negfast.errors import InputError
 from negfast.memory import available_memory
 from negfast.model.choice import TrieChooser
 from negfast.model.fused_layers import fuse_layers
+from negfast.model.histories import HistoryBuilder
 from negfast.model.policy import Policy
-from negfast.model.prompts import PromptBuilder, trending_items
 from negfast.sid.prior import TABLE_BYTES, DevicePrior, decayed_mass
 from negfast.sid.trie import Trie, build_trie
 
@@ -36,7 +36,7 @@ class Engine:
     tokenizer: "PreTrainedTokenizerBase"  # missing where the engine only serves
     trie: Trie
     chooser: TrieChooser
-    prompts: PromptBuilder
+    histories: HistoryBuilder
     features: HistoryFeatures
     device: torch.device
     fit_until: int  # days since 1970: what is learned or counted for training comes from events of days before
@@ -73,16 +73,7 @@ def build_engine(
         decayed_mass(log, kind, config.prior.half_life_days, first_day, last_day) for kind in (DISLIKE, LIKE)
     )
     prior = DevicePrior.build(trie, disliked, liked, first_day, config.prior.eps, device)
-    prompts = PromptBuilder(
-        data.shard,
-        trie,
-        policy.vocabulary,
-        prior,
-        trending_items(disliked, config.prompt.trending_cap),
-        config.prompt,
-        device,
-        threads,
-    )
+    histories = HistoryBuilder(data.shard, log, trie, policy.vocabulary, prior, config.history, device, threads)
     fuse_layers(policy.to(device), device)
     return Engine(
         config,
@@ -92,7 +83,7 @@ def build_engine(
         tokenizer,
         trie,
         TrieChooser(trie.to(device), config.prior.weight),
-        prompts,
+        histories,
         history_features(data, fit_until, config.history.context),
         device,
         fit_until,

@@ -2,12 +2,11 @@
 
 import numpy as np
 
-from negfast.data.log import history_ends
+from negfast.data.log import DAY
 from negfast.data.split import Requests
 from negfast.errors import InputError
 from negfast.memory import available_memory
 from negfast.model.beam import beam_search
-from negfast.model.prompts import MIXED
 from negfast.runtime.engine import Engine
 from negfast.sid.prior import NEXT_DISLIKE
 from negfast.sid.trie import SeenNodes, Trie
@@ -32,21 +31,19 @@ def generate(
     size = batch_size(engine, width, 0 if excluded is None else len(excluded))
     items = np.full((len(requests), top), -1, dtype=np.int32)
     scores = np.full((len(requests), top), -np.inf, dtype=np.float32)
-    # requests of similar length together: attention pads a batch's prompts to its longest
-    ends = history_ends(engine.log, requests.user, requests.day)
-    order = np.argsort(ends - engine.log.user_offsets[requests.user], kind="stable")
+    order = np.lexsort((requests.day, requests.user))  # those of a user share histories
     for start in range(0, len(order), size):
         rows = order[start : start + size]
-        batch = engine.prompts.build(requests.user[rows], requests.day[rows], MIXED, 0, tail="next-dislike")
-        prior = batch.prior
+        histories = engine.histories.build(requests.user[rows], (requests.day[rows].astype(np.int64) + 1) * DAY)
+        prior = histories.prior
         if excluded is not None and len(excluded):
+            assert prior is not None
             seen = with_seen(prior.seen, engine.trie, excluded, len(rows))
-            prior = engine.prompts.prior.for_requests(requests.day[rows], seen)
+            prior = engine.histories.prior.for_requests(requests.day[rows], seen)
         found, log_p = beam_search(
             engine.policy if with_policy else None,
             engine.chooser,
-            batch.layout,
-            batch.tokens,
+            histories,
             prior,
             NEXT_DISLIKE,
             width,

@@ -4,13 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from negfast.data.log import DAY, DISLIKE, WITHDRAWN, EventLog, history_ends
+from negfast.data.log import DISLIKE, WITHDRAWN, EventLog
 from negfast.data.split import first_feedback
+from negfast.model.histories import MIXED, Histories
 from negfast.model.policy import Policy
-from negfast.model.prompts import MIXED, PromptBatch
 from negfast.model.verdict_prior import fit
 from negfast.runtime.engine import Engine
 from negfast.staging import put
@@ -96,32 +95,33 @@ def group_candidates(user: np.ndarray, moment: np.ndarray, items: np.ndarray) ->
 
 @dataclass(frozen=True)
 class VerdictInputs:
-    """Candidates as the policy reads them: one prompt a user and moment, its candidates as completions."""
+    """Candidates as the policy reads them: branches of their users' histories."""
 
-    prompts: PromptBatch
-    tokens: Tensor  # int64 [E, L + 1], codes and the verdict marker
+    histories: Histories
+    branches: np.ndarray  # int64 [E], of each candidate
+    tokens: Tensor  # int64 [E, n, S]
     features: Tensor  # float32 [E, width], of the prior
 
 
 def read_candidates(engine: Engine, candidates: Candidates, view: int = MIXED) -> VerdictInputs:
-    """Prompts, tokens and features of candidates, on the device."""
-    counts = np.diff(candidates.offsets)
-    batch = engine.prompts.build(candidates.user, _day_before(candidates), view, counts, trending=False)
-    codes = engine.prompts.item_token_ids[put(candidates.items, engine.device).long()]
-    tokens = F.pad(codes, (0, 1), value=engine.policy.vocabulary.marker("verdict"))
-    return VerdictInputs(batch, tokens, _on_device(engine, prior_features(engine, candidates)))
+    """Histories, tokens and features of candidates, on the device."""
+    none = np.zeros(len(candidates), dtype=bool)
+    histories = engine.histories.build(candidates.user, candidates.moment, view, none)
+    return verdict_inputs(engine, candidates, histories, np.arange(len(candidates)))
 
 
-def _day_before(candidates: Candidates) -> np.ndarray:
-    """The last day that prompts show, int32 [G]: the whole day before the moment's."""
-    return (candidates.moment // DAY - 1).astype(np.int32)
+def verdict_inputs(engine: Engine, candidates: Candidates, histories: Histories, branches: np.ndarray) -> VerdictInputs:
+    """The same of histories that are read already; ``branches`` int64 [G] are those of the candidates' groups."""
+    of_candidate = branches[candidates.group_of_item]
+    gap = histories.gap[put(of_candidate, engine.device)]
+    tokens = engine.histories.candidate_tokens(put(candidates.items, engine.device).long(), gap)
+    return VerdictInputs(histories, of_candidate, tokens, _on_device(engine, prior_features(engine, candidates)))
 
 
 def verdict_logits(policy: Policy, inputs: VerdictInputs) -> Tensor:
     """Logit [E] of P(dislike) for every candidate."""
-    batch, tokens = inputs.prompts, inputs.tokens
-    hidden = policy.hidden(batch.layout, batch.tokens, tokens, prompt_rows="none")
-    return policy.verdict_logit(hidden.view(*tokens.shape, -1)[:, -1], inputs.features)
+    states = inputs.histories.states(policy, inputs.branches, inputs.tokens)
+    return policy.verdict_logit(states[:, -1], inputs.features)
 
 
 def prior_features(engine: Engine, candidates: Candidates) -> np.ndarray:
@@ -151,11 +151,10 @@ def fit_prior(engine: Engine) -> None:
 
 @torch.no_grad()
 def candidate_logits(engine: Engine, candidates: Candidates, view: int = MIXED) -> np.ndarray:
-    """Verdict logits float64 [E] of candidates, in batches of similar prompt length."""
+    """Verdict logits float64 [E] of candidates, in batches that share histories."""
     out = np.empty(len(candidates.items))
     candidates = candidates.split(CANDIDATES_AT_ONCE)
-    ends = history_ends(engine.log, candidates.user, _day_before(candidates))
-    order = np.argsort(ends - engine.log.user_offsets[candidates.user], kind="stable")
+    order = np.lexsort((candidates.moment, candidates.user))
     counts = np.diff(candidates.offsets)[order]
     batch_of = (np.cumsum(counts) - counts) // CANDIDATES_AT_ONCE
     for batch in np.unique(batch_of):

@@ -1,6 +1,7 @@
 """`negfast export`: a run as a Hugging Face directory that opens in transformers, with its SID table and trie."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,22 +14,26 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from negfast.data.dataset import refuse_data_folder
+from negfast.data.shards import GAPS
 from negfast.errors import InputError
 from negfast.files import atomic_directory, check_output, locked
 from negfast.model.lora import merge_adapters
 from negfast.model.policy import Policy
 from negfast.runtime.run_folder import RunFolder
+from negfast.sid.prior import MARKERS
+from negfast.sid.tokens import FEEDBACK
 from negfast.sid.trie import Trie
 
 DESCRIPTION = "negfast.json"
+FORMAT = 2  # of an export: one position an event
 
 
 def export_run(run: Path, out: Path) -> None:
     """Writes model, tokenizer, sid_table.parquet, trie.safetensors and negfast.json to the directory ``out``.
 
-    The code block is merged into the model's vocabulary: input rows are the block's, output rows those seen through
-    its head, so logits are the policy's before the community prior. An export that is there is replaced. Raises
-    InputError where ``out`` holds anything else, and as `RunFolder.finished_engine`.
+    The code block is merged into the model's vocabulary: input rows are the block's (that of <|none|> is zero), output
+    rows those seen through its head, so logits are the policy's before the community prior. An export that is there is
+    replaced. Raises InputError where ``out`` holds anything else, and as `RunFolder.finished_engine`.
     """
     check_output(out)
     if out.exists() and not (out / DESCRIPTION).is_file() and not (out.is_dir() and not any(out.iterdir())):
@@ -51,7 +56,7 @@ def _write_export(folder: RunFolder, out: Path) -> None:
         model.save_pretrained(temporary, safe_serialization=True)
         enable_progress_bar()
         tokenizer.save_pretrained(temporary)
-        tokens = engine.prompts.item_tokens
+        tokens = engine.histories.item_tokens
         columns = {
             "item": pa.array(engine.data.items.ids, pa.string()),
             "text": pa.array(engine.data.items.text, pa.string()),
@@ -60,10 +65,15 @@ def _write_export(folder: RunFolder, out: Path) -> None:
         parquet.write_table(pa.table(columns), temporary / "sid_table.parquet", compression="zstd")
         save_file(trie_tensors(engine.trie), temporary / "trie.safetensors")
         vocabulary = engine.policy.vocabulary
+        names = ("none", *FEEDBACK, "gap-0", *MARKERS, "verdict")
         description = {
+            "format": FORMAT,
             "base": vocabulary.base,
             "levels": vocabulary.levels,
             "codebook": vocabulary.codebook,
+            "tokens": {name: vocabulary.marker(name) for name in names} | {"codes": vocabulary.code_base(1)},
+            "gaps": GAPS,
+            "history": asdict(engine.config.history),
         }
         (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
 
@@ -78,7 +88,9 @@ def merged_model(policy: Policy) -> PreTrainedModel:
     weights = {f"{model.base_model_prefix}.{name}": value for name, value in policy.decoder.state_dict().items()}
     text_rows = policy.decoder.get_input_embeddings().weight
     output_rows = policy.output_rows() @ policy.block.head.weight  # head(h) . row = h . (row W)
-    weights[f"{model.base_model_prefix}.embed_tokens.weight"] = torch.cat([text_rows, policy.block.rows])
+    input_rows = policy.block.rows.clone()
+    input_rows[policy.vocabulary.marker("none") - policy.vocabulary.base] = 0  # so a sum over all places is the sum
+    weights[f"{model.base_model_prefix}.embed_tokens.weight"] = torch.cat([text_rows, input_rows])
     weights["lm_head.weight"] = torch.cat([policy.text_head.weight, output_rows])
     model.load_state_dict(weights)
     return model.eval()

@@ -16,6 +16,7 @@ from negfast.sid.trie import DeviceTrie, SeenNodes, Trie
 from negfast.staging import put
 
 NEXT_DISLIKE, NEXT_LIKE = 0, 1  # branches: rows of the mass tables
+MARKERS = ("next-dislike", "next-like")  # that ask for them
 TABLE_BYTES = 64  # a day and item while the tables are built: two masses and their copies in the trie's order
 
 

@@ -6,10 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from negfast.data.shards import GAPS
+
+FEEDBACK = ("shown", "like", "dislike", "withdrawn", "history")  # in the order of the log's codes, then a start
 MARKERS = (
-    "dislikes",
-    "likes",
-    "trending",
+    "none",  # fills the places of a sum that are not used
+    *FEEDBACK,
+    *(f"gap-{number}" for number in range(GAPS)),
     "next-dislike",
     "next-like",
     "item",

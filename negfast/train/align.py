@@ -20,16 +20,16 @@ from torch import Tensor
 from negfast.data.log import DISLIKE, EventLog
 from negfast.errors import InputError
 from negfast.model.beam import beam_search
-from negfast.model.layout import GroupLayout
+from negfast.model.histories import Histories
 from negfast.runtime.engine import Engine
-from negfast.runtime.likelihood import code_ranks, target_log_probs
+from negfast.runtime.likelihood import Targets, code_ranks, target_log_probs
 from negfast.runtime.verdict import prior_logits
 from negfast.sid.prior import NEXT_DISLIKE
 from negfast.staging import put
 from negfast.train.order import epoch_rows, task_rng
 from negfast.train.step import WHOLE, Mean, MicroBatch, StepResult
 from negfast.train.text import EXAMPLES_AT_ONCE, SidToText, attribute_examples, encode, title_examples
-from negfast.train.verdict_task import VerdictTask
+from negfast.train.verdict_task import TrainVerdicts, VerdictTask
 
 B = TypeVar("B")  # of what a task reads
 
@@ -53,11 +53,7 @@ class Task(Protocol[B]):
 class SidBatch:
     """Prompts, and the item that each should lead to."""
 
-    layout: GroupLayout
-    token_ids: Tensor  # int64 [T], of the prompts
-    markers: Tensor  # int64 [B], before each target
-    items: Tensor  # int64 [B]
-    has_text: bool  # whether any of the prompts' tokens is the decoder's own
+    targets: Targets
     whole: int  # items of the whole batch, of which these may be a micro-batch
     tokens: int
 
@@ -116,8 +112,7 @@ class TitleToSid:
         for start in range(0, len(items), EXAMPLES_AT_ONCE):
             part = items[start : start + EXAMPLES_AT_ONCE]
             batch = self.of(part, len(part))
-            given = batch.layout, batch.token_ids, batch.markers, batch.items
-            parts.append(code_ranks(self.engine, *given, has_text=True).cpu().numpy())
+            parts.append(code_ranks(self.engine, batch.targets).cpu().numpy())
         return np.concatenate(parts)
 
 
@@ -145,7 +140,7 @@ class CoDisliked:
 
     def prompts(self, items: np.ndarray) -> list[np.ndarray]:
         marker = self.engine.policy.vocabulary.marker("item")
-        return [np.concatenate([[marker], sid]) for sid in self.engine.prompts.item_tokens[items].astype(np.int64)]
+        return [np.concatenate([[marker], sid]) for sid in self.engine.histories.item_tokens[items].astype(np.int64)]
 
     def read(self, step: int, micro_batch: MicroBatch = WHOLE) -> SidBatch:
         """The micro-batch's pairs of a step."""
@@ -166,14 +161,11 @@ class CoDisliked:
         rng = task_rng(engine.config.train.seed, "measured pairs", 0)
         first, second = self.draw(self.held, PAIRS_MEASURED, rng)
         asked, which = np.unique(first, return_inverse=True)
-        marker = engine.policy.vocabulary.marker("next-dislike")
+        width = max(engine.config.eval.beam, TOP + 1)
         for start in range(0, len(asked), EXAMPLES_AT_ONCE // 4):
-            items = asked[start : start + EXAMPLES_AT_ONCE // 4]
-            prompts = [np.append(prompt, marker) for prompt in self.prompts(items)]
-            layout = GroupLayout.build(np.arange(len(items) + 1) * len(prompts[0]), 0, engine.device)
-            tokens = torch.from_numpy(np.concatenate(prompts)).to(engine.device)
-            width = max(engine.config.eval.beam, TOP + 1)
-            found, _ = beam_search(engine.policy, engine.chooser, layout, tokens, None, NEXT_DISLIKE, width, TOP + 1)
+            prompts = self.prompts(asked[start : start + EXAMPLES_AT_ONCE // 4])
+            histories = Histories.of_prompts(prompts, engine.policy.vocabulary.marker("gap-0"), engine.device, False)
+            found, _ = beam_search(engine.policy, engine.chooser, histories, None, NEXT_DISLIKE, width, TOP + 1)
             hits.append(found.cpu().numpy())
         brought = np.concatenate(hits)
         brought[brought == asked[:, None]] = -1  # a pair is of different items
@@ -186,7 +178,7 @@ class Verdicts(VerdictTask):
 
     def __init__(self, engine: Engine, batch: int, held_out: np.ndarray) -> None:
         super().__init__(engine, batch, ~held_out)
-        self.held = VerdictTask(engine, batch, held_out)
+        self.held = TrainVerdicts(engine, held_out)
 
     def accuracy(self) -> dict[str, float]:
         """AUC of train-day verdicts on held-out items, disliked above liked, by the policy and by its prior alone. Both
@@ -219,23 +211,16 @@ def sid_batch(
     engine: Engine, prompts: list[np.ndarray], marker: str, items: np.ndarray, whole: int, has_text: bool
 ) -> SidBatch:
     """``prompts`` int64 each, with the targets ``items`` int64 [B] after ``marker``."""
-    cu_seqlens = np.concatenate([[0], np.cumsum([len(p) for p in prompts])])
-    targets = put(items, engine.device)
-    return SidBatch(
-        GroupLayout.build(cu_seqlens, 1, engine.device),
-        put(np.concatenate(prompts), engine.device),
-        torch.full_like(targets, engine.policy.vocabulary.marker(marker)),
-        targets,
-        has_text,
-        whole,
-        int(cu_seqlens[-1]) + len(items) * engine.trie.levels,
-    )
+    vocabulary, wanted = engine.policy.vocabulary, put(items, engine.device)
+    histories = Histories.of_prompts(prompts, vocabulary.marker("gap-0"), engine.device, has_text)
+    markers = torch.full_like(wanted, vocabulary.marker(marker))
+    targets = Targets(histories, np.arange(len(items)), markers, wanted)
+    return SidBatch(targets, whole, len(histories.tokens) + len(items) * engine.trie.levels)
 
 
 def sid_nll(engine: Engine, batch: SidBatch) -> Tensor:
     """Summed negative log-likelihood of a micro-batch's items over the whole batch's number of them."""
-    log_p = target_log_probs(engine, batch.layout, batch.token_ids, batch.markers, batch.items, None, 0, batch.has_text)
-    return -log_p.sum() / batch.whole
+    return -target_log_probs(engine, batch.targets, None, 0).sum() / batch.whole
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ import numpy as np
 import torch
 
 from negfast.config import Reward
-from negfast.data.log import EventLog
+from negfast.data.log import DAY, EventLog
 from negfast.data.split import Requests
-from negfast.model.prompts import MIXED
+from negfast.model.histories import MIXED
 from negfast.runtime.engine import Engine
 from negfast.runtime.generation import REQUESTS_AT_ONCE
-from negfast.runtime.likelihood import target_log_probs
+from negfast.runtime.likelihood import Targets, target_log_probs
 from negfast.sid.prior import NEXT_DISLIKE
 from negfast.train.grpo.reward import RewardTable, build_reward_table, reward_sources
 
@@ -28,22 +28,22 @@ def item_log_probs(
     out = np.empty(len(items))
     counts = np.diff(offsets)
     marker = engine.policy.vocabulary.marker("next-dislike")
-    order = np.argsort(counts, kind="stable")
+    order = np.lexsort((day, user))  # those of a user share histories
     for rows in np.split(order, _cuts(counts[order], REQUESTS_AT_ONCE)):
-        rows = np.sort(rows)
         if not (total := int(counts[rows].sum())):
             continue
         places = np.arange(total) + np.repeat(offsets[rows] - np.cumsum(counts[rows]) + counts[rows], counts[rows])
-        batch = engine.prompts.build(user[rows], day[rows], view, counts[rows])
+        histories = engine.histories.build(user[rows], (day[rows].astype(np.int64) + 1) * DAY, view)
         targets = torch.from_numpy(items[places]).to(engine.device).long()
         markers = torch.full_like(targets, marker)
-        log_p = target_log_probs(engine, batch.layout, batch.tokens, markers, targets, batch.prior, NEXT_DISLIKE)
+        asked = Targets(histories, np.repeat(np.arange(len(rows)), counts[rows]), markers, targets)
+        log_p = target_log_probs(engine, asked, histories.prior, NEXT_DISLIKE)
         out[places] = log_p.double().cpu().numpy()
     return out
 
 
 def expected_rewards(engine: Engine, requests: Requests, table: RewardTable, view: int = MIXED) -> np.ndarray:
-    """Each request's expected reward of one item drawn from the policy on its prompt, float64 [R].
+    """Each request's expected reward of one item drawn from the policy, float64 [R].
 
     The sum over the unseen items of p(item) * reward(item), without sampling: ``table`` holds every item whose reward
     is not zero, its rows those of ``requests``, as `reward_table` makes it.

@@ -150,8 +150,10 @@ class Recorder:
     def __enter__(self) -> "Recorder":
         embed = self.policy.embed
 
-        def noted(tokens: Tensor, has_text: bool) -> Tensor:
-            self.tensors[f"call{self.calls}.tokens"] = tokens.clone()
+        def noted(tokens: Tensor, has_text: bool = False) -> Tensor:
+            prefix = f"call{self.calls}."
+            second = prefix + "tokens" in self.tensors  # after the histories' come those that branch off
+            self.tensors[prefix + ("branch_tokens" if second else "tokens")] = tokens.clone()
             return embed(tokens, has_text)
 
         self.policy.embed = noted  # type: ignore[method-assign]
@@ -167,10 +169,10 @@ class Recorder:
             hook.remove()
 
     def _note(self, _: nn.Module, __: tuple, inputs: dict) -> None:
-        """Beside a call's token ids [N]: their positions [N] and the prompts' lengths [B]."""
+        """Beside a call's token ids: their positions [N] and the histories' lengths [B]."""
         prefix = f"call{self.calls}."
         self.tensors[prefix + "positions"] = inputs["position_ids"][0].clone()
-        self.tensors[prefix + "prompt_lengths"] = inputs["layout"].lengths.clone()
+        self.tensors[prefix + "history_lengths"] = inputs["layout"].lengths.clone()
         self.calls += 1
 
     def _check(self, name: str) -> Callable[[nn.Module, tuple, object], None]:

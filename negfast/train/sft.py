@@ -8,73 +8,65 @@ from torch import Tensor
 
 from negfast.config import Sft
 from negfast.data.split import Requests, only_next
-from negfast.model.prompts import MIXED, NEGATIVE_ONLY, POSITIVE_ONLY, PromptBatch
+from negfast.model.histories import MIXED, NEGATIVE_ONLY, POSITIVE_ONLY, Histories
 from negfast.runtime.engine import Engine
-from negfast.runtime.likelihood import target_log_probs
-from negfast.sid.prior import NEXT_DISLIKE, NEXT_LIKE
+from negfast.runtime.likelihood import Targets, target_log_probs
+from negfast.sid.prior import MARKERS, NEXT_DISLIKE, NEXT_LIKE
 from negfast.staging import put
-from negfast.train.order import epoch_rows, task_rng
+from negfast.train.histories import Drawn, HistoryTask
+from negfast.train.order import task_rng
 from negfast.train.step import WHOLE, Mean, MicroBatch, StepResult
-from negfast.train.verdict_task import VerdictBatch, VerdictTask
+from negfast.train.verdict_task import TrainVerdicts, VerdictBatch
 
 SCALES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of code logits, tried on valid; the smallest still leaves GRPO a gradient
 
 
 @dataclass(frozen=True)
 class ItemBatch:
-    """A micro-batch's prompts and their target items; A targets, sorted by prompt."""
+    """Target items of a micro-batch's requests; A targets, sorted by request."""
 
-    prompts: PromptBatch
-    markers: Tensor  # int64 [A], before a target
-    items: Tensor  # int64 [A]
-    branches: Tensor  # int64 [A]
+    targets: Targets
+    branches: Tensor  # int64 [A], NEXT_DISLIKE or NEXT_LIKE
     weights: Tensor  # float32 [A]
     requests: int  # of the whole batch
     tokens: int
 
 
+def items_with_future(engine: Engine, target: str) -> Requests:
+    """The train requests with anything to come; ``target`` "next" cuts F down to the item disliked first."""
+    requests = engine.train_requests
+    if target == "next":
+        requests = only_next(engine.log, requests)
+    return requests.take((np.diff(requests.dislike_offsets) > 0) | (np.diff(requests.like_offsets) > 0))
+
+
 class NextItems:
-    """The next-item task: both branches of a request share its prompt in one group."""
+    """The next-item task: both branches of requests."""
 
-    def __init__(self, engine: Engine, settings: Sft) -> None:
-        requests = engine.train_requests
-        if settings.target == "next":
-            requests = only_next(engine.log, requests)
-        has_future = (np.diff(requests.dislike_offsets) > 0) | (np.diff(requests.like_offsets) > 0)
-        self.engine, self.settings = engine, settings
-        self.requests = requests.take(has_future)
+    def __init__(self, engine: Engine, settings: Sft, requests: Requests) -> None:
+        self.engine, self.settings, self.requests = engine, settings, requests
 
-    def read(self, step: int, micro_batch: MicroBatch = WHOLE) -> ItemBatch:
-        """The micro-batch's requests and the items drawn of their futures."""
-        engine, settings = self.engine, self.settings
-        seed, size = engine.config.train.seed, len(self.requests)
-        rows = epoch_rows(seed, "next-items", step, size, settings.requests)
-        rng = task_rng(seed, "targets", step)
-        requests = self.requests.take(rows)
-        request, item, branch, weight = draw_targets(requests, settings.targets, settings.like_weight, rng)
-        views = draw_views(len(rows), settings.negative_view, settings.positive_view, rng)
-
-        mine = micro_batch.of(len(rows))
-        drawn = (request >= mine.start) & (request < mine.stop)
-        request, item, branch, weight = (column[drawn] for column in (request - mine.start, item, branch, weight))
-        counts = np.bincount(request, minlength=mine.stop - mine.start)
-        batch = engine.prompts.build(requests.user[mine], requests.day[mine], views[mine], counts)
-        names = {NEXT_DISLIKE: "next-dislike", NEXT_LIKE: "next-like"}
-        marker_ids = np.array([engine.policy.vocabulary.marker(names[b]) for b in (NEXT_DISLIKE, NEXT_LIKE)])
-
+    def read(self, histories: Histories, drawn: Drawn, step: int, micro_batch: MicroBatch) -> ItemBatch:
+        """Items drawn of the futures of the micro-batch's requests, which are those of ``histories``."""
+        rng = task_rng(self.engine.config.train.seed, "targets", step)
+        settings = self.settings
+        columns = draw_targets(self.requests.take(drawn.requests), settings.targets, settings.like_weight, rng)
+        _, mine, _ = drawn.part(micro_batch)
+        here = (columns[0] >= mine.start) & (columns[0] < mine.stop)
+        request, item, branch, weight = (column[here] for column in columns)
+        vocabulary = self.engine.policy.vocabulary
+        marker_ids = np.array([vocabulary.marker(name) for name in MARKERS])
         markers, items, branches, weights = (
-            put(column, engine.device) for column in (marker_ids[branch], item, branch, weight)
+            put(column, self.engine.device) for column in (marker_ids[branch], item, branch, weight)
         )
-        tokens = len(batch.tokens) + len(item) * engine.trie.levels
-        return ItemBatch(batch.with_prior(), markers, items, branches, weights, len(rows), tokens)
+        targets = Targets(histories, request - mine.start, markers, items)
+        return ItemBatch(targets, branches, weights, len(drawn.requests), len(item) * self.engine.trie.levels)
 
     def loss(self, batch: ItemBatch) -> tuple[Tensor, dict[str, Mean]]:
         """(the micro-batch's part of the loss, metrics). An item of F weighs 1/|F drawn|, of P like_weight/|P drawn|;
         the mean is over requests."""
-        prompts, weights = batch.prompts, batch.weights
-        log_p = target_log_probs(
-            self.engine, prompts.layout, prompts.tokens, batch.markers, batch.items, prompts.prior, batch.branches
-        )
+        weights = batch.weights
+        log_p = target_log_probs(self.engine, batch.targets, batch.targets.histories.prior, batch.branches)
         loss = -(weights * log_p).sum() / batch.requests
         disliked = batch.branches == NEXT_DISLIKE
         metrics = {"nll_dislike": Mean(-(log_p.detach() * weights * disliked).sum(), (weights * disliked).sum())}
@@ -104,7 +96,7 @@ def draw_targets(
 
 
 def draw_views(size: int, negative: float, positive: float, rng: np.random.Generator) -> np.ndarray:
-    """A view for each of ``size`` prompts, uint8: negative-only, positive-only, else mixed."""
+    """A view for each of ``size`` histories, uint8: negative-only, positive-only, else mixed."""
     draw = rng.random(size)
     views = np.where(draw < negative, NEGATIVE_ONLY, np.where(draw < negative + positive, POSITIVE_ONLY, MIXED))
     return views.astype(np.uint8)
@@ -115,12 +107,13 @@ class SftBatch:
     """What a micro-batch of a step reads."""
 
     micro_batch: MicroBatch
-    items: ItemBatch
+    histories: Histories
+    items: ItemBatch | None
     verdicts: VerdictBatch | None
 
     @property
     def tokens(self) -> int:
-        return self.items.tokens + (0 if self.verdicts is None else self.verdicts.tokens)
+        return len(self.histories.tokens) + sum(part.tokens for part in (self.items, self.verdicts) if part is not None)
 
 
 class SftStage:
@@ -133,25 +126,37 @@ class SftStage:
         self.config = engine.config.sft
         if self.config.reset_head:
             torch.nn.init.zeros_(engine.policy.block.head.weight)
-        self.next_items = NextItems(engine, self.config)
-        self.verdict = VerdictTask(engine, self.config.verdicts)
+        self.next_items = NextItems(engine, self.config, items_with_future(engine, self.config.target))
+        self.verdicts = TrainVerdicts(engine)
+        self.use_verdict_loss = self.config.verdict_weight > 0 and len(self.verdicts.candidates) > 0
+        self.task = HistoryTask(
+            engine, "sft", self.next_items.requests, self.verdicts.candidates, verdicts_alone=self.use_verdict_loss
+        )
 
     def read(self, step: int, micro_batch: MicroBatch = WHOLE) -> SftBatch:
+        settings = self.config
+        drawn = self.task.draw(step, settings.histories, settings.requests_per_history)
+        rng = task_rng(self.engine.config.train.seed, "views", step)
+        views = draw_views(len(drawn.histories), settings.negative_view, settings.positive_view, rng)
+        histories, branches = self.task.read(drawn, micro_batch, views, self.use_verdict_loss)
+        items = self.next_items.read(histories, drawn, step, micro_batch) if len(histories.requests) else None
         verdicts = (
-            self.verdict.read(step, micro_batch)
-            if self.config.verdict_weight and len(self.verdict.candidates)
-            else None
+            self.verdicts.of_histories(histories, branches, drawn, micro_batch) if self.use_verdict_loss else None
         )
-        return SftBatch(micro_batch, self.next_items.read(step, micro_batch), verdicts)
+        return SftBatch(micro_batch, histories, items, verdicts)
 
     def step(self, batch: SftBatch) -> StepResult:
         self.engine.policy.block.scale.fill_(1.0)  # validation may have left another
-        loss, metrics = self.next_items.loss(batch.items)
-        if batch.verdicts is not None:
-            verdict = self.verdict.loss(batch.verdicts)
+        loss = none = torch.zeros((), device=self.engine.device)
+        metrics: dict[str, Mean | float | None] = {"nll_dislike": Mean(none, 0.0)}
+        if batch.items is not None:
+            items, measured = self.next_items.loss(batch.items)
+            loss, metrics = loss + items, {**measured}
+        if self.use_verdict_loss:
+            verdict = none if batch.verdicts is None else self.verdicts.loss(batch.verdicts)
             loss = loss + self.config.verdict_weight * verdict
             metrics["verdict_bce"] = batch.micro_batch.part(verdict)
-        return StepResult(loss, {**metrics}, batch.tokens)
+        return StepResult(loss, metrics, batch.tokens)
 
     def outcome(self) -> dict[str, float]:
         return {}

@@ -31,8 +31,8 @@ class Meter:
     """Counts the floating-point operations of a policy's decoder and takes the time of steps.
 
     A token costs 2 operations a weight of the layers it goes through, and attention 4 * head width * heads a pair of
-    query and key; twice that again for the backward, where there is one. Of prompt rows that nobody asks for, the last
-    layer makes keys and values only. Heads, norms, the loss and the reference's forward are left out. MFU is this over
+    query and key; twice that again for the backward, where there is one. Of histories the last layer makes keys and
+    values only. Heads, norms, the loss and the reference's forward are left out. MFU is this over
     the time and the peak of the device: for bfloat16 that of a GPU's data sheet, else what a large product in the
     policy's type reaches here, measured once.
     """
@@ -62,11 +62,10 @@ class Meter:
         rows, layout = inputs["inputs_embeds"].shape[1], inputs["layout"]
         prompts, completions = attention_pairs(layout)
         once = (self.layers - 1) * (2.0 * self.weights * rows + self.pair * (prompts + completions))
-        if layout.holds_prompts and layout.prompt_rows != "all" and self.policy.drops_prompt_rows:
-            last = layout.prompts if layout.prompt_rows == "last" else 0
-            rows_kept = rows - layout.prompt_tokens + last
-            once += 2.0 * (self.key_weights * rows + (self.weights - self.key_weights) * rows_kept)
-            once += self.pair * (completions + last * layout.prompt_tokens / layout.prompts)
+        if layout.holds_prompts and layout.new_tokens and self.policy.drops_prompt_rows:
+            kept = rows - layout.prompt_tokens
+            once += 2.0 * (self.key_weights * rows + (self.weights - self.key_weights) * kept)
+            once += self.pair * completions
         else:
             once += 2.0 * self.weights * rows + self.pair * (prompts + completions)
         self.operations += once * (3 if torch.is_grad_enabled() else 1)
@@ -97,8 +96,10 @@ def attention_pairs(layout: GroupLayout) -> tuple[float, float]:
     within a bucket, and of the completions'."""
     lengths = [(bucket.prompts, bucket.tokens / bucket.prompts) for bucket in layout.buckets]
     prompts = sum(count * length * (length + 1) / 2 for count, length in lengths) if layout.holds_prompts else 0.0
-    mean = layout.prompt_tokens / layout.prompts + layout.past_tokens + (layout.new_tokens + 1) / 2
-    return prompts, layout.completions * layout.new_tokens * mean
+    if not layout.new_tokens:
+        return prompts, 0.0
+    own = layout.past_tokens + (layout.new_tokens + 1) / 2
+    return prompts, layout.new_tokens * (layout.completions.seen + len(layout.completions) * own)
 
 
 def peak_memory(device: torch.device) -> float:

@@ -119,7 +119,7 @@ class PackedText:
 
 def pack(engine: Engine, examples: Sequence[TextExample], target_tokens: int) -> PackedText:
     """Packs examples; the last token of an example is a target alone, since nothing comes after it."""
-    vocabulary, item_tokens = engine.policy.vocabulary, engine.prompts.item_tokens
+    vocabulary, item_tokens = engine.policy.vocabulary, engine.histories.item_tokens
     item, text = vocabulary.marker("item"), vocabulary.marker("text")
     tokens = [
         np.array([item, *item_tokens[e.item].tolist(), text, *e.question, *e.target[:-1]], dtype=np.int64)
@@ -132,7 +132,7 @@ def pack(engine: Engine, examples: Sequence[TextExample], target_tokens: int) ->
 
     targets = np.concatenate([np.array(example.target, dtype=np.int64) for example in examples])
     return PackedText(
-        GroupLayout.build(np.concatenate([[0], ends]), 0, engine.device),
+        GroupLayout.build(np.concatenate([[0], ends]), engine.device),
         put(np.concatenate(tokens), engine.device),
         put(rows, engine.device),
         put(targets, engine.device),

@@ -1,4 +1,4 @@
-"""The verdict task of training: batches of first feedback of the train days, and their loss."""
+"""The verdict task of training: first feedback of the train days, and its loss."""
 
 from dataclasses import dataclass
 
@@ -6,17 +6,18 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
+from negfast.model.histories import MIXED, Histories
 from negfast.runtime.engine import Engine
 from negfast.runtime.verdict import (
     VerdictInputs,
     candidate_logits,
     first_feedback_candidates,
-    read_candidates,
+    verdict_inputs,
     verdict_logits,
     verdict_start,
 )
 from negfast.staging import put
-from negfast.train.order import epoch_rows
+from negfast.train.histories import Drawn, HistoryTask
 from negfast.train.step import WHOLE, MicroBatch
 
 
@@ -27,28 +28,34 @@ class VerdictBatch:
     inputs: VerdictInputs
     labels: Tensor  # float32 [E]
     candidates: int  # of the whole batch
-    tokens: int
+
+    @property
+    def tokens(self) -> int:
+        return self.inputs.tokens.shape[0] * self.inputs.tokens.shape[1]
 
 
-class VerdictTask:
-    """Verdicts on the first feedback of train days."""
+class TrainVerdicts:
+    """First feedback of train days, and whether each is a dislike."""
 
-    def __init__(self, engine: Engine, batch: int, among: np.ndarray | None = None) -> None:
-        """``batch``: users at moments a step; ``among`` bool [I]: of these items alone."""
+    def __init__(self, engine: Engine, among: np.ndarray | None = None) -> None:
+        """``among`` bool [I]: of these items alone."""
         start = verdict_start(engine.log, engine.fit_until)
-        self.engine, self.batch = engine, batch
+        self.engine = engine
         self.candidates, self.labels = first_feedback_candidates(
             engine.log, engine.config.history.context, start, engine.fit_until, among
         )
 
-    def read(self, step: int, micro_batch: MicroBatch = WHOLE) -> VerdictBatch:
-        """The micro-batch's user-days of a step."""
-        whole = epoch_rows(self.engine.config.train.seed, "verdict", step, len(self.candidates), self.batch)
-        count = int(np.diff(self.candidates.offsets)[whole].sum())
-        candidates, places = self.candidates.take(whole[micro_batch.of(len(whole))])
-        inputs = read_candidates(self.engine, candidates)
-        tokens = len(inputs.prompts.tokens) + inputs.tokens.numel()
-        return VerdictBatch(inputs, put(self.labels[places], self.engine.device), count, tokens)
+    def of_histories(
+        self, histories: Histories, branches: np.ndarray, drawn: Drawn, micro_batch: MicroBatch
+    ) -> VerdictBatch | None:
+        """The verdicts of the micro-batch's histories, whose groups branch off at ``branches`` int64 [G]."""
+        count = int(np.diff(self.candidates.offsets)[drawn.groups].sum())
+        _, _, groups = drawn.part(micro_batch)
+        if not len(mine := drawn.groups[groups]):
+            return None
+        candidates, places = self.candidates.take(mine)
+        inputs = verdict_inputs(self.engine, candidates, histories, branches)
+        return VerdictBatch(inputs, put(self.labels[places], self.engine.device), count)
 
     def loss(self, batch: VerdictBatch) -> Tensor:
         """The micro-batch's part of the mean binary cross entropy over candidates."""
@@ -58,3 +65,20 @@ class VerdictTask:
     def logits(self) -> np.ndarray:
         """Logits [E] of all candidates, without gradients."""
         return candidate_logits(self.engine, self.candidates)
+
+
+class VerdictTask(TrainVerdicts):
+    """Verdicts as a task of their own, ``histories`` a step."""
+
+    def __init__(self, engine: Engine, histories: int, among: np.ndarray) -> None:
+        super().__init__(engine, among)
+        none = engine.train_requests.take(np.zeros(0, dtype=np.int64))
+        self.histories = histories
+        self.task = HistoryTask(engine, "verdict", none, self.candidates, verdicts_alone=True)
+
+    def read(self, step: int, micro_batch: MicroBatch = WHOLE) -> VerdictBatch | None:
+        """The micro-batch's verdicts of a step."""
+        drawn = self.task.draw(step, self.histories, 0)
+        views = np.full(len(drawn.histories), MIXED)
+        histories, branches = self.task.read(drawn, micro_batch, views, verdicts=True)
+        return self.of_histories(histories, branches, drawn, micro_batch)

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from negfast.model.prompts import PromptBatch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from negfast.model.choice import TrieChooser
 from negfast.model.layout import GroupLayout
 from negfast.model.policy import Policy
-from negfast.model.prompts import PromptBatch
 from negfast.sid.prior import DevicePrior, RequestPrior
 from negfast.sid.tokens import CodeVocabulary
 from negfast.sid.trie import SeenNodes, build_trie

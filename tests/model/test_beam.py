@@ -11,10 +11,8 @@ from tests.train.small import make_small
 def test_wide_beam_is_the_exact_ranking(seed):
     small = make_small(seed, levels=1 + seed, codebook=[48, 8, 6, 4][seed])
     exact = small.leaf_log_probs(NEXT_DISLIKE)
-    batch = small.batch(0)
-    items, score = beam_search(
-        small.policy, small.chooser, batch.layout, batch.tokens, batch.prior, NEXT_DISLIKE, width=64, top=10
-    )
+    histories = small.histories()
+    items, score = beam_search(small.policy, small.chooser, histories, histories.prior, NEXT_DISLIKE, width=64, top=10)
     for b in range(len(small.seen)):
         order = np.argsort(-exact[b], kind="stable")[:10]
         assert items[b].tolist() == order.tolist()
@@ -25,9 +23,9 @@ def test_wide_beam_is_the_exact_ranking(seed):
 def test_narrow_beam_gives_distinct_unseen_items(width):
     small = make_small(9, levels=3)
     exact = small.leaf_log_probs(NEXT_DISLIKE)
-    batch = small.batch(0)
+    histories = small.histories()
     items, score = beam_search(
-        small.policy, small.chooser, batch.layout, batch.tokens, batch.prior, NEXT_DISLIKE, width=width, top=50
+        small.policy, small.chooser, histories, histories.prior, NEXT_DISLIKE, width=width, top=50
     )
     assert items.shape == score.shape == (3, 50)
     for b, row in enumerate(items.tolist()):
@@ -42,8 +40,8 @@ def test_without_a_policy_the_prior_is_searched():
     small = make_small(2, levels=3)
     torch.nn.init.zeros_(small.policy.block.head.weight)  # as the policy starts
     expected = small.leaf_log_probs(NEXT_DISLIKE)
-    batch = small.batch(0)
-    items, _ = beam_search(None, small.chooser, batch.layout, batch.tokens, batch.prior, NEXT_DISLIKE, 64, 8)
+    histories = small.histories()
+    items, _ = beam_search(None, small.chooser, histories, histories.prior, NEXT_DISLIKE, 64, 8)
     for b in range(3):
         assert items[b].tolist() == np.argsort(-expected[b], kind="stable")[:8].tolist()
 

@@ -1,6 +1,7 @@
-"""The group pass against G separate full forwards of the stock model: log-probabilities and gradients."""
+"""The group pass against separate full forwards of the stock model: log-probabilities and gradients."""
 
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,92 +51,131 @@ def random_tokens(policy: Policy, *shape: int) -> torch.Tensor:
     return torch.randint(0, policy.vocabulary.base + policy.vocabulary.size, shape)
 
 
-def separate_forwards(policy: Policy, prompts: list[torch.Tensor], completions: torch.Tensor, group: np.ndarray):
-    """log p of every completion token [A, L] over the full vocabulary by one causal forward of the stock model each."""
+@dataclass
+class Case:
+    """Prompts, and completions of prefixes of them."""
+
+    prompts: list[torch.Tensor]
+    prompt: np.ndarray  # int64 [A], ascending
+    prefix: np.ndarray  # int64 [A]
+    completions: torch.Tensor  # int64 [A, n]
+
+    @classmethod
+    def random(cls, policy: Policy, prompts: int, counts: np.ndarray, length: int, whole: bool) -> "Case":
+        lengths = torch.randint(1, 23, (prompts,)).numpy()
+        prompt = np.repeat(np.arange(prompts), counts)
+        prefix = lengths[prompt] if whole else torch.randint(0, 23, (len(prompt),)).numpy() % (lengths[prompt] + 1)
+        prefix = prefix[np.lexsort((prefix, prompt))]
+        return cls(
+            [random_tokens(policy, n) for n in lengths], prompt, prefix, random_tokens(policy, len(prompt), length)
+        )
+
+
+def separate_forwards(policy: Policy, case: Case) -> torch.Tensor:
+    """Hidden states [A, n, d] of the completions by one causal forward of the stock model each."""
     policy.decoder.set_attn_implementation("sdpa")  # eager takes its softmax in fp32
-    owner = np.repeat(np.arange(len(prompts)), group)
     rows = []
-    for a, b in enumerate(owner):
-        tokens = torch.cat([prompts[b], completions[a]])
+    for prompt, prefix, completion in zip(case.prompt, case.prefix, case.completions, strict=True):
+        tokens = torch.cat([case.prompts[prompt][:prefix], completion])
         out = policy.decoder(inputs_embeds=policy.embed(tokens, True).unsqueeze(0), use_cache=False)
-        hidden = out.last_hidden_state[0, len(prompts[b]) - 1 : -1]
-        rows.append(policy.full_logits(hidden).log_softmax(-1).gather(-1, completions[a][:, None])[:, 0])
+        rows.append(out.last_hidden_state[0, prefix:])
     policy.decoder.set_attn_implementation("negfast_group")
     return torch.stack(rows)
 
 
-def group_forward(policy: Policy, prompts: list[torch.Tensor], completions: torch.Tensor, group: np.ndarray, mode: str):
-    """The same through one prompt pass and one pass a level (single-pass), or all in one call (two-pass)."""
-    cu = np.cumsum([0] + [len(p) for p in prompts])
-    layout = GroupLayout.build(cu, group, torch.device("cpu"))
-    length = completions.shape[1]
-    rows: Literal["all", "last"] = "all" if mode.endswith("whole") else "last"
-    tokens = int(cu[-1]) if rows == "all" else len(prompts)
-    last = layout.last_prompt_row if rows == "all" else torch.arange(len(prompts))
-    if mode.startswith("single"):
-        each = [policy.hidden(layout, torch.cat(prompts), None, True, rows)[last][layout.completion_prompt]]
-        for level in range(length - 1):
-            each.append(policy.hidden(layout, None, completions[:, level : level + 1], True))
-        states = torch.stack(each, 1)
-    else:
-        fed = completions[:, :-1] if length > 1 else None
-        hidden = policy.hidden(layout, torch.cat(prompts), fed, True, rows)
-        first = hidden[last][layout.completion_prompt].unsqueeze(1)
-        rest = hidden[tokens:].view(len(completions), length - 1, hidden.shape[-1])
-        states = torch.cat([first, rest], 1)
-    return policy.full_logits(states).log_softmax(-1).gather(-1, completions[..., None])[..., 0]
+def group_forward(policy: Policy, case: Case, calls: str) -> torch.Tensor:
+    """The same in one call, in a call a token, or in calls that ask twice of the same prompts."""
+    layout = GroupLayout.build(np.cumsum([0] + [len(p) for p in case.prompts]), torch.device("cpu"))
+    tokens, completions, length = torch.cat(case.prompts), case.completions, case.completions.shape[1]
+    if calls == "asked twice":
+        first = np.arange(len(completions)) % 3 == 0
+        states = torch.empty(len(completions), length, SHAPE["hidden_size"], dtype=policy.block.rows.dtype)
+        for rows in (first, ~first):
+            if rows.any():
+                layout.ask(case.prompt[rows], case.prefix[rows])
+                hidden = policy.hidden(layout, tokens if not layout.keys else None, completions[rows], True)
+                states = states.index_copy(0, torch.from_numpy(rows.nonzero()[0]), hidden.view(-1, *states.shape[1:]))
+        return states
+    layout.ask(case.prompt, case.prefix)
+    if calls == "one":
+        return policy.hidden(layout, tokens, completions, True).view(*completions.shape, -1)
+    hidden = [
+        policy.hidden(layout, None if level else tokens, completions[:, level : level + 1], True)
+        for level in range(length)
+    ]
+    return torch.stack(hidden, 1)
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
-@pytest.mark.parametrize("mode", ["single-pass", "two-pass", "single-pass-whole", "two-pass-whole"])
-@pytest.mark.parametrize("length", [1, 3, 4])
-@pytest.mark.parametrize("group", [1, 3, 16, "ragged"])
-def test_equals_separate_forwards_in_fp64(exact_norms, kind, mode, length, group):
+@pytest.mark.parametrize("calls", ["one", "one a token", "asked twice"])
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("branches", ["one", "many", "of the whole"])
+def test_equals_separate_forwards_in_fp64(exact_norms, kind, calls, length, branches):
     policy = make_policy(kind, torch.float64)
-    lengths = torch.randint(1, 23, (4,)).numpy() if group != 3 else np.full(4, 9)
-    counts = np.array([2, 0, 5, 1]) if group == "ragged" else np.full(4, group)
-    prompts = [random_tokens(policy, n) for n in lengths]
-    completions = random_tokens(policy, counts.sum(), length)
-    weight = torch.randn(counts.sum(), length, dtype=torch.float64)
+    counts = {"one": np.ones(4), "many": np.array([7, 0, 2, 16]), "of the whole": np.array([2, 0, 5, 1])}[branches]
+    case = Case.random(policy, 4, counts.astype(int), length, branches == "of the whole")
+    weight = torch.randn(len(case.prompt), length, SHAPE["hidden_size"], dtype=torch.float64)
 
-    expected = separate_forwards(policy, prompts, completions, counts)
+    expected = separate_forwards(policy, case)
     trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
     wanted = torch.autograd.grad((weight * expected).sum(), list(trained.values()), allow_unused=True)
-    found = group_forward(policy, prompts, completions, counts, mode)
+    found = group_forward(policy, case, calls)
     gradients = torch.autograd.grad((weight * found).sum(), list(trained.values()), allow_unused=True)
 
-    assert relative_error(found, expected) < 1e-9
+    assert relative_error(found, expected) < 1e-10
     for name, want, got in zip(trained, wanted, gradients, strict=True):
         assert (want is None) == (got is None), name
         if want is not None:
-            assert relative_error(got, want) < 1e-9, name
+            assert relative_error(got, want) < 1e-10, name
 
 
 @pytest.mark.parametrize("trimmed", [True, False])
-def test_prompt_rows_are_a_choice_of_the_whole(trimmed):
+def test_copies_of_a_branch_continue_it(exact_norms, trimmed):
     policy = make_policy("qwen3", torch.float64)
     if not trimmed:  # as for a decoder whose layers have other parts
         policy.decoder.layers[-1]._forward_pre_hooks.clear()
         policy.drops_prompt_rows = False
-    cu = np.array([0, 3, 11, 12, 30])
-    tokens, completions = random_tokens(policy, 30), random_tokens(policy, 8, 2)
+    case = Case.random(policy, 3, np.array([2, 1, 3]), 1, False)
+    after = random_tokens(policy, 24, 1)
+    layout = GroupLayout.build(np.cumsum([0] + [len(p) for p in case.prompts]), torch.device("cpu"))
+    layout.ask(case.prompt, case.prefix)
+    policy.hidden(layout, torch.cat(case.prompts), case.completions, True)
+    layout.branch(torch.arange(6).repeat_interleave(4), 4)
+    kept = torch.tensor([0, 1, 5, 7, 11, 12, 23])
+    layout.keep(kept)
+    found = policy.hidden(layout, None, after[kept], True)
+    parents = kept.numpy() // 4
+    both = torch.cat([case.completions[parents], after[kept]], 1)
+    expected = separate_forwards(policy, Case(case.prompts, case.prompt[parents], case.prefix[parents], both))
+    assert relative_error(found, expected[:, 1]) < 1e-10
 
-    def hidden(rows):
-        return policy.hidden(GroupLayout.build(cu, 2, torch.device("cpu")), tokens, completions, True, rows)
 
-    whole = hidden("all")
-    assert relative_error(hidden("none"), whole[30:]) < 1e-9
-    assert relative_error(hidden("last"), torch.cat([whole[cu[1:] - 1], whole[30:]])) < 1e-9
+def test_what_lies_at_or_after_a_prefix_changes_no_bit():
+    policy = make_policy("qwen3", torch.float32)
+    case = Case.random(policy, 4, np.array([3, 5, 1, 8]), 2, False)
+    found = group_forward(policy, case, "one")
+    for row, (prompt, prefix) in enumerate(zip(case.prompt, case.prefix, strict=True)):
+        later = [p.clone() for p in case.prompts]
+        later[prompt][prefix:] = random_tokens(policy, len(later[prompt]) - prefix)
+        changed = group_forward(policy, replace(case, prompts=later), "one")
+        assert (changed[row] == found[row]).all()
+
+
+def test_sums_are_of_their_rows():
+    policy = make_policy("qwen3", torch.float64)
+    vocabulary = policy.vocabulary
+    tokens = torch.randint(vocabulary.base, vocabulary.base + vocabulary.size, (9, 4))
+    tokens[2:5, 1:] = tokens[8] = vocabulary.marker("none")
+    rows = policy.block.rows * (torch.arange(vocabulary.size) != 0)[:, None]  # <|none|> is the first
+    found = policy.embed(tokens)
+    assert relative_error(found, rows[tokens - vocabulary.base].sum(1)) < 1e-12
+    assert (found[8] == 0).all()
 
 
 def test_equals_separate_forwards_in_the_stock_model():
     policy = make_policy("qwen3", torch.float32)
-    counts = np.full(3, 4)
-    prompts = [random_tokens(policy, n) for n in (5, 17, 30)]
-    completions = random_tokens(policy, 12, 3)
-    expected = separate_forwards(policy, prompts, completions, counts)
-    found = group_forward(policy, prompts, completions, counts, "single-pass")
-    assert relative_error(found, expected) < 1e-6
+    case = Case.random(policy, 3, np.full(3, 4), 3, False)
+    assert relative_error(group_forward(policy, case, "one a token"), separate_forwards(policy, case)) < 1e-6
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

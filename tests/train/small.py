@@ -1,4 +1,4 @@
-"""A small policy on a random trie with random prompts, histories and masses: what rollout and beam are tested on."""
+"""A small policy on a random trie with random histories and masses: what rollout and beam are tested on."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,10 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from negfast.model.choice import TrieChooser
+from negfast.model.histories import Histories
 from negfast.model.layout import GroupLayout
 from negfast.model.policy import Policy
-from negfast.model.prompts import PromptBatch
-from negfast.sid.prior import DevicePrior, RequestPrior, child_log_prior
+from negfast.sid.prior import MARKERS, DevicePrior, RequestPrior, child_log_prior
 from negfast.sid.tokens import CodeVocabulary
 from negfast.sid.trie import SeenNodes, Trie, build_trie
 from tests.sid.reference import random_codes, seen_nodes_reference
@@ -29,9 +29,16 @@ class Small:
     cu_seqlens: np.ndarray
     prior: RequestPrior
 
-    def batch(self, group: int) -> PromptBatch:
-        layout = GroupLayout.build(self.cu_seqlens, group, torch.device("cpu"))
-        return PromptBatch(self.tokens, layout, lambda: self.prior)
+    def histories(self) -> Histories:
+        """A request at the end of each history."""
+        layout = GroupLayout.build(self.cu_seqlens, torch.device("cpu"))
+        every = np.arange(len(self.seen))
+        return Histories(self.tokens, layout, every, np.diff(self.cu_seqlens), self.gap, every, lambda: self.prior)
+
+    @property
+    def gap(self) -> torch.Tensor:
+        """int64 [B]"""
+        return torch.arange(len(self.seen)) + self.policy.vocabulary.marker("gap-0")
 
     @torch.no_grad()
     def leaf_log_probs(self, branch: int) -> np.ndarray:
@@ -54,10 +61,14 @@ class Small:
         return out
 
     def _log_probs(self, b, prompt, level, prefix, item, branch):
-        fed = [self.policy.vocabulary.code_base(k + 1) + code for k, code in enumerate(prefix)]
-        tokens = torch.cat([prompt, torch.tensor(fed, dtype=torch.int64)])
-        layout = GroupLayout.build(np.array([0, len(tokens)]), 1, torch.device("cpu"))
-        hidden = self.policy.hidden(layout, tokens, None)[-1:]
+        vocabulary = self.policy.vocabulary
+        codes = [vocabulary.code_base(k + 1) + code for k, code in enumerate(prefix)]
+        fed = torch.tensor([[vocabulary.marker(MARKERS[branch]), *codes]]).unsqueeze(-1)
+        fed = torch.cat([fed, torch.full_like(fed, vocabulary.marker("none"))], -1)
+        fed[0, 0, 1] = self.gap[b]
+        layout = GroupLayout.build(np.array([0, len(prompt)]), torch.device("cpu"))
+        layout.ask(np.zeros(1, dtype=int))
+        hidden = self.policy.hidden(layout, prompt, fed)[-1:]
         node = torch.tensor([0 if level == 0 else int(self.trie.item_nodes[item, level - 1])])
         log_mass, valid = child_log_prior(self.chooser.trie, self.prior, branch, level, node, torch.tensor([b]))
         logits = self.policy.code_logits(hidden, level + 1) + self.chooser.prior_weight * log_mass

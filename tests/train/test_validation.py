@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from negfast.model.prompts import MIXED
 
 from negfast.evaluate.sets import evaluation_set
-from negfast.model.prompts import MIXED
 from negfast.runtime.engine import Engine
 from negfast.runtime.run_folder import RunFolder
 from negfast.sid.prior import NEXT_DISLIKE

@@ -1,4 +1,4 @@
-"""GRPO's loss of a batch of groups: rollout, reward, reference policy and objective, in one pass over each prompt.
+"""GRPO's loss of a batch of groups: rollout, reward, reference policy and objective, in one pass over each history.
 
 The objective is computed by the kernel where kernels run, else by its eager reference.
 """
@@ -20,8 +20,8 @@ from negfast.kernels.trie_rows_reference import log_policy
 from negfast.kernels.vocabulary_cross_entropy import row_entropy, vocabulary_cross_entropy
 from negfast.model.choice import TrieChooser
 from negfast.model.compact import compact_rows, compact_tables
+from negfast.model.histories import Histories
 from negfast.model.policy import Policy
-from negfast.model.prompts import PromptBatch
 from negfast.sid.prior import NEXT_DISLIKE, RequestPrior
 from negfast.sid.tokens import CodeVocabulary
 from negfast.spans import span
@@ -63,14 +63,14 @@ class GroupLoss:
             check_full(self.objective, self.chooser.prior_weight)
 
     def sample(
-        self, prompts: PromptBatch, request_ids: Tensor, reward: Callable[[Tensor], Tensor], step: int
+        self, histories: Histories, request_ids: Tensor, reward: Callable[[Tensor], Tensor], step: int
     ) -> GroupStep:
         """An on-policy step up to its loss. ``request_ids`` int64 [B] key the noise, with ``step``; ``reward`` gives
         the reward's terms [B, G, n] of items int64 [B, G]."""
         sampled = rollout(
             self.policy,
             self.chooser,
-            prompts,
+            histories,
             request_ids,
             NEXT_DISLIKE,
             self.group,
@@ -79,26 +79,30 @@ class GroupLoss:
             self.objective.temperature,
             keep_forced=self.full,
         )
+        prior = histories.prior
+        assert prior is not None
         earned, reference = reward(sampled.items), None
         if self.reference is not None:
             with span("reference"), torch.no_grad():
                 if self.full:
-                    reference = self.reference.full_logits(replay_hidden(self.reference, prompts, sampled))
+                    reference = self.reference.full_logits(replay_hidden(self.reference, histories.fresh(), sampled))
                 else:
-                    reference = replay_logits(self.reference, prompts, sampled)
+                    reference = replay_logits(self.reference, histories.fresh(), sampled)
         with span("loss"):
             if self.full:
                 terms = self._over_vocabulary(sampled, earned.sum(-1), reference)
             else:
-                terms = self._over_trie(prompts.prior, sampled, sampled.choice.logits, earned.sum(-1), reference, None)
+                terms = self._over_trie(prior, sampled, sampled.choice.logits, earned.sum(-1), reference, None)
         return GroupStep(sampled, earned, terms, reference)
 
-    def reuse(self, prompts: PromptBatch, taken: GroupStep) -> GRPOTerms:
+    def reuse(self, histories: Histories, taken: GroupStep) -> GRPOTerms:
         """The loss of an earlier rollout under the policy as it is now, by a second pass, with ratios against then."""
-        logits = replay_logits(self.policy, prompts, taken.rollout)
+        logits = replay_logits(self.policy, histories, taken.rollout)
+        prior = histories.prior
+        assert prior is not None
         rewards, old_log_prob = taken.reward.sum(-1), taken.terms.log_prob
         with span("loss"):
-            return self._over_trie(prompts.prior, taken.rollout, logits, rewards, taken.reference, old_log_prob)
+            return self._over_trie(prior, taken.rollout, logits, rewards, taken.reference, old_log_prob)
 
     def _over_trie(
         self,
@@ -160,7 +164,7 @@ class GroupLoss:
             if reference is not None:
                 reference = log_policy(reference, valid, None, objective.temperature)
             return trie_grpo_reference(logits, valid, None, tokens, rewards, objective, levels, reference)
-        # Liger knows one target a row: a prompt's row at level 1 is repeated for each of its completions
+        # Liger knows one target a row: a request's row at level 1 is repeated for each of its completions
         logits = policy.full_logits(sampled.hidden[tokens.row]) / objective.temperature
         entropy = row_entropy(logits)  # first, since Liger leaves gradients in the logits' memory
         log_prob = -vocabulary_cross_entropy(logits, tokens.code)

@@ -1,6 +1,6 @@
-"""Rollout and training pass in one: the prompt once, then level by level choose and sample, with gradients.
+"""Rollout and training pass in one: the histories once, then level by level choose and sample, with gradients.
 
-On-policy, the forward that samples *is* the forward that trains. Level 1 is chosen once per prompt for all of its
+On-policy, the forward that samples *is* the forward that trains. Level 1 is chosen once per request for all of its
 completions; a completion whose remaining choices are all forced (one unseen leaf below it) is carried no further.
 """
 
@@ -11,14 +11,15 @@ from torch import Tensor
 
 from negfast.kernels.trie_grpo_reference import SampledTokens
 from negfast.model.choice import Choice, TrieChooser
+from negfast.model.histories import Histories
 from negfast.model.noise import keyed_gumbel
 from negfast.model.policy import Policy
-from negfast.model.prompts import PromptBatch
+from negfast.sid.prior import MARKERS, NEXT_DISLIKE, RequestPrior
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """G completions of each of B prompts, and the policy's choices at every node they visited.
+    """G completions of each of B requests, and the policy's choices at every node they visited.
 
     items int64 [B, G]; ``choice`` holds R rows in the order of levels; ``tokens`` are the L*B*G sampled tokens of
     `negfast.kernels.trie_grpo_reference`; ``codes`` int64 [B*G, L]. ``choice.logits`` carries the gradient.
@@ -29,13 +30,13 @@ class Rollout:
     choice: Choice
     tokens: SampledTokens
     hidden: Tensor  # [R, d], what each choice was made after, with a gradient
-    rows: list[Tensor]  # per level, int64 [R_l]: the prompt of each row of level 1, below it the completion, ascending
+    rows: list[Tensor]  # per level, int64 [R_l]: the request of each row of level 1, below it the completion, ascending
 
 
 def rollout(
     policy: Policy,
     chooser: TrieChooser,
-    batch: PromptBatch,
+    histories: Histories,
     request_ids: Tensor,
     branch: int,
     group: int,
@@ -44,28 +45,29 @@ def rollout(
     temperature: float = 1.0,
     keep_forced: bool = False,
 ) -> Rollout:
-    """Samples ``group`` items of every prompt of ``batch`` (prompts end with the branch's marker), with replacement.
+    """Samples ``group`` items for every request of ``histories``, with replacement.
 
     ``request_ids`` int64 [B] key the noise, so the same request draws the same numbers in any batch. ``keep_forced``
     carries every completion to its end, for objectives in which forced tokens count.
     """
-    layout, trie = batch.layout, chooser.trie
-    prompts, device = layout.prompts, batch.tokens.device
-    completion = torch.arange(prompts * group, device=device)
+    layout, trie, prior = histories.layout, chooser.trie, histories.prior
+    assert prior is not None
+    size, device = len(histories.requests), histories.tokens.device
+    completion = torch.arange(size * group, device=device)
     owner, number = completion // group, completion % group
 
-    hidden = policy.hidden(layout, batch.tokens, None, prompt_rows="last")
-    roots = torch.zeros(prompts, dtype=torch.int64, device=device)
-    choices = [chooser.choose(policy, hidden, 0, roots, owner[::group], batch.prior, branch)]
+    hidden = histories.start(policy, MARKERS[branch])
+    roots = torch.zeros(size, dtype=torch.int64, device=device)
+    choices = [chooser.choose(policy, hidden, 0, roots, owner[::group], prior, branch)]
     rows, states = [owner[::group]], [hidden]
-    layout.set_completions(completion, group)
-    carried, row_of_carried = completion, owner  # level 1 is one row a prompt, whatever the number of completions
+    layout.branch(owner, group)
+    carried, row_of_carried = completion, owner  # level 1 is one row a request, whatever the number of completions
     node, codes, token_rows, counted, offset = torch.zeros_like(completion), [], [], [], 0
     for level in range(trie.levels):
         choice = choices[-1]
         noise = keyed_gumbel(seed, step, request_ids[owner[carried]], number[carried], level, trie.codebook)
         sampled = (choice.log_probs(temperature).detach()[row_of_carried] + noise).argmax(-1)
-        code, next_node = _forced(chooser, level, node, owner, carried, batch, branch)
+        code, next_node = _forced(chooser, level, node, owner, carried, prior, branch)
         code[carried] = sampled
         next_node[carried] = choice.children[row_of_carried, sampled]
         open_choice = choice.valid.sum(-1) > 1
@@ -78,13 +80,13 @@ def rollout(
         if level == trie.levels - 1:
             break
         if device.type == "cpu" and not keep_forced:  # elsewhere static shapes are worth more than the rows saved
-            still_open = chooser.unseen_leaves(level + 1, node[carried], owner[carried], batch.prior) > 1
+            still_open = chooser.unseen_leaves(level + 1, node[carried], owner[carried], prior) > 1
             layout.keep(still_open.nonzero()[:, 0])
             carried = carried[still_open]
         row_of_carried = torch.arange(len(carried), device=device)
         tokens = policy.vocabulary.code_base(level + 1) + code[carried]
         hidden = policy.hidden(layout, None, tokens.unsqueeze(-1)) if len(carried) else hidden[:0]
-        choices.append(chooser.choose(policy, hidden, level + 1, node[carried], owner[carried], batch.prior, branch))
+        choices.append(chooser.choose(policy, hidden, level + 1, node[carried], owner[carried], prior, branch))
         rows.append(carried)
         states.append(hidden)
 
@@ -97,7 +99,7 @@ def rollout(
     sampled_tokens = SampledTokens(
         torch.cat(token_rows), torch.cat(codes), completion.repeat(trie.levels), torch.cat(counted)
     )
-    items = trie.leaf_item[node].long().view(prompts, group)
+    items = trie.leaf_item[node].long().view(size, group)
     return Rollout(items, torch.stack(codes, 1), merged, sampled_tokens, torch.cat(states), rows)
 
 
@@ -107,38 +109,39 @@ def _forced(
     node: Tensor,
     owner: Tensor,
     carried: Tensor,
-    batch: PromptBatch,
+    prior: RequestPrior,
     branch: int,
 ) -> tuple[Tensor, Tensor]:
     """The code and child of every completion that is carried no further: the only unseen way on. Zeros for the rest."""
     code, child = torch.zeros_like(node), torch.zeros_like(node)
     if len(carried) < len(node):
         rest = torch.ones_like(node, dtype=torch.bool).index_fill(0, carried, False).nonzero()[:, 0]
-        only = chooser.choose(None, None, level, node[rest], owner[rest], batch.prior, branch)
+        only = chooser.choose(None, None, level, node[rest], owner[rest], prior, branch)
         code[rest] = only.valid.int().argmax(-1)
         child[rest] = only.children.gather(1, code[rest].unsqueeze(1))[:, 0]
     return code, child
 
 
-def replay_hidden(policy: Policy, batch: PromptBatch, sampled: Rollout) -> Tensor:
+def replay_hidden(policy: Policy, histories: Histories, sampled: Rollout) -> Tensor:
     """Hidden states [R, d] of ``policy`` at the nodes of a rollout, row for row those of ``sampled.hidden``.
 
-    One forward of prompts and completions together: the reference policy, or the policy itself in two-pass mode.
+    The histories and markers, then all codes at once: the reference policy, or the policy itself in two-pass mode.
     """
-    levels = sampled.codes.shape[1]
-    first_codes = policy.vocabulary.code_bases(sampled.codes.device)[: levels - 1]
-    fed = sampled.rows[1] if levels > 1 else sampled.rows[0][:0]
-    layout = batch.layout.fresh(fed, sampled.items.shape[1])
-    completions = sampled.codes[fed, : levels - 1] + first_codes if len(fed) else None
-    hidden = policy.hidden(layout, batch.tokens, completions, prompt_rows="last")
-    states = hidden[layout.prompts :].view(len(fed), levels - 1, hidden.shape[-1])
-    rows = [hidden[: layout.prompts]]
-    for level in range(1, len(sampled.rows)):
-        rows.append(states[torch.searchsorted(fed, sampled.rows[level]), level - 1])
+    levels, group = sampled.codes.shape[1], sampled.items.shape[1]
+    rows = [histories.start(policy, MARKERS[NEXT_DISLIKE])]
+    if levels > 1 and len(fed := sampled.rows[1]):
+        first_codes = policy.vocabulary.code_bases(sampled.codes.device)[: levels - 1]
+        completion = torch.arange(sampled.items.numel(), device=fed.device)
+        histories.layout.branch(completion // group, group)
+        histories.layout.keep(fed)
+        hidden = policy.hidden(histories.layout, None, sampled.codes[fed, : levels - 1] + first_codes)
+        states = hidden.view(len(fed), levels - 1, hidden.shape[-1])
+        for level in range(1, len(sampled.rows)):
+            rows.append(states[torch.searchsorted(fed, sampled.rows[level]), level - 1])
     return torch.cat(rows)
 
 
-def replay_logits(policy: Policy, batch: PromptBatch, sampled: Rollout) -> Tensor:
+def replay_logits(policy: Policy, histories: Histories, sampled: Rollout) -> Tensor:
     """Logits [R, K] of ``policy`` at the nodes of a rollout, row for row those of ``sampled.choice``."""
-    hidden = replay_hidden(policy, batch, sampled).split([len(rows) for rows in sampled.rows])
+    hidden = replay_hidden(policy, histories, sampled).split([len(rows) for rows in sampled.rows])
     return torch.cat([policy.code_logits(rows, level) for level, rows in enumerate(hidden, 1)])

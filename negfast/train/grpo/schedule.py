@@ -7,7 +7,7 @@ from negfast.config import Grpo
 from negfast.data.log import history_ends
 from negfast.data.split import Requests
 from negfast.evaluate.bootstrap import interval, ratio, resample_users, weighted_sums
-from negfast.model.prompts import MIXED, NEGATIVE_ONLY
+from negfast.model.histories import MIXED, NEGATIVE_ONLY
 from negfast.runtime.engine import Engine
 from negfast.train.expected import expected_rewards, reward_table
 

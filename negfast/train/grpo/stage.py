@@ -1,7 +1,7 @@
 """Stage 3, progressive GRPO on the trie: sample a group of items for each request, reward them, one update.
 
-The reference policy is the frozen policy that the stage starts from; the verdict's loss stays, that on both branches
-may (`grpo.sft_weight`).
+The groups and verdicts of a history share one pass through it. The reference policy is the frozen policy that the stage
+starts from; the verdict's loss stays, that on both branches may (`grpo.sft_weight`).
 """
 
 import copy
@@ -12,26 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from negfast.data.split import only_next
+from negfast.model.histories import Histories
 from negfast.model.policy import Policy
-from negfast.model.prompts import PromptBatch
 from negfast.runtime import sharding
 from negfast.runtime.engine import Engine
 from negfast.staging import put
 from negfast.train.grpo.loss import GroupLoss, GroupStep, objective_of
 from negfast.train.grpo.reward import HIT, TERMS, RewardTable, build_reward_table, reward_sources
 from negfast.train.grpo.schedule import ViewSchedule, history_bucket, measure_views
-from negfast.train.order import epoch_rows, task_rng
+from negfast.train.histories import HistoryTask
+from negfast.train.order import task_rng
 from negfast.train.sft import ItemBatch, NextItems
 from negfast.train.step import WHOLE, Mean, MicroBatch, StepResult
-from negfast.train.verdict_task import VerdictBatch, VerdictTask
+from negfast.train.verdict_task import TrainVerdicts, VerdictBatch
 
 
 @dataclass(frozen=True)
 class Groups:
     """A micro-batch's requests of a round, one group of completions each."""
 
-    prompts: PromptBatch
-    ids: Tensor  # int64 [B], which key the noise
+    ids: Tensor  # int64 [R], which key the noise
     rewards: RewardTable
 
 
@@ -41,6 +41,8 @@ class GrpoBatch:
 
     step: int
     micro_batch: MicroBatch
+    histories: Histories
+    requests: int  # of the whole batch
     groups: Groups | None
     items: ItemBatch | None
     verdicts: VerdictBatch | None
@@ -59,9 +61,7 @@ class GrpoStage:
     def __init__(self, engine: Engine) -> None:
         settings = self.config = engine.config.grpo
         self.engine = engine
-        self.kept: dict[
-            MicroBatch, tuple[PromptBatch, GroupStep]
-        ] = {}  # rollouts that later steps of their round reuse
+        self.kept: dict[MicroBatch, GroupStep] = {}  # rollouts that later steps of their round reuse
         train = engine.train_requests
         if engine.config.reward.target == "next":
             train = only_next(engine.log, train)
@@ -82,34 +82,48 @@ class GrpoStage:
             of_bucket, self.measured = measure_views(engine, self.requests)
             allow_mixed = of_bucket[history_bucket(engine, self.requests)]
         self.schedule = ViewSchedule(settings, allow_mixed)
-        self.next_items = NextItems(engine, engine.config.sft)
-        self.verdict = VerdictTask(engine, engine.config.sft.verdicts)
+        self.verdicts = TrainVerdicts(engine)
+        self.use_verdict_loss = settings.verdict_weight > 0 and len(self.verdicts.candidates) > 0
+        self.next_items = NextItems(engine, engine.config.sft, self.requests)
+        self.task = HistoryTask(engine, "grpo", self.requests, self.verdicts.candidates, verdicts_alone=False)
 
     def read(self, step: int, micro_batch: MicroBatch = WHOLE) -> GrpoBatch:
-        settings = self.config
+        """The steps of a round read the same histories."""
+        engine, settings = self.engine, self.config
         round_, again = divmod(step, settings.epochs)
-        groups = None if again else self.read_groups(round_, micro_batch)
-        items = self.next_items.read(step, micro_batch) if settings.sft_weight else None
-        use_verdict_loss = settings.verdict_weight > 0 and len(self.verdict.candidates) > 0
-        verdicts = self.verdict.read(step, micro_batch) if use_verdict_loss else None
-        tokens = sum(part.tokens for part in (items, verdicts) if part is not None)
+        drawn = self.task.draw(round_, settings.histories, settings.requests_per_history)
+        latest = drawn.requests[np.searchsorted(drawn.request_history, np.arange(len(drawn.histories)), "right") - 1]
+        views = self.schedule.draw(
+            round_ * settings.epochs, latest, task_rng(engine.config.train.seed, "views", round_)
+        )
+        histories, branches = self.task.read(drawn, micro_batch, views, self.use_verdict_loss)
+        groups = None
+        if not again:
+            _, mine, _ = drawn.part(micro_batch)
+            table = build_reward_table(self.requests.take(drawn.requests[mine]), self.sources, engine.device)
+            ids = self.rows[drawn.requests] + repeated(drawn.requests) * len(engine.train_requests)
+            groups = Groups(put(ids[mine], engine.device), table)
+        items = self.next_items.read(histories, drawn, step, micro_batch) if settings.sft_weight else None
+        verdicts = (
+            self.verdicts.of_histories(histories, branches, drawn, micro_batch) if self.use_verdict_loss else None
+        )
+        tokens = len(histories.tokens) + sum(part.tokens for part in (items, verdicts) if part is not None)
         if groups is not None:
-            completions = len(groups.ids) * settings.group
-            tokens += len(groups.prompts.tokens) + completions * (self.engine.trie.levels - 1)
-        return GrpoBatch(step, micro_batch, groups, items, verdicts, tokens)
+            tokens += len(groups.ids) * settings.group * (engine.trie.levels - 1)
+        return GrpoBatch(step, micro_batch, histories, len(drawn.requests), groups, items, verdicts, tokens)
 
     def step(self, batch: GrpoBatch) -> StepResult:
-        settings = self.config
+        settings, histories = self.config, batch.histories
         if batch.groups is None:
-            prompts, taken = self.kept[batch.micro_batch]  # a stage starts and resumes between rounds
-            taken = taken._replace(terms=self.loss.reuse(prompts, taken))
+            taken = self.kept[batch.micro_batch]  # a stage starts and resumes between rounds
+            taken = taken._replace(terms=self.loss.reuse(histories, taken))
         else:
-            prompts, taken = batch.groups.prompts, self.sample(batch.step, batch.groups)
+            taken = self.sample(batch.step, histories, batch.groups)
             if settings.epochs > 1:
-                self.kept[batch.micro_batch] = (prompts, taken)
+                self.kept[batch.micro_batch] = taken
         sampled, reward, terms, _ = taken
-        part = len(reward) / min(settings.requests, len(self.requests))  # of the batch's groups
-        loss, tokens = part * terms.loss, len(prompts.tokens) + sum(len(rows) for rows in sampled.rows[1:])
+        part = len(reward) / batch.requests
+        loss, tokens = part * terms.loss, len(histories.tokens) + sum(len(rows) for rows in sampled.rows[1:])
         counted = torch.ones_like(sampled.tokens.counted) if self.loss.full else sampled.tokens.counted
 
         def mean(values: Tensor) -> Mean:
@@ -130,33 +144,21 @@ class GrpoStage:
             items, _ = self.next_items.loss(batch.items)
             loss, tokens = loss + settings.sft_weight * items, tokens + batch.items.tokens
             metrics["sft_loss"] = batch.micro_batch.part(items)
+        verdict = torch.zeros((), device=self.engine.device)
         if batch.verdicts is not None:
-            verdict = self.verdict.loss(batch.verdicts)
+            verdict = self.verdicts.loss(batch.verdicts)
             loss, tokens = loss + settings.verdict_weight * verdict, tokens + batch.verdicts.tokens
+        if self.use_verdict_loss:
             metrics["verdict_bce"] = batch.micro_batch.part(verdict)
         return StepResult(loss, metrics, tokens)
 
     def outcome(self) -> dict[str, float]:
         return self.measured
 
-    def read_groups(self, round_: int, micro_batch: MicroBatch) -> Groups:
-        """The micro-batch's requests of the stage's round ``round_``."""
-        engine, settings = self.engine, self.config
-        seed, step = engine.config.train.seed, round_ * settings.epochs
-        whole = epoch_rows(seed, "grpo", round_, len(self.requests), settings.requests)
-        views = self.schedule.draw(step, whole, task_rng(seed, "views", step))
-        mine = micro_batch.of(len(whole))
-        picked = whole[mine]
-        requests = self.requests.take(picked)
-        batch = engine.prompts.build(requests.user, requests.day, views[mine], settings.group, tail="next-dislike")
-        table = build_reward_table(requests, self.sources, engine.device)
-        ids = self.rows[whole] + repeated(whole) * len(engine.train_requests)
-        return Groups(batch.with_prior(), put(ids[mine], engine.device), table)
-
-    def sample(self, step: int, groups: Groups) -> GroupStep:
+    def sample(self, step: int, histories: Histories, groups: Groups) -> GroupStep:
         """Rollouts of the groups at the round that begins with ``step``, with their on-policy loss."""
         rows = torch.arange(len(groups.ids), device=self.engine.device)[:, None]
-        return self.loss.sample(groups.prompts, groups.ids, lambda items: groups.rewards.look_up(rows, items), step)
+        return self.loss.sample(histories, groups.ids, lambda items: groups.rewards.look_up(rows, items), step)
 
 
 def repeated(rows: np.ndarray) -> np.ndarray:

@@ -13,8 +13,8 @@ from tests.train.small import make_small
 
 def sample(small, group, step=0, ids=None, seed=0):
     ids = torch.arange(len(small.seen)) if ids is None else ids
-    batch = small.batch(group)
-    return batch, rollout(small.policy, small.chooser, batch, ids, NEXT_DISLIKE, group, seed, step)
+    histories = small.histories()
+    return histories, rollout(small.policy, small.chooser, histories, ids, NEXT_DISLIKE, group, seed, step)
 
 
 @pytest.mark.parametrize("levels", [1, 2, 4])
@@ -66,7 +66,7 @@ def test_forced_tokens_cost_no_forward_and_do_not_count():
 def test_single_pass_equals_two_pass_in_loss_and_gradient(seed):
     small = make_small(seed, levels=3)
     objective = GRPOObjective(beta=0.1)
-    batch, sampled = sample(small, 6)
+    histories, sampled = sample(small, 6)
     rewards = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     choice = sampled.choice
     reference = log_policy(torch.randn_like(choice.logits), choice.valid, choice.log_prior, 1.0)
@@ -79,7 +79,7 @@ def test_single_pass_equals_two_pass_in_loss_and_gradient(seed):
         return terms.loss, torch.autograd.grad(terms.loss, parameters, allow_unused=True)
 
     loss, wanted = gradients(choice.logits)
-    two_pass, found = gradients(replay_logits(small.policy, batch, sampled))
+    two_pass, found = gradients(replay_logits(small.policy, histories.fresh(), sampled))
     assert abs(two_pass - loss) < 1e-12
     for want, got in zip(wanted, found, strict=True):
         assert (want is None) == (got is None)

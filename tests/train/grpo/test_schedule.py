@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from negfast.model.prompts import MIXED, NEGATIVE_ONLY
 
 from negfast.config import Grpo, load_config
 from negfast.data.dataset import Dataset
-from negfast.model.prompts import MIXED, NEGATIVE_ONLY
 from negfast.runtime.engine import build_engine
 from negfast.runtime.run_folder import RunFolder
 from negfast.train.grpo import schedule

@@ -1,0 +1,185 @@
+"""From users and moments to what the policy reads: their histories, and what is asked of them.
+
+A user's events in order of time are a history: a start position, then one position an event. What is asked at a moment
+branches off the history where it stands: it sees the positions of events before the moment, and its own tokens. So a
+history runs once, whatever is asked of it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from negfast.config import History
+from negfast.data.log import DAY, EventLog, events_before
+from negfast.data.shards import PackedHistories, Shard
+from negfast.model.layout import GroupLayout
+from negfast.model.policy import Policy
+from negfast.sid.prior import DevicePrior, RequestPrior
+from negfast.sid.tokens import FEEDBACK, CodeVocabulary
+from negfast.sid.trie import SeenNodes, Trie
+from negfast.staging import put
+
+NEGATIVE_ONLY, POSITIVE_ONLY, MIXED = 2, 1, 3  # views: bit 0 shows the likes, bit 1 the dislikes
+
+
+@dataclass(frozen=True)
+class Histories:
+    """B histories on the device, and A branches of them, sorted by history.
+
+    ``requests`` are the R branches of which items are generated or given as targets; pruning and prior are theirs.
+    """
+
+    tokens: Tensor  # int64 [T, S] of sums, or [T], as `Policy.embed` takes them
+    layout: GroupLayout
+    history: np.ndarray  # int64 [A], of each branch
+    prefix: np.ndarray  # int64 [A], tokens of its history that the branch sees
+    gap: Tensor  # int64 [A], token of the time since the last event that it sees
+    requests: np.ndarray  # int64 [R], places among the branches
+    make_prior: Callable[[], RequestPrior] | None = None
+    has_text: bool = False  # whether any token is the decoder's own
+
+    @classmethod
+    def of_prompts(cls, prompts: Sequence[np.ndarray], gap: int, device: torch.device, has_text: bool) -> "Histories":
+        """Prompts of tokens int64, with a branch at the end of each; ``gap`` is the token of no time."""
+        lengths = np.array([len(prompt) for prompt in prompts])
+        layout = GroupLayout.build(np.concatenate([[0], np.cumsum(lengths)]), device)
+        gaps = torch.full((len(prompts),), gap, device=device)
+        every = np.arange(len(prompts))
+        return cls(put(np.concatenate(prompts), device), layout, every, lengths, gaps, every, None, has_text)
+
+    @cached_property
+    def prior(self) -> RequestPrior | None:
+        """Pruning and prior of the requests, made when first asked for."""
+        return None if self.make_prior is None else self.make_prior()
+
+    def with_prior(self) -> "Histories":
+        """The same with its prior made."""
+        _ = self.prior
+        return self
+
+    def fresh(self) -> "Histories":
+        """The same with nothing computed yet."""
+        return replace(self, layout=self.layout.fresh())
+
+    def states(self, policy: Policy, branches: np.ndarray, tokens: Tensor) -> Tensor:
+        """Hidden states [N, n, d] of tokens [N, n, S] that continue ``branches`` int [N], ascending.
+
+        The first call computes the histories; later ones find their keys and values in the layout.
+        """
+        self.layout.ask(self.history[branches], self.prefix[branches])
+        prompts = None if self.layout.keys else self.tokens
+        return policy.hidden(self.layout, prompts, tokens, self.has_text).view(*tokens.shape[:2], -1)
+
+    def start(self, policy: Policy, marker: str) -> Tensor:
+        """Hidden states [R, d] of the requests' marker, from which `GroupLayout.branch` goes on."""
+        gap = self.gap[put(self.requests, self.gap.device)]
+        tokens = torch.stack([torch.full_like(gap, policy.vocabulary.marker(marker)), gap], dim=-1)
+        return self.states(policy, self.requests, tokens.unsqueeze(1)).squeeze(1)
+
+
+class HistoryBuilder:
+    """Packs histories and branches by the C++ packer."""
+
+    def __init__(
+        self,
+        shard: Shard,
+        log: EventLog,
+        trie: Trie,
+        vocabulary: CodeVocabulary,
+        prior: DevicePrior,
+        config: History,
+        device: torch.device,
+        threads: int,
+    ) -> None:
+        self.shard, self.log, self.trie, self.vocabulary, self.prior = shard, log, trie, vocabulary, prior
+        self.config, self.device, self.threads = config, device, threads
+        self.item_tokens = vocabulary.item_tokens(trie.codes)  # int32 [I, L]
+        none = np.full((1, trie.levels), vocabulary.marker("none"), dtype=np.int32)
+        self.item_token_ids = put(np.concatenate([self.item_tokens, none]), device).long()  # the last: of no item
+
+    def build(
+        self,
+        users: np.ndarray,
+        moments: np.ndarray,
+        views: np.ndarray | int = MIXED,
+        requests: np.ndarray | None = None,
+    ) -> Histories:
+        """Branches of ``users`` int [A] at ``moments`` int64 [A] (seconds), each through its view; rows sorted by user
+        and moment share histories. ``requests`` bool [A] are those that need pruning and prior; all by default."""
+        size = len(users)
+        users, moments = users.astype(np.int32), moments.astype(np.int64)
+        views = np.broadcast_to(np.asarray(views, dtype=np.uint8), size).copy()
+        asked = np.ones(size, dtype=bool) if requests is None else requests
+        first = window_start(events_before(self.log, users, moments) - self.log.user_offsets[users], self.config.window)
+        key = np.stack([users, first, views])
+        begins = np.ones(size, dtype=bool)
+        begins[1:] = (key[:, 1:] != key[:, :-1]).any(0)
+        history = np.cumsum(begins) - 1
+        packed = self.shard.pack(
+            users=users[begins],
+            first=first[begins],
+            views=views[begins],
+            branch_history=history.astype(np.int32),
+            moments=moments,
+            requests=asked,
+            item_nodes=self.trie.item_nodes,
+            threads=self.threads,
+        )
+
+        def make_prior() -> RequestPrior:
+            # the prior knows whole days
+            days = (moments[asked] - 1) // DAY
+            return self.prior.for_requests(days, SeenNodes.from_packed(packed, self.trie, self.device))
+
+        tokens, cu_seqlens, prefix = self._tokens(packed)
+        gap = put(packed.branch_gap, self.device).long() + self.vocabulary.marker("gap-0")
+        layout = GroupLayout.build(cu_seqlens, self.device)
+        return Histories(tokens, layout, history, prefix, gap, np.flatnonzero(asked), make_prior)
+
+    def _tokens(self, packed: PackedHistories) -> tuple[Tensor, np.ndarray, np.ndarray]:
+        """Tokens [T, S], their offsets [B + 1] and the branches' prefixes [A]."""
+        item, feedback, gap = (put(x, self.device).long() for x in (packed.item, packed.feedback, packed.gap))
+        marks = [feedback + self.vocabulary.marker(FEEDBACK[0]), gap + self.vocabulary.marker("gap-0")]
+        codes = self.item_token_ids[item]
+        prefix = packed.prefix.astype(np.int64)
+        if self.config.positions == "events":
+            return torch.cat([codes, torch.stack(marks, dim=-1)], dim=1), packed.cu_seqlens, prefix
+        none = torch.full_like(codes, self.vocabulary.marker("none"))
+        spelt = torch.cat([torch.stack([codes, none], dim=-1), torch.stack(marks, dim=-1).unsqueeze(1)], dim=1)
+        a_position = self.trie.levels + 1  # codes, then the feedback; of a start the last alone
+        real = np.ones((len(packed.item), a_position), dtype=bool)
+        real[packed.item < 0, :-1] = False
+        before = np.concatenate([[0], np.cumsum(real.sum(1))])
+        rows = put(np.flatnonzero(real), self.device)
+        return spelt.flatten(0, 1)[rows], before[packed.cu_seqlens], 1 + (prefix - 1) * a_position
+
+    def candidate_tokens(self, items: Tensor, gap: Tensor) -> Tensor:
+        """Tokens [E, n, S] that ask for a verdict on ``items`` int64 [E], ``gap`` int64 [E] their branches': one
+        position, or the item spelt in its codes."""
+        verdict = torch.full_like(items, self.vocabulary.marker("verdict"))
+        marks, codes = torch.stack([verdict, gap], dim=-1), self.item_token_ids[items]
+        if self.config.positions == "events":
+            return torch.cat([codes, marks], dim=1).unsqueeze(1)
+        none = torch.full_like(codes, self.vocabulary.marker("none"))
+        return torch.cat([torch.stack([codes, none], dim=-1), marks.unsqueeze(1)], dim=1)
+
+    def target_tokens(self, markers: Tensor, gap: Tensor, items: Tensor) -> Tensor:
+        """Tokens [A, L, 2] after which the codes of ``items`` int64 [A] come: a marker, then all codes but the last."""
+        fed = torch.cat([markers.unsqueeze(1), self.item_token_ids[items][:, :-1]], dim=1)
+        second = torch.full_like(fed, self.vocabulary.marker("none"))
+        second[:, 0] = gap
+        return torch.stack([fed, second], dim=-1)
+
+
+def window_start(events: np.ndarray, window: int) -> np.ndarray:
+    """The first event of the history of a branch that has ``events`` int [A] of its user before it, int64 [A].
+
+    Histories of more than ``window`` events are cut into windows that overlap by a quarter, so a branch sees at least
+    that many of the latest events (negfast's choice).
+    """
+    stride = window - window // 4
+    return np.maximum(-(-(events - window) // stride), 0) * stride
