@@ -111,7 +111,8 @@ class Policy(nn.Module):
             positions.append(layout.completion_positions())
         inputs = torch.cat(embedded)
         precision = torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.in_bfloat16)
-        with span("prompt" if prompt_tokens is not None else f"level {layout.past_tokens + 1}"), precision:
+        level = f"level {layout.past_tokens + 1}" if layout.past_tokens else "branches"
+        with span("history" if prompt_tokens is not None else level), precision:
             out = self.decoder(
                 inputs_embeds=inputs.unsqueeze(0),
                 position_ids=torch.cat(positions).unsqueeze(0),

@@ -22,7 +22,7 @@ from negfast.sid.tokens import CodeVocabulary
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 2  # of run.json and of what lies beside it
+FORMAT = 3  # of run.json and of what lies beside it
 
 T = TypeVar("T")
 

@@ -33,7 +33,7 @@ from negfast.train.step import Stage
 TOP = 10
 UNDER_NSYS = "NEGFAST_UNDER_NSYS"  # set in the process that nsys watches
 WARM_UP = 2  # steps before those that are recorded
-RANGES = ("data", "prompt", "reference", "loss", "backward", "optimiser", "checkpoint")
+RANGES = ("data", "history", "branches", "reference", "loss", "backward", "optimiser", "checkpoint")
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from tests.tiny import run_cli, train_arguments
 def test_profile_names_every_range_of_a_step_and_the_slowest_operations(tiny_data, tmp_path):
     run = tmp_path / "run"
     shown = run_cli("profile", "--stage", "grpo", "--steps", "2", *train_arguments(tiny_data, run)[1:])
-    for name in ("data", "prompt", "level 2", "level 3", "reference", "loss", "backward", "optimiser"):
+    for name in ("data", "history", "level 2", "level 3", "reference", "loss", "backward", "optimiser"):
         assert f"\n{name} " in shown, name
     assert "top 10, own time" in shown and "MFU" in shown
     trace = json.loads((run / "profile" / "grpo.json").read_text())
     assert {"level 2", "reference"} <= {event.get("name") for event in trace["traceEvents"]}
-    assert spans.span("prompt") is spans.NOTHING  # off again
+    assert spans.span("history") is spans.NOTHING  # off again
     assert "expected one of align, sft, grpo" in run_cli("profile", "--stage", "x", "--out", str(run), code=2)
     with locked(run):  # by `negfast train`, say
         assert "is being written by process" in run_cli("profile", "--out", str(run), code=2)
@@ -49,7 +49,7 @@ def report(tmp_path):
 def test_a_report_of_nsys_becomes_a_table(report):
     lines = [line.split() for line in table_of_report(report)]
     assert lines[0] == ["GPU", "busy", "60.0%", "of", "10.0", "ms"]
-    assert ["prompt", "6.0", "1", "60.0%"] in lines and ["loss", "2.0", "1", "20.0%"] in lines
+    assert ["history", "6.0", "1", "60.0%"] in lines and ["loss", "2.0", "1", "20.0%"] in lines
     assert lines.index(["gemm", "5.0", "2", "50.0%"]) < lines.index(["trie_grpo", "2.0", "1", "20.0%"])
     assert not any("mark" in line for line in lines)
 
