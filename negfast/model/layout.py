@@ -99,7 +99,7 @@ class Completions:
         )
 
     def take(self, rows: Tensor) -> "Completions":
-        """Those at ``rows`` int64, ascending; the others' cells stay empty. ``seen`` shrinks by their number."""
+        """Those at ``rows`` int64, still sorted; the others' cells stay empty. ``seen`` shrinks by their number."""
         seen = self.seen * len(rows) / max(len(self), 1)
         return replace(self, prompt=self.prompt[rows], prefix=self.prefix[rows], cell=self.cell[rows], seen=seen)
 
@@ -186,16 +186,15 @@ class GroupLayout:
         for layer in self.keys.values():
             layer.own_key = layer.own_value = None
 
-    def keep(self, rows: Tensor) -> None:
-        """Keeps the completions ``rows`` int64 [A'] only, ascending indices into the present ones."""
-        self._set(self.completions.take(rows))
-        self._select_own(rows)
-
-    def branch(self, parents: Tensor, times: int) -> None:
-        """``times`` completions of each that was asked for; they continue the present ones at ``parents`` int64."""
+    def branch(self, parents: Tensor, times: int, rows: Tensor | None = None) -> None:
+        """Completions that continue the present ones at ``parents`` int64 [A']: of ``times`` of each that was asked for
+        those at ``rows`` int64 [A'], or all."""
         assert self._asked is not None
-        self._set(self._asked.repeated(times))
-        self._select_own(parents)
+        repeated = self._asked.repeated(times)
+        self._set(repeated if rows is None else repeated.take(rows))
+        for layer in self.keys.values():
+            if layer.own_key is not None and layer.own_value is not None:
+                layer.own_key, layer.own_value = layer.own_key[parents], layer.own_value[parents]
 
     def fresh(self) -> "GroupLayout":
         """A layout of the same prompts, and the completions that were asked for, with nothing computed yet."""
@@ -206,11 +205,6 @@ class GroupLayout:
 
     def _set(self, completions: Completions) -> None:
         self._completions, self._offsets, self._masks = completions, None, None
-
-    def _select_own(self, rows: Tensor) -> None:
-        for layer in self.keys.values():
-            if layer.own_key is not None and layer.own_value is not None:
-                layer.own_key, layer.own_value = layer.own_key[rows], layer.own_value[rows]
 
     @property
     def completions(self) -> Completions:

@@ -140,9 +140,8 @@ def test_copies_of_a_branch_continue_it(exact_norms, trimmed):
     layout = GroupLayout.build(np.cumsum([0] + [len(p) for p in case.prompts]), torch.device("cpu"))
     layout.ask(case.prompt, case.prefix)
     policy.hidden(layout, torch.cat(case.prompts), case.completions, True)
-    layout.branch(torch.arange(6).repeat_interleave(4), 4)
     kept = torch.tensor([0, 1, 5, 7, 11, 12, 23])
-    layout.keep(kept)
+    layout.branch(kept // 4, 4, kept)
     found = policy.hidden(layout, None, after[kept], True)
     parents = kept.numpy() // 4
     both = torch.cat([case.completions[parents], after[kept]], 1)

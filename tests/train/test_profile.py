@@ -36,7 +36,7 @@ def report(tmp_path):
             CREATE TABLE StringIds (id INTEGER, value TEXT);
             CREATE TABLE CUPTI_ACTIVITY_KIND_KERNEL (start INTEGER, end INTEGER, shortName INTEGER);
             CREATE TABLE NVTX_EVENTS (start INTEGER, end INTEGER, text TEXT, textId INTEGER);
-            INSERT INTO StringIds VALUES (1, 'gemm'), (2, 'trie_grpo'), (3, 'prompt');
+            INSERT INTO StringIds VALUES (1, 'gemm'), (2, 'trie_grpo'), (3, 'history');
             INSERT INTO CUPTI_ACTIVITY_KIND_KERNEL VALUES (0, 4000000, 1), (3000000, 5000000, 2),
                 (9000000, 10000000, 1);
             INSERT INTO NVTX_EVENTS VALUES (0, 6000000, NULL, 3), (6000000, 8000000, 'loss', NULL),

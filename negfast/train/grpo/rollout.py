@@ -1,7 +1,8 @@
 """Rollout and training pass in one: the histories once, then level by level choose and sample, with gradients.
 
 On-policy, the forward that samples *is* the forward that trains. Level 1 is chosen once per request for all of its
-completions; a completion whose remaining choices are all forced (one unseen leaf below it) is carried no further.
+completions. On the CPU, where shapes may change, completions that agree so far share a row, and one whose remaining
+choices are all forced (one unseen leaf below it) is carried no further.
 """
 
 from dataclasses import dataclass
@@ -30,7 +31,10 @@ class Rollout:
     choice: Choice
     tokens: SampledTokens
     hidden: Tensor  # [R, d], what each choice was made after, with a gradient
-    rows: list[Tensor]  # per level, int64 [R_l]: the request of each row of level 1, below it the completion, ascending
+    rows: list[
+        Tensor
+    ]  # per level, int64 [R_l]: the request of each row of level 1, below it a completion with its codes
+    parents: list[Tensor]  # the same: which row of the level above each continues
 
 
 def rollout(
@@ -59,35 +63,35 @@ def rollout(
     hidden = histories.start(policy, MARKERS[branch])
     roots = torch.zeros(size, dtype=torch.int64, device=device)
     choices = [chooser.choose(policy, hidden, 0, roots, owner[::group], prior, branch)]
-    rows, states = [owner[::group]], [hidden]
-    layout.branch(owner, group)
-    carried, row_of_carried = completion, owner  # level 1 is one row a request, whatever the number of completions
+    rows, parents, states = [owner[::group]], [owner[::group]], [hidden]
+    carried, row = completion, owner  # of each completion the row that chooses for it
     node, codes, token_rows, counted, offset = torch.zeros_like(completion), [], [], [], 0
     for level in range(trie.levels):
         choice = choices[-1]
         noise = keyed_gumbel(seed, step, request_ids[owner[carried]], number[carried], level, trie.codebook)
-        sampled = (choice.log_probs(temperature).detach()[row_of_carried] + noise).argmax(-1)
+        sampled = (choice.log_probs(temperature).detach()[row[carried]] + noise).argmax(-1)
         code, next_node = _forced(chooser, level, node, owner, carried, prior, branch)
         code[carried] = sampled
-        next_node[carried] = choice.children[row_of_carried, sampled]
+        next_node[carried] = choice.children[row[carried], sampled]
         open_choice = choice.valid.sum(-1) > 1
         codes.append(code)
-        token_rows.append(torch.zeros_like(completion).index_copy(0, carried, row_of_carried + offset))
-        counted.append(
-            torch.zeros_like(completion, dtype=torch.bool).index_copy(0, carried, open_choice[row_of_carried])
-        )
+        token_rows.append(torch.zeros_like(completion).index_copy(0, carried, row[carried] + offset))
+        counted.append(torch.zeros_like(completion, dtype=torch.bool).index_copy(0, carried, open_choice[row[carried]]))
         node, offset = next_node, offset + len(choice.logits)
         if level == trie.levels - 1:
             break
-        if device.type == "cpu" and not keep_forced:  # elsewhere static shapes are worth more than the rows saved
-            still_open = chooser.unseen_leaves(level + 1, node[carried], owner[carried], prior) > 1
-            layout.keep(still_open.nonzero()[:, 0])
-            carried = carried[still_open]
-        row_of_carried = torch.arange(len(carried), device=device)
-        tokens = policy.vocabulary.code_base(level + 1) + code[carried]
-        hidden = policy.hidden(layout, None, tokens.unsqueeze(-1)) if len(carried) else hidden[:0]
-        choices.append(chooser.choose(policy, hidden, level + 1, node[carried], owner[carried], prior, branch))
-        rows.append(carried)
+        if device.type == "cpu" and not keep_forced:
+            carried = carried[chooser.unseen_leaves(level + 1, node[carried], owner[carried], prior) > 1]
+        chosen, next_row = carried, torch.arange(len(carried), device=device)
+        if device.type == "cpu":  # elsewhere static shapes are worth more than the rows saved
+            chosen, next_row = _distinct(owner[carried] * trie.node_counts[level + 1] + node[carried], carried)
+        parents.append(row[chosen])
+        layout.branch(parents[-1], group, chosen)
+        row = row.index_copy(0, carried, next_row)
+        tokens = policy.vocabulary.code_base(level + 1) + code[chosen]
+        hidden = policy.hidden(layout, None, tokens.unsqueeze(-1)) if len(chosen) else hidden[:0]
+        choices.append(chooser.choose(policy, hidden, level + 1, node[chosen], owner[chosen], prior, branch))
+        rows.append(chosen)
         states.append(hidden)
 
     merged = Choice(
@@ -100,7 +104,14 @@ def rollout(
         torch.cat(token_rows), torch.cat(codes), completion.repeat(trie.levels), torch.cat(counted)
     )
     items = trie.leaf_item[node].long().view(size, group)
-    return Rollout(items, torch.stack(codes, 1), merged, sampled_tokens, torch.cat(states), rows)
+    return Rollout(items, torch.stack(codes, 1), merged, sampled_tokens, torch.cat(states), rows, parents)
+
+
+def _distinct(key: Tensor, completion: Tensor) -> tuple[Tensor, Tensor]:
+    """Of completions int64 [C] one for each key, in the order of keys, and the place of each key [C] among these."""
+    keys, place = key.unique(return_inverse=True)
+    first = torch.full_like(keys, torch.iinfo(torch.int64).max)
+    return first.scatter_reduce(0, place, completion, "amin"), place
 
 
 def _forced(
@@ -123,22 +134,14 @@ def _forced(
 
 
 def replay_hidden(policy: Policy, histories: Histories, sampled: Rollout) -> Tensor:
-    """Hidden states [R, d] of ``policy`` at the nodes of a rollout, row for row those of ``sampled.hidden``.
-
-    The histories and markers, then all codes at once: the reference policy, or the policy itself in two-pass mode.
-    """
-    levels, group = sampled.codes.shape[1], sampled.items.shape[1]
-    rows = [histories.start(policy, MARKERS[NEXT_DISLIKE])]
-    if levels > 1 and len(fed := sampled.rows[1]):
-        first_codes = policy.vocabulary.code_bases(sampled.codes.device)[: levels - 1]
-        completion = torch.arange(sampled.items.numel(), device=fed.device)
-        histories.layout.branch(completion // group, group)
-        histories.layout.keep(fed)
-        hidden = policy.hidden(histories.layout, None, sampled.codes[fed, : levels - 1] + first_codes)
-        states = hidden.view(len(fed), levels - 1, hidden.shape[-1])
-        for level in range(1, len(sampled.rows)):
-            rows.append(states[torch.searchsorted(fed, sampled.rows[level]), level - 1])
-    return torch.cat(rows)
+    """Hidden states [R, d] of ``policy`` at the nodes of a rollout, row for row those of ``sampled.hidden``: of the
+    reference policy, or of the policy itself in two-pass mode."""
+    states, group = [histories.start(policy, MARKERS[NEXT_DISLIKE])], sampled.items.shape[1]
+    for level, (rows, parents) in enumerate(zip(sampled.rows[1:], sampled.parents[1:], strict=True), 1):
+        histories.layout.branch(parents, group, rows)
+        tokens = policy.vocabulary.code_base(level) + sampled.codes[rows, level - 1 : level]
+        states.append(policy.hidden(histories.layout, None, tokens) if len(rows) else states[-1][:0])
+    return torch.cat(states)
 
 
 def replay_logits(policy: Policy, histories: Histories, sampled: Rollout) -> Tensor:
