@@ -29,7 +29,7 @@ PACKAGES = "negfast", "torch", "triton", "liger-kernel", "flash-attn"
 
 
 def all_cases() -> list[Case]:
-    """From launch-bound to bandwidth-bound, and the shapes of Qwen3-0.6B's attention."""
+    """From launch-bound to bandwidth-bound, the shapes of Qwen3-0.6B's attention, and many verdicts of a history."""
     bf16 = torch.bfloat16
     sizes = [(64, 256, bf16), (1088, 256, bf16), (16_384, 256, bf16), (131_072, 256, bf16)]
     sizes += [(131_072, 256, torch.float32), (1024, 8192, bf16), (8192, 8192, bf16)]
@@ -42,6 +42,7 @@ def all_cases() -> list[Case]:
         made.append(prompt_attention_case(4, 2048, 16, 8, 64, backward))
         for group, length, new in ((16, 1024, 1), (16, 1024, 3), (64, 2048, 1), (64, 2048, 3)):
             made.append(completion_attention_case(4, group, length, new, 16, 8, 128, backward))
+        made.append(completion_attention_case(2, 700, 1024, 1, 16, 8, 128, backward, "spread"))
     return made
 
 

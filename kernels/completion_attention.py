@@ -1,23 +1,28 @@
-"""Attention of completions over their shared prompt and their own tokens: the second half of group attention.
+"""Attention of completions over a prefix of their prompt and their own tokens: the second half of group attention.
 
 B prompts, of which prompt b has G_b completions; a completion adds n tokens to the m - n that it had. Token t (0..n-1)
-of a completion sees the whole prompt and its own tokens 0..m-n+t. All G_b * n * rep queries of a group and kv head
-(rep = H / Hk) form one matrix Q [M, D], so the prompt's keys and values are read once a group, not once a completion:
+of completion c sees the first P_c tokens of its prompt, its prefix, and its own tokens 0..m-n+t. All G_b * n * rep
+queries of a group and kv head (rep = H / Hk) form one matrix Q [M, D], cut into tiles of rows. A tile reads the
+prompt's keys and values once, up to the largest prefix of its rows; a row is masked beyond its own:
 
-    over the prompt, in S splits of its keys for occupancy:  o_s, lse_s = softmax-attention of Q over split s
-    over own tokens, m of them, elementwise:                 s_j = scale q . k_j
+    over the prefix, in S splits of the tile's keys for occupancy:  o_s, lse_s = softmax-attention of Q over split s
+    over own tokens, m of them, elementwise:                        s_j = scale q . k_j
     merged in a fixed order:  lse = log(sum_s exp(lse_s) + sum_j exp(s_j)),  o = sum_s e^(lse_s - lse) o_s + sum_j ...
 
 The gradient has the form of prompt_attention.py with p = exp(s - lse) over both parts: a program owns a block of prompt
-keys, gathers dk and dv over all M queries and leaves its share of dq, which the kernel of the own part sums in the
-order of blocks. Nothing is added atomically: runs are bit-equal. With n = 1 this is the decode step; with m = 0 it is
-the attention of a prompt's last token, which sees all of its prompt. The kernels are in completion_attention_kernel.py.
+keys, gathers dk and dv over the rows from the first whose prefix reaches the block, and leaves its share of their dq,
+which the kernel of the own part sums in the order of blocks. Nothing is added atomically: runs are bit-equal. With
+n = 1 this is the decode step. The kernels are in completion_attention_kernel.py.
 
-FLOPs, C completions in all of prompts of length P: forward 4 C H n P D, backward 10 C H n P D. Bytes: forward the
-prompt's keys and values once, 2 B P Hk D elements, where all queries of a kv head fit a tile of 128 (more tiles find
-them in L2), q and o, and 4 (D + 1) bytes a query head and split for the partial results, written and read; backward
-twice the keys and values, read and written, and 4 D bytes a query head and key block for dq. Up to about 300 queries a
-kv head (bf16, H100) memory bounds it.
+Completions of a prompt should stand in ascending order of prefix, so that a tile's rows have similar ones; any order is
+right. In t tiles of rows whose prefixes are spread evenly over the prompt, the forward computes (t + 1) / (2 t) of what
+full prompts take, up to whole blocks of keys.
+
+FLOPs: forward 4 n H D sum_c P_c, backward 10 n H D sum_c P_c. Bytes: forward the keys and values up to a group's
+largest prefix once, 2 P Hk D elements a prompt, where all queries of a kv head fit a tile of 128 (more tiles find them
+in L2), q and o, and 4 (D + 1) bytes a query head and split that holds keys of its prefix, written and read; backward
+twice the keys and values, read and written, and 4 D bytes for dq a query head and key block below its prefix, written
+and read. Up to about 300 queries a kv head (bf16, H100) memory bounds it.
 """
 
 from typing import Any
@@ -47,25 +52,27 @@ def completion_attention(
     own_value: Tensor,
     prompts: Segments,
     completions: Segments,
+    prefix: Tensor,
     scale: float | None = None,
 ) -> Tensor:
     """Attention of the new tokens of C completions of B prompts.
 
     query [C, n, H, D]; prompt_key and prompt_value [T, Hk, D], the packed prompts; own_key and own_value
-    [C, m, Hk, D], earlier tokens first and the n new ones last, or m = 0: the prompt alone is seen; prompts: segments
-    of the T tokens; completions: segments of the C completions, those of a prompt side by side; scale defaults to
-    D ** -0.5. bfloat16, float16 or float32; D in 32, 64, 128.
+    [C, m, Hk, D], earlier tokens first and the n new ones last; prompts: segments of the T tokens; completions:
+    segments of the C completions, those of a prompt side by side; prefix int32 [C]: how many tokens of its prompt a
+    completion sees, from 0 to all (not checked, which would wait for the device), fastest in ascending order within a
+    prompt; scale defaults to D ** -0.5. bfloat16, float16 or float32; D in 32, 64, 128.
     Returns [C, n, H, D], differentiable. Raises ValueError on other shapes, dtypes and devices. On the CPU the
     reference computes, in any dtype.
     """
     tensors = (query, prompt_key, prompt_value, own_key, own_value)
     if not runs_triton(query.device):
-        return completion_attention_reference(*tensors, prompts, completions, scale)
+        return completion_attention_reference(*tensors, prompts, completions, prefix, scale)
     check_heads(query, own_key)
     count, new, _, dim = query.shape
     seen, kv_heads = own_key.shape[1:3]
-    if 0 < seen < new:
-        raise ValueError(f"own_key: found {seen} tokens a completion, expected none or at least the {new} of query")
+    if seen < new:
+        raise ValueError(f"own_key: found {seen} tokens a completion, expected at least the {new} of query")
     prompt_shape, own_shape = (prompt_key.shape[0], kv_heads, dim), (count, seen, kv_heads, dim)
     expected = {
         "prompt_key": (prompt_key, prompt_shape, query.dtype),
@@ -74,12 +81,14 @@ def completion_attention(
         "own_value": (own_value, own_shape, query.dtype),
         "prompts.offsets": (prompts.offsets, (prompts.count + 1,), torch.int32),
         "completions.offsets": (completions.offsets, (prompts.count + 1,), torch.int32),
+        "prefix": (prefix, (count,), torch.int32),
     }
     check_tensors(expected, query.device)
     if not query.numel():
         return query
     scale = dim**-0.5 if scale is None else scale
-    return CompletionAttention.apply(*(x.contiguous() for x in tensors), prompts, completions, scale)
+    contiguous = (x.contiguous() for x in (*tensors, prefix))
+    return CompletionAttention.apply(*contiguous, prompts, completions, scale)
 
 
 class CompletionAttention(torch.autograd.Function):
@@ -87,16 +96,16 @@ class CompletionAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        *tensors, prompts, completions, scale = inputs
+        *tensors, prefix, prompts, completions, scale = inputs
         ctx.sizes = prompts.longest, completions.longest, scale
-        offsets = prompts.offsets, completions.offsets
-        out, lse = _forward(*tensors, *offsets, *ctx.sizes)
-        ctx.save_for_backward(*tensors, out, lse, *offsets)
+        rows = prompts.offsets, completions.offsets, prefix
+        out, lse = _forward(*tensors, *rows, *ctx.sizes)
+        ctx.save_for_backward(*tensors, out, lse, *rows)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.sizes), None, None, None
+        return *_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.sizes), None, None, None, None
 
 
 def launch_forward(
@@ -107,6 +116,7 @@ def launch_forward(
     own_value: Tensor,
     prompt_offsets: Tensor,
     completion_offsets: Tensor,
+    prefix: Tensor,
     longest: int,
     most: int,
     scale: float,
@@ -120,9 +130,9 @@ def launch_forward(
     splits = split_count(prompts * kv_heads * tiles, triton.cdiv(longest, blocks["BLOCK_N"]), query.device)
     partial = query.new_empty((splits, *query.shape), dtype=torch.float32)
     partial_lse = query.new_empty((splits, *query.shape[:-1]), dtype=torch.float32)
-    offsets, rows = (prompt_offsets, completion_offsets), query.numel() // dim
+    rows = query.numel() // dim
     completion_prompt_kernel[(tiles * splits, kv_heads, prompts)](
-        query, prompt_key, prompt_value, partial, partial_lse, *offsets,
+        query, prompt_key, prompt_value, partial, partial_lse, prompt_offsets, completion_offsets, prefix,
         scale * LOG2E, heads, kv_heads, new, splits, rows, DIM=dim, **blocks,
     )  # fmt: skip
     out = torch.empty_like(query)
@@ -145,6 +155,7 @@ def launch_backward(
     lse: Tensor,
     prompt_offsets: Tensor,
     completion_offsets: Tensor,
+    prefix: Tensor,
     longest: int,
     most: int,
     scale: float,
@@ -160,11 +171,11 @@ def launch_backward(
     dk, dv = torch.empty_like(prompt_key), torch.empty_like(prompt_value)
     completion_backward_prompt_kernel[(key_blocks, kv_heads, prompts)](
         query, prompt_key, prompt_value, grad, lse, delta, dq_shares, dk, dv, prompt_offsets, completion_offsets,
-        scale, scale * LOG2E, heads, kv_heads, new, rows, DIM=dim, **blocks,
+        prefix, scale, scale * LOG2E, heads, kv_heads, new, rows, DIM=dim, **blocks,
     )  # fmt: skip
     dq, own_dk, own_dv = torch.empty_like(query), torch.empty_like(own_key), torch.empty_like(own_value)
     completion_backward_own_kernel[(triton.cdiv(most, 16), kv_heads, prompts)](
-        query, own_key, own_value, grad, lse, delta, dq_shares, dq, own_dk, own_dv, prompt_offsets, completion_offsets,
+        query, own_key, own_value, grad, lse, delta, dq_shares, dq, own_dk, own_dv, completion_offsets, prefix,
         scale, scale * LOG2E, heads, kv_heads, new, seen, rows,
         DIM=dim, BLOCK_C=16, BLOCK_N=blocks["BLOCK_N"], num_warps=4, maxnreg=255,
     )  # fmt: skip

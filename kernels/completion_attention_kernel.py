@@ -1,8 +1,8 @@
 """The four kernels of completion_attention.py, which has their derivation, bytes and FLOPs.
 
-``offsets`` are those of the completions, int32 [B + 1]; ``queries`` is C * n * H, the rows of one split or key block.
-Within a prompt, row r of a kv head is token r // rep of its completions' n * G_b, and query head r % rep of the kv
-head's rep.
+``offsets`` are those of the completions, int32 [B + 1]; ``prefix`` int32 [C] are the prompt tokens that each sees;
+``queries`` is C * n * H, the rows of one split or key block. Within a prompt, row r of a kv head is token r // rep of
+its completions' n * G_b, and query head r % rep of the kv head's rep.
 """
 
 import triton
@@ -19,6 +19,12 @@ def query_rows(rows, completion_begin, new, kv_head, heads, kv_heads):
 
 
 @triton.jit
+def row_prefixes(prefix, rows, inside, completion_begin, rows_each):
+    """Prompt tokens that rows see, 0 outside; ``rows_each``: n * rep, the rows of a completion."""
+    return tl.load(prefix + completion_begin + rows // rows_each, mask=inside, other=0)
+
+
+@triton.jit
 def completion_prompt_kernel(
     query,
     key,
@@ -27,6 +33,7 @@ def completion_prompt_kernel(
     partial_lse,
     cu_seqlens,
     offsets,
+    prefix,
     scale,
     heads,
     kv_heads,
@@ -37,38 +44,39 @@ def completion_prompt_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Softmax attention of one tile of queries over one split of the prompt."""
+    """Softmax attention of one tile of queries over one split of the keys up to the tile's largest prefix."""
     split = tl.program_id(0) % splits
-    first_row = tl.program_id(0) // splits * BLOCK_M
+    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) // splits * BLOCK_M  # the longest prefixes first
     kv_head = tl.program_id(1)
     prompt = tl.program_id(2)
     completion_begin = tl.load(offsets + prompt)
-    count = (tl.load(offsets + prompt + 1) - completion_begin) * new * (heads // kv_heads)
+    rows_each = new * (heads // kv_heads)
+    count = (tl.load(offsets + prompt + 1) - completion_begin) * rows_each
     if first_row >= count:
         return
-    begin = tl.load(cu_seqlens + prompt)
-    length = tl.load(cu_seqlens + prompt + 1) - begin
     rows = first_row + tl.arange(0, BLOCK_M)
     inside = rows < count
+    visible = row_prefixes(prefix, rows, inside, completion_begin, rows_each)
+    reach = tl.max(visible, 0)
     at = query_rows(rows, completion_begin, new, kv_head, heads, kv_heads)
     q = load_rows(query, at, inside, DIM)
-    first_key = begin.to(tl.int64) * kv_heads + kv_head
+    first_key = tl.load(cu_seqlens + prompt).to(tl.int64) * kv_heads + kv_head
     keys, values = key + first_key * DIM, value + first_key * DIM
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, DIM), tl.float32)
-    share = tl.cdiv(tl.cdiv(length, BLOCK_N), splits) * BLOCK_N
-    for first in range(split * share, tl.minimum((split + 1) * share, length), BLOCK_N):
+    share = tl.cdiv(tl.cdiv(reach, BLOCK_N), splits) * BLOCK_N
+    for first in range(split * share, tl.minimum((split + 1) * share, reach), BLOCK_N):
         column = first + tl.arange(0, BLOCK_N)
-        here = column < length
+        here = column < reach
         scores = dot(q, load_rows(keys, column * kv_heads, here, DIM)) * scale
-        scores = tl.where(here[None, :], scores, -float("inf"))
+        scores = tl.where(column[None, :] < visible[:, None], scores, -float("inf"))
         acc, top, total = attend(acc, top, total, scores, load_rows(values, column * kv_heads, here, DIM))
-    empty = total == 0  # a split beyond the end of a short prompt
-    total = tl.where(empty, 1.0, total)
+    some = split * share < visible  # else the split is beyond the row's prefix: no result, lse -inf
+    total = tl.where(some, total, 1.0)
     at += split * queries
-    store_rows(partial, at, acc / total[:, None], inside, DIM)
-    tl.store(partial_lse + at, tl.where(empty, -float("inf"), top + tl.log2(total)), mask=inside)
+    store_rows(partial, at, acc / total[:, None], some, DIM)
+    tl.store(partial_lse + at, tl.where(some, top + tl.log2(total), -float("inf")), mask=inside)
 
 
 @triton.jit
@@ -91,7 +99,7 @@ def completion_merge_kernel(
     DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Own tokens first, then the splits in their order."""
+    """Own tokens first, then in their order the splits that hold keys of a row's prefix."""
     kv_head = tl.program_id(1)
     completion_begin = tl.load(offsets + tl.program_id(2))
     repeat = heads // kv_heads
@@ -117,7 +125,7 @@ def completion_merge_kernel(
     for split in range(0, splits):
         part = split * queries + at
         score = tl.load(partial_lse + part, mask=inside, other=-float("inf"))
-        acc, top, total = merge(acc, top, total, score, load_rows(partial, part, inside, DIM))
+        acc, top, total = merge(acc, top, total, score, load_rows(partial, part, score > -float("inf"), DIM))
     store_rows(out, at, acc / total[:, None], inside, DIM)
     tl.store(lse + at, top + tl.log2(total), mask=inside)
 
@@ -135,6 +143,7 @@ def completion_backward_prompt_kernel(
     dv,
     cu_seqlens,
     offsets,
+    prefix,
     scale,
     scale_log2,
     heads,
@@ -145,7 +154,11 @@ def completion_backward_prompt_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dk and dv of one block of prompt keys over all queries of its kv head, and the block's share of their dq."""
+    """dk and dv of one block of prompt keys over the queries of its kv head, and the block's share of their dq.
+
+    Completions before the first whose prefix reaches the block are skipped, all others but for their own prefix masked;
+    a query of a shorter prefix has no share.
+    """
     first_key = tl.program_id(0) * BLOCK_N
     kv_head = tl.program_id(1)
     prompt = tl.program_id(2)
@@ -154,7 +167,15 @@ def completion_backward_prompt_kernel(
     if first_key >= length:
         return
     completion_begin = tl.load(offsets + prompt)
-    count = (tl.load(offsets + prompt + 1) - completion_begin) * new * (heads // kv_heads)
+    completion_end = tl.load(offsets + prompt + 1)
+    first_to_reach = tl.full((128,), completion_end, tl.int32)
+    for first in range(completion_begin, completion_end, 128):
+        member = first + tl.arange(0, 128)
+        reaches = tl.load(prefix + member, mask=member < completion_end, other=0) > first_key
+        first_to_reach = tl.minimum(first_to_reach, tl.where(reaches, member, completion_end))
+    completion_begin = tl.min(first_to_reach, 0)
+    rows_each = new * (heads // kv_heads)
+    count = (completion_end - completion_begin) * rows_each
     column = first_key + tl.arange(0, BLOCK_N)
     own = (begin.to(tl.int64) + column) * kv_heads + kv_head
     here = column < length
@@ -166,14 +187,16 @@ def completion_backward_prompt_kernel(
     for first in range(0, count, BLOCK_M):
         rows = first + tl.arange(0, BLOCK_M)
         inside = rows < count
+        visible = row_prefixes(prefix, rows, inside, completion_begin, rows_each)
         at = query_rows(rows, completion_begin, new, kv_head, heads, kv_heads)
         q = load_rows(query, at, inside, DIM)
         g = load_rows(grad, at, inside, DIM)
         row_lse = tl.load(lse + at, mask=inside, other=float("inf"))
         row_delta = tl.load(delta + at, mask=inside, other=0.0)
-        dk_acc, dv_acc, ds = key_gradients(dk_acc, dv_acc, k, v, q, g, row_lse, row_delta, here[:, None], scale_log2)
+        seen = column[:, None] < visible[None, :]
+        dk_acc, dv_acc, ds = key_gradients(dk_acc, dv_acc, k, v, q, g, row_lse, row_delta, seen, scale_log2)
         dq_share = tl.dot(tl.trans(ds), k, input_precision="ieee") * scale
-        store_rows(dq_shares, skip + at, dq_share, inside, DIM)
+        store_rows(dq_shares, skip + at, dq_share, visible > first_key, DIM)
     store_rows(dk, own, dk_acc * scale, here, DIM)
     store_rows(dv, own, dv_acc, here, DIM)
 
@@ -190,8 +213,8 @@ def completion_backward_own_kernel(
     dq,
     own_dk,
     own_dv,
-    cu_seqlens,
     offsets,
+    prefix,
     scale,
     scale_log2,
     heads,
@@ -203,13 +226,12 @@ def completion_backward_own_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """For a block of completions: dq of their queries (the prompt blocks' shares, then own tokens); own dk and dv.
+    """For a block of completions: dq of their queries (shares of key blocks, then own tokens); own dk and dv.
 
     Query r = step * rep + head of a completion; there are few, so each loop runs over the block's completions at once.
     """
     kv_head = tl.program_id(1)
     prompt = tl.program_id(2)
-    length = tl.load(cu_seqlens + prompt + 1) - tl.load(cu_seqlens + prompt)
     completion_begin = tl.load(offsets + prompt)
     group = tl.load(offsets + prompt + 1) - completion_begin
     if tl.program_id(0) * BLOCK_C >= group:
@@ -218,6 +240,8 @@ def completion_backward_own_kernel(
     member = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = member < group
     completion = completion_begin.to(tl.int64) + member
+    visible = tl.load(prefix + completion, mask=inside, other=0)
+    key_blocks = tl.cdiv(tl.max(visible, 0), BLOCK_N)
     for row in range(0, new * repeat):
         at = (completion * new + row // repeat) * heads + kv_head * repeat + row % repeat
         q = load_rows(query, at, inside, DIM).to(tl.float32)
@@ -225,8 +249,8 @@ def completion_backward_own_kernel(
         row_lse = tl.load(lse + at, mask=inside, other=0.0)
         row_delta = tl.load(delta + at, mask=inside, other=0.0)
         acc = tl.zeros((BLOCK_C, DIM), tl.float32)
-        for block in range(0, tl.cdiv(length, BLOCK_N)):
-            acc += load_rows(dq_shares, block * queries + at, inside, DIM)
+        for block in range(0, key_blocks):
+            acc += load_rows(dq_shares, block * queries + at, block * BLOCK_N < visible, DIM)
         for j in range(0, seen - new + row // repeat + 1):
             own = (completion * seen + j) * kv_heads + kv_head
             k = load_rows(own_key, own, inside, DIM).to(tl.float32)

@@ -162,13 +162,14 @@ def record_prompt_attention() -> list[Launch]:
 
 
 def record_completion_attention() -> list[Launch]:
-    """Decode steps of large and small groups, P = 2048, and three tokens at once."""
+    """Decode steps of large and small groups, P = 2048, and three tokens at once; each with a prefix a completion."""
     launches = []
     bf16, fp32 = torch.bfloat16, torch.float32
-    for dim, group, new, dtype in ((64, 64, 1, bf16), (128, 64, 1, bf16), (128, 4, 1, bf16), (128, 64, 3, fp32)):
+    sizes = [(64, 64, 1, bf16), (128, 64, 1, bf16), (128, 4, 1, bf16), (128, 64, 3, bf16), (128, 64, 3, fp32)]
+    for dim, group, new, dtype in sizes:
         query, key = empty(4 * group, new, 16, dim, dtype=dtype), empty(8192, 8, dim, dtype=dtype)
         own, lse = empty(4 * group, 3, 8, dim, dtype=dtype), empty(4 * group, new, 16, dtype=fp32)
-        rest = empty(5), empty(5), 2048, group, dim**-0.5
+        rest = empty(5), empty(5), empty(4 * group), 2048, group, dim**-0.5
         case = f"head {dim} {TYPES[dtype]}, {group} x {new} new"
         with recorded(case, completion_attention) as noted, recorded(case, attention_kernel):
             completion_attention.launch_forward(query, key, key, own, own, *rest)

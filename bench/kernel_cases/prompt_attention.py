@@ -28,13 +28,13 @@ def prompt_attention_case(prompts: int, length: int, heads: int, kv_heads: int, 
             return out.transpose(1, 2).flatten(0, 1)
 
         calls: dict[str, Callable[..., Tensor]] = {
-            "negfast": lambda q, k, v: prompt_attention(q, k, v, *data.segments),
+            "negfast": lambda q, k, v: prompt_attention(q, k, v, *data.layout),
             "sdpa": sdpa,
         }
         if device.type == "cuda" and find_spec("flash_attn"):
             from flash_attn import flash_attn_varlen_func
 
-            offsets = data.segments[0].offsets
+            offsets = data.layout[0].offsets
             calls["flash-attn"] = lambda q, k, v: flash_attn_varlen_func(
                 q, k, v, offsets, offsets, length, length, causal=True
             )

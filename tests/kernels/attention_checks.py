@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from negfast.kernels.attention_inputs import Segments
 from tests.kernels.cases import AttentionCase, relative_error
 
 ROUNDING = 3e-6
@@ -12,7 +13,7 @@ ROUNDING = 3e-6
 def gradients(attention: Callable, case: AttentionCase, dtype: torch.dtype) -> list[torch.Tensor]:
     """The output and the gradients of every tensor, for a fixed random gradient of the output."""
     leaves = [tensor.to(dtype).requires_grad_() for tensor in case.tensors]
-    out = attention(*leaves, *case.segments)
+    out = attention(*leaves, *case.layout)
     return [out, *torch.autograd.grad(out, leaves, case.grad.to(dtype))]
 
 
@@ -39,9 +40,10 @@ def check_bits(case: AttentionCase, kernel: Callable) -> None:
 
 def check_operators(case: AttentionCase, name: str) -> None:
     """Both operators of a kernel are what their schemas and fake tensors say."""
-    offsets, longest = zip(*((part.offsets, part.longest) for part in case.segments), strict=True)
+    rows = [part.offsets if isinstance(part, Segments) else part for part in case.layout]
+    longest = [part.longest for part in case.layout if isinstance(part, Segments)]
     forward, backward = (getattr(torch.ops.negfast, op).default for op in (name, f"{name}_backward"))
-    rest = (*offsets, *longest, 0.2)
+    rest = (*rows, *longest, 0.2)
     out, lse = forward(*case.tensors, *rest)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(forward, (*case.tensors, *rest), test_utils=checks)

@@ -252,22 +252,23 @@ def loss_and_gradient(
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """Tensors of one half of group attention, a gradient of its output, and the segments it takes."""
+    """Tensors of one half of group attention, a gradient of its output, and what says which rows belong together."""
 
     tensors: tuple[Any, ...]  # Tensor; Any, as both are passed on by `*`
     grad: Tensor
-    segments: tuple[Any, ...]  # Segments
+    layout: tuple[Any, ...]  # Segments of prompts; of completions too, and their prefix
 
 
 @dataclass(frozen=True)
 class GroupCase:
-    """Random packed prompts, and completions of ``seen`` tokens of which the last ``new`` ask."""
+    """Random packed prompts, and completions of ``seen`` tokens of which the last ``new`` ask; each sees a prefix."""
 
     prompt: tuple[Tensor, Tensor, Tensor]
     own: tuple[Tensor, Tensor, Tensor]
     grads: tuple[Tensor, Tensor]
     lengths: tuple[int, ...]
     groups: tuple[int, ...]
+    prefix: Tensor
 
     @property
     def device(self) -> torch.device:
@@ -278,12 +279,24 @@ class GroupCase:
 
     def completions(self) -> AttentionCase:
         query, key, value = self.own
-        segments = segments_of(self.lengths, self.device), segments_of(self.groups, self.device)
-        return AttentionCase((query, *self.prompt[1:], key, value), self.grads[1], segments)
+        layout = segments_of(self.lengths, self.device), segments_of(self.groups, self.device), self.prefix
+        return AttentionCase((query, *self.prompt[1:], key, value), self.grads[1], layout)
 
 
 def segments_of(counts: tuple[int, ...], device: torch.device) -> Segments:
     return Segments(torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32, device=device), max(counts))
+
+
+def prefixes(kind: str, length: int, count: int, random: np.random.Generator) -> np.ndarray:
+    """``count`` prefixes of a prompt, int32: "full", "zero", "equal", "spread" evenly, "random" or "unsorted"."""
+    if kind == "spread":
+        return ((np.arange(count) + 1) * length // count).astype(np.int32)
+    if kind in ("full", "zero", "equal"):
+        value = {"full": length, "zero": 0, "equal": random.integers(length + 1)}[kind]
+        return np.full(count, value, dtype=np.int32)
+    drawn = random.integers(0, length + 1, count, dtype=np.int32)
+    drawn[-1:] = np.maximum(drawn[-1:], 1)  # with one own token alone, all gradients of scores are zero
+    return drawn if kind == "unsorted" else np.sort(drawn)
 
 
 def attention_case(
@@ -297,9 +310,10 @@ def attention_case(
     group: int | tuple[int, ...] = 1,
     new: int = 1,
     seen: int = 1,
+    prefix: str = "random",
     dtype: torch.dtype = torch.float32,
 ) -> GroupCase:
-    """``group``: completions of every prompt, or of each."""
+    """``group``: completions of every prompt, or of each; ``prefix``: a kind of ``prefixes``."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -307,6 +321,8 @@ def attention_case(
 
     groups = group if isinstance(group, tuple) else (group,) * len(lengths)
     total, completions = sum(lengths), sum(groups)
+    random = np.random.default_rng(seed)
+    shown = [prefixes(prefix, length, count, random) for length, count in zip(lengths, groups, strict=True)]
     return GroupCase(
         prompt=(normal(total, heads, dim), normal(total, kv_heads, dim), normal(total, kv_heads, dim)),
         own=(
@@ -317,6 +333,7 @@ def attention_case(
         grads=(normal(total, heads, dim), normal(completions, new, heads, dim)),
         lengths=lengths,
         groups=groups,
+        prefix=torch.from_numpy(np.concatenate(shown)).to(device),
     )
 
 

@@ -39,6 +39,10 @@ def test_bytes_are_those_of_the_tensors():
     own = 2 * 4 * 16 * 8 * 128 * 2
     queries_and_output = 2 * 4 * 16 * 16 * 128 * 2
     assert case.bytes == keys + own + queries_and_output
+    products = 2 * 2 * 4 * 16 * 128  # of all prompts and heads, a key
+    assert case.flops == products * 16 * 1024
+    spread = kernels.completion_attention_case(4, 16, 1024, 1, 16, 8, 128, False, "spread")
+    assert spread.flops == products * sum(range(64, 1025, 64)) and spread.bytes == case.bytes
     grpo = kernels.trie_grpo_case(4096, 512, torch.bfloat16)
     assert 6 * 4096 * 512 < grpo.bytes < 8 * 4096 * 512
 

@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,17 +106,27 @@ def test_shares_of_large_groups_are_finite():
     assert np.isfinite(shares).all() and sum(shares) == pytest.approx(64 * 4096 / 4033)
 
 
-def test_completions_over_a_shared_prompt_equal_full_sequences(seed: int):
-    """As a library without groups computes them: every prompt + completion a sequence of its own."""
-    case = attention_case(seed, CPU, (7, 1, 12), 4, 2, 32, group=(3, 0, 2), new=4, seen=4, dtype=torch.float64)
+@pytest.mark.parametrize("prefix", ["full", "zero", "unsorted"])
+def test_completions_over_a_shared_prompt_equal_full_sequences(prefix: str, seed: int):
+    """As a library without groups computes them: every prefix + completion a sequence of its own."""
+    sizes: dict[str, Any] = {"group": (3, 0, 2), "new": 4, "seen": 4, "prefix": prefix, "dtype": torch.float64}
+    case = attention_case(seed, CPU, (7, 1, 12), 4, 2, 32, **sizes)
     part = case.completions()
-    found = completion_attention(*part.tensors, *part.segments)
+    leaves = [tensor.requires_grad_() for tensor in part.tensors]
+    found = completion_attention(*leaves, *part.layout)
     owners = [prompt for prompt, count in enumerate(case.groups) for _ in range(count)]
     prompts = [tensor.split(case.lengths) for tensor in case.prompt]
+    outputs = []
     for completion, owner in enumerate(owners):
-        query, key, value = (torch.cat([p[owner], own[completion]]) for p, own in zip(prompts, case.own, strict=True))
-        expected = prompt_attention_reference(query, key, value, segments_of((len(query),), CPU))[case.lengths[owner] :]
-        torch.testing.assert_close(found[completion], expected)
+        shown = int(case.prefix[completion])
+        query, key, value = (
+            torch.cat([p[owner][:shown], own[completion]]) for p, own in zip(prompts, case.own, strict=True)
+        )
+        outputs.append(prompt_attention_reference(query, key, value, segments_of((len(query),), CPU))[shown:])
+    expected = torch.stack(outputs)
+    torch.testing.assert_close(found, expected)
+    ours, wanted = (torch.autograd.grad(out, leaves, part.grad) for out in (found, expected))
+    torch.testing.assert_close(ours, wanted)
 
 
 def test_operator_on_the_cpu_is_the_reference(seed: int):

@@ -22,6 +22,8 @@ from tests.kernels.cases import relative_error
         prompt_attention_case(2, 40, 4, 2, 32, True),
         completion_attention_case(2, 3, 40, 1, 4, 2, 32, False),
         completion_attention_case(2, 3, 40, 3, 4, 2, 32, True),
+        completion_attention_case(2, 7, 40, 2, 4, 2, 32, False, "spread"),
+        completion_attention_case(2, 7, 40, 1, 4, 2, 32, True, "spread"),
     ],
     ids=lambda case: f"{case.kernel}-{case.shape.get('pass', case.shape.get('dtype'))}",
 )

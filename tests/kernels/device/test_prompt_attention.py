@@ -36,7 +36,7 @@ def test_operators_are_registered_for_compilation(device: torch.device, seed: in
 def test_what_is_unsupported_raises(device: torch.device, seed: int):
     part = attention_case(seed, device, (9, 4), 4, 2, 32).prompts()
     query, key, value = part.tensors
-    (prompts,) = part.segments
+    (prompts,) = part.layout
     for message, arguments in {
         "head dimension: found 24": (query[..., :24], key[..., :24], value[..., :24]),
         "query heads: found 3": (query[:, :3], key, value),
