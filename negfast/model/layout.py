@@ -66,7 +66,7 @@ class Completions:
     """A completions, sorted by (prompt, prefix).
 
     prompt  int64 [A]  the prompt of each
-    prefix  int64 [A]  tokens of it that the completion sees
+    prefix  int32 [A]  tokens of it that the completion sees
     cell    int64 [A]  its place in the grid of all buckets, in which a bucket's prompts have equally many cells
     cells   list[int]  cells of a prompt, by bucket
     sizes   list[int]  cells of a bucket
@@ -174,7 +174,7 @@ class GroupLayout:
             prefix = self.host_lengths[prompt]
         self._asked = Completions(
             staging.put(prompt.astype(np.int64), device),
-            staging.put(prefix.astype(np.int64), device),
+            staging.put(prefix.astype(np.int32), device),
             staging.put(base[prompt] + number, device),
             cells,
             [bucket.prompts * each for bucket, each in zip(self.buckets, cells, strict=True)],
@@ -237,7 +237,7 @@ class GroupLayout:
         of a prompt, ``queries`` of each; an empty cell sees the first place."""
         if self._masks is None or self._masks[0] != (queries, dtype):
             completions, masks = self.completions, []
-            prefix = torch.ones(sum(completions.sizes), dtype=torch.int64, device=self.lengths.device)
+            prefix = torch.ones(sum(completions.sizes), dtype=torch.int32, device=self.lengths.device)
             prefix.index_copy_(0, completions.cell, completions.prefix)
             for bucket, of_bucket in zip(self.buckets, prefix.split(completions.sizes), strict=True):
                 of_queries = of_bucket.repeat_interleave(queries).view(bucket.prompts, 1, -1, 1)

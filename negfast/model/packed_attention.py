@@ -27,7 +27,7 @@ def completion_attention(kept: LayerKeys, layout: GroupLayout, query: Tensor, sc
     queries = query.unflatten(0, (len(asked), layout.new_tokens))
     tensors = queries, kept.prompt_key[0], kept.prompt_value[0], *kept.own()
     completions = Segments(layout.completion_offsets, asked.most)
-    return over_prompt_and_own(*tensors, asked.prefix.int(), _prompts(layout), completions, scale).flatten(0, 1)
+    return over_prompt_and_own(*tensors, _prompts(layout), completions, asked.prefix, scale).flatten(0, 1)
 
 
 def _prompts(layout: GroupLayout) -> Segments:
