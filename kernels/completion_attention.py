@@ -11,8 +11,9 @@ prompt's keys and values once, up to the largest prefix of its rows; a row is ma
 
 The gradient has the form of prompt_attention.py with p = exp(s - lse) over both parts: a program owns a block of prompt
 keys, gathers dk and dv over the rows from the first whose prefix reaches the block, and leaves its share of their dq,
-which the kernel of the own part sums in the order of blocks. Nothing is added atomically: runs are bit-equal. With
-n = 1 this is the decode step. The kernels are in completion_attention_kernel.py.
+which the kernel of the own part sums in the order of blocks. Nothing is added atomically: runs are bit-equal. delta is
+of the output as rounded: where one token has nearly all weight, gradients of scores are small and carry its rounding.
+With n = 1 this is the decode step. The kernels are in completion_attention_kernel.py.
 
 Completions of a prompt should stand in ascending order of prefix, so that a tile's rows have similar ones; any order is
 right. In t tiles of rows whose prefixes are spread evenly over the prompt, the forward computes (t + 1) / (2 t) of what

@@ -14,7 +14,7 @@ from negfast.model.verdict_prior import fit
 from negfast.runtime.engine import Engine
 from negfast.staging import put
 
-CANDIDATES_AT_ONCE = 512
+CANDIDATES_AT_ONCE = 4096
 WARM_UP_DAYS = 30  # of the log are left out: rates mean little before (negfast's choice)
 
 
