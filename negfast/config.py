@@ -178,7 +178,7 @@ class Grpo(Stage):
         0.7, low=0.0, high=1.0, help="share of mixed histories at the end of progressive, and of static"
     )
     sft_weight: float = setting(0.0, low=0.0, help="of the SFT loss on the same requests, both branches")
-    verdict_weight: float = setting(1.0, low=0.0, help="of the SFT loss on the histories' verdicts")
+    verdict_weight: float = setting(1.0, low=0.0, help="of the SFT loss on verdicts")
 
     @property
     def round_steps(self) -> int:

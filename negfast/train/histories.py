@@ -40,17 +40,15 @@ class Drawn:
 
 
 class HistoryTask:
-    """The histories that have any of ``requests`` (or, with ``verdicts_alone``, of the candidates)."""
+    """The histories that have any of the requests or candidates."""
 
-    def __init__(
-        self, engine: Engine, name: str, requests: Requests, candidates: Candidates, verdicts_alone: bool
-    ) -> None:
+    def __init__(self, engine: Engine, name: str, requests: Requests, candidates: Candidates) -> None:
         """``name`` sets the order in which steps visit the histories."""
         self.engine, self.name, self.requests, self.candidates = engine, name, requests, candidates
         self.request_moment = (requests.day.astype(np.int64) + 1) * DAY
         of_request = self._history(requests.user, self.request_moment)
         of_group = self._history(candidates.user, candidates.moment)
-        keys = np.unique(np.concatenate([of_request, of_group]) if verdicts_alone else of_request)
+        keys = np.unique(np.concatenate([of_request, of_group]))
         self.size = len(keys)
         self.request_rows, self.request_offsets = _by_history(keys, of_request, self.request_moment)
         self.group_rows, self.group_offsets = _by_history(keys, of_group, candidates.moment)
@@ -73,15 +71,12 @@ class HistoryTask:
         chosen = np.sort(order[place < most])  # by history and moment again
         return Drawn(rows, requests[chosen], owner[chosen], *_members(self.group_rows, self.group_offsets, rows))
 
-    def read(
-        self, drawn: Drawn, micro_batch: MicroBatch, views: np.ndarray, verdicts: bool
-    ) -> tuple[Histories, np.ndarray]:
+    def read(self, drawn: Drawn, micro_batch: MicroBatch, views: np.ndarray) -> tuple[Histories, np.ndarray]:
         """The micro-batch's histories, each through its view uint8 [H] of ``views``, with the prior of its requests;
-        and the branches of its verdicts' groups, int64 [G], where ``verdicts`` asks for them."""
+        and the branches of its verdicts' groups, int64 [G]."""
         _, mine, groups = drawn.part(micro_batch)
-        requests = drawn.requests[mine]
-        asked = drawn.groups[groups] if verdicts else drawn.groups[:0]
-        history = np.concatenate([drawn.request_history[mine], drawn.group_history[groups][: len(asked)]])
+        requests, asked = drawn.requests[mine], drawn.groups[groups]
+        history = np.concatenate([drawn.request_history[mine], drawn.group_history[groups]])
         user = np.concatenate([self.requests.user[requests], self.candidates.user[asked]])
         moment = np.concatenate([self.request_moment[requests], self.candidates.moment[asked]])
         order = np.lexsort((moment, history))
@@ -92,10 +87,9 @@ class HistoryTask:
 
 
 def _by_history(keys: np.ndarray, key: np.ndarray, moment: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows sorted by history and moment, and the offsets of every history of ``keys``; rows of others are left out."""
+    """Rows sorted by history and moment, and the offsets of every history of ``keys``."""
     order = np.lexsort((moment, key))
-    order = order[np.isin(key[order], keys)]
-    return order, np.searchsorted(key[order], np.append(keys, keys[-1] + 1 if len(keys) else 0))
+    return order, np.append(np.searchsorted(key[order], keys), len(order))
 
 
 def _members(rows: np.ndarray, offsets: np.ndarray, histories: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

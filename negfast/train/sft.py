@@ -129,20 +129,19 @@ class SftStage:
         self.next_items = NextItems(engine, self.config, items_with_future(engine, self.config.target))
         self.verdicts = TrainVerdicts(engine)
         self.use_verdict_loss = self.config.verdict_weight > 0 and len(self.verdicts.candidates) > 0
-        self.task = HistoryTask(
-            engine, "sft", self.next_items.requests, self.verdicts.candidates, verdicts_alone=self.use_verdict_loss
-        )
+        candidates = self.verdicts.candidates
+        if not self.use_verdict_loss:
+            candidates, _ = candidates.take(np.zeros(0, dtype=np.int64))
+        self.task = HistoryTask(engine, "sft", self.next_items.requests, candidates)
 
     def read(self, step: int, micro_batch: MicroBatch = WHOLE) -> SftBatch:
         settings = self.config
         drawn = self.task.draw(step, settings.histories, settings.requests_per_history)
         rng = task_rng(self.engine.config.train.seed, "views", step)
         views = draw_views(len(drawn.histories), settings.negative_view, settings.positive_view, rng)
-        histories, branches = self.task.read(drawn, micro_batch, views, self.use_verdict_loss)
+        histories, branches = self.task.read(drawn, micro_batch, views)
         items = self.next_items.read(histories, drawn, step, micro_batch) if len(histories.requests) else None
-        verdicts = (
-            self.verdicts.of_histories(histories, branches, drawn, micro_batch) if self.use_verdict_loss else None
-        )
+        verdicts = self.verdicts.of_histories(histories, branches, drawn, micro_batch)
         return SftBatch(micro_batch, histories, items, verdicts)
 
     def step(self, batch: SftBatch) -> StepResult:

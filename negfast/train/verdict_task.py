@@ -70,15 +70,15 @@ class TrainVerdicts:
 class VerdictTask(TrainVerdicts):
     """Verdicts as a task of their own, ``histories`` a step."""
 
-    def __init__(self, engine: Engine, histories: int, among: np.ndarray) -> None:
+    def __init__(self, engine: Engine, histories: int, among: np.ndarray | None = None) -> None:
         super().__init__(engine, among)
         none = engine.train_requests.take(np.zeros(0, dtype=np.int64))
         self.histories = histories
-        self.task = HistoryTask(engine, "verdict", none, self.candidates, verdicts_alone=True)
+        self.task = HistoryTask(engine, "verdict", none, self.candidates)
 
     def read(self, step: int, micro_batch: MicroBatch = WHOLE) -> VerdictBatch | None:
         """The micro-batch's verdicts of a step."""
         drawn = self.task.draw(step, self.histories, 0)
         views = np.full(len(drawn.histories), MIXED)
-        histories, branches = self.task.read(drawn, micro_batch, views, verdicts=True)
+        histories, branches = self.task.read(drawn, micro_batch, views)
         return self.of_histories(histories, branches, drawn, micro_batch)
