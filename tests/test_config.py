@@ -131,6 +131,8 @@ def test_every_bound_is_kept():
         ("grpo.lr=nan", "grpo.lr is nan, expected a finite number"),
         ("grpo.steps", "'grpo.steps': expected section.key=value"),
         ("steps=1", "'steps=1': expected section.key=value"),
+        ("history.window=3", "history.window is 3, expected at least 4"),
+        ("sft.requests=64", "unknown key 'sft.requests', expected one of steps, "),
     ],
 )
 def test_a_bad_override_is_named(override, message):
@@ -144,6 +146,9 @@ def test_a_bad_override_is_named(override, message):
         ("grpo = 1\n", "grpo is 1, expected a section [grpo]"),
         ("[grpo\n", "not TOML"),
         ("[grpo]\nsteps = -1\n", "grpo.steps is -1, expected at least 0"),
+        ("[prompt]\ndislikes = 50\n", "unknown section 'prompt'"),
+        ("[sft]\nverdicts = 64\n", "unknown key 'sft.verdicts'"),
+        ("[grpo]\nrequests = 64\n", "unknown key 'grpo.requests'"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path, text, message):

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from negfast.data.dataset import Dataset
+from negfast.data.log import DAY
 from negfast.evaluate.sets import evaluation_set
 from negfast.runtime.generation import generate
 from negfast.runtime.run_folder import RunFolder
@@ -223,23 +224,25 @@ def change_the_future(data: Path, day: int) -> None:
     (data / MANIFEST).write_text(json.dumps(manifest))
 
 
-def test_prompts_and_prior_do_not_see_the_future(tiny_run, tiny_data, tmp_path):
+def test_histories_and_prior_do_not_see_the_future(tiny_run, tiny_data, tmp_path):
     engine = RunFolder(tiny_run).finished_engine(None)
     day = engine.data.test_day
     changed = tmp_path / "changed"
     shutil.copytree(tiny_data, changed)
     change_the_future(changed, day + 1)
     other = RunFolder(tiny_run).finished_engine(changed)
-    users, days = np.arange(engine.log.n_users, dtype=np.int32), np.full(engine.log.n_users, day, dtype=np.int32)
+    users = np.arange(engine.log.n_users, dtype=np.int32)
+    moments = np.full(len(users), (day + 1) * DAY)
     for view in (1, 2, 3):
-        a, b = (e.prompts.build(users, days, view, 0, tail="next-dislike") for e in (engine, other))
-        assert torch.equal(a.tokens, b.tokens)
+        a, b = (e.histories.build(users, moments, view) for e in (engine, other))
+        assert torch.equal(a.tokens, b.tokens) and torch.equal(a.gap, b.gap)
+        assert a.prior is not None and b.prior is not None
         for left, right in zip(a.prior.seen_mass, b.prior.seen_mass, strict=True):
             assert torch.equal(left, right)
-    for left, right in zip(engine.prompts.prior.mass, other.prompts.prior.mass, strict=True):
-        row = day - engine.prompts.prior.first_day
+    for left, right in zip(engine.histories.prior.mass, other.histories.prior.mass, strict=True):
+        row = day - engine.histories.prior.first_day
         assert torch.equal(left[:, : row + 1], right[:, : row + 1]) and not torch.equal(left, right)
-    pairs = (users, np.zeros_like(users), days + 1)
+    pairs = (users, np.zeros_like(users), moments)
     assert np.array_equal(engine.features.rich(*pairs), other.features.rich(*pairs), equal_nan=True)
 
 
@@ -252,11 +255,13 @@ def test_exported_model_opens_in_transformers_and_gives_the_policys_logits(tiny_
     assert tokenizer.convert_tokens_to_ids("<|next-dislike|>") == vocabulary.marker("next-dislike")
     assert tokenizer.convert_tokens_to_ids("<|s2_3|>") == vocabulary.code_base(2) + 3
     evalset = evaluation_set(engine.log, engine.split, "test")
-    users, days = evalset.requests.user[:1], evalset.requests.day[:1]
-    batch = engine.prompts.build(users, days, 3, 0, tail="next-dislike")
-    hidden = engine.policy.hidden(batch.layout, batch.tokens, None)[-1:]
+    histories = engine.histories.build(evalset.requests.user[:1], evalset.requests.moment[:1])
+    hidden = histories.start(engine.policy, "next-dislike")
+    marker = torch.full_like(histories.tokens[:1], vocabulary.marker("none"))
+    marker[0, :2] = torch.tensor([vocabulary.marker("next-dislike"), histories.gap[0]])
     with torch.no_grad():
-        logits = model(input_ids=batch.tokens[None]).logits[0, -1]
+        embedded = model.get_input_embeddings()(torch.cat([histories.tokens, marker])).sum(1)
+        logits = model(inputs_embeds=embedded[None]).logits[0, -1]
     assert torch.allclose(logits, engine.policy.full_logits(hidden)[0], atol=1e-4)
     assert parquet.read_table(out / "sid_table.parquet").num_rows == len(engine.data.items)
 

@@ -118,8 +118,8 @@ def test_a_week_of_movietweetings(tmp_path: Path, capsys: pytest.CaptureFixture)
     settings = ("sft.steps=60", "sft.validate_every=30")
     train(TrainOptions(preset="smoke", data=data, out=first, overrides=settings), table=False)
     run, figures, answered = first, [], []
-    smaller = {"sft.steps": 40, "sft.requests": 32, "sft.verdicts": 32, "sft.validate_every": 20, "grpo.steps": 5,
-               "grpo.requests": 8, "grpo.group": 8, "grpo.warmup": 1, "eval.beam": 50,
+    smaller = {"sft.steps": 40, "sft.histories": 32, "sft.validate_every": 20, "grpo.steps": 5,
+               "grpo.histories": 4, "grpo.group": 8, "grpo.warmup": 1, "eval.beam": 50,
                "eval.valid_requests": 64}  # fmt: skip
     for number, (day, rows) in enumerate(days[-DAYS - 1 : -1], 1):
         assert day == start + number

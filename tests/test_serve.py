@@ -495,8 +495,9 @@ def test_excluded_items_are_as_seen_ones(tiny_run):
     engine = RunFolder(tiny_run).finished_engine(None)
     users = np.array([3, 8], dtype=np.int32)
     days = np.full(2, int(engine.log.day.max()), dtype=np.int32)
-    batch = engine.prompts.build(users, days, 3, 0, tail="next-dislike")
-    seen = batch.prior.seen
+    prior = engine.histories.build(users, (days.astype(np.int64) + 1) * DAY).prior
+    assert prior is not None
+    seen = prior.seen
     first, second = (set(seen.leaf[seen.request == row].tolist()) for row in (0, 1))
     assert first != second
     nothing = SeenNodes(

@@ -11,9 +11,8 @@ from tests.train.small import make_small
 @pytest.mark.parametrize("branch", [NEXT_DISLIKE, NEXT_LIKE])
 def test_all_items_by_one_walk_and_by_separate_forwards(levels, branch):
     small = make_small(20 + levels, levels=levels, codebook=[48, 8, 6, 4][levels - 1])
-    batch = small.batch(1)
     with torch.no_grad():
-        found = all_item_log_probs(small.policy, small.chooser, batch.layout, batch.tokens, batch.prior, branch).numpy()
+        found = all_item_log_probs(small.policy, small.chooser, small.histories(), branch).numpy()
     expected = small.leaf_log_probs(branch)
     unseen = np.isfinite(expected)
     assert (np.isfinite(found) == unseen).all()

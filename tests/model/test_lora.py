@@ -32,8 +32,7 @@ def adapted(seed: int, trained: bool = True):
 
 
 def hidden(small, policy):
-    batch = small.batch(0)
-    return policy.hidden(batch.layout, batch.tokens, None)
+    return policy.hidden(small.histories().layout, small.tokens, None)
 
 
 def update(small, reference, step: int) -> None:
@@ -41,7 +40,7 @@ def update(small, reference, step: int) -> None:
     rewards = torch.randn(3, 4, 1, dtype=torch.float64)
     ids = torch.arange(3)
     loss = GroupLoss(small.policy, reference, small.chooser, GRPOObjective(beta=0.1), 4, 0)
-    loss.sample(small.batch(4), ids, lambda _: rewards, step).terms.loss.backward()
+    loss.sample(small.histories(), ids, lambda _: rewards, step).terms.loss.backward()
     with torch.no_grad():
         for parameter in small.policy.parameters():
             if parameter.grad is not None:
@@ -57,7 +56,7 @@ def test_untrained_adapters_change_nothing():
 def test_gradients_reach_adapters_and_code_block_alone():
     small = adapted(2)
     loss = GroupLoss(small.policy, None, small.chooser, GRPOObjective(beta=0.0), 4, 0)
-    loss.sample(small.batch(4), torch.arange(3), lambda _: torch.randn(3, 4, 1), 0).terms.loss.backward()
+    loss.sample(small.histories(), torch.arange(3), lambda _: torch.randn(3, 4, 1), 0).terms.loss.backward()
     touched = {name for name, parameter in small.policy.named_parameters() if parameter.grad is not None}
     linears = [name for name, module in small.policy.decoder.named_modules() if hasattr(module, "lora_A")]
     assert len(linears) == 2 * 7  # q, k, v, o, gate, up and down of each layer
@@ -132,13 +131,14 @@ def test_an_export_has_the_adapters_in_its_weights(lora_run, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(out)
     assert not any("lora" in name for name, _ in model.named_parameters())
     engine = RunFolder(lora_run).finished_engine(None)
-    users = engine.split.test.user[:5]
-    batch = engine.prompts.build(users, engine.split.test.day[:5], 3, 0, tail="next-dislike")
-    states = engine.policy.hidden(batch.layout, batch.tokens, None)
+    requests = engine.split.test
+    histories = engine.histories.build(requests.user[:5], requests.moment[:5])
     with torch.no_grad():
-        wanted = engine.policy.full_logits(states).split(batch.layout.lengths.tolist())
-        for tokens, logits in zip(batch.tokens.split(batch.layout.lengths.tolist()), wanted, strict=True):
-            assert (model(input_ids=tokens[None]).logits[0] - logits).abs().max() < 1e-4
+        wanted = engine.policy.full_logits(engine.policy.hidden(histories.layout, histories.tokens, None))
+        lengths = histories.layout.lengths.tolist()
+        for tokens, logits in zip(histories.tokens.split(lengths), wanted.split(lengths), strict=True):
+            embedded = model.get_input_embeddings()(tokens).sum(1)  # that of <|none|> is zero
+            assert (model(inputs_embeds=embedded[None]).logits[0] - logits).abs().max() < 1e-4
 
 
 def test_a_run_that_starts_from_another_merges_its_adapters(lora_run, tiny_data, tmp_path):

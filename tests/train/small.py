@@ -91,7 +91,7 @@ def make_small(seed: int, items: int = 40, levels: int = 3, codebook: int = 6, p
         pad_token_id=None,
     )
     policy = Policy(Qwen3ForCausalLM(config), vocabulary)
-    take_norms_in_their_own_dtype(policy)
+    take_norms_in_their_own_dtype(policy.decoder)
     policy.double().eval()
     torch.nn.init.normal_(policy.block.head.weight, std=0.3)
     torch.nn.init.normal_(policy.block.rows, std=0.5)
@@ -106,9 +106,9 @@ def make_small(seed: int, items: int = 40, levels: int = 3, codebook: int = 6, p
     return Small(policy, TrieChooser(trie.to("cpu"), 1.0), trie, seen, tokens, cu_seqlens, request_prior)
 
 
-def take_norms_in_their_own_dtype(policy: Policy) -> None:
+def take_norms_in_their_own_dtype(decoder: torch.nn.Module) -> None:
     """transformers' RMSNorm rounds to float32 on its way, and where it does so hangs on the last bit of its input."""
-    for name, norm in list(policy.decoder.named_modules()):
+    for name, norm in list(decoder.named_modules()):
         if isinstance(norm, Qwen3RMSNorm):
             exact = torch.nn.RMSNorm(norm.weight.shape, eps=norm.variance_epsilon)
-            policy.decoder.set_submodule(name, exact)
+            decoder.set_submodule(name, exact)

@@ -11,9 +11,9 @@ from transformers import Qwen3ForCausalLM
 from negfast.config import load_config
 from negfast.data.dataset import Dataset
 from negfast.errors import InputError
-from negfast.model.layout import GroupLayout
+from negfast.model.histories import Histories
 from negfast.runtime.engine import build_engine
-from negfast.runtime.likelihood import code_ranks, target_log_probs
+from negfast.runtime.likelihood import Targets, code_ranks, target_log_probs
 from negfast.runtime.run_folder import RunFolder
 from negfast.runtime.verdict import fit_prior
 from negfast.train import text
@@ -93,24 +93,25 @@ def test_nothing_held_out_is_trained_on(make_engine, monkeypatch):
     assert not np.array_equal(held_out_items(engine), held_out_items(make_engine("train.seed=9")))
 
 
+def every_pair(pairs: CoDisliked, item: int) -> Targets:
+    """All items as targets of one prompt."""
+    engine, items = pairs.engine, torch.arange(pairs.engine.log.n_items)
+    vocabulary = engine.policy.vocabulary
+    prompts = pairs.prompts(np.array([item]))
+    histories = Histories.of_prompts(prompts, vocabulary.marker("gap-0"), engine.device, has_text=False)
+    markers = torch.full_like(items, vocabulary.marker("next-dislike"))
+    return Targets(histories, np.zeros(len(items), dtype=np.int64), markers, items)
+
+
 def test_code_ranks_are_those_of_whole_items(make_engine):
     """The probabilities of whole items, summed by brute force, rank the codes of every true node alike."""
     engine = make_engine()
     pairs = CoDisliked(engine, 8, 10**6, 0.0)
     n_items = engine.log.n_items
-    prompts = pairs.prompts(np.array([3]))
     codes = engine.data.codes
-
-    def batch(items):
-        layout = GroupLayout.build(np.array([0, len(prompts[0])]), len(items), engine.device)
-        markers = torch.full((len(items),), engine.policy.vocabulary.marker("next-dislike"))
-        return layout, torch.from_numpy(prompts[0]), markers, torch.from_numpy(np.asarray(items))
-
     with torch.no_grad():
-        layout, tokens, markers, items = batch(np.arange(n_items))
-        ranks = code_ranks(engine, layout, tokens, markers, items).numpy()
-        layout, *_ = batch(np.arange(n_items))
-        log_p = target_log_probs(engine, layout, tokens, markers, items, None, 0).double().numpy()
+        ranks = code_ranks(engine, every_pair(pairs, 3)).numpy()
+        log_p = target_log_probs(engine, every_pair(pairs, 3), None, 0).double().numpy()
     mass = np.exp(log_p)
     np.testing.assert_allclose(mass.sum(), 1, rtol=1e-4)
     for item in range(n_items):
@@ -140,11 +141,7 @@ def test_pair_hits_are_those_of_an_exhaustive_ranking(make_engine):
     with torch.no_grad():
         ranks = {}
         for item in np.unique(first):
-            prompt = pairs.prompts(np.array([item]))[0]
-            layout = GroupLayout.build(np.array([0, len(prompt)]), engine.log.n_items, engine.device)
-            markers = torch.full((engine.log.n_items,), engine.policy.vocabulary.marker("next-dislike"))
-            every = torch.arange(engine.log.n_items)
-            log_p = target_log_probs(engine, layout, torch.from_numpy(prompt), markers, every, None, 0)
+            log_p = target_log_probs(engine, every_pair(pairs, item), None, 0)
             log_p[item] = -torch.inf
             ranks[item] = log_p.argsort(descending=True).argsort().numpy()
     assert all(a != b for a, b in zip(first, second, strict=True))
@@ -158,7 +155,7 @@ def test_tasks_are_learned_and_speak_of_items_never_trained_on(make_engine):
     stage = AlignStage(engine)
     before = stage.outcome()
     optimizer = torch.optim.AdamW(engine.policy.parameters(), lr=5e-3)
-    for step in range(60):
+    for step in range(90):
         result = stage.step(stage.read(step))
         result.loss.backward()
         optimizer.step()

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from negfast.model.prompts import MIXED
 
 from negfast.config import Reward
+from negfast.data.log import DAY
 from negfast.evaluate.sets import evaluation_set
 from negfast.runtime.engine import Engine
 from negfast.runtime.run_folder import RunFolder
@@ -25,9 +25,8 @@ def engine(tiny_run) -> Engine:
 @torch.no_grad()
 def every_item(engine: Engine, user: np.ndarray, day: np.ndarray) -> np.ndarray:
     """log p of all items, [R, I], -inf where seen."""
-    batch = engine.prompts.build(user, day, MIXED, 0, tail="next-dislike")
-    parts = (engine.policy, engine.chooser, batch.layout, batch.tokens, batch.prior, NEXT_DISLIKE)
-    return all_item_log_probs(*parts).double().numpy()
+    histories = engine.histories.build(user, (day.astype(np.int64) + 1) * DAY)
+    return all_item_log_probs(engine.policy, engine.chooser, histories, NEXT_DISLIKE).double().numpy()
 
 
 @pytest.mark.parametrize(

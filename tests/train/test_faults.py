@@ -68,7 +68,10 @@ def test_a_loss_that_is_not_finite_leaves_its_batch_and_can_be_replayed(unfinish
     folder = unfinished / "failed" / "grpo-000001"
     assert "grpo step 1: found loss nan" in said and f"negfast train --replay {folder}" in said
     batch = load_file(folder / "batch.safetensors")
-    assert batch["call0.tokens"].shape == batch["call0.positions"].shape and len(batch["call0.prompt_lengths"]) == 6
+    histories = batch["call0.history_lengths"]
+    assert len(histories) == 4 and len(batch["call0.tokens"]) == histories.sum()
+    branches = batch["call0.branch_tokens"].shape[:-1].numel()
+    assert len(batch["call0.positions"]) == histories.sum() + branches
     kept = [line for line in before.splitlines() if '"grpo"' not in line]
     assert (unfinished / "metrics.jsonl").read_text().splitlines() == kept
     shown = run_cli("train", "--replay", str(folder))
@@ -129,7 +132,7 @@ def test_a_data_file_that_vanished_is_named(unfinished, tiny_data, tmp_path):
 
 
 def test_memory_that_is_not_there_names_the_setting_to_change(tmp_path):
-    stage: Any = Stage("sft", Sft(requests=64, verdicts=32))
+    stage: Any = Stage("sft", Sft(histories=64))
     policy: Any = torch.nn.Linear(1, 1)
     with (
         pytest.raises(TrainingError) as raised,
@@ -147,8 +150,8 @@ def test_advice_about_cuda_memory_says_by_how_much():
         "is free. Including non-PyTorch memory, this process has 67.84 GiB memory in use."
     )
     error = torch.OutOfMemoryError(message)
-    stage: Any = Stage("grpo", Grpo(requests=32, group=16))
-    reused: Any = Stage("grpo", Grpo(requests=32, group=16, epochs=2))  # such a batch is never split
+    stage: Any = Stage("grpo", Grpo(histories=32, group=16))
+    reused: Any = Stage("grpo", Grpo(histories=32, group=16, epochs=2))  # such a batch is never split
 
     def advice(stage: Any, tokens: list[int], accumulate: int | None = None) -> str:
         text = faults.memory_advice(error, stage, tokens, accumulate)
@@ -159,8 +162,8 @@ def test_advice_about_cuda_memory_says_by_how_much():
     assert "train.token_budget=4000 (now a part has 8000 tokens)" in said
     assert "90.0 GiB more, with 67.8 of 79.1 GiB in use" in said
     assert "set train.accumulate=4 (now 2): the same result" in advice(stage, [8000, 6000], accumulate=2)
-    lower = "grpo.requests=16 (now 32) or grpo.group=8 (now 16)"
-    assert lower in advice(stage, [500] * 32)  # a request each
+    lower = "grpo.histories=16 (now 32) or grpo.group=8 (now 16)"
+    assert lower in advice(stage, [500] * 32)  # a history each
     assert lower in advice(reused, [8000])
     assert faults.memory_advice(RuntimeError("shapes do not match"), stage, [8000]) is None
 

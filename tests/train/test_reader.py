@@ -18,6 +18,7 @@ from negfast.train.journal import Journal
 from negfast.train.reader import read_ahead, read_steps
 from negfast.train.speed import Meter
 from negfast.train.step import MicroBatch
+from negfast.train.text import PackedText
 from tests.tiny import run_cli, train_arguments
 from tests.train.rank_gradients import opened_stages
 from tests.train.small import make_small
@@ -90,11 +91,17 @@ def test_every_tensor_of_a_batch_is_found(tiny_run):
         batch = stage.read(0)
         found = {tensor.data_ptr() for tensor in tensors_in(batch)}
         if stage.name == "align":
-            wanted = [part.token_ids for name, part in batch.of.items() if name != "verdict"]
+            verdict = batch.of.pop("verdict")
+            texts = [part for part in batch.of.values() if isinstance(part, PackedText)]
+            items = [part.targets for part in batch.of.values() if not isinstance(part, PackedText)]
+            wanted = [verdict.labels, verdict.inputs.tokens, verdict.inputs.histories.tokens]
+            wanted += [part.token_ids for part in texts] + [targets.histories.tokens for targets in items]
+            assert len(texts) == len(items) == 2
         else:
-            prompts = (batch.items if stage.name == "sft" else batch.groups).prompts
-            wanted = [prompts.tokens, batch.verdicts.labels, prompts.layout.buckets[0].pad_index]
-            wanted += [prompts.prior.day_row, *prompts.prior.seen.key, *prompts.prior.seen_mass]
+            histories, prior = batch.histories, batch.histories.prior
+            wanted = [histories.tokens, histories.gap, histories.layout.positions, batch.verdicts.labels]
+            wanted += [bucket.pad_index for bucket in histories.layout.buckets if bucket.pad_index is not None]
+            wanted += [prior.day_row, *prior.seen.key, *prior.seen_mass]
             wanted += [batch.items.weights] if stage.name == "sft" else [batch.groups.ids, batch.groups.rewards.terms]
         assert {tensor.data_ptr() for tensor in wanted} <= found
 

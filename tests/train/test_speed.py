@@ -1,5 +1,6 @@
 """What the meter counts against PyTorch's own count of matrix products."""
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -10,17 +11,21 @@ from negfast.train.speed import Meter
 from tests.train.small import make_small
 
 
-@pytest.mark.parametrize("prompt_rows", ["all", "last", "none"])
-def test_operations_are_those_of_the_decoders_products(prompt_rows):
+@pytest.mark.parametrize("call", ["prompts", "completions", "both"])
+def test_operations_are_those_of_the_decoders_products(call):
     """PyTorch counts every product; attention, which it may not know on every device, is taken out of both counts."""
     small = make_small(0)
     meter = Meter(small.policy)
     meter.pair = 0
-    batch = small.batch(2)
-    completions = torch.full((6, 2), 9)
+    layout, completions = small.histories().layout, torch.full((6, 2), 9)
+    layout.ask(np.arange(3).repeat(2))
+    if call == "completions":
+        with torch.no_grad():
+            small.policy.hidden(layout, small.tokens, None)
+    prompts = None if call == "completions" else small.tokens
     counter = FlopCounterMode(display=False)
     with meter, meter.step(), counter:
-        small.policy.hidden(batch.layout, small.tokens, completions, prompt_rows=prompt_rows).sum().backward()
+        small.policy.hidden(layout, prompts, None if call == "prompts" else completions).sum().backward()
     products = sum(
         count for name, count in counter.get_flop_counts()["Global"].items() if str(name) in ("aten.mm", "aten.addmm")
     )
@@ -28,12 +33,13 @@ def test_operations_are_those_of_the_decoders_products(prompt_rows):
     assert meter.operations <= products and meter.operations == pytest.approx(products, rel=0.04)
 
 
-def test_pairs_of_a_causal_prompt_and_of_answers_that_share_it():
-    layout = make_small(0).batch(2).layout
-    layout.new_tokens = 2
+def test_pairs_of_a_causal_prompt_and_of_completions_that_share_it():
+    layout = make_small(0).histories().layout
     lengths = layout.lengths.tolist()
+    layout.ask(np.arange(3).repeat(2), np.concatenate([[n, n // 2] for n in lengths]))
+    layout.new_tokens = 2
     prompts = sum(n * (n + 1) / 2 for n in lengths)
-    completions = sum(2 * (n + 1) + 2 * (n + 2) for n in lengths)
+    completions = sum((prefix + 1) + (prefix + 2) for n in lengths for prefix in (n, n // 2))
     found = speed.attention_pairs(layout)
     assert found[0] == pytest.approx(prompts, rel=0.1) and found[1] == pytest.approx(completions)
 

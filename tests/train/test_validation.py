@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from negfast.model.prompts import MIXED
 
 from negfast.evaluate.sets import evaluation_set
 from negfast.runtime.engine import Engine
@@ -25,11 +24,9 @@ def test_log_probs_of_futures_are_those_of_scoring_all_items(engine):
     got = future_log_probs(engine, requests)
     rows = np.random.default_rng().permutation(len(requests))[:5]
     part = requests.take(rows)
-    batch = engine.prompts.build(part.user, part.day, MIXED, 0, tail="next-dislike")
+    histories = engine.histories.build(part.user, part.moment)
     with torch.no_grad():
-        every = all_item_log_probs(
-            engine.policy, engine.chooser, batch.layout, batch.tokens, batch.prior, NEXT_DISLIKE
-        ).numpy()
+        every = all_item_log_probs(engine.policy, engine.chooser, histories, NEXT_DISLIKE).numpy()
     for place, row in enumerate(rows):
         low, high = requests.dislike_offsets[row], requests.dislike_offsets[row + 1]
         np.testing.assert_allclose(got[low:high], every[place, requests.dislikes[low:high]], atol=2e-5)

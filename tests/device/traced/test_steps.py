@@ -21,7 +21,7 @@ from negfast.train.reader import read_step
 from negfast.train.run import STAGES
 from negfast.train.sft import NextItems
 from negfast.train.stage_checkpoints import StageCheckpoints
-from negfast.train.verdict_task import VerdictTask
+from negfast.train.verdict_task import TrainVerdicts
 from tests.device.fake_cuda import CUDA
 
 FIGURES = "negfast/train/step.py", "figures"
@@ -166,9 +166,9 @@ def then(after: Callable[[Any], object]) -> Callable[[Callable], Callable]:
 MISTAKES = {
     "an index on the CPU": (GroupLayout, "completion_positions", then(lambda x: x[torch.arange(len(x))])),
     "a part on the CPU": (GroupLayout, "completion_positions", then(lambda x: torch.arange(len(x)))),
-    "a constant on the CPU in the loss": (VerdictTask, "loss", then(lambda loss: (loss * torch.ones(1)).sum())),
-    "item()": (NextItems, "read", then(lambda batch: (batch.items.sum().item(), batch)[1])),
-    "a branch on a tensor": (VerdictTask, "loss", then(lambda loss: loss if loss > 0 else -loss)),
+    "a constant on the CPU in the loss": (TrainVerdicts, "loss", then(lambda loss: (loss * torch.ones(1)).sum())),
+    "item()": (NextItems, "read", then(lambda batch: (batch.targets.items.sum().item(), batch)[1])),
+    "a branch on a tensor": (TrainVerdicts, "loss", then(lambda loss: loss if loss > 0 else -loss)),
     "a number made a tensor": (
         TrieChooser,
         "choose",

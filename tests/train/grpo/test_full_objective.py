@@ -33,15 +33,17 @@ def trl_loss(logps, reference, rewards, loss, scale, levels):
 
 
 def separate_log_probs(policy, small, codes):
-    """Full-vocabulary log p of each answer token by a forward of prompt + answer alone, [B*G, L]."""
+    """Full-vocabulary log p of each code by a forward of history, marker and codes alone, [B*G, L]."""
     policy.decoder.set_attn_implementation("sdpa")
     rows = []
-    for a, answer in enumerate(codes):
+    for a, completion in enumerate(codes):
         b = a // GROUP
-        ids = answer + torch.tensor([policy.vocabulary.code_base(k + 1) for k in range(len(answer))])
-        prompt = small.tokens[small.cu_seqlens[b] : small.cu_seqlens[b + 1]]
-        out = policy.decoder(inputs_embeds=policy.embed(torch.cat([prompt, ids]), True)[None], use_cache=False)
-        logits = policy.full_logits(out.last_hidden_state[0, len(prompt) - 1 : -1])
+        ids = completion + torch.tensor([policy.vocabulary.code_base(k + 1) for k in range(len(completion))])
+        history = small.tokens[small.cu_seqlens[b] : small.cu_seqlens[b + 1]]
+        marker = torch.stack([torch.tensor(policy.vocabulary.marker("next-dislike")), small.gap[b]])
+        embedded = torch.cat([policy.embed(history), policy.embed(marker[None]), policy.embed(ids)])
+        out = policy.decoder(inputs_embeds=embedded[None], use_cache=False)
+        logits = policy.full_logits(out.last_hidden_state[0, len(history) : -1])
         rows.append(logits.log_softmax(-1).gather(1, ids[:, None])[:, 0])
     policy.decoder.set_attn_implementation("negfast_group")
     return torch.stack(rows)
@@ -59,7 +61,7 @@ def test_loss_and_gradient_are_those_of_the_published_formula(loss, scale):
     objective = GRPOObjective(loss=loss, scale_rewards=scale, beta=BETA, kl="k3")
     ids = torch.arange(3)
     loss_of = GroupLoss(small.policy, reference, chooser, objective, GROUP, 0, full=True)
-    sampled, _, result, _ = loss_of.sample(small.batch(GROUP), ids, lambda _: rewards[..., None], 0)
+    sampled, _, result, _ = loss_of.sample(small.histories(), ids, lambda _: rewards[..., None], 0)
 
     logps = separate_log_probs(small.policy, small, sampled.codes)
     with torch.no_grad():

@@ -20,9 +20,9 @@ from tests.train.small import make_small
 
 def sample(small, objective, rewards):
     reference = freeze(small.policy) if objective.beta else None
-    loss, batch = GroupLoss(small.policy, reference, small.chooser, objective, 6, 0), small.batch(6)
-    taken = loss.sample(batch, torch.arange(3), lambda _: rewards[..., None], 0)
-    return taken, lambda: loss.reuse(batch, taken)
+    loss, histories = GroupLoss(small.policy, reference, small.chooser, objective, 6, 0), small.histories()
+    taken = loss.sample(histories, torch.arange(3), lambda _: rewards[..., None], 0)
+    return taken, lambda: loss.reuse(histories.fresh(), taken)
 
 
 def test_the_first_reuse_is_the_on_policy_loss():

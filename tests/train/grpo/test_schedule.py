@@ -1,15 +1,14 @@
-"""The share of mixed prompts over the steps of GRPO, and for whom."""
+"""The share of mixed histories over the steps of GRPO, and for whom."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from negfast.model.prompts import MIXED, NEGATIVE_ONLY
 
-from negfast.config import Grpo, load_config
-from negfast.data.dataset import Dataset
-from negfast.runtime.engine import build_engine
+from negfast.config import Grpo
+from negfast.model.histories import MIXED, NEGATIVE_ONLY
 from negfast.runtime.run_folder import RunFolder
 from negfast.train.grpo import schedule
 from negfast.train.grpo.schedule import ViewSchedule, history_bucket, measure_views
@@ -45,8 +44,8 @@ def test_views_are_drawn_with_the_share_for_those_who_may_have_them() -> None:
 
 
 @pytest.mark.parametrize("loss,expected", [(0.0, True), (0.04, True), (0.5, False)])
-def test_likes_are_welcome_where_they_cost_no_reward(tiny_run, monkeypatch, loss: float, expected: bool) -> None:
-    """Mixed prompts earn a ``loss`` less of short histories' reward, and twice as much of the others'."""
+def test_likes_are_shown_where_they_cost_no_reward(tiny_run, monkeypatch, loss: float, expected: bool) -> None:
+    """Mixed histories earn a ``loss`` less of short histories' reward, and twice as much of the others'."""
     engine = RunFolder(tiny_run).finished_engine(None)
     requests = engine.split.train.take(engine.split.train.has_dislikes)
     monkeypatch.setattr(schedule, "BUCKETS", (10,))
@@ -68,19 +67,21 @@ def test_likes_are_welcome_where_they_cost_no_reward(tiny_run, monkeypatch, loss
 
 def test_a_request_that_comes_twice_in_a_step_has_two_numbers(tiny_run: Path) -> None:
     """Noise is keyed by the number: with the same one its second group would be the first over again."""
-    run = RunFolder(tiny_run)
-    dataset = Dataset.open(run.data)
-    config = load_config(tiny_run / "config.toml", None, ["grpo.requests=33"])
-    policy, tokenizer = run.load_policy(dataset)
-    stage = GrpoStage(build_engine(config, dataset, policy, tokenizer, torch.device("cpu")))
-    stage.rows, stage.requests = stage.rows[:50], stage.requests.take(np.arange(50))
+    stage = GrpoStage(RunFolder(tiny_run).finished_engine(None))
+    most = stage.task.size - 3  # so that a step has the end of an epoch and most of the next
+    stage.config = replace(stage.config, histories=most, requests_per_history=50)
     twice = 0
-    for step in range(4):
-        batch = stage.read_groups(step, WHOLE)
-        assert len(batch.ids.unique()) == len(batch.ids) == 33
-        requests = batch.ids % len(stage.engine.train_requests)
+    for step in range(3):
+        ids = group_ids(stage, step, WHOLE)
+        assert len(ids.unique()) == len(ids) >= most
+        requests = ids % len(stage.engine.train_requests)
         assert set(requests.tolist()) <= set(stage.rows.tolist())
-        parts = torch.cat([stage.read_groups(step, MicroBatch(number, 3)).ids for number in range(3)])
-        assert torch.equal(parts, batch.ids)
-        twice += 33 - len(requests.unique())
+        assert torch.equal(torch.cat([group_ids(stage, step, MicroBatch(number, 3)) for number in range(3)]), ids)
+        twice += len(ids) - len(requests.unique())
     assert twice > 0
+
+
+def group_ids(stage: GrpoStage, step: int, micro_batch: MicroBatch) -> torch.Tensor:
+    groups = stage.read(step, micro_batch).groups
+    assert groups is not None
+    return groups.ids
