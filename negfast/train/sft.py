@@ -113,7 +113,8 @@ class SftBatch:
 
     @property
     def tokens(self) -> int:
-        return len(self.histories.tokens) + sum(part.tokens for part in (self.items, self.verdicts) if part is not None)
+        items = 0 if self.items is None else self.items.tokens
+        return len(self.histories.tokens) + items + (0 if self.verdicts is None else self.verdicts.candidate_tokens)
 
 
 class SftStage:

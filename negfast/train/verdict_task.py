@@ -31,6 +31,11 @@ class VerdictBatch:
 
     @property
     def tokens(self) -> int:
+        """With those of its histories."""
+        return len(self.inputs.histories.tokens) + self.candidate_tokens
+
+    @property
+    def candidate_tokens(self) -> int:
         return self.inputs.tokens.shape[0] * self.inputs.tokens.shape[1]
 
 

@@ -106,6 +106,21 @@ def test_every_tensor_of_a_batch_is_found(tiny_run):
         assert {tensor.data_ptr() for tensor in wanted} <= found
 
 
+def test_a_batch_knows_how_many_tokens_go_through_the_policy(tiny_run):
+    for policy, stage in opened_stages(RunFolder(tiny_run)):
+        batch, rows = stage.read(1), []
+        hook = policy.decoder.register_forward_pre_hook(
+            lambda _, __, inputs, rows=rows: rows.append(inputs["inputs_embeds"].shape[1]), with_kwargs=True
+        )
+        with torch.no_grad():
+            taken = stage.step(batch).tokens
+        hook.remove()
+        if stage.name == "grpo":  # a marker a group beside; of the completions only those that are not forced
+            assert taken == sum(rows) - len(batch.groups.ids) <= batch.tokens
+        else:
+            assert batch.tokens == taken == sum(rows)
+
+
 def test_reads_ahead_in_order_and_passes_errors_on():
     started = []
 
