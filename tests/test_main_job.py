@@ -381,5 +381,5 @@ def test_any_local_decoder_trains(tiny_data, tmp_path):
     out = tmp_path / "exported"
     run_cli("export", str(run), "--out", str(out))
     tokens = AutoTokenizer.from_pretrained(out)
-    assert tokens.convert_tokens_to_ids("<|dislikes|>") == len(tokenizer) + 5
+    assert tokens.convert_tokens_to_ids("<|none|>") == len(tokenizer) + 5
     assert os.path.exists(out / "model.safetensors")

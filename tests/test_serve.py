@@ -539,7 +539,7 @@ def test_batches_adapt_to_memory(tiny_run, monkeypatch):
     search = generation.beam_search
 
     def noted(*arguments):
-        sizes.append(arguments[2].prompts)
+        sizes.append(len(arguments[2].requests))
         return search(*arguments)
 
     monkeypatch.setattr(generation, "beam_search", noted)

@@ -145,11 +145,11 @@ def test_events_at_or_after_the_moment_change_no_bit_and_those_before_do(make_en
     table = reward_table(engine, every)
     logits, items, scores, earned = asked(engine, moments, every, table)
     (tmp_path / "shared").mkdir()
-    found = asked(make_engine(*overrides, log=others["changed"], folder=tmp_path / "shared"), moments, every, table)
+    again = asked(make_engine(*overrides, log=others["changed"], folder=tmp_path / "shared"), moments, every, table)
     now = every.day <= day
-    assert np.array_equal(found[0][:, :2], logits[:, :2]) and not np.array_equal(found[0][:, 2], logits[:, 2])
-    for others_found, wanted in zip(found[1:], (items, scores, earned), strict=True):
-        assert np.array_equal(others_found[now], wanted[now]) and not np.array_equal(others_found[~now], wanted[~now])
+    assert np.array_equal(again[0][:, :2], logits[:, :2]) and not np.array_equal(again[0][:, 2], logits[:, 2])
+    for found, wanted in zip(again[1:], (items, scores, earned), strict=True):
+        assert np.array_equal(found[now], wanted[now]) and not np.array_equal(found[~now], wanted[~now])
 
     # each user's last event before the moment
     (tmp_path / "before").mkdir()

@@ -40,8 +40,8 @@ def window_of(stage: SftStage, user: int, moment: int) -> tuple[int, int]:
 def test_an_epoch_visits_every_history_once_and_asks_all_its_verdicts(make_stage, context):
     stage = make_stage(context)
     task, log, candidates = stage.task, stage.engine.log, stage.verdicts.candidates
-    requests, window_at = task.requests, {}
-    visited, groups, drawn_requests = [], [], []
+    requests, window_at = task.requests, dict[int, tuple[int, int]]()
+    visited, groups, drawn_requests = list[int](), list[int](), list[int]()
     for step in range(-(-task.size // HISTORIES)):
         drawn = task.draw(step, HISTORIES, MOST)
         assert len(drawn.histories) == HISTORIES

@@ -108,7 +108,7 @@ def test_every_tensor_of_a_batch_is_found(tiny_run):
 
 def test_a_batch_knows_how_many_tokens_go_through_the_policy(tiny_run):
     for policy, stage in opened_stages(RunFolder(tiny_run)):
-        batch, rows = stage.read(1), []
+        batch, rows = stage.read(1), list[int]()
         hook = policy.decoder.register_forward_pre_hook(
             lambda _, __, inputs, rows=rows: rows.append(inputs["inputs_embeds"].shape[1]), with_kwargs=True
         )

@@ -131,22 +131,22 @@ class OneAtATime:
         return dict(zip(parameters, found, strict=True))
 
 
-def note_draws(stage: Any) -> dict[str, Any]:
-    """What the stage's next batch is read for: the draw, and the view of every history."""
-    noted, read = {}, stage.task.read
+def note_draws(task: Any) -> dict[str, Any]:
+    """What the task's next histories are read for: the draw, and the view of each."""
+    noted, read = dict[str, Any](), task.read
 
-    def noting(drawn: Drawn, micro_batch: Any, views: np.ndarray, verdicts: bool) -> Any:
+    def noting(drawn: Drawn, micro_batch: Any, views: np.ndarray) -> Any:
         noted.update(drawn=drawn, views=views)
-        return read(drawn, micro_batch, views, verdicts)
+        return read(drawn, micro_batch, views)
 
-    stage.task.read = noting
+    task.read = noting
     return noted
 
 
 def read_varied(stage: Any) -> tuple[Any, Drawn, np.ndarray]:
     """The batch of a step that has several windows of a user, a branch before the user's first event, and ragged
     prefixes."""
-    noted = note_draws(stage)
+    noted = note_draws(stage.task)
     for step in range(200):
         batch = stage.read(step)
         drawn, prefix = noted["drawn"], batch.histories.prefix
@@ -212,6 +212,7 @@ def test_a_grpo_step_is_its_completions_one_at_a_time(make_engine, positions):
     with torch.no_grad():  # away from the reference policy
         for parameter in [*engine.policy.decoder.layers.parameters(), *engine.policy.block.parameters()]:
             parameter += 0.05 * torch.randn_like(parameter)
+    asked = note_draws(stage.verdicts.task)
     batch, drawn, views = read_varied(stage)
     assert len(set(views.tolist())) == 2
     table = batch.groups.rewards
@@ -223,12 +224,12 @@ def test_a_grpo_step_is_its_completions_one_at_a_time(make_engine, positions):
         taken.append(sample(*arguments))
         return taken[-1]
 
-    stage.sample = noted  # type: ignore[method-assign]
+    stage.sample = noted  # type: ignore[method-assign,assignment]
     loss = stage.step(batch).loss
 
     reference = OneAtATime(engine, engine.policy)
     expected = 0.4 * reference.target_loss(stage.task.requests, batch.items, drawn, views)
-    expected = expected + 0.7 * reference.verdict_loss(stage, drawn, views)
+    expected = expected + 0.7 * reference.verdict_loss(stage, asked["drawn"], asked["views"])
     [step] = taken
     assert stage.loss.reference is not None
     frozen = OneAtATime(engine, stage.loss.reference)
@@ -238,10 +239,10 @@ def test_a_grpo_step_is_its_completions_one_at_a_time(make_engine, positions):
     for row, items in enumerate(step.rollout.items.tolist()):
         request, view = drawn.requests[row], int(views[drawn.request_history[row]])
         for number, item in enumerate(items):
-            asked = int(stage.requests.user[request]), int(stage.requests.day[request]), view, NEXT_DISLIKE, item
+            branch = int(stage.requests.user[request]), int(stage.requests.day[request]), view, NEXT_DISLIKE, item
             with torch.no_grad():
-                before = [p for p, _, _ in frozen.item_log_probs(*asked)]
-            for (log_p, valid, code), old in zip(reference.item_log_probs(*asked), before, strict=True):
+                before = [p for p, _, _ in frozen.item_log_probs(*branch)]
+            for (log_p, valid, code), old in zip(reference.item_log_probs(*branch), before, strict=True):
                 if valid.sum() > 1:
                     kl = (log_p.exp()[valid] * (log_p - old)[valid]).sum()
                     gain = (log_p[code] - log_p[code].detach()).exp() * advantage[row, number]
