@@ -42,7 +42,7 @@ class CodeVocabulary:
 
     @property
     def tokens(self) -> list[str]:
-        """The block's token strings by id: ``<|dislikes|>``, ..., ``<|s1_0|>``, ..."""
+        """The block's token strings by id: ``<|none|>``, ..., ``<|s1_0|>``, ..."""
         codes = [f"<|s{lv}_{c}|>" for lv in range(1, self.levels + 1) for c in range(self.codebook)]
         return [f"<|{name}|>" for name in MARKERS] + codes
 
