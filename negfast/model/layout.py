@@ -22,6 +22,7 @@ from negfast import staging
 
 FILL = 0.75  # a bucket's shortest prompt is at least this share of its longest,
 SLACK = 16  # or this many tokens shorter
+TILE = 256  # queries of a prompt and kv head that the CPU attends with at once
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,15 @@ class Bucket:
     prompts: int
     longest: int
     tokens: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries of a bucket's prompts, and the prompt places that any of them sees."""
+
+    queries: slice
+    keys: int
+    mask: Tensor  # [b, 1, queries, keys]: 0 where a query sees a place, else -inf
 
 
 @dataclass
@@ -131,7 +141,7 @@ class GroupLayout:
     _asked: Completions | None = None
     _completions: Completions | None = None
     _offsets: Tensor | None = None  # once asked for
-    _masks: tuple[tuple[int, torch.dtype], list[Tensor]] | None = None  # once asked for
+    _tiles: tuple[tuple[int, torch.dtype], list[list[Tile]]] | None = None  # once asked for
 
     @classmethod
     def build(cls, cu_seqlens: np.ndarray, device: torch.device) -> "GroupLayout":
@@ -204,7 +214,7 @@ class GroupLayout:
         return layout
 
     def _set(self, completions: Completions) -> None:
-        self._completions, self._offsets, self._masks = completions, None, None
+        self._completions, self._offsets, self._tiles = completions, None, None
 
     @property
     def completions(self) -> Completions:
@@ -232,21 +242,18 @@ class GroupLayout:
             self._offsets = torch.searchsorted(self.completions.prompt, prompts, out_int32=True)
         return self._offsets
 
-    def key_masks(self, queries: int, dtype: torch.dtype) -> list[Tensor]:
-        """For every bucket [b, 1, Q, P]: 0 where a query sees a prompt place, else -inf. Q are the queries of all cells
-        of a prompt, ``queries`` of each; an empty cell sees the first place."""
-        if self._masks is None or self._masks[0] != (queries, dtype):
-            completions, masks = self.completions, []
+    def tiles(self, queries: int, dtype: torch.dtype) -> list[list[Tile]]:
+        """Of every bucket the queries of all cells side by side, ``queries`` of each, cut as prefixes grow: on the CPU a
+        tile leaves out the keys that none of its queries sees. An empty cell sees the first place."""
+        if self._tiles is None or self._tiles[0] != (queries, dtype):
+            completions, tiles = self.completions, []
             prefix = torch.ones(sum(completions.sizes), dtype=torch.int32, device=self.lengths.device)
             prefix.index_copy_(0, completions.cell, completions.prefix)
             for bucket, of_bucket in zip(self.buckets, prefix.split(completions.sizes), strict=True):
-                of_queries = of_bucket.repeat_interleave(queries).view(bucket.prompts, 1, -1, 1)
-                hidden = torch.arange(bucket.longest, device=prefix.device) >= of_queries
-                masks.append(
-                    torch.zeros(hidden.shape, dtype=dtype, device=prefix.device).masked_fill_(hidden, -torch.inf)
-                )
-            self._masks = (queries, dtype), masks
-        return self._masks[1]
+                seen = of_bucket.view(bucket.prompts, -1).repeat_interleave(queries, dim=1)
+                tiles.append([_tile(part, start, bucket.longest, dtype) for start, part in _parts(seen)])
+            self._tiles = (queries, dtype), tiles
+        return self._tiles[1]
 
     def completion_positions(self) -> Tensor:
         """Position of each completion token of the current call, int64 [A * n]: they follow the prefix."""
@@ -277,3 +284,18 @@ def _bucket(lengths: np.ndarray, put: Callable[[np.ndarray], Tensor]) -> Bucket:
         longest=longest,
         tokens=tokens,
     )
+
+
+def _parts(seen: Tensor) -> list[tuple[int, Tensor]]:
+    """Queries [b, Q] cut into tiles [b, q], with the first query of each."""
+    if seen.device.type != "cpu":  # elsewhere to know how far a tile sees would make the host wait
+        return [(0, seen)]
+    return [(start, seen[:, start : start + TILE]) for start in range(0, seen.shape[1], TILE)]
+
+
+def _tile(seen: Tensor, start: int, longest: int, dtype: torch.dtype) -> Tile:
+    """The tile of queries that see the first ``seen`` [b, q] places of their prompts."""
+    keys = int(seen.max()) if seen.device.type == "cpu" else longest
+    hidden = torch.arange(max(keys, 1), device=seen.device) >= seen[:, None, :, None]
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=seen.device).masked_fill_(hidden, -torch.inf)
+    return Tile(slice(start, start + seen.shape[1]), max(keys, 1), mask)

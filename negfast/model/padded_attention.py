@@ -75,12 +75,14 @@ class OverPrefixAndOwn(torch.autograd.Function):
     def forward(ctx: Any, layout: GroupLayout, scale: float, query: Tensor, *tensors: Tensor) -> Tensor:
         own_key, own_value, *prompts = tensors
         ctx.completions, ctx.new, ctx.scale = layout.completions, layout.new_tokens, scale
-        ctx.masks = layout.key_masks(query.shape[2], query.dtype)
+        ctx.tiles = layout.tiles(query.shape[2], query.dtype)
         outputs, sums = [], []
-        for q, mask, k, v in zip(_to_grid(query, ctx.completions), ctx.masks, *_halves(prompts), strict=True):
-            out, lse = _attend(_side_by_side(q, len(k)), k, v, mask, scale)
-            outputs.append(_apart(out, len(q)))
-            sums.append(_apart(lse.unsqueeze(-1), len(q)))
+        for grid, tiles, k, v in zip(_to_grid(query, ctx.completions), ctx.tiles, *_halves(prompts), strict=True):
+            q = _side_by_side(grid, len(k))
+            parts = [_attend(q[:, :, t.queries], k[:, :, : t.keys], v[:, :, : t.keys], t.mask, scale) for t in tiles]
+            out, lse = (torch.cat(tensors, dim=2) for tensors in zip(*parts, strict=True))
+            outputs.append(_apart(out, len(grid)))
+            sums.append(_apart(lse.unsqueeze(-1), len(grid)))
         prefix, prefix_lse = (_from_grid(parts, ctx.completions) for parts in (outputs, sums))
         prefix_lse = prefix_lse.masked_fill((ctx.completions.prefix == 0)[:, None, None, None], -torch.inf)
         scores = _own_scores(query, own_key, scale, ctx.new).to(prefix_lse.dtype)
@@ -98,12 +100,18 @@ class OverPrefixAndOwn(torch.autograd.Function):
         score_grad = weights * (of_values - (grad * out).sum(-1, keepdim=True)) * ctx.scale
         dq, dk, dv = [], [], []
         grids = zip(*(_to_grid(x, ctx.completions) for x in (grad, query, out, lse)), strict=True)
-        for cells, mask, k, v in zip(grids, ctx.masks, *_halves(prompts), strict=True):
-            g, q, o, merged = (_side_by_side(x, len(k)) for x in cells)
-            of_bucket = _attend_backward(g, q, k, v, o, merged.squeeze(-1), mask, ctx.scale)
-            dq.append(_apart(of_bucket[0], len(cells[0])))
-            dk.append(of_bucket[1])
-            dv.append(of_bucket[2])
+        for cells, tiles, k, v in zip(grids, ctx.tiles, *_halves(prompts), strict=True):
+            sides, of_tiles = [_side_by_side(x, len(k)) for x in cells], []
+            dk.append(torch.zeros_like(k))
+            dv.append(torch.zeros_like(v))
+            for tile in tiles:
+                g, q, o, merged = (x[:, :, tile.queries] for x in sides)
+                seen = k[:, :, : tile.keys], v[:, :, : tile.keys]
+                gradients = _attend_backward(g, q, *seen, o, merged.squeeze(-1), tile.mask, ctx.scale)
+                of_tiles.append(gradients[0])
+                dk[-1][:, :, : tile.keys] += gradients[1]
+                dv[-1][:, :, : tile.keys] += gradients[2]
+            dq.append(_apart(torch.cat(of_tiles, dim=2), len(cells[0])))
         query_grad = _from_grid(dq, ctx.completions) + _weighted(score_grad, own_key)
         own = _weighted(score_grad.transpose(2, 3), query), _weighted(weights.transpose(2, 3), grad)
         return None, None, query_grad, *own, *dk, *dv
