@@ -243,8 +243,8 @@ class GroupLayout:
         return self._offsets
 
     def tiles(self, queries: int, dtype: torch.dtype) -> list[list[Tile]]:
-        """Of every bucket the queries of all cells side by side, ``queries`` of each, cut as prefixes grow: on the CPU a
-        tile leaves out the keys that none of its queries sees. An empty cell sees the first place."""
+        """Of every bucket the queries of all cells side by side, ``queries`` of each, cut as prefixes grow: on the CPU
+        a tile leaves out the keys that none of its queries sees. An empty cell sees the first place."""
         if self._tiles is None or self._tiles[0] != (queries, dtype):
             completions, tiles = self.completions, []
             prefix = torch.ones(sum(completions.sizes), dtype=torch.int32, device=self.lengths.device)

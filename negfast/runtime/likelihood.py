@@ -1,5 +1,6 @@
 """Cross entropy of given items as targets on the trie: what every SFT task shares."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,8 @@ from negfast.sid.prior import RequestPrior
 from negfast.spans import span
 from negfast.staging import put
 
+Visited = tuple[Tensor, list[Tensor], list[Tensor]]  # states, and by level the nodes and the codes that follow
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -28,8 +31,25 @@ class Targets:
 
 def target_log_probs(engine: Engine, targets: Targets, prior: RequestPrior | None, branch: int | Tensor) -> Tensor:
     """log p(item | what its branch sees, marker) of targets, [A]: exact on the trie, with gradients."""
+    return _log_probs(engine, targets, _at_true_nodes(engine, targets), prior, branch)
+
+
+def log_probs_by_scale(
+    engine: Engine, targets: Targets, prior: RequestPrior | None, branch: int, scales: Sequence[float]
+) -> Tensor:
+    """The same under each scale of the code logits, [scales, A], from one pass; leaves the last scale set."""
+    visited, parts = _at_true_nodes(engine, targets), []
+    for scale in scales:
+        engine.policy.block.scale.fill_(scale)
+        parts.append(_log_probs(engine, targets, visited, prior, branch))
+    return torch.stack(parts)
+
+
+def _log_probs(
+    engine: Engine, targets: Targets, visited: Visited, prior: RequestPrior | None, branch: int | Tensor
+) -> Tensor:
     policy, levels = engine.policy, engine.chooser.trie.levels
-    states, nodes, chosen = _at_true_nodes(engine, targets)
+    states, nodes, chosen = visited
     requests = put(targets.requests, engine.device)
     with span("loss"):
         if runs_triton(states.device):
@@ -58,7 +78,7 @@ def code_ranks(engine: Engine, targets: Targets) -> Tensor:
     return torch.stack(ranks, dim=1)
 
 
-def _at_true_nodes(engine: Engine, targets: Targets) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def _at_true_nodes(engine: Engine, targets: Targets) -> Visited:
     """Hidden states [A, L, d] before each code of the targets, and of each level their nodes [A] and the codes [A] that
     follow."""
     trie, policy, items = engine.chooser.trie, engine.policy, targets.items

@@ -1,5 +1,7 @@
 """What a policy expects to earn: exact log-probabilities of given items, and the mean reward without sampling."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -9,7 +11,7 @@ from negfast.data.split import Requests
 from negfast.model.histories import MIXED
 from negfast.runtime.engine import Engine
 from negfast.runtime.generation import REQUESTS_AT_ONCE
-from negfast.runtime.likelihood import Targets, target_log_probs
+from negfast.runtime.likelihood import Targets, log_probs_by_scale
 from negfast.sid.prior import NEXT_DISLIKE
 from negfast.train.grpo.reward import RewardTable, build_reward_table, reward_sources
 
@@ -18,14 +20,22 @@ TARGETS_AT_ONCE = 8192
 
 @torch.no_grad()
 def item_log_probs(
-    engine: Engine, user: np.ndarray, day: np.ndarray, offsets: np.ndarray, items: np.ndarray, view: int = MIXED
+    engine: Engine,
+    user: np.ndarray,
+    day: np.ndarray,
+    offsets: np.ndarray,
+    items: np.ndarray,
+    view: int = MIXED,
+    scales: Sequence[float] = (),
 ) -> np.ndarray:
-    """log p(item | context, next-dislike), exact on the trie, of ragged lists of items: float64 [len(items)].
+    """log p(item | context, next-dislike), exact on the trie, of ragged lists of items: float64 [scales, len(items)],
+    under each scale of the code logits. By default it is the policy's own.
 
     Request r is (``user[r]``, ``day[r]``), int32 [R]; its items are ``items[offsets[r]:offsets[r + 1]]``, int32, unseen
     by the user up to that day.
     """
-    out = np.empty(len(items))
+    scales = scales or (float(engine.policy.block.scale),)
+    out = np.empty((len(scales), len(items)))
     counts = np.diff(offsets)
     marker = engine.policy.vocabulary.marker("next-dislike")
     order = np.lexsort((day, user))  # those of a user share histories
@@ -37,8 +47,8 @@ def item_log_probs(
         targets = torch.from_numpy(items[places]).to(engine.device).long()
         markers = torch.full_like(targets, marker)
         asked = Targets(histories, np.repeat(np.arange(len(rows)), counts[rows]), markers, targets)
-        log_p = target_log_probs(engine, asked, histories.prior, NEXT_DISLIKE)
-        out[places] = log_p.double().cpu().numpy()
+        log_p = log_probs_by_scale(engine, asked, histories.prior, NEXT_DISLIKE, scales)
+        out[:, places] = log_p.double().cpu().numpy()
     return out
 
 
@@ -54,7 +64,8 @@ def expected_rewards(engine: Engine, requests: Requests, table: RewardTable, vie
     counted = (reward != 0) & ~_seen(engine.log, requests.user[row], requests.day[row], item)
     row, item, reward = row[counted], item[counted], reward[counted]
     offsets = np.searchsorted(row, np.arange(len(requests) + 1))
-    probability = np.exp(item_log_probs(engine, requests.user, requests.day, offsets, item, view))
+    [log_p] = item_log_probs(engine, requests.user, requests.day, offsets, item, view)
+    probability = np.exp(log_p)
     return np.bincount(row, probability * reward, len(requests))
 
 

@@ -1,5 +1,7 @@
 """The look at valid during training, by which the weights that are kept are chosen."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
@@ -19,9 +21,11 @@ def hit_rate(requests: Requests, generated: np.ndarray) -> float:
     return float(hit.mean())
 
 
-def future_log_probs(engine: Engine, requests: Requests) -> np.ndarray:
-    """log p(item | context, next-dislike) of every item of every F, exact on the trie, float64 [len(dislikes)]."""
-    return item_log_probs(engine, requests.user, requests.day, requests.dislike_offsets, requests.dislikes)
+def future_nlls(engine: Engine, requests: Requests, scales: Sequence[float]) -> list[float]:
+    """The mean negative log-likelihood of F, nats a request, under each scale of the code logits."""
+    offsets, counts = requests.dislike_offsets, np.diff(requests.dislike_offsets)
+    log_p = item_log_probs(engine, requests.user, requests.day, offsets, requests.dislikes, scales=scales)
+    return (-(log_p / np.repeat(counts, counts)).sum(1) / len(counts)).tolist()
 
 
 class Validation:
@@ -55,10 +59,8 @@ class Validation:
         """nll (of F, nats a request), scale, reward, FHR@20, filter_auc (where both classes are there) and score;
         leaves the chosen scale set."""
         scale = self.engine.policy.block.scale
-        nlls = {}
-        for value in self.scales or (float(scale),):
-            scale.fill_(value)
-            nlls[value] = self._nll()
+        scales = self.scales or (float(scale),)
+        nlls = dict(zip(scales, future_nlls(self.engine, self.requests, scales), strict=True))
         best = min(nlls, key=lambda value: (nlls[value], -value))
         scale.fill_(best)
         hits = hit_rate(self.requests, generate(self.engine, self.requests, top=20)[0])
@@ -67,7 +69,3 @@ class Validation:
         if 0 < self.labels.sum() < len(self.labels):
             metrics["filter_auc"] = float(roc_auc_score(self.labels, candidate_logits(self.engine, self.candidates)))
         return {**metrics, "score": reward if self.by_reward else -nlls[best]}
-
-    def _nll(self) -> float:
-        counts = np.diff(self.requests.dislike_offsets)
-        return -float((future_log_probs(self.engine, self.requests) / np.repeat(counts, counts)).sum() / len(counts))
