@@ -54,10 +54,10 @@ def test_lists_of_any_length_and_none(engine):
     unseen = [np.flatnonzero(np.isfinite(row)).astype(np.int32) for row in every]
     lists = [unseen[0], unseen[1][:0], unseen[2][3:4], unseen[3][:7], unseen[4][:0]]
     offsets = np.concatenate([[0], np.cumsum([len(part) for part in lists])])
-    got = item_log_probs(engine, requests.user, requests.day, offsets, np.concatenate(lists))
+    [got] = item_log_probs(engine, requests.user, requests.day, offsets, np.concatenate(lists))
     wanted = np.concatenate([every[row, part] for row, part in enumerate(lists)])
     np.testing.assert_allclose(got, wanted, atol=2e-5)
-    assert item_log_probs(engine, requests.user, requests.day, np.zeros(6, int), np.zeros(0, np.int32)).shape == (0,)
+    assert item_log_probs(engine, requests.user, requests.day, np.zeros(6, int), np.zeros(0, np.int32)).shape == (1, 0)
 
 
 def test_batches_hold_so_many_rows_and_answers(monkeypatch):

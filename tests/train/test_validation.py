@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from negfast.data.split import Requests
 from negfast.evaluate.sets import evaluation_set
 from negfast.runtime.engine import Engine
 from negfast.runtime.run_folder import RunFolder
 from negfast.sid.prior import NEXT_DISLIKE
-from negfast.train.validation import Validation, future_log_probs
+from negfast.train.expected import item_log_probs
+from negfast.train.validation import Validation
 from tests.model.all_items import all_item_log_probs
 
 
@@ -17,6 +19,11 @@ def engine(tiny_run) -> Engine:
     engine = RunFolder(tiny_run).finished_engine(None)
     torch.nn.init.normal_(engine.policy.block.head.weight, std=0.2)  # codes speak as loudly as the prior
     return engine
+
+
+def future_log_probs(engine: Engine, requests: Requests) -> np.ndarray:
+    """Of every item of every F, under the scale that is set."""
+    return item_log_probs(engine, requests.user, requests.day, requests.dislike_offsets, requests.dislikes)[0]
 
 
 def test_log_probs_of_futures_are_those_of_scoring_all_items(engine):
