@@ -114,8 +114,8 @@ def beam_rows(device: torch.device, sizes: Sizes, seconds: float) -> list[dict[s
 
         def search() -> torch.Tensor:
             batch = ours.batch()
-            given = (policy, ours.chooser, batch.layout, batch.tokens, batch.prior, NEXT_DISLIKE)
-            return beam_search(*given, width=sizes.beam_width, top=sizes.beam_width)[0]
+            width = sizes.beam_width
+            return beam_search(policy, ours.chooser, batch, batch.prior, NEXT_DISLIKE, width, top=width)[0]
 
         return timed(search, device, 2 * sizes.repeats)
 

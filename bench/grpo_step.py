@@ -1,7 +1,7 @@
 """What `bench grpo` measures of negfast: whole GRPO steps on prompts of given lengths, and the floor under them.
 
 A step builds its layout, prunes, applies the prior, samples, rewards, asks the reference and updates. Codes are bushy:
-no token of an answer is forced, so no forward is spared that a general library would need.
+no token of a completion is forced, so no forward is spared that a general library would need.
 """
 
 import statistics
@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from negfast.model.prompts import MIXED, PromptBatch
 from torch import Tensor
 
 from negfast.config import Config, Model
+from negfast.data.log import DAY
 from negfast.kernels.trie_grpo import GRPOObjective
 from negfast.model.choice import TrieChooser
 from negfast.model.fused_layers import fuse_layers
+from negfast.model.histories import Histories
 from negfast.model.layout import GroupLayout
 from negfast.model.load import build_policy, small_qwen3
 from negfast.model.policy import Policy
@@ -33,6 +34,7 @@ from negfast.sid.trie import SeenNodes, Trie, build_trie
 from negfast.train.grpo.loss import GroupLoss, GroupStep
 from negfast.train.grpo.stage import freeze
 from negfast.train.order import epoch_rows
+from negfast.train.speed import Meter
 
 SHAPE = Model(hidden=256, intermediate=1024, layers=4, heads=4, kv_heads=2, head_dim=64)
 CODEBOOK, TEXT_TOKENS = 256, 8
@@ -42,12 +44,16 @@ SEEN = 100  # items that each request has met
 
 @dataclass(frozen=True)
 class Case:
-    """Prompts of ``lengths`` tokens, ``group`` completions of ``levels`` tokens to each."""
+    """Prompts of ``lengths`` tokens, the marker among them, and ``group`` completions of ``levels`` tokens to each.
+
+    ``shared``: the prompts are prefixes of one history, which is read once.
+    """
 
     lengths: tuple[int, ...]
     group: int
     levels: int = 4
     objective: str = "trie"
+    shared: bool = False
 
     @property
     def completions(self) -> int:
@@ -62,6 +68,7 @@ class Case:
             "group": self.group,
             "levels": self.levels,
             "objective": self.objective,
+            "shared": self.shared,
         }
 
 
@@ -85,21 +92,24 @@ class Ours:
         n_items = len(self.trie.leaf_item)
         mass = rng.gamma(0.3, size=(2, 1, n_items))
         self.prior = DevicePrior.build(self.trie, mass[0], mass[1], 0, 0.01, device)
-        self.cu_seqlens = np.cumsum([0, *case.lengths])
-        tokens = rng.integers(TEXT_TOKENS, TEXT_TOKENS + vocabulary.size, self.cu_seqlens[-1])
+        self.prefix = np.array(case.lengths) - 1
+        histories = [max(self.prefix)] if case.shared else self.prefix
+        self.cu_seqlens = np.cumsum([0, *histories])
+        tokens = rng.integers(vocabulary.code_base(1), TEXT_TOKENS + vocabulary.size, self.cu_seqlens[-1])
         self.tokens = torch.from_numpy(tokens).to(device)
+        self.gap = torch.full((len(case.lengths),), vocabulary.marker("none"), device=device)  # prompts end in a marker
         self.seen = [np.sort(rng.choice(n_items, SEEN, replace=False)) for _ in case.lengths]
         self.steps, self.processed = 0, 0
 
-    def batch(self) -> PromptBatch:
-        layout = GroupLayout.build(self.cu_seqlens, self.case.group, self.device)
-        days = np.zeros(len(self.case.lengths), dtype=np.int64)
+    def batch(self) -> Histories:
+        layout, every = GroupLayout.build(self.cu_seqlens, self.device), np.arange(len(self.case.lengths))
+        history, days = every * (not self.case.shared), np.zeros_like(every)
         seen = packed_seen(self.trie, self.seen)
 
         def prior() -> RequestPrior:
             return self.prior.for_requests(days, SeenNodes.from_packed(seen, self.trie, self.device))
 
-        return PromptBatch(self.tokens, layout, prior)
+        return Histories(self.tokens, layout, history, self.prefix, self.gap, every, prior)
 
     def loss(self) -> GroupStep:
         """All of a step before its backward."""
@@ -118,7 +128,21 @@ class Ours:
             result.loss.backward()
         self.update()
         self.steps += 1
-        self.processed = len(self.tokens) + sum(len(rows) for rows in sampled.rows[1:])
+        self.processed = len(self.tokens) + len(self.prefix) + sum(len(rows) for rows in sampled.rows[1:])
+
+
+def operations(ours: Ours) -> float:
+    """Of the decoders in a step of ours by `Meter`: rollout, backward and reference."""
+    with Meter(ours.policy) as trained, Meter(ours.reference) as frozen:
+        ours.step()
+    return trained.operations + frozen.operations
+
+
+def peer_operations(ours: Ours) -> float:
+    """The same of a library that reads each completion with its padded prompt: generation, training, reference."""
+    meter, tokens = Meter(ours.policy), max(ours.case.lengths) + ours.case.levels
+    forward = meter.layers * (2.0 * meter.weights * tokens + meter.pair * tokens * (tokens + 1) / 2)
+    return 5 * forward * ours.case.completions
 
 
 def dummy_reward(items: Tensor) -> Tensor:
@@ -159,7 +183,7 @@ def packed_seen(trie: Trie, seen: list[np.ndarray]) -> PackedSeen:
 
 
 def quickstart_lengths(requests: int) -> tuple[int, ...]:
-    """Tokens of the mixed prompts of the first ``requests`` that GRPO visits in the quickstart, by the packer."""
+    """Positions of ``requests`` of those that the quickstart's GRPO trains on, drawn at random, with their marker."""
     config = Config()
     with tempfile.TemporaryDirectory() as folder:
         settings = SemanticIdSettings(encoder="tfidf")  # codes differ from the quickstart's, lengths do not
@@ -168,9 +192,9 @@ def quickstart_lengths(requests: int) -> tuple[int, ...]:
         policy, tokenizer = build_policy(config.model, None, ["text"], *shape, 4)
         engine = build_engine(config, data, policy, tokenizer, torch.device("cpu"))
         train = engine.split.train.take(engine.split.train.has_dislikes)
-        rows = epoch_rows(config.train.seed, "grpo", 0, len(train), config.grpo.requests)[:requests]
-        batch = engine.prompts.build(train.user[rows], train.day[rows], MIXED, 0, tail="next-dislike")
-    return tuple(batch.layout.lengths.tolist())
+        rows = np.sort(epoch_rows(config.train.seed, "grpo", 0, len(train), requests))
+        batch = engine.histories.build(train.user[rows], (train.day[rows].astype(np.int64) + 1) * DAY)
+    return tuple((batch.prefix + 1).tolist())
 
 
 def floor_seconds(case: Case, repeats: int = 3) -> float:

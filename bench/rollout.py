@@ -17,7 +17,7 @@ from bench.grpo_step import Case, Ours, seconds_of
 from bench.machine import device_name, versions, write_result
 from negfast.model.beam import beam_search
 from negfast.serve.export import merged_model
-from negfast.sid.prior import NEXT_DISLIKE
+from negfast.sid.prior import MARKERS, NEXT_DISLIKE
 
 WIDTHS = 20, 50, 256
 TOP = 20  # compared
@@ -68,14 +68,14 @@ def both_sides(case: Case) -> tuple[Any, Any]:
     model: Any = merged_model(ours.policy)
     following = allowed_tokens(ours)
     prompts, prompt = len(case.lengths), case.lengths[0]
-    tokens = ours.tokens.view(prompts, prompt)
+    marker = torch.full((prompts, 1), ours.policy.vocabulary.marker(MARKERS[NEXT_DISLIKE]))
+    tokens = torch.cat([ours.tokens.view(prompts, prompt - 1), marker], dim=1)
     item_of = {tuple(codes): item for item, codes in enumerate(ours.trie.codes.tolist())}
     first = torch.tensor([ours.policy.vocabulary.code_base(level) for level in range(1, case.levels + 1)])
 
     def search(width: int) -> Found:
         batch = ours.batch()
-        arguments = (ours.policy, ours.chooser, batch.layout, batch.tokens, batch.prior, NEXT_DISLIKE)
-        items, log_p = beam_search(*arguments, width=width, top=width)
+        items, log_p = beam_search(ours.policy, ours.chooser, batch, batch.prior, NEXT_DISLIKE, width, top=width)
         return items.tolist(), log_p
 
     def generate(width: int) -> Found:

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,9 +27,9 @@ from transformers import PrinterCallback, Qwen3Config, Qwen3ForCausalLM, Trainer
 from bench.machine import device_name, versions, write_result
 from negfast.model.choice import TrieChooser
 from negfast.model.fused_layers import fuse_layers
-from negfast.model.layout import GroupLayout
+from negfast.model.histories import Histories, HistoryBuilder
 from negfast.model.policy import Policy
-from negfast.runtime.likelihood import target_log_probs
+from negfast.runtime.likelihood import Targets, target_log_probs
 from negfast.sid.tokens import CodeVocabulary
 from negfast.sid.trie import build_trie
 from negfast.train.speed import Meter
@@ -88,28 +89,28 @@ class Ours:
         fuse_layers(self.policy, device)
         torch.nn.init.normal_(self.policy.block.head.weight, std=case.hidden**-0.5)
         codes = torch.from_numpy(vocabulary.item_tokens(trie.codes)).long()
+        builder: Any = SimpleNamespace(item_token_ids=codes.to(device), vocabulary=vocabulary)
+        builder.target_tokens = partial(HistoryBuilder.target_tokens, builder)
         self.engine: Any = SimpleNamespace(
-            policy=self.policy,
-            chooser=TrieChooser(trie.to(device), 0.0),
-            prompts=SimpleNamespace(item_token_ids=codes.to(device)),
+            policy=self.policy, chooser=TrieChooser(trie.to(device), 0.0), histories=builder, device=device
         )
         spread = np.clip(rng.lognormal(0, 0.8, case.prompts), 0.1, 5)
-        self.cu_seqlens = np.concatenate(
-            [[0], np.cumsum(np.maximum(spread / spread.mean() * case.prompt, 1).astype(np.int64))]
-        )
-        self.tokens = torch.from_numpy(rng.integers(TEXT_TOKENS, TEXT_TOKENS + vocabulary.size, self.cu_seqlens[-1]))
+        lengths = np.maximum(spread / spread.mean() * case.prompt, 1).astype(np.int64)
+        tokens = rng.integers(TEXT_TOKENS, TEXT_TOKENS + vocabulary.size, lengths.sum())
+        self.prompts = np.split(tokens, np.cumsum(lengths)[:-1])
+        self.prompt_tokens = len(tokens)
         self.items = torch.from_numpy(rng.integers(0, len(trie.leaf_item), case.examples))
-        self.marker = vocabulary.marker("next-dislike")
+        self.marker, self.none = vocabulary.marker("next-dislike"), vocabulary.marker("none")
         self.codes = codes
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-5, fused=True)
         self.policy.in_bfloat16 = device.type == "cuda"
         self.meter = Meter(self.policy)
 
     def step(self) -> float:
-        layout = GroupLayout.build(self.cu_seqlens, self.case.targets, self.device)
-        tokens, items = self.tokens.to(self.device), self.items.to(self.device)
-        markers = torch.full_like(items, self.marker)
-        loss = -target_log_probs(self.engine, layout, tokens, markers, items, None, 0).mean()
+        histories = Histories.of_prompts(self.prompts, self.none, self.device, has_text=False)
+        items, requests = self.items.to(self.device), np.arange(self.case.examples) // self.case.targets
+        targets = Targets(histories, requests, torch.full_like(items, self.marker), items)
+        loss = -target_log_probs(self.engine, targets, None, 0).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
         self.optimizer.step()
@@ -118,10 +119,10 @@ class Ours:
 
     def examples(self) -> list[dict[str, Tensor]]:
         """The same as padded rows have them: prompt, marker, codes; labels on the codes."""
-        prompts = self.tokens.split(np.diff(self.cu_seqlens).tolist())
         rows = []
         for target, item in enumerate(self.items.tolist()):
-            ids = torch.cat([prompts[target // self.case.targets], torch.tensor([self.marker]), self.codes[item]])
+            prompt = torch.from_numpy(self.prompts[target // self.case.targets])
+            ids = torch.cat([prompt, torch.tensor([self.marker]), self.codes[item]])
             labels = torch.full_like(ids, -100)
             labels[-self.case.levels :] = ids[-self.case.levels :]
             rows.append({"input_ids": ids, "labels": labels})
@@ -150,7 +151,7 @@ def trainer(ours: Ours, micro_batch: int, steps: int, between: Callable[[], Any]
     """Hugging Face's Trainer over a case's examples, all of them in every step."""
     size = TEXT_TOKENS + ours.policy.vocabulary.size
     model = Qwen3ForCausalLM(ours.case.decoder(size))
-    rows, cuda = ours.examples(), ours.device.type == "cuda"
+    rows, turns = ours.examples(), Turns(between)
 
     def collate(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         padded = {"input_ids": 0, "labels": -100}
@@ -161,12 +162,28 @@ def trainer(ours: Ours, micro_batch: int, steps: int, between: Callable[[], Any]
         lengths = torch.tensor([len(row["input_ids"]) for row in batch])
         return {**out, "attention_mask": (torch.arange(out["labels"].shape[1]) < lengths[:, None]).long()}
 
-    turns = Turns(between)
+    cuda = ours.device.type == "cuda"
+    return make_trainer(model, rows, collate, micro_batch, len(rows) // micro_batch, steps, turns, cuda), turns
+
+
+def make_trainer(
+    model: torch.nn.Module,
+    rows: list[dict[str, Tensor]],
+    collate: Callable[[list[dict[str, Tensor]]], dict[str, Tensor]],
+    micro_batch: int,
+    accumulate: int,
+    steps: int,
+    turns: Turns,
+    cuda: bool = False,
+    order: str = "random",
+) -> Trainer:
+    """A Trainer of ``steps`` steps of ``accumulate`` micro-batches; ``order`` is "random" or "sequential"."""
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
             output_dir=folder,
             per_device_train_batch_size=micro_batch,
-            gradient_accumulation_steps=len(rows) // micro_batch,
+            gradient_accumulation_steps=accumulate,
+            train_sampling_strategy=order,
             max_steps=steps,
             learning_rate=1e-5,
             lr_scheduler_type="constant",
@@ -183,7 +200,7 @@ def trainer(ours: Ours, micro_batch: int, steps: int, between: Callable[[], Any]
         )
         made = Trainer(model, settings, train_dataset=rows, data_collator=collate, callbacks=[turns])
     made.remove_callback(PrinterCallback)
-    return made, turns
+    return made
 
 
 def run(
@@ -216,7 +233,7 @@ def run(
             median = statistics.median(seconds)
             figures = {"median_s": median, "seconds": seconds, "example_tokens_per_s": examples / median}
             if system == "negfast":
-                figures |= {"tokens": len(ours.tokens) + case.examples * case.levels}
+                figures |= {"tokens": ours.prompt_tokens + case.examples * case.levels}
                 figures |= {"mfu": ours.meter.operations / median / ours.meter.peak}
             rows.append({"system": system, "case": about, "status": "ok", **figures})
         ratio = rows[-1]["median_s"] / rows[-2]["median_s"]

@@ -5,6 +5,7 @@ import torch
 from bench.grpo_step import Case, Ours
 from bench.trl_peer import StepTimer, make_trainer
 from negfast.serve.export import merged_model
+from negfast.sid.prior import MARKERS, NEXT_DISLIKE
 
 
 def check_against_trl() -> dict[str, float]:
@@ -52,10 +53,10 @@ def check_against_trl() -> dict[str, float]:
 def padded_inputs(ours: Ours, completions: torch.Tensor) -> dict[str, torch.Tensor]:
     """Prompts padded on the left, once for every completion, as the peer has them."""
     lengths, group = ours.case.lengths, ours.case.group
-    prompts = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+    prompts = torch.full((len(lengths), max(lengths)), ours.policy.vocabulary.marker(MARKERS[NEXT_DISLIKE]))
     mask = torch.zeros_like(prompts)
-    for row, tokens in enumerate(ours.tokens.split(list(lengths))):
-        prompts[row, -len(tokens) :], mask[row, -len(tokens) :] = tokens, 1
+    for row, tokens in enumerate(ours.tokens.split(ours.prefix.tolist())):
+        prompts[row, -len(tokens) - 1 : -1], mask[row, -len(tokens) - 1 :] = tokens, 1
     return {
         "prompt_ids": prompts.repeat_interleave(group, 0),
         "prompt_mask": mask.repeat_interleave(group, 0),

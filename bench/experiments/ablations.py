@@ -34,20 +34,19 @@ ABLATIONS: dict[str, tuple[str, ...]] = {  # in the order in which they are run
     "no-align": ("align.steps=0",),
     "no-prior": ("prior.weight=0",),
     "flat-prior": ("prior.eps=0.05",),
-    "no-trending": ("prompt.trending_cap=0",),
     "progressive": ("grpo.schedule=progressive",),
     "next-reward": ("reward.target=next",),
     "no-collaborative-term": ("reward.collab_weight=0",),
     "no-like-penalty": ("reward.like_penalty=0",),
-    "no-likes": ("prompt.like_cap=0",),
     "mixed-view-only": ("sft.negative_view=0", "sft.positive_view=0"),
-    "timeline": ("prompt.layout=timeline",),
+    "window-64": ("history.window=64",),
+    "codes": ("history.positions=codes",),
     "next-only": ("sft.target=next", "reward.target=next"),
     "single-advantage": ("grpo.set_size=0",),
-    "group-16": ("grpo.group=16", "grpo.requests=128"),  # as many completions a step
+    "group-16": ("grpo.group=16", "grpo.histories=64"),  # as many completions a step
     "sft-term": ("grpo.sft_weight=0.3",),
-    "likes-10": ("prompt.like_cap=10",),
-    "likes-200": ("prompt.like_cap=200",),
+    "window-16": ("history.window=16",),
+    "window-2048": ("history.window=2048",),
     "no-like-branch": ("sft.like_weight=0",),
     "no-verdict-loss": ("sft.verdict_weight=0",),
     "static-share": ("grpo.schedule=static",),
@@ -57,7 +56,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {  # in the order in which they are run
     "no-kl": ("grpo.beta=0",),
     "k3-kl": ("grpo.kl=k3",),
     "scaled-advantage": ("grpo.scale_rewards=true", "grpo.set_size=0"),
-    "group-256": ("grpo.group=256", "grpo.requests=8"),
+    "group-256": ("grpo.group=256", "grpo.histories=4"),
 }
 GRPO_ONLY, SFT_ONLY = ("grpo.", "reward."), ("grpo.", "reward.", "sft.")  # settings of these stages alone
 STAGES = ("sft", "grpo")

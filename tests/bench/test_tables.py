@@ -67,11 +67,11 @@ def test_ablations(results: Path) -> None:
     stages = {stage: figures for stage in ("sft", "grpo")}
     rows = [
         {"name": name, "seed": 0, "changed": changed, **stages, "differences": found}
-        for name, changed in (("default", []), ("no-likes", ["prompt.like_cap=0"]))
+        for name, changed in (("default", []), ("window-64", ["history.window=64"]))
     ]
     write_result(results / "ablations.json", {"rows": rows})
     made = written("ablations", results)
-    assert "`prompt.like_cap=0`" in made
+    assert "`history.window=64`" in made
     assert made.count("**+.0052** [+.0021, +.0084]") == 2  # of both stages, not of the default
 
 
