@@ -1,14 +1,20 @@
-"""Synthetic feedback histories for the storage benchmarks: seeded, 149 events a user on average, 3 % dislikes.
+"""Synthetic feedback histories, seeded: for storage benchmarks, and long ones of equal length for `bench histories`.
 
-100,000 items with 4-level semantic IDs of nested, uneven clusters; Zipf popularity; a user draws 65 % of the events
-from three favourite clusters; sessions of about 12 events over 60 days, most of them in the evening.
+Those of the storage benchmarks have 149 events a user on average, 3 % dislikes, and 100,000 items with 4-level semantic
+IDs of nested, uneven clusters; Zipf popularity; a user draws 65 % of the events from three favourite clusters; sessions
+of about 12 events over 60 days, most of them in the evening.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from negfast.data.log import DAY, DISLIKE, EXPOSED, EventLog
+from negfast.data.dataset import Dataset, date_of
+from negfast.data.items import ItemTable
+from negfast.data.log import DAY, DISLIKE, EXPOSED, LIKE, EventLog
+from negfast.prepare.build import SemanticIdSettings, SplitSettings, build
+from negfast.prepare.events import Events
 
 ITEMS, LEVELS, CODEBOOK = 100_000, 4, 256
 
@@ -84,3 +90,39 @@ def _draw_times(rng: np.random.Generator, user: np.ndarray, offsets: np.ndarray)
     gap[first] = 0
     elapsed = np.cumsum(gap)
     return begin[session] + elapsed - elapsed[first][session]
+
+
+def prepare_long_histories(out: Path, users: int = 64, days: int = 101, a_day: int = 10, items: int = 4000) -> Dataset:
+    """A data set of users with ``a_day`` events on each of ``days`` train days, and on 18 days more to validate on.
+
+    Popularity is Zipf's, no user meets an item twice; 60 % likes, 20 % dislikes, the rest exposures. The horizon is a
+    day, so each train day is a request, and each like or dislike a verdict from the 30th day on.
+    """
+    rng, first, horizon = np.random.default_rng(0), 20_000, 1
+    all_days = days + 18
+    length = all_days * a_day
+    popularity = -np.log(rng.permutation(items) + 1.0)
+    keys = popularity + rng.gumbel(size=(users, items))
+    item = np.stack([rng.permutation(row) for row in np.argsort(-keys, axis=1)[:, :length]])
+    day = np.repeat(first + np.arange(all_days), a_day)
+    time = day * DAY + np.sort(rng.integers(0, DAY, (users, all_days, a_day)), axis=2).reshape(users, length)
+    feedback = rng.choice([LIKE, DISLIKE, EXPOSED], (users, length), p=[0.6, 0.2, 0.2])
+    log = EventLog(
+        np.arange(users + 1, dtype=np.int64) * length,
+        item.ravel().astype(np.int32),
+        feedback.ravel().astype(np.uint8),
+        time.ravel().astype(np.int64),
+        None,
+        items,
+    )
+    names = [f"i{number}" for number in range(items)]
+    embedding = rng.normal(size=(items, 16)).astype(np.float32)
+    return build(
+        Events(log, [f"u{number}" for number in range(users)], names),
+        ItemTable(names, [""] * items, embedding=embedding),
+        {"source": "synthetic"},
+        out,
+        SplitSettings(horizon, date_of(first + days + horizon), date_of(first + days + 10)),
+        SemanticIdSettings(encoder="tfidf"),
+        report=lambda _: None,
+    )
