@@ -1,14 +1,16 @@
-"""A small policy with prompts, histories and masses: what whole training steps are compared on."""
+"""A small policy with histories and masses: what whole training steps are compared on."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from negfast.model.prompts import PromptBatch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from negfast.config import History
 from negfast.model.choice import TrieChooser
+from negfast.model.histories import Histories, HistoryBuilder
 from negfast.model.layout import GroupLayout
 from negfast.model.policy import Policy
 from negfast.sid.prior import DevicePrior, RequestPrior
@@ -17,7 +19,7 @@ from negfast.sid.trie import SeenNodes, build_trie
 from negfast.train.grpo.stage import freeze
 from tests.sid.reference import random_codes, seen_nodes_reference
 
-TEXT, LEVELS, CODEBOOK, ITEMS, PROMPTS, GROUP = 7, 3, 20, 60, 3, 5
+TEXT, LEVELS, CODEBOOK, ITEMS, REQUESTS, GROUP = 7, 3, 20, 60, 3, 5
 DAYS = 4
 SHAPE: dict[str, Any] = {  # of the decoder, whichever it is
     **{"vocab_size": TEXT, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
@@ -33,14 +35,26 @@ class Job:
     tokens: torch.Tensor
     cu_seqlens: np.ndarray
     prior: RequestPrior
-    item_token_ids: torch.Tensor
+    builder: HistoryBuilder
 
     @property
     def device(self) -> torch.device:
         return self.tokens.device
 
-    def batch(self, answers: int | np.ndarray) -> PromptBatch:
-        return PromptBatch(self.tokens, GroupLayout.build(self.cu_seqlens, answers, self.device), lambda: self.prior)
+    @property
+    def engine(self) -> Any:
+        """What asks of an engine no more than its policy and trie."""
+        return SimpleNamespace(chooser=self.chooser, policy=self.policy, histories=self.builder, device=self.device)
+
+    def histories(self, with_prior: bool = True) -> Histories:
+        """Two requests of the first history, of which the earlier sees less, and one of each other."""
+        layout = GroupLayout.build(self.cu_seqlens, self.device)
+        history = np.maximum(np.arange(REQUESTS) - 1, 0)
+        prefix = np.diff(self.cu_seqlens)[history]
+        prefix[0] = prefix[1] // 2
+        gap = torch.arange(REQUESTS, device=self.device) + self.policy.vocabulary.marker("gap-0")
+        prior = (lambda: self.prior) if with_prior else None
+        return Histories(self.tokens, layout, history, prefix, gap, np.arange(REQUESTS), prior)
 
 
 def make_job(seed: int, device: torch.device, prior_weight: float = 0.7) -> Job:
@@ -56,11 +70,13 @@ def make_job(seed: int, device: torch.device, prior_weight: float = 0.7) -> Job:
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    seen = [sorted(rng.choice(ITEMS, int(rng.integers(0, ITEMS // 2)), replace=False).tolist()) for _ in range(PROMPTS)]
+    seen = [
+        sorted(rng.choice(ITEMS, int(rng.integers(0, ITEMS // 2)), replace=False).tolist()) for _ in range(REQUESTS)
+    ]
     mass = rng.gamma(0.5, size=(2, DAYS, ITEMS))
     prior = DevicePrior.build(trie, mass[0], mass[1], 100, 0.05, device)
     packed = SeenNodes.from_packed(seen_nodes_reference(trie, seen), trie, device)
-    cu_seqlens = np.cumsum([0, *rng.integers(1, 20, PROMPTS)])
+    cu_seqlens = np.cumsum([0, *rng.integers(1, 20, REQUESTS - 1)])
     tokens = torch.from_numpy(rng.integers(TEXT, TEXT + vocabulary.size, cu_seqlens[-1])).to(device)
     return Job(
         policy,
@@ -68,8 +84,8 @@ def make_job(seed: int, device: torch.device, prior_weight: float = 0.7) -> Job:
         TrieChooser(trie.to(device), prior_weight),
         tokens,
         cu_seqlens,
-        prior.for_requests(rng.integers(100, 100 + DAYS, PROMPTS), packed),
-        torch.from_numpy(vocabulary.item_tokens(trie.codes)).to(device).long(),
+        prior.for_requests(rng.integers(100, 100 + DAYS, REQUESTS), packed),
+        HistoryBuilder(None, None, trie, vocabulary, prior, History(), device, 1),  # type: ignore[arg-type]
     )
 
 

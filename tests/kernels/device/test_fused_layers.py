@@ -14,7 +14,7 @@ from negfast.model.policy import Policy
 from negfast.train.grpo.loss import GroupLoss
 from negfast.train.grpo.stage import freeze
 from tests.kernels.cases import relative_error
-from tests.kernels.steps import GROUP, PROMPTS, SHAPE, check, gradients, make_job, thirds
+from tests.kernels.steps import GROUP, REQUESTS, SHAPE, check, gradients, make_job, thirds
 
 
 class Scalar(float):
@@ -67,7 +67,7 @@ def test_a_step_by_one_pass_and_by_two(decoder: str, device: torch.device, seed:
     assert all(names["apply_rotary_pos_emb"] is fused_rotation for names in rotations)
 
     def both(job) -> list:
-        batch, ids = job.batch(GROUP), torch.arange(PROMPTS, device=device)
+        batch, ids = job.histories(), torch.arange(REQUESTS, device=device)
         loss = GroupLoss(job.policy, job.reference, job.chooser, GRPOObjective(beta=0.1), GROUP, 1)
         taken = loss.sample(batch, ids, thirds, seed)
         first = taken.terms.loss, gradients(job, taken.terms.loss)
@@ -89,8 +89,7 @@ def test_in_bfloat16(device: torch.device, seed: int):
 
     def hidden(job, in_bfloat16: bool) -> tuple[torch.Tensor, torch.Tensor]:
         job.policy.in_bfloat16 = in_bfloat16
-        batch = job.batch(0)
-        out = job.policy.hidden(batch.layout, job.tokens, None)
+        out = job.policy.hidden(job.histories().layout, job.tokens, None)
         weight = torch.linspace(-1, 1, out.numel(), device=device).view_as(out)
         return out.detach(), torch.cat([g.flatten() for g in gradients(job, (out * weight).sum()).values()])
 

@@ -5,8 +5,6 @@ there is one, else in Triton's interpreter.
 """
 
 from functools import partial
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,19 +14,19 @@ from negfast.kernels import dispatch, sid_cross_entropy, trie_grpo, vocabulary_c
 from negfast.kernels.trie_grpo import GRPOObjective, GRPOTerms
 from negfast.model import packed_attention
 from negfast.model.beam import beam_search
-from negfast.runtime.likelihood import target_log_probs
+from negfast.runtime.likelihood import Targets, target_log_probs
 from negfast.sid.prior import NEXT_DISLIKE
 from negfast.sid.trie import SeenNodes
 from negfast.train.grpo import loss as grpo
 from negfast.train.grpo.loss import GroupLoss
 from tests.kernels.cases import relative_error
-from tests.kernels.steps import GROUP, ITEMS, PROMPTS, Job, check, gradients, make_job, thirds
+from tests.kernels.steps import GROUP, ITEMS, REQUESTS, Job, check, gradients, make_job, thirds
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often each part is computed by its kernel."""
-    counted = dict.fromkeys(("grpo", "cross entropy", "vocabulary", "prompt", "last", "completion"), 0)
+    counted = dict.fromkeys(("grpo", "cross entropy", "vocabulary", "prompt", "completion"), 0)
 
     def count(module, function: str, part: str) -> None:
         original = getattr(module, function)
@@ -44,7 +42,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     count(vocabulary_cross_entropy, "liger_cross_entropy", "vocabulary")
     for part in ("prompt", "completion"):
         count(packed_attention, f"{part}_attention", part)
-    count(packed_attention, "last_token_attention", "last")
     return counted
 
 
@@ -62,12 +59,12 @@ def test_grpo(name: str, device: torch.device, seed: int, calls: dict[str, int])
     loss = GroupLoss(job.policy, job.reference, job.chooser, OBJECTIVES[name], GROUP, 1)
 
     def step() -> tuple:
-        batch = job.batch(GROUP)
-        return batch, loss.sample(batch, torch.arange(PROMPTS, device=device), thirds, seed)
+        histories = job.histories()
+        return histories, loss.sample(histories, torch.arange(REQUESTS, device=device), thirds, seed)
 
-    batch, taken = step()
+    histories, taken = step()
     used = dict(calls)
-    assert used["grpo"] == 1 and min(used["prompt"], used["last"], used["completion"]) >= 1
+    assert used["grpo"] == 1 and min(used["prompt"], used["completion"]) >= 1
     found = taken.terms.loss, gradients(job, taken.terms.loss)
     with dispatch.eager():
         _, expected = step()
@@ -79,21 +76,21 @@ def test_grpo(name: str, device: torch.device, seed: int, calls: dict[str, int])
     with torch.no_grad():
         for parameter in job.policy.block.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    again = loss.reuse(batch, taken).loss
+    again = loss.reuse(histories.fresh(), taken).loss
     found = again, gradients(job, again)
     with dispatch.eager():
-        again = loss.reuse(batch, expected).loss
+        again = loss.reuse(histories.fresh(), expected).loss
         check(found, (again, gradients(job, again)))
 
 
 def test_grpo_that_carries_forced_answers_along(device: torch.device, seed: int, monkeypatch: pytest.MonkeyPatch):
     """As a rollout on a GPU does, whose shapes are static: the same loss, in which they do not count."""
     job, objective = make_job(seed, device), GRPOObjective(beta=0.1)
-    ids = torch.arange(PROMPTS, device=device)
+    ids = torch.arange(REQUESTS, device=device)
 
     def step() -> torch.Tensor:
         loss = GroupLoss(job.policy, job.reference, job.chooser, objective, GROUP, 1)
-        return loss.sample(job.batch(GROUP), ids, thirds, seed).terms.loss
+        return loss.sample(job.histories(), ids, thirds, seed).terms.loss
 
     with dispatch.eager():
         loss = step()
@@ -114,11 +111,11 @@ def test_grpo_over_the_whole_vocabulary(
     """By liger-kernel; what is told of each token is the same too."""
     job = make_job(seed, device, prior_weight=0.0)
     reference = job.reference if objective.beta else None
-    ids = torch.arange(PROMPTS, device=device)
+    ids = torch.arange(REQUESTS, device=device)
 
     def step() -> GRPOTerms:
         loss = GroupLoss(job.policy, reference, job.chooser, objective, GROUP, 1, full=True)
-        return loss.sample(job.batch(GROUP), ids, thirds, seed).terms
+        return loss.sample(job.histories(), ids, thirds, seed).terms
 
     found = step()
     assert calls["vocabulary"] == 1 and calls["grpo"] == 0
@@ -133,15 +130,12 @@ def test_grpo_over_the_whole_vocabulary(
 
 @pytest.mark.parametrize("with_prior", [True, False], ids=["sft", "align"])
 def test_sft(with_prior: bool, device: torch.device, seed: int, calls: dict[str, int]):
-    """Different numbers of answers a prompt, of both branches; align has neither prior nor pruning."""
+    """Different numbers of targets a request, of both branches; align has neither prior nor pruning."""
     job = make_job(seed, device)
     rng = np.random.default_rng(seed)
     counts = np.array([4, 0, 3])
-    engine: Any = SimpleNamespace(
-        chooser=job.chooser, policy=job.policy, prompts=SimpleNamespace(item_token_ids=job.item_token_ids)
-    )
     seen = job.prior.seen
-    unseen = [np.setdiff1d(np.arange(ITEMS), leaves_of(job, seen, request)) for request in range(PROMPTS)]
+    unseen = [np.setdiff1d(np.arange(ITEMS), leaves_of(job, seen, request)) for request in range(REQUESTS)]
     drawn = np.concatenate([rng.choice(unseen[request], count) for request, count in enumerate(counts)])
     items = torch.from_numpy(drawn).to(device)
     branch = torch.from_numpy(rng.integers(0, 2, len(items))).to(device) if with_prior else 0
@@ -149,9 +143,9 @@ def test_sft(with_prior: bool, device: torch.device, seed: int, calls: dict[str,
     weight = torch.rand(len(items), device=device)
 
     def loss() -> tuple[torch.Tensor, dict]:
-        batch = job.batch(counts)
-        prior = batch.prior if with_prior else None
-        log_p = target_log_probs(engine, batch.layout, batch.tokens, markers, items, prior, branch)
+        histories = job.histories(with_prior)
+        targets = Targets(histories, np.repeat(np.arange(REQUESTS), counts), markers, items)
+        log_p = target_log_probs(job.engine, targets, histories.prior, branch)
         return log_p.detach(), gradients(job, -(weight * log_p).sum())
 
     found = loss()
@@ -164,15 +158,12 @@ def test_sft_in_bfloat16(device: torch.device, seed: int):
     """Under autocast: no further from float32 than eager code under autocast is."""
     job = make_job(seed, device)
     items = torch.from_numpy(np.random.default_rng(seed).integers(0, ITEMS, 6)).to(device)
-    engine: Any = SimpleNamespace(
-        chooser=job.chooser, policy=job.policy, prompts=SimpleNamespace(item_token_ids=job.item_token_ids)
-    )
     markers = torch.full_like(items, job.policy.vocabulary.marker("next-dislike"))
 
     def log_probs(autocast: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = job.batch(2)
+        targets = Targets(job.histories(False), np.repeat(np.arange(REQUESTS), 2), markers, items)
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            log_p = target_log_probs(engine, batch.layout, batch.tokens, markers, items, None, 0)
+            log_p = target_log_probs(job.engine, targets, None, 0)
         gradient = torch.cat([g.flatten() for g in gradients(job, -log_p.float().sum()).values()])
         return log_p.detach(), gradient
 
@@ -192,12 +183,11 @@ def test_beam_search(device: torch.device, seed: int, calls: dict[str, int]):
     job = make_job(seed, device)
 
     def search() -> tuple[torch.Tensor, torch.Tensor]:
-        batch = job.batch(1)
-        given = (job.policy, job.chooser, batch.layout, batch.tokens, batch.prior, NEXT_DISLIKE)
-        return beam_search(*given, width=6, top=6)
+        histories = job.histories()
+        return beam_search(job.policy, job.chooser, histories, histories.prior, NEXT_DISLIKE, width=6, top=6)
 
     items, scores = search()
-    assert calls["prompt"] and calls["last"] and calls["completion"]
+    assert calls["prompt"] and calls["completion"]
     with dispatch.eager():
         wanted, wanted_scores = search()
     torch.testing.assert_close(scores, wanted_scores, rtol=1e-4, atol=1e-4)
