@@ -99,11 +99,11 @@ def group_forward(policy: Policy, case: Case, calls: str) -> torch.Tensor:
     layout.ask(case.prompt, case.prefix)
     if calls == "one":
         return policy.hidden(layout, tokens, completions, True).view(*completions.shape, -1)
-    hidden = [
+    each = [
         policy.hidden(layout, None if level else tokens, completions[:, level : level + 1], True)
         for level in range(length)
     ]
-    return torch.stack(hidden, 1)
+    return torch.stack(each, 1)
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])

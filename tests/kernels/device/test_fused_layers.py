@@ -71,7 +71,7 @@ def test_a_step_by_one_pass_and_by_two(decoder: str, device: torch.device, seed:
         loss = GroupLoss(job.policy, job.reference, job.chooser, GRPOObjective(beta=0.1), GROUP, 1)
         taken = loss.sample(batch, ids, thirds, seed)
         first = taken.terms.loss, gradients(job, taken.terms.loss)
-        again = loss.reuse(batch, taken).loss
+        again = loss.reuse(batch.fresh(), taken).loss
         return [first, (again, gradients(job, again))]
 
     for found, expected in zip(both(job), both(stock), strict=True):

@@ -59,9 +59,9 @@ def test_forced_tokens_cost_no_forward_and_do_not_count():
             assert bool(sampled.tokens.counted[token]) == (len(options) > 1)
             below = [i for i in unseen[b] if (small.trie.codes[i, :level] == prefix).all()]
             if level:
-                prefix = (b, *sampled.codes[completion, :level].tolist())
+                path = (b, *sampled.codes[completion, :level].tolist())
                 rows = [(row // 8, *sampled.codes[row, :level].tolist()) for row in sampled.rows[level].tolist()]
-                assert rows.count(prefix) == (len(below) > 1)  # completions that agree so far share a row
+                assert rows.count(path) == (len(below) > 1)  # completions that agree so far share a row
 
 
 @pytest.mark.parametrize("seed", range(3))
