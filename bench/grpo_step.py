@@ -113,7 +113,16 @@ class Ours:
 
     def loss(self) -> GroupStep:
         """All of a step before its backward."""
-        loss = GroupLoss(self.policy, self.reference, self.chooser, self.objective, self.case.group, 0, self.full)
+        loss = GroupLoss(
+            self.policy,
+            self.reference,
+            self.chooser,
+            self.objective,
+            self.case.group,
+            0,
+            self.full,
+            self.device.type == "cuda",
+        )
         ids = torch.arange(len(self.case.lengths), device=self.device)
         return loss.sample(self.batch(), ids, lambda items: dummy_reward(items).unsqueeze(-1), self.steps)
 

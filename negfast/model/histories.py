@@ -169,10 +169,15 @@ class HistoryBuilder:
 
     def target_tokens(self, markers: Tensor, gap: Tensor, items: Tensor) -> Tensor:
         """Tokens [A, L, 2] after which the codes of ``items`` int64 [A] come: a marker, then all codes but the last."""
-        fed = torch.cat([markers.unsqueeze(1), self.item_token_ids[items][:, :-1]], dim=1)
-        second = torch.full_like(fed, self.vocabulary.marker("none"))
-        second[:, 0] = gap
-        return torch.stack([fed, second], dim=-1)
+        return marked_codes(self.vocabulary, markers, gap, self.item_token_ids[items][:, :-1])
+
+
+def marked_codes(vocabulary: CodeVocabulary, markers: Tensor, gap: Tensor, codes: Tensor) -> Tensor:
+    """Tokens [A, n + 1, 2] of codes int64 [A, n] behind a marker int64 [A], which stands with its ``gap`` int64 [A]."""
+    fed = torch.cat([markers.unsqueeze(1), codes], dim=1)
+    second = torch.full_like(fed, vocabulary.marker("none"))
+    second[:, 0] = gap
+    return torch.stack([fed, second], dim=-1)
 
 
 def window_start(events: np.ndarray, window: int) -> np.ndarray:

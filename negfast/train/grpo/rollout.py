@@ -1,21 +1,23 @@
-"""Rollout and training pass in one: the histories once, then level by level choose and sample, with gradients.
+"""Rollout: the histories once, then level by level choose and sample.
 
-On-policy, the forward that samples *is* the forward that trains. Level 1 is chosen once per request for all of its
-completions. On the CPU, where shapes may change, completions that agree so far share a row, and one whose remaining
-choices are all forced (one unseen leaf below it) is carried no further.
+With gradients, on-policy, the forward that samples *is* the forward that trains. Level 1 is chosen once per request for
+all of its completions. Where shapes may change, on the CPU, completions that agree so far share a row, and one whose
+remaining choices are all forced (one unseen leaf below it) is carried no further. With static shapes all are carried.
 """
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from negfast.kernels.trie_grpo_reference import SampledTokens
 from negfast.model.choice import Choice, TrieChooser
-from negfast.model.histories import Histories
+from negfast.model.histories import Histories, marked_codes
 from negfast.model.noise import keyed_gumbel
 from negfast.model.policy import Policy
 from negfast.sid.prior import MARKERS, NEXT_DISLIKE, RequestPrior
+from negfast.staging import put
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Rollout:
         Tensor
     ]  # per level, int64 [R_l]: the request of each row of level 1, below it a completion with its codes
     parents: list[Tensor]  # the same: which row of the level above each continues
+    static: bool  # whether every completion has a row at every level below the first, in their order
 
 
 def rollout(
@@ -48,11 +51,13 @@ def rollout(
     step: int,
     temperature: float = 1.0,
     keep_forced: bool = False,
+    static: bool = False,
 ) -> Rollout:
     """Samples ``group`` items for every request of ``histories``, with replacement.
 
     ``request_ids`` int64 [B] key the noise, so the same request draws the same numbers in any batch. ``keep_forced``
-    carries every completion to its end, for objectives in which forced tokens count.
+    carries every completion to its end, for objectives in which forced tokens count; ``static`` too, with shapes that
+    hang on the numbers of requests and completions alone.
     """
     layout, trie, prior = histories.layout, chooser.trie, histories.prior
     assert prior is not None
@@ -80,10 +85,10 @@ def rollout(
         node, offset = next_node, offset + len(choice.logits)
         if level == trie.levels - 1:
             break
-        if device.type == "cpu" and not keep_forced:
+        if not keep_forced and not static:
             carried = carried[chooser.unseen_leaves(level + 1, node[carried], owner[carried], prior) > 1]
         chosen, next_row = carried, torch.arange(len(carried), device=device)
-        if device.type == "cpu":  # elsewhere static shapes are worth more than the rows saved
+        if not static:
             chosen, next_row = _distinct(owner[carried] * trie.node_counts[level + 1] + node[carried], carried)
         parents.append(row[chosen])
         layout.branch(parents[-1], group, chosen)
@@ -104,7 +109,7 @@ def rollout(
         torch.cat(token_rows), torch.cat(codes), completion.repeat(trie.levels), torch.cat(counted)
     )
     items = trie.leaf_item[node].long().view(size, group)
-    return Rollout(items, torch.stack(codes, 1), merged, sampled_tokens, torch.cat(states), rows, parents)
+    return Rollout(items, torch.stack(codes, 1), merged, sampled_tokens, torch.cat(states), rows, parents, static)
 
 
 def _distinct(key: Tensor, completion: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,8 +140,16 @@ def _forced(
 
 def replay_hidden(policy: Policy, histories: Histories, sampled: Rollout) -> Tensor:
     """Hidden states [R, d] of ``policy`` at the nodes of a rollout, row for row those of ``sampled.hidden``: of the
-    reference policy, or of the policy itself in two-pass mode."""
-    states, group = [histories.start(policy, MARKERS[NEXT_DISLIKE])], sampled.items.shape[1]
+    reference policy, or of the policy itself in two-pass mode. With static shapes by one call."""
+    group, levels = sampled.items.shape[1], sampled.codes.shape[1]
+    if sampled.static:
+        branches = np.repeat(histories.requests, group)
+        gap = histories.gap[put(branches, histories.gap.device)]
+        markers = torch.full_like(gap, policy.vocabulary.marker(MARKERS[NEXT_DISLIKE]))
+        codes = (sampled.codes + policy.vocabulary.code_bases(gap.device))[:, : levels - 1]
+        by_level = histories.states(policy, branches, marked_codes(policy.vocabulary, markers, gap, codes))
+        return torch.cat([by_level[::group, 0], *by_level[:, 1:].unbind(1)])
+    states = [histories.start(policy, MARKERS[NEXT_DISLIKE])]
     for level, (rows, parents) in enumerate(zip(sampled.rows[1:], sampled.parents[1:], strict=True), 1):
         histories.layout.branch(parents, group, rows)
         tokens = policy.vocabulary.code_base(level) + sampled.codes[rows, level - 1 : level]
@@ -144,7 +157,12 @@ def replay_hidden(policy: Policy, histories: Histories, sampled: Rollout) -> Ten
     return torch.cat(states)
 
 
+def logits_of(policy: Policy, hidden: Tensor, sampled: Rollout) -> Tensor:
+    """Logits [R, K] after hidden states [R, d] at the nodes of a rollout, row for row those of ``sampled.choice``."""
+    by_level = hidden.split([len(rows) for rows in sampled.rows])
+    return torch.cat([policy.code_logits(rows, level) for level, rows in enumerate(by_level, 1)])
+
+
 def replay_logits(policy: Policy, histories: Histories, sampled: Rollout) -> Tensor:
-    """Logits [R, K] of ``policy`` at the nodes of a rollout, row for row those of ``sampled.choice``."""
-    hidden = replay_hidden(policy, histories, sampled).split([len(rows) for rows in sampled.rows])
-    return torch.cat([policy.code_logits(rows, level) for level, rows in enumerate(hidden, 1)])
+    """The same of ``policy`` by another pass."""
+    return logits_of(policy, replay_hidden(policy, histories, sampled), sampled)

@@ -76,6 +76,7 @@ class GrpoStage:
             settings.group,
             engine.config.train.seed,
             full=settings.objective == "full",
+            static=engine.device.type == "cuda",
         )
         self.sources = reward_sources(engine, engine.fit_until)
         allow_mixed, self.measured = np.ones(len(self.requests), dtype=bool), dict[str, float]()

@@ -37,6 +37,29 @@ def test_the_first_reuse_is_the_on_policy_loss():
     assert all((a - b).abs().max() < 1e-9 * b.abs().max() for a, b in zip(found, wanted, strict=True))
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_static_shapes_give_the_same_step(beta):
+    """As on a GPU: all completions are carried along, and one pass without sampling computes the loss."""
+    small, rewards = make_small(4), torch.randn(3, 6, dtype=torch.float64)
+    reference = freeze(small.policy) if beta else None
+    if reference is not None:
+        with torch.no_grad():
+            for parameter in reference.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    parameters, steps = list(small.policy.decoder.parameters()) + list(small.policy.block.parameters()), []
+    for static in (False, True):
+        loss = GroupLoss(small.policy, reference, small.chooser, GRPOObjective(beta=beta), 6, 0, static=static)
+        taken = loss.sample(small.histories(), torch.arange(3), lambda _: rewards[..., None], 0)
+        gradients = torch.autograd.grad(taken.terms.loss, parameters, allow_unused=True)
+        steps.append((taken.rollout.items, taken.terms.loss, gradients))
+        assert (len(taken.rollout.rows[1]) == 18) == static  # the other shares rows
+    (items, loss, wanted), (other_items, other_loss, found) = steps
+    assert torch.equal(items, other_items) and abs(loss - other_loss) <= 1e-12
+    for want, got in zip(wanted, found, strict=True):
+        assert (want is None) == (got is None)
+        assert want is None or (got - want).abs().max() <= 1e-10 * want.abs().max().clamp_min(1e-12)
+
+
 @pytest.mark.parametrize("move", [0.01, 0.3])
 def test_a_moved_policy_is_weighed_by_clipped_ratios(move):
     small = make_small(2)
