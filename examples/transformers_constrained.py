@@ -1,8 +1,7 @@
 """What a user will dislike, by transformers alone: the directory of `negfast export`, beam search on its trie.
 
     negfast export runs/quickstart --out exported
-    printf 'item,feedback,time\n1074638,like,1370000000\n1430132,dislike,1370100000\n' > events.csv
-    python examples/transformers_constrained.py exported events.csv --at 1370200000 --top 10
+    python examples/transformers_constrained.py exported examples/events.csv --at 1370200000 --top 10
 
 negfast is not imported. The community prior stays with negfast, so the order differs from `negfast predict`.
 """

@@ -5,7 +5,7 @@ documentation of vLLM 0.20 to 0.22 (LLM, SamplingParams, prompt embeddings, the 
 the positions are those of transformers_constrained.py, which a test runs.
 
     negfast export runs/quickstart --out exported
-    python examples/vllm_constrained.py exported events.csv --at 1370200000 --top 10
+    python examples/vllm_constrained.py exported examples/events.csv --at 1370200000 --top 10
 
 Each level asks for one token among the codes that exist (`allowed_token_ids`). A position of a history is a sum of
 embeddings, so prompts are given as embeddings.

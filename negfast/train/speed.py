@@ -92,10 +92,9 @@ class Meter:
 
 
 def attention_pairs(layout: GroupLayout) -> tuple[float, float]:
-    """Pairs of query and key of one layer in the layout's current call: of the prompts' queries, taken as equally long
-    within a bucket, and of the completions'."""
-    lengths = [(bucket.prompts, bucket.tokens / bucket.prompts) for bucket in layout.buckets]
-    prompts = sum(count * length * (length + 1) / 2 for count, length in lengths) if layout.holds_prompts else 0.0
+    """Pairs of query and key of one layer in the layout's current call: of the prompts, and of the completions."""
+    lengths = layout.host_lengths
+    prompts = float((lengths * (lengths + 1) // 2).sum()) if layout.holds_prompts else 0.0
     if not layout.new_tokens:
         return prompts, 0.0
     own = layout.past_tokens + (layout.new_tokens + 1) / 2
