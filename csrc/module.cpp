@@ -4,8 +4,10 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <memory>
 
+#include "evidence.hpp"
 #include "packer.hpp"
 #include "shard.hpp"
 #include "source.hpp"
@@ -49,6 +51,45 @@ void write_histories(const std::string& path, Column<int64_t> offsets, Column<in
   nb::gil_scoped_release release;
   const MemorySource source({view(offsets), item.data(), feedback.data(), time.data()});
   write_shard(path, source, {users, items, time_unit, threads, view(user_list)});
+}
+
+// Throws where an index of a column does not lie below `size`.
+void check_below(const Column<int32_t>& column, size_t size, const char* name) {
+  for (const int32_t found : view(column))
+    if (found < 0 || static_cast<size_t>(found) >= size)
+      throw ShardError(std::string(name) + ": found " + std::to_string(found) + ", expected 0 to " +
+                       std::to_string(size) + " exclusive");
+}
+
+void answer_evidence(Column<int32_t> user, Column<int32_t> item, Column<int64_t> time, Column<uint8_t> feedback,
+                     Column<int64_t> earlier, Column<int32_t> asked_user, Column<int32_t> asked_item,
+                     Column<int64_t> moment, size_t users, Table<float> text, Table<int32_t> cells, double prior,
+                     nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu> out) {
+  const size_t items = text.shape(0);
+  same_length(item.size(), user.size(), "item");
+  same_length(time.size(), user.size(), "time");
+  same_length(feedback.size(), user.size(), "feedback");
+  same_length(earlier.size(), user.size(), "earlier");
+  same_length(asked_item.size(), asked_user.size(), "asked item");
+  same_length(moment.size(), asked_user.size(), "moment");
+  same_length(out.shape(0), asked_user.size(), "out");
+  same_length(out.shape(1), kEvidence, "columns of out");
+  same_length(text.shape(1), kText, "columns of text");
+  same_length(cells.shape(0), items, "cells");
+  same_length(cells.shape(1), 2, "columns of cells");
+  for (const auto* column : {&user, &asked_user}) check_below(*column, users, "user");
+  for (const auto* column : {&item, &asked_item}) check_below(*column, items, "item");
+  int32_t most = 0;
+  for (size_t i = 0; i < 2 * items; ++i) {
+    if (cells.data()[i] < 0) throw ShardError("cells: found a negative one");
+    most = std::max(most, cells.data()[i]);
+  }
+  for (size_t k = 0; k < user.size(); ++k)
+    if (earlier.data()[k] >= static_cast<int64_t>(k)) throw ShardError("earlier: expected rows before their own");
+  nb::gil_scoped_release release;
+  evidence({view(user), view(item), view(time), view(feedback), view(earlier)},
+           {users, items, static_cast<size_t>(most) + 1, text.data(), cells.data(), prior},
+           {view(asked_user), view(asked_item), view(moment)}, out.data());
 }
 
 void add_events(SortingSource& source, Column<int32_t> user, Column<int32_t> item, Column<uint8_t> feedback,
@@ -168,7 +209,7 @@ nb::list shard_files(const Shard& shard) {
 
 NB_MODULE(_core, m) {
   using namespace negfast;
-  m.doc() = "negfast's C++ core: shard writer, reader and packer";
+  m.doc() = "negfast's C++ core: shard writer, reader and packer, evidence";
   const nb::object input_error = nb::module_::import_("negfast.errors").attr("InputError");
   nb::exception<ShardError>(m, "ShardError", input_error);
   nb::register_exception_translator([](const std::exception_ptr& thrown, void*) {
@@ -184,6 +225,11 @@ NB_MODULE(_core, m) {
   m.attr("GAPS") = kGaps;
   m.def("write_histories", &write_histories, "path"_a, "offsets"_a, "item"_a, "feedback"_a, "time"_a, "user_list"_a,
         "users"_a, "items"_a, "time_unit"_a, "threads"_a);
+
+  m.attr("EVIDENCE_TEXT") = kText;
+  m.attr("EVIDENCE_COLUMNS") = kEvidence;
+  m.def("evidence", &answer_evidence, "user"_a, "item"_a, "time"_a, "feedback"_a, "earlier"_a, "asked_user"_a,
+        "asked_item"_a, "moment"_a, "users"_a, "text"_a, "cells"_a, "prior"_a, "out"_a);
 
   nb::class_<SortingSource>(m, "EventSorter")
       .def(nb::init<std::string, uint64_t, uint64_t, uint64_t>(), "folder"_a, "users"_a, "items"_a, "memory_bytes"_a)

@@ -12,6 +12,26 @@ GAPS: int  # buckets of the time since the event before
 
 class ShardError(InputError): ...
 
+EVIDENCE_TEXT: int  # numbers of an item's text vector
+EVIDENCE_COLUMNS: int
+
+def evidence(
+    user: NDArray[np.int32],
+    item: NDArray[np.int32],
+    time: NDArray[np.int64],
+    feedback: NDArray[np.uint8],
+    earlier: NDArray[np.int64],
+    asked_user: NDArray[np.int32],
+    asked_item: NDArray[np.int32],
+    moment: NDArray[np.int64],
+    users: int,
+    text: NDArray[np.float32],
+    cells: NDArray[np.int32],
+    prior: float,
+    out: NDArray[np.float32],
+) -> None:
+    """What events in order of time say of questions in order of moment; see `negfast.data.evidence`."""
+
 class EventSorter:
     """Takes events in any order and keeps at most ``memory_bytes`` of them in memory."""
 

@@ -133,7 +133,15 @@ class Dataset:
         if ITEM_EMBEDDING in self.manifest["files"]:
             embedding = _load_tensors(self.path / ITEM_EMBEDDING)["embedding"]
         original = self.manifest.get("original_items")
-        return ItemTable(table["id"].to_pylist(), table["text"].to_pylist(), attributes, embedding, original)
+        return ItemTable(
+            table["id"].to_pylist(),
+            table["text"].to_pylist(),
+            attributes,
+            embedding,
+            original,
+            self.embedding,
+            self.codes,
+        )
 
     @cached_property
     def user_ids(self) -> list[str]:

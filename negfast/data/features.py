@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from negfast.data.deviations import Deviations
+from negfast.data.evidence import Evidence
 from negfast.data.items import ItemTable
 from negfast.data.log import DISLIKE, EXPOSED, EventLog
 from negfast.data.running_sums import RunningSums
@@ -25,7 +26,8 @@ class HistoryFeatures:
     ``simple`` gives the four of the logistic baseline, ``full`` those and what else the log and item table offer:
     with values, the item's and user's mean and the user's spread; with attributes, the user's and everyone's
     dislike rate among the item's values of each, numbers as they are, and indicators of frequent values. ``rich``
-    adds how user and item deviate from what was to be expected of them, and what is recent: the verdict's features.
+    adds how user and item deviate from what was to be expected of them, what is recent, and what is known of likes and
+    dislikes of like users and like items: the verdict's features.
     """
 
     def __init__(self, log: EventLog, items: ItemTable, prior_rate: float, prior_value: float, context: str) -> None:
@@ -42,12 +44,13 @@ class HistoryFeatures:
         if self.has_values:
             kinds.append((changes[:, 2], changes[:, 3], prior_value))
         self.deviations = Deviations(user, item, time, kinds)
+        self.evidence = Evidence(log, items, prior_rate, context)
 
     @property
     def width(self) -> int:
         """Columns of ``rich``."""
         full = 4 + 3 * self.has_values + sum(2 + attribute.static.shape[1] for attribute in self.attributes)
-        return full + self.deviations.width + self.has_values
+        return full + self.deviations.width + self.evidence.width + self.has_values
 
     def rate(self, sums: np.ndarray) -> np.ndarray:
         """The smoothed dislike rate of sums whose first columns are events and dislikes."""
@@ -77,8 +80,10 @@ class HistoryFeatures:
         return np.stack(columns, axis=1)
 
     def rich(self, user: np.ndarray, item: np.ndarray, moment: np.ndarray) -> np.ndarray:
-        """``full``, `negfast.data.deviations` and with values the item's spread, float64 [Q, width]; NaN as above."""
-        columns = [self.full(user, item, moment), self.deviations.columns(user, item, moment)]
+        """``full``, `negfast.data.deviations`, `negfast.data.evidence` and with values the item's spread, float64
+        [Q, width]; NaN as above."""
+        columns = [self.full(user, item, moment)]
+        columns += [part.columns(user, item, moment) for part in (self.deviations, self.evidence)]
         if self.has_values:
             columns.append(_spread(self.by_item.before(item, moment))[:, None])
         return np.concatenate(columns, axis=1)

@@ -15,6 +15,9 @@ class ItemTable:
     attributes: dict[str, list[tuple[str, ...]]] = field(default_factory=dict)  # name -> values of each item
     embedding: np.ndarray | None = None  # float32 [I, D], the user's own (e.g. of images)
     original: int | None = None  # so many items, the first, were there when the codebooks were made; None: all
+    # made with the semantic IDs, None before: float32 [I, D], what they were made of; uint16 [I, L]
+    vectors: np.ndarray | None = field(default=None, compare=False)
+    codes: np.ndarray | None = field(default=None, compare=False)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -27,6 +30,8 @@ class ItemTable:
             text=[self.text[row] for row in rows],
             attributes={name: [values[row] for row in rows] for name, values in self.attributes.items()},
             embedding=None if self.embedding is None else self.embedding[list(rows)],
+            vectors=None,
+            codes=None,
             original=None,
         )
 
@@ -41,4 +46,6 @@ class ItemTable:
             text=[*self.text, *[""] * bare],
             attributes={name: [*values, *[()] * bare] for name, values in self.attributes.items()},
             embedding=embedding,
+            vectors=None,
+            codes=None,
         )

@@ -103,19 +103,29 @@ class VerdictInputs:
     features: Tensor  # float32 [E, width], of the prior
 
 
-def read_candidates(engine: Engine, candidates: Candidates, view: int = MIXED) -> VerdictInputs:
-    """Histories, tokens and features of candidates, on the device."""
+def read_candidates(
+    engine: Engine, candidates: Candidates, view: int = MIXED, features: np.ndarray | None = None
+) -> VerdictInputs:
+    """Histories, tokens and features of candidates, on the device; ``features`` as `verdict_inputs` takes them."""
     none = np.zeros(len(candidates), dtype=bool)
     histories = engine.histories.build(candidates.user, candidates.moment, view, none)
-    return verdict_inputs(engine, candidates, histories, np.arange(len(candidates)))
+    return verdict_inputs(engine, candidates, histories, np.arange(len(candidates)), features)
 
 
-def verdict_inputs(engine: Engine, candidates: Candidates, histories: Histories, branches: np.ndarray) -> VerdictInputs:
-    """The same of histories that are read already; ``branches`` int64 [G] are those of the candidates' groups."""
+def verdict_inputs(
+    engine: Engine,
+    candidates: Candidates,
+    histories: Histories,
+    branches: np.ndarray,
+    features: np.ndarray | None = None,
+) -> VerdictInputs:
+    """The same of histories that are read already; ``branches`` int64 [G] are those of the candidates' groups,
+    ``features`` [E, width] those of `prior_features`, if they are there."""
+    features = prior_features(engine, candidates) if features is None else features
     of_candidate = branches[candidates.group_of_item]
     gap = histories.gap[put(of_candidate, engine.device)]
     tokens = engine.histories.candidate_tokens(put(candidates.items, engine.device).long(), gap)
-    return VerdictInputs(histories, of_candidate, tokens, _on_device(engine, prior_features(engine, candidates)))
+    return VerdictInputs(histories, of_candidate, tokens, _on_device(engine, features))
 
 
 def verdict_logits(policy: Policy, inputs: VerdictInputs) -> Tensor:
@@ -125,9 +135,9 @@ def verdict_logits(policy: Policy, inputs: VerdictInputs) -> Tensor:
 
 
 def prior_features(engine: Engine, candidates: Candidates) -> np.ndarray:
-    """What the verdict's prior looks at, float64 [E, verdict_features]."""
+    """What the verdict's prior looks at, float32 [E, verdict_features]; many candidates at once cost least."""
     owner = candidates.group_of_item
-    return engine.features.rich(candidates.user[owner], candidates.items, candidates.moment[owner])
+    return engine.features.rich(candidates.user[owner], candidates.items, candidates.moment[owner]).astype(np.float32)
 
 
 @torch.no_grad()
@@ -137,7 +147,7 @@ def prior_logits(engine: Engine, candidates: Candidates) -> np.ndarray:
 
 
 def _on_device(engine: Engine, features: np.ndarray) -> Tensor:
-    return put(features.astype(np.float32), engine.device)
+    return put(features, engine.device)
 
 
 def fit_prior(engine: Engine) -> None:
@@ -153,13 +163,16 @@ def fit_prior(engine: Engine) -> None:
 def candidate_logits(engine: Engine, candidates: Candidates, view: int = MIXED) -> np.ndarray:
     """Verdict logits float64 [E] of candidates, in batches that share histories."""
     out = np.empty(len(candidates.items))
+    features = prior_features(engine, candidates)
     candidates = candidates.split(CANDIDATES_AT_ONCE)
     order = np.lexsort((candidates.moment, candidates.user))
     counts = np.diff(candidates.offsets)[order]
     batch_of = (np.cumsum(counts) - counts) // CANDIDATES_AT_ONCE
     for batch in np.unique(batch_of):
         part, places = candidates.take(order[batch_of == batch])
-        out[places] = verdict_logits(engine.policy, read_candidates(engine, part, view)).double().cpu().numpy()
+        out[places] = (
+            verdict_logits(engine.policy, read_candidates(engine, part, view, features[places])).double().cpu().numpy()
+        )
     return out
 
 

@@ -60,7 +60,7 @@ def test_more_undos_than_feedback_of_late_are_numbers():
     rows = [(0, 1, item, LIKE) for item in range(5)] + [(0, 40, item, WITHDRAWN) for item in range(5)]
     rows += [(user, 2, item, DISLIKE) for user in range(1, USERS) for item in range(3)]
     known = features(log_of(rows), 42, rich=True)
-    assert np.isfinite(known).all()
+    assert np.isfinite(known[:, :-3]).all()  # the last are days since an event, of which there may be none
 
 
 def test_futures_and_labels_hold_what_happened(logs):
