@@ -153,6 +153,11 @@ def main() -> None:
 )
 @click.option("--valid", metavar="DATE", help="First day of validation; chosen from the log by default.")
 @click.option("--test", metavar="DATE", help="First day of test; chosen from the log by default.")
+@click.option(
+    "--split-within", "within", metavar="COLUMN",
+    help="A column of the items or events: split each of its communities by its own time, the last quarter of the "
+    "events for valid and test. No user and no item may be in two.",
+)  # fmt: skip
 @click.option("--levels", default=3, show_default=True, type=click.IntRange(min=1), help="Levels of the semantic IDs.")
 @click.option("--codebook", default=256, show_default=True, type=click.IntRange(2, 65_536), help="Codes a level.")
 @click.option(
@@ -207,7 +212,9 @@ def prepare(context: click.Context, files: tuple[Path, ...], out: Path, **option
         said.append(line)
         click.echo(line, err=options["as_json"])
 
-    split = SplitSettings(options["horizon"], options["valid"], options["test"])
+    if options["within"] is not None and (options["valid"] or options["test"]):
+        raise click.UsageError("--split-within: expected neither --valid nor --test beside it", context)
+    split = SplitSettings(options["horizon"], options["valid"], options["test"], options["within"])
     names = ("levels", "codebook", "quantizer", "encoder", "seed")
     semantic_ids = SemanticIdSettings(*(options[name] for name in names))
     dislike = tuple(map(parse_rule, options["dislike"]))

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from negfast.data.items import ItemTable
-from negfast.data.log import EventLog
+from negfast.data.log import Cuts, EventLog
 from negfast.data.shards import Shard, write_shard
 from negfast.data.split import Split, split_requests
 from negfast.errors import InputError
@@ -29,6 +29,7 @@ MANIFEST = "manifest.json"
 VERIFIED = ".verified.json"  # which files were read against their checksums, and what they looked like then
 EVENTS = "events.nfs"
 VALUES = "values.safetensors"
+CUTS = "cuts.safetensors"
 USERS = "users.parquet"
 ITEMS = "items.parquet"
 SEMANTIC_IDS = "semantic_ids.safetensors"
@@ -91,6 +92,11 @@ class Dataset:
         return day_of(self.manifest["split"]["test"])
 
     @property
+    def end_day(self) -> int:
+        """The day before which everything lies."""
+        return max(day_of(self.manifest["days"]["last"]), self.test_day) + 1
+
+    @property
     def parts(self) -> list[dict[str, Any]]:
         """What was appended to the data set, oldest first (`negfast.prepare.append`)."""
         return self.manifest.get("parts", [])
@@ -108,7 +114,10 @@ class Dataset:
     def log(self) -> EventLog:
         offsets, item, feedback, time = self.shard.get_many(None)
         value = self._values() if VALUES in self.manifest["files"] else None
-        return EventLog(offsets, item, feedback, time, value, self.manifest["counts"]["items"])
+        cuts = None
+        if CUTS in self.manifest["files"]:
+            cuts = Cuts(self.valid_day, _load_tensors(self.path / CUTS)["moments"])
+        return EventLog(offsets, item, feedback, time, value, self.manifest["counts"]["items"], cuts)
 
     def _values(self) -> np.ndarray:
         """Those of the base and of every part, each sorted by user, in the order of the log."""
@@ -173,6 +182,12 @@ class Dataset:
         """Fingerprints of the data sets that this one was made of by adding events, oldest first."""
         return self.manifest.get("extends", [])
 
+    def refuse_communities(self) -> None:
+        """InputError where the data set is split within communities: new events would need a split of their own."""
+        if CUTS in self.manifest["files"]:
+            within = self.manifest["split"]["within"]
+            raise InputError(f"{self.path}: is split within {within!r}, expected a split by date to add events to")
+
     def replace_manifest(self, manifest: dict[str, Any]) -> None:
         """Makes the directory the data set that ``manifest`` describes, at once or not at all."""
         with atomic_file(self.path / MANIFEST) as temporary:
@@ -198,6 +213,8 @@ def write_dataset(
     for `negfast.data.shards.ShardBuilder`, and days that come later for `negfast.prepare.append.append_events`.
     """
     write_shard(directory / EVENTS, log)
+    if log.cuts is not None:
+        save_file({"moments": log.cuts.moments}, directory / CUTS)
     if log.value is not None:
         save_file({"value": log.value}, directory / VALUES)
     parquet.write_table(pa.table({"id": pa.array(user_ids, pa.string())}), directory / USERS, compression="zstd")

@@ -9,6 +9,18 @@ DAY = 86_400  # seconds; days are counted in UTC
 
 
 @dataclass(frozen=True)
+class Cuts:
+    """Where the parts of a log that is split within communities begin and end, for each user's community.
+
+    Where code asks for a day, ``valid_day`` stands for the beginnings of valid, the next day for those of test and the
+    one after for the ends. All three lie after the log's last day.
+    """
+
+    valid_day: int  # days since 1970
+    moments: np.ndarray  # int64 [U, 3], seconds: valid begins, test begins, the community's last day is over
+
+
+@dataclass(frozen=True)
 class EventLog:
     """Histories of U users over I items, sorted by (user, time, order in the source file).
 
@@ -22,6 +34,7 @@ class EventLog:
     time: np.ndarray  # int64 [N], seconds since 1970 in UTC
     value: np.ndarray | None  # float32 [N], a rating or the like; None where the source has none
     n_items: int
+    cuts: Cuts | None = None  # of a log that is split within communities
 
     @property
     def n_users(self) -> int:
@@ -43,6 +56,18 @@ class EventLog:
         A question about an event sees the events of earlier moments, none of its own.
         """
         return self.time if context == "event" else self.time // DAY * DAY
+
+    def cut(self, day: int) -> np.ndarray:
+        """The moment at which what lies before ``day`` ends for each user, int64 [U], seconds: the start of the day,
+        or what `Cuts` says that the day stands for; nothing of valid or test lies before an earlier day."""
+        if self.cuts is None:
+            return np.full(self.n_users, day * DAY)
+        part = min(max(day - self.cuts.valid_day, 0), 2)
+        return np.minimum(self.cuts.moments[:, part], day * DAY)
+
+    def before(self, day: int) -> np.ndarray:
+        """Which events lie before ``day``, by `cut`, bool [N]: what is learned, counted or split asks here."""
+        return self.time < (day * DAY if self.cuts is None else self.cut(day)[self.user])
 
     @property
     def judged(self) -> np.ndarray:
@@ -76,7 +101,7 @@ class EventLog:
         kept = ~left_out
         offsets = np.concatenate([[0], np.cumsum(kept)])[self.user_offsets]
         value = None if self.value is None else self.value[kept]
-        return EventLog(offsets, self.item[kept], self.feedback[kept], self.time[kept], value, self.n_items)
+        return EventLog(offsets, self.item[kept], self.feedback[kept], self.time[kept], value, self.n_items, self.cuts)
 
     def __len__(self) -> int:
         return len(self.item)

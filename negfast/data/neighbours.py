@@ -39,7 +39,7 @@ class Neighbours:
 
 def co_dislike_neighbours(log: EventLog, valid_day: int, top: int = TOP) -> Neighbours:
     """Count co-dislikes before ``valid_day`` (days since 1970); of a pair, the last feedback before it counts."""
-    early = (log.day < valid_day) & (log.feedback != EXPOSED)
+    early = log.before(valid_day) & (log.feedback != EXPOSED)
     pair = log.user[early].astype(np.int64) * log.n_items + log.item[early]
     # a user's events are in order of time, so the last of a pair is the first from behind
     pairs, from_behind = np.unique(pair[::-1], return_index=True)

@@ -1,4 +1,4 @@
-"""Requests, their futures, and the split by global time: who is asked about, when, and what came true.
+"""Requests, their futures, and the split by time: who is asked about, when, and what came true.
 
 A request (user, day) is the end of a UTC day on which the user was active: its context is every event up to
 the last second of that day, its future the following ``horizon`` days. Definitions are those of the design,
@@ -54,18 +54,21 @@ class Requests:
 
 @dataclass(frozen=True)
 class Split:
-    """Every active user-day, also those with an empty future, split by global time."""
+    """Every active user-day, also those with an empty future, split by time.
 
-    train: Requests  # day + horizon < valid_day
-    valid: Requests  # valid_day <= day and day + horizon < test_day
-    test: Requests  # test_day <= day and day + horizon <= the last day of the log
+    Where valid and test begin is the same for all users, or each community's own (`negfast.data.log.Cuts`).
+    """
+
+    train: Requests  # whose future ends before valid begins
+    valid: Requests  # whose context reaches into valid and whose future ends before test begins
+    test: Requests  # whose context reaches into test and whose future ends with the log
     valid_day: int  # days since 1970
     test_day: int
     horizon: int  # days
 
 
 def split_requests(log: EventLog, horizon: int, valid_day: int, test_day: int) -> Split:
-    """Makes the requests of a log and splits them at two days (days since 1970, UTC).
+    """Makes the requests of a log and splits them at two days (days since 1970, UTC), or at the moments of `Cuts`.
 
     Requests whose horizon crosses a boundary belong to no split: no future of one split is another's context.
 
@@ -79,10 +82,13 @@ def split_requests(log: EventLog, horizon: int, valid_day: int, test_day: int) -
         raise InputError("event log: found no events, expected at least one")
     requests = all_requests(log, horizon)
     last_day = int(log.day.max())
-    day = requests.day.astype(np.int64)
-    train = requests.take(day + horizon < valid_day)
-    valid = requests.take((valid_day <= day) & (day + horizon < test_day))
-    test = requests.take((test_day <= day) & (day + horizon <= last_day))
+    moment, future = requests.moment, requests.moment + horizon * DAY  # where context and future end
+    from_valid, from_test, end = (
+        log.cut(day)[requests.user] for day in (valid_day, test_day, max(last_day, test_day) + 1)
+    )
+    train = requests.take(future <= from_valid)
+    valid = requests.take((from_valid < moment) & (future <= from_test))
+    test = requests.take((from_test < moment) & (future <= end))
     for name, part in (("train", train), ("valid", valid), ("test", test)):
         if not part.has_dislikes.any():
             raise InputError(

@@ -67,21 +67,20 @@ def evaluation_set(log: EventLog, split: Split, name: str, seed: int = 0, contex
     item of F) gives a pool, with the context of the latest request that has it in F. Raises InputError where the split
     has no filter event.
     """
-    start, stop = {
-        "valid": (split.valid_day, split.test_day),
-        "test": (split.test_day, int(log.day.max()) + 1),
-    }[name]
+    start = {"valid": split.valid_day, "test": split.test_day}[name]
+    asked = ~log.before(start)
+    if name == "valid":
+        asked &= log.before(split.test_day)
     requests: Requests = getattr(split, name)
     requests = requests.take(requests.has_dislikes)
-    days = log.day
     events = first_feedback(log)
-    events = events[(days[events] >= start) & (days[events] < stop)]
+    events = events[asked[events]]
     if len(events) == 0:
         raise InputError(f"evaluation: {name} has no first like or dislike, expected at least one")
     moments = log.moments(context)
     events = events[np.lexsort((log.item[events], log.user[events], moments[events]))]
     cold = np.ones(log.n_items, dtype=bool)
-    cold[log.item[days < split.valid_day]] = False
+    cold[log.item[log.before(split.valid_day)]] = False
     pool_request, pool_items, redrawn, dropped = _pools(log, requests, seed)
     return EvalSet(
         name=name,

@@ -37,6 +37,7 @@ def append_events(
     path = Path(path)
     with locked(path):
         data = Dataset.open(path)
+        data.refuse_communities()
         manifest, log = data.manifest, events.log
         if events.item_ids != data.items.ids:
             raise InputError(f"{path}: found events on other items, expected the {len(data.items.ids)} of {MANIFEST}")

@@ -22,7 +22,7 @@ from negfast.data.dataset import (
     write_dataset,
 )
 from negfast.data.items import ItemTable
-from negfast.data.log import EventLog
+from negfast.data.log import DAY, Cuts, EventLog
 from negfast.data.split import Split, all_requests, split_requests
 from negfast.errors import InputError
 from negfast.files import atomic_directory, check_output
@@ -33,21 +33,29 @@ from negfast.prepare.events import (
     ItemMapping,
     Report,
     Selection,
+    check_column,
+    read_column,
     read_events,
     read_items,
 )
 
+WITHIN = (0.76, 0.88)  # shares of a community's events before valid and before test, with --split-within
 SHARES = np.array([0.60, 0.15, 0.25])  # of train, valid and test in the user-days with a dislike ahead
 FEW = 100  # user-days with a dislike ahead: a part with fewer says little
 
 
 @dataclass(frozen=True)
 class SplitSettings:
-    """Horizon in days; first day of valid and test as ISO dates, chosen from the log where None."""
+    """Horizon in days; first day of valid and test as ISO dates, chosen from the log where None.
+
+    ``within`` names a column of the items or events: in each of its communities the first 76 % of the events in time
+    are train, those up to 88 % valid and the rest test.
+    """
 
     horizon: int = 7
     valid: str | None = None
     test: str | None = None
+    within: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,17 @@ def prepare(
     items = None if items_path is None else read_items(items_path, item_mapping, item_embedding)
     if items is None and item_embedding is not None:
         raise InputError(f"{item_embedding}: an item embedding needs an item table (--items)")
+    of_item = None
+    if split.within is not None and items_path is not None:
+        of_item = read_column(items_path, item_mapping, split.within)
+    if split.within is not None and of_item is None:
+        check_column(event_files[0], items_path, mapping, split.within)
+        mapping = replace(mapping, community=split.within)
     events, all_items = read_events(event_files, mapping, items, report, selection)
+    if of_item is not None:
+        events = replace(
+            events, community=np.array([of_item.get(i, "") for i in all_items.ids], object)[events.log.item]
+        )
     events = drop_repeats(events, selection, report)
     names = ["events", *(f"events {number}" for number in range(2, len(event_files) + 1))]
     sources = {**dict(zip(names, event_files, strict=True)), "items": items_path, "item_embedding": item_embedding}
@@ -108,7 +126,13 @@ def build(
         if count < 2:
             raise InputError(f"the log has {count} {what}, expected at least 2")
     report_log(log, items, report)
-    horizon, valid_day, test_day = choose_split(log, split, report)
+    said: dict[str, Any] = {}
+    if split.within is None:
+        horizon, valid_day, test_day = choose_split(log, split, report)
+    else:
+        cuts, said = split_within(events, split.within, report)
+        log = replace(log, cuts=cuts)
+        horizon, valid_day, test_day = split.horizon, cuts.valid_day, cuts.valid_day + 1
     report_split(split_requests(log, horizon, valid_day, test_day), report)
     from negfast.sid.build import build_semantic_ids  # imports torch and faiss, which bad input need not wait for
 
@@ -119,7 +143,7 @@ def build(
             **described,
             "counts": counts(log),
             "days": {"first": date_of(log.day.min()), "last": date_of(log.day.max())},
-            "split": {"horizon": horizon, "valid": date_of(valid_day), "test": date_of(test_day)},
+            "split": {"horizon": horizon, "valid": date_of(valid_day), "test": date_of(test_day), **said},
             "semantic_ids": {**asdict(semantic_ids), "report": sids.report},
         }
         tensors = {"codes": sids.codes, "embedding": sids.embedding, **sids.quantizer.tensors()}
@@ -145,7 +169,8 @@ def drop_repeats(events: Events, selection: Selection | None, report: Report) ->
     repeats = events.log.repeats()
     selection.left_out["repeats"] = int(repeats.sum())
     report(f"repeats: {repeats.sum():,} events dropped that are the same as an earlier one, second and all")
-    return replace(events, log=events.log.without(repeats))
+    community = None if events.community is None else events.community[~repeats]
+    return replace(events, log=events.log.without(repeats), community=community)
 
 
 def summary(data: Dataset, selection: Selection, said: Sequence[str]) -> dict[str, Any]:
@@ -221,6 +246,39 @@ def choose_split(log: EventLog, settings: SplitSettings, report: Report) -> tupl
     chosen = "" if settings.valid and settings.test else " (chosen from the log; --valid and --test set it)"
     report(f"split: horizon {horizon} days, valid from {date_of(valid)}, test from {date_of(test)}{chosen}")
     return horizon, valid, test
+
+
+def split_within(events: Events, column: str, report: Report) -> tuple[Cuts, dict[str, Any]]:
+    """Where each community's parts begin and end, and what the manifest says of it.
+
+    InputError where an event has no community, or a user or item has two: nothing may cross.
+    """
+    log, community = events.log, events.community
+    assert community is not None
+    names, of_event = np.unique(community.astype(str), return_inverse=True)
+    if (missing := np.flatnonzero(community == "")).size:
+        raise InputError(f"--split-within {column!r}: item {events.item_ids[log.item[missing[0]]]!r} has none")
+    for what, of, ids in (("user", log.user, events.user_ids), ("item", log.item, events.item_ids)):
+        kept = np.zeros(len(ids), np.int64)
+        kept[of] = of_event
+        if (crossing := np.flatnonzero(kept[of] != of_event)).size:
+            row = crossing[0]
+            raise InputError(
+                f"--split-within {column!r}: {what} {ids[of[row]]!r} has events in {names[of_event[row]]!r} and in "
+                f"{names[kept[of[row]]]!r}, expected one community for each user and item"
+            )
+    moments = np.empty((len(names), 3), np.int64)
+    for number in range(len(names)):
+        time = np.sort(log.time[of_event == number])
+        moments[number, :2] = time[[int(share * len(time)) for share in WITHIN]]
+        moments[number, 2] = (time[-1] // DAY + 1) * DAY
+    of_user = np.zeros(log.n_users, np.int64)
+    of_user[log.user] = of_event
+    report(
+        f"split: within {len(names):,} communities ({column}), valid from {WITHIN[0]:.0%} and test from "
+        f"{WITHIN[1]:.0%} of each one's events on"
+    )
+    return Cuts(int(log.day.max()) + 1, moments[of_user]), {"within": column, "communities": len(names)}
 
 
 def _balanced_days(log: EventLog, horizon: int, valid: int | None, test: int | None) -> tuple[int, int]:

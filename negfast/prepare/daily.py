@@ -68,6 +68,7 @@ def prepare_like(
     """
     check_replaceable(out, force)
     old = Dataset.open(data_folder(like))
+    old.refuse_communities()
     day = _read_day(old, files, items_path, report, selection)
     items, new_items = _all_items(old.items, day, report)
     log, user_ids, held = _joined_log(old, day, items, report)

@@ -43,6 +43,7 @@ class EventMapping:
     item: str = "item"
     time: str = "time"
     value: str | None = None
+    community: str | None = None  # of --split-within, where it is a column of the events
     time_unit: str = "auto"
     columns: tuple[str, ...] | None = None  # names of the columns of a file without header
     separator: str | None = None
@@ -83,6 +84,7 @@ class Events:
     log: EventLog
     user_ids: list[str]
     item_ids: list[str]
+    community: np.ndarray | None = None  # object [N], the community of every event, where the log is split within them
 
 
 def read_events(
@@ -166,7 +168,7 @@ def event_columns(mapping: EventMapping) -> list[str]:
             raise InputError(f"--{name}-column {column!r}: found for two of user, item and time")
     rules = (*mapping.dislike, *mapping.like)
     columns = [mapping.user, mapping.item, mapping.time, *(rule.column for rule in rules)]
-    return columns + ([mapping.value] if mapping.value else [])
+    return columns + [name for name in (mapping.value, mapping.community) if name]
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,7 @@ class _Columns:
     feedback: np.ndarray  # uint8 [N]
     of_rule: dict[str, Encoded]
     value: np.ndarray | None  # float32 [N]
+    community: np.ndarray | None  # object [N]
 
 
 def _columns(
@@ -201,7 +204,11 @@ def _columns(
     rest = EXPOSED if mapping.like else REST[mapping.rest]
     kinds = feedback(of_rule, mapping.dislike, mapping.like, rest, bad, must_hold)
     value = None if mapping.value is None else _values(encode(source, mapping.value), bad)
-    return _Columns(user, item, ticks, per_second, kinds, of_rule, value)
+    community = None
+    if mapping.community is not None:
+        column = encode(source, mapping.community)
+        community = np.array(_take(to_strings(column).to_pylist(), column.codes, ""), object)
+    return _Columns(user, item, ticks, per_second, kinds, of_rule, value, community)
 
 
 def index_events(
@@ -238,7 +245,8 @@ def index_events(
         None if value is None else value[order],
         len(item_ids),
     )
-    return Events(log, list(user_ids), list(item_ids))
+    community = None if columns.community is None else columns.community[order]
+    return Events(log, list(user_ids), list(item_ids), community)
 
 
 def _refuse_without(columns: _Columns, mapping: EventMapping, report: Report) -> None:
@@ -303,6 +311,24 @@ def read_items(path: Path, mapping: ItemMapping, embedding: Path | None = None, 
         text = _take(to_strings(column).to_pylist(), column.codes, "")
     attributes = {name: _attribute(source, name, separator) for name, separator in mapping.attributes}
     return ItemTable(ids, text, attributes, None if embedding is None else read_embedding(embedding, len(ids)))
+
+
+def read_column(path: Path, mapping: ItemMapping, name: str) -> dict[str, str] | None:
+    """The value of a column for every item of an item file, "" where it has none; None without such a column."""
+    if name not in (mapping.columns or file_columns(path, mapping.separator)):
+        return None
+    source = read_table(path, [mapping.id, name], names=mapping.columns, separator=mapping.separator, multiline=True)
+    column = encode(source, name)
+    values = _take(to_strings(column).to_pylist(), column.codes, "")
+    return dict(zip(_unique_ids(encode(source, mapping.id)), values, strict=True))
+
+
+def check_column(path: Path, items: Path | None, mapping: EventMapping, name: str) -> None:
+    """InputError where the event file at ``path`` has no column ``name`` for --split-within."""
+    present = mapping.columns or file_columns(path, mapping.separator)
+    if name not in present:
+        where = path if items is None else f"{items} and {path}"
+        raise InputError(f"{where}: no column {name!r} for --split-within; the events have {', '.join(present)}")
 
 
 def with_attributes(mapping: ItemMapping, path: Path, given: Sequence[str]) -> ItemMapping:

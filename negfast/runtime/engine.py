@@ -10,7 +10,7 @@ import torch
 from negfast.config import Config
 from negfast.data.dataset import Dataset
 from negfast.data.features import HistoryFeatures
-from negfast.data.log import DISLIKE, LIKE, EventLog
+from negfast.data.log import DAY, DISLIKE, LIKE, EventLog
 from negfast.data.split import Requests, Split, all_requests
 from negfast.errors import InputError
 from negfast.memory import available_memory
@@ -93,13 +93,13 @@ def build_engine(
 def requests_before(data: Dataset, fit_until: int) -> Requests:
     """Every active user-day whose future ends before ``fit_until``."""
     requests = all_requests(data.log, data.horizon)
-    return requests.take(requests.day.astype(np.int64) + data.horizon < fit_until)
+    return requests.take(requests.moment + data.horizon * DAY <= data.log.cut(fit_until)[requests.user])
 
 
 def history_features(data: Dataset, fit_until: int, context: str) -> HistoryFeatures:
     """Features of the verdict's prior, smoothed towards the rates and values of the events before ``fit_until``."""
     log = data.log
-    early = (log.day < fit_until) & log.judged
+    early = log.before(fit_until) & log.judged
     rate = float((log.feedback[early] == DISLIKE).mean()) if early.any() else 0.5
     value = np.zeros(0) if log.value is None else log.value[early]
     known = value[np.isfinite(value)]

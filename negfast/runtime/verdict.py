@@ -58,8 +58,7 @@ def first_feedback_candidates(
     the context, and whether each is a dislike, float32 [E]; of the items of the mask ``among`` bool [I] alone, where
     given."""
     rows = first_feedback(log)
-    days = log.day
-    rows = rows[(days[rows] >= from_day) & (days[rows] < before_day)]
+    rows = rows[(log.before(before_day) & ~log.before(from_day))[rows]]
     if among is not None:
         rows = rows[among[log.item[rows]]]
     labels = (log.feedback[rows] == DISLIKE).astype(np.float32)
@@ -72,8 +71,8 @@ def shown_candidates(log: EventLog, context: str, from_day: int, before_day: int
     key = log.user.astype(np.int64) * log.n_items + log.item
     rows = np.flatnonzero(log.feedback != WITHDRAWN)
     rows = rows[np.sort(np.unique(key[rows], return_index=True)[1])]
+    rows = rows[(log.before(before_day) & ~log.before(from_day))[rows]]
     days = log.day
-    rows = rows[(days[rows] >= from_day) & (days[rows] < before_day)]
     disliked = log.feedback == DISLIKE
     last = int(days.max()) + 1
     same_day = np.isin(key[rows] * last + days[rows], key[disliked] * last + days[disliked])

@@ -66,7 +66,7 @@ def embed_items(
         blocks["own"] = items.embedding.astype(np.float32)
         placed |= blocks["own"].any(axis=1)
     known = np.zeros(len(items), dtype=bool)
-    known[log.item[log.day < valid_day]] = True
+    known[log.item[log.before(valid_day)]] = True
     bare = np.array([not text.strip() for text in items.text], dtype=bool)  # attributes alone say little
     if items.embedding is not None:
         bare &= ~blocks["own"].any(axis=1)
@@ -161,7 +161,7 @@ def embed_cooccurrence(log: EventLog, valid_day: int, seed: int = 0) -> np.ndarr
 
     Two items are close if the same users met them; a user who met everything says little.
     """
-    early = log.day < valid_day
+    early = log.before(valid_day)
     shape = (log.n_items, log.n_users)
     met = sp.csr_matrix((np.ones(int(early.sum())), (log.item[early], log.user[early])), shape=shape)
     met.data[:] = 1.0  # repeated feedback counts once

@@ -201,7 +201,7 @@ def held_out_items(engine: Engine) -> np.ndarray:
 
 def disliked_items(log: EventLog, before_day: int) -> tuple[np.ndarray, np.ndarray]:
     """The distinct items that each user disliked before a day, int64 [U + 1] offsets and items."""
-    rows = (log.feedback == DISLIKE) & (log.day < before_day)
+    rows = (log.feedback == DISLIKE) & log.before(before_day)
     pairs = np.unique(log.user[rows].astype(np.int64) * log.n_items + log.item[rows])
     counts = np.bincount(pairs // log.n_items, minlength=log.n_users)
     return np.concatenate([[0], np.cumsum(counts)]), pairs % log.n_items

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 
-from negfast.data.dataset import Dataset, date_of, day_of, refuse_data_folder
+from negfast.data.dataset import Dataset, date_of, refuse_data_folder
 from negfast.errors import InputError
 from negfast.evaluate.predictions import calibrate, calibrate_shown
 from negfast.evaluate.sets import engine_set
@@ -26,7 +26,7 @@ def start_refit(
     """
     source.require_finished()
     dataset = Dataset.open(source.data)
-    until = day_of(dataset.manifest["days"]["last"]) + 1 if whole_log else dataset.test_day
+    until = dataset.end_day if whole_log else dataset.test_day
     if run.exists:
         if run.refit is None or (run.path / run.refit.of).resolve() != source.path.resolve():
             raise InputError(f"{run.path}: found another run, expected nothing or the refit of {source.path}")

@@ -27,7 +27,7 @@ def knn_predictions(log: EventLog, evalsets: Sequence[EvalSet], fit_until: int) 
     }
     predictions: list[dict[str, Predictions]] = [{} for _ in evalsets]
     for name, counted in (("knn-dislikes", log.feedback == DISLIKE), ("knn-all", np.ones(len(log), dtype=bool))):
-        known = np.flatnonzero(counted & (log.day < fit_until))
+        known = np.flatnonzero(counted & log.before(fit_until))
         consumed = _incidence(log.user[known], log.item[known], (log.n_users, log.n_items))
         for evalset, of_set in zip(evalsets, predictions, strict=True):
             generated = _generate(log, evalset.requests, counted, consumed, busiest_first)

@@ -65,7 +65,7 @@ def fit_scorers(log: EventLog, items: ItemTable, fit_until: int, context: str) -
     """The dislike probability of (user, item) from events before the moment in ``context``, by each baseline."""
     events = first_feedback(log)
     days = log.day
-    events = events[days[events] < fit_until]
+    events = events[log.before(fit_until)[events]]
     dislike = log.feedback[events] == DISLIKE
     value = log.value[events] if log.value is not None else np.zeros(0)
     features = HistoryFeatures(

@@ -57,7 +57,7 @@ def sasrec_predictions(
     predictions: list[dict[str, Predictions]] = [{} for _ in evalsets]
     for name, settings in DEFAULTS.items():
         sequences = Sequences.of(log, KINDS[name])
-        if not (sequences.day < fit_until).any():
+        if not sequences.known(fit_until).any():
             continue
         model = fit_sasrec(sequences, fit_until, settings, seed)
         for evalset, of_set in zip(evalsets, predictions, strict=True):
@@ -74,6 +74,8 @@ class Sequences:
     day: np.ndarray  # int32 [M]
     mass: np.ndarray  # float32 [D, I], log decayed mass of the counted events at the end of each day
     first_day: int  # of ``mass``: the day before the log's first
+    log: EventLog
+    rows: np.ndarray  # int64 [M], of the events in ``log``
 
     @classmethod
     def of(cls, log: EventLog, kinds: Sequence[int]) -> "Sequences":
@@ -85,7 +87,11 @@ class Sequences:
         offsets = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=log.n_users))])
         low, high = int(log.day.min()) - 1, int(log.day.max())
         mass = sum(decayed_mass(log, kind, HALF_LIFE, low, high) for kind in kinds)
-        return cls(offsets, log.item[rows], log.day[rows], np.log(mass + MASS_EPS).astype(np.float32), low)
+        return cls(offsets, log.item[rows], log.day[rows], np.log(mass + MASS_EPS).astype(np.float32), low, log, rows)
+
+    def known(self, fit_until: int) -> np.ndarray:
+        """Which of the events may be learned from, bool [M]."""
+        return self.log.before(fit_until)[self.rows]
 
 
 class SasRec(nn.Module):
@@ -138,7 +144,7 @@ def fit_sasrec(
 
 def training_windows(sequences: Sequences, fit_until: int, length: int) -> np.ndarray:
     """Windows (first event, one past the last) of at most ``length`` events before ``fit_until``, int64 [W, 2]."""
-    known = np.concatenate([[0], np.cumsum(sequences.day < fit_until)])
+    known = np.concatenate([[0], np.cumsum(sequences.known(fit_until))])
     begin = sequences.offsets[:-1]
     count = known[sequences.offsets[1:]] - known[begin]  # a user's events are in order, so the known ones come first
     parts = -(-count // length)
