@@ -26,6 +26,7 @@ constexpr double kDay = 86'400;
 constexpr double kPseudoEvents = 5, kCellPseudoEvents = 3;  // at the prior rate, mixed into a mean
 constexpr float kPairWeight = 0.5f, kTextWeight = 0.3f;     // added to the weights that a mean is divided by
 constexpr float kPenalty = 2;                               // of the ridge regression
+constexpr float kStep = 0.4f, kShrink = 0.003f, kStart = 0.2f;  // of the factorisation; kStart: range of first factors
 constexpr float kLately = 0.15f, kLatelyAll = 0.005f;       // weight of the newest event in a running mean
 constexpr size_t kAhead = 12;                               // events whose memory is fetched early
 
@@ -41,6 +42,7 @@ struct User {
   Sketch sketch, taste;   // s_u; sum r_uj times the sketch of item j
   Lanes inverse[kRidge];  // of the ridge regression's Gram matrix
   Lanes weights = {};     // of the ridge regression
+  Lanes factors;          // p_u
   int32_t item[kRecent];
   float residual[kRecent];
   uint64_t judged = 0;  // `item` and `residual` hold the last of so many
@@ -52,6 +54,7 @@ struct User {
 
 struct Item {
   Sketch sketch, opinion;  // sum r_vi h_v, h_v the signs of user v; t_i
+  Lanes factors;           // q_i
   float weight = 0;        // sum |r_vi| |s_v|
   float lately;
   int64_t first = kNever;
@@ -108,6 +111,14 @@ NEGFAST_INLINE void add_signs(Sketch& to, float scale, uint64_t number) {
   }
 }
 
+// First factors: small random numbers, made of a number alone.
+inline void start(Lanes& factors, uint64_t number) {
+  for (size_t l = 0; l < kLanes; ++l) {
+    const auto bits = static_cast<float>(mixed(~(number * kLanes + l)) >> 40);  // below 2^24
+    factors[l] = kStart * (bits / 16'777'216 - 0.5f);
+  }
+}
+
 NEGFAST_INLINE double logit_rate(double count, double dislikes, double prior) {
   const double rate = (dislikes + kPseudoEvents * prior) / (count + kPseudoEvents);
   return std::log(rate / (1 - rate));
@@ -132,16 +143,20 @@ class State {
         text_(about.items),
         cells_(about.cells),
         lately_(static_cast<float>(about.prior)) {
-    for (User& user : users_) {
+    for (size_t u = 0; u < about.users; ++u) {
+      User& user = users_[u];
+      start(user.factors, 2 * u + 1);
       for (size_t f = 0; f < kRidge; ++f) {
         user.inverse[f] = Lanes{};
         user.inverse[f][f] = 1 / kPenalty;
       }
       user.lately = lately_;
     }
-    for (Item& item : items_) item.lately = lately_;
-    for (size_t i = 0; i < about.items; ++i)
+    for (size_t i = 0; i < about.items; ++i) {
+      start(items_[i].factors, 2 * i);
+      items_[i].lately = lately_;
       for (size_t f = 0; f < kText; ++f) text_[i].part[f / kLanes][f % kLanes] = about.text[i * kText + f];
+    }
   }
 
   NEGFAST_INLINE void fetch_early(int32_t user, int32_t item) const {
@@ -161,26 +176,27 @@ class State {
     const Item& item = items_[i];
     by_pairs(dot(user.sketch, item.opinion), length(user.sketch), length(item.opinion), item.weight, out);
     by_pairs(dot(item.sketch, user.taste), length(item.sketch), length(user.taste), user.weight, out + 3);
+    out[6] = sum(user.factors * item.factors);
     float total = 0, weight = 0;
     for (size_t k = 0; k < std::min<uint64_t>(user.judged, kRecent); ++k) {
       const float cosine = std::max(dot(text_[i], text_[user.item[k]]), 0.0f), kernel = cosine * cosine * cosine;
       total += kernel * user.residual[k];
       weight += kernel;
     }
-    out[6] = total / (weight + kTextWeight);
-    out[7] = weight;
-    out[8] = sum(user.weights * text_[i].part[0]);
+    out[7] = total / (weight + kTextWeight);
+    out[8] = weight;
+    out[9] = sum(user.weights * text_[i].part[0]);
     for (size_t level = 0; level < 2; ++level) {
       const Cell& cell = cells_[about_.cell[2 * i + level]];
-      out[9 + level] = static_cast<float>(cell.excess / (cell.count + kCellPseudoEvents));
-      out[11] = static_cast<float>(cell.count);
+      out[10 + level] = static_cast<float>(cell.excess / (cell.count + kCellPseudoEvents));
+      out[12] = static_cast<float>(cell.count);
     }
-    out[12] = user.lately;
-    out[13] = item.lately;
-    out[14] = lately_;
-    out[15] = days(user.last, moment);
-    out[16] = days(user.last_dislike, moment);
-    out[17] = days(item.first, moment);
+    out[13] = user.lately;
+    out[14] = item.lately;
+    out[15] = lately_;
+    out[16] = days(user.last, moment);
+    out[17] = days(user.last_dislike, moment);
+    out[18] = days(item.first, moment);
   }
 
   NEGFAST_INLINE void learn(const Change& change) {
@@ -193,7 +209,10 @@ class State {
     add(user.taste, r, item.sketch);
     add_signs(user.sketch, r, 2 * static_cast<uint64_t>(change.item));
     add_signs(item.sketch, r, 2 * static_cast<uint64_t>(change.user) + 1);
-    if (change.is_first) regress(user, text_[change.item].part[0], r);
+    if (change.is_first) {
+      regress(user, text_[change.item].part[0], r);
+      factorise(user.factors, item.factors, r);
+    }
     user.item[user.judged % kRecent] = change.item;
     user.residual[user.judged++ % kRecent] = r;
     user.count += change.judged;
@@ -229,6 +248,15 @@ class State {
     const float scale = 1 / (1 + std::max(sum(gain * x), 0.0f));
     user.weights += gain * (scale * (residual - sum(user.weights * x)));
     for (size_t f = 0; f < kRidge; ++f) user.inverse[f] -= gain[f] * gain * scale;
+  }
+
+  // One implicit gradient step, which cannot overshoot (Kulis and Bartlett 2010).
+  NEGFAST_INLINE static void factorise(Lanes& p, Lanes& q, float residual) {
+    const float error = residual - sum(p * q), curvature = sum(p * p) + sum(q * q);
+    const float step = kStep * error / (1 + kStep * curvature);
+    const Lanes before = p;
+    p += step * q - kStep * kShrink * p;
+    q += step * before - kStep * kShrink * q;
   }
 
   const EvidenceItems& about_;

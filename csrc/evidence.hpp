@@ -4,7 +4,8 @@
 // items j it judged, g_j random signs; an item's t_i = sum r_vi s_v over those who judged it. Then <s_u, t_i> estimates
 // the sum over others v of r_vi times <what u said, what v said>, the numerator of a user-user neighbourhood (AMS
 // sketch, Alon, Matias and Szegedy 1996). The same with users and items exchanged: how u judged items judged alike.
-// Memory is linear in users + items, time linear in events.
+// Beside it a factorisation r_ui ~ <p_u, q_i> by stochastic gradients, one step an event. Memory is linear in users +
+// items, time linear in events.
 #pragma once
 
 #include <cstddef>
@@ -17,7 +18,7 @@ constexpr size_t kSketch = 256;   // numbers of a sketch
 constexpr size_t kText = 32;      // numbers of an item's text vector
 constexpr size_t kRidge = 16;     // the first of them, which the ridge regression sees
 constexpr size_t kRecent = 32;    // a user's last judgements, compared by text
-constexpr size_t kEvidence = 18;  // columns of an answer
+constexpr size_t kEvidence = 19;  // columns of an answer
 
 // Likes, dislikes and withdrawals in order of time.
 struct EvidenceEvents {

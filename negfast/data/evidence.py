@@ -5,6 +5,7 @@ The columns, of a user u, an item i and a moment:
 
 - three of how people who judged like u judged i, and three of how u judged items judged like i: the sum over pairs of
   judgements, their cosine, and the sum over its weight. Both are neighbourhoods, estimated from sketches of fixed size.
+- the same by a factorisation of the residuals that takes one gradient step an event.
 - how u judged items of like text, by the cube of the cosine of their text vectors, and the weight of that; a ridge
   regression of u's residuals on text.
 - what everyone said of items of like text, above the prior rate: those with the same first code of the semantic ID,

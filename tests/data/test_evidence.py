@@ -30,16 +30,27 @@ def random_items(seed: int, items: int = ITEMS) -> ItemTable:
     return ItemTable([str(i) for i in range(items)], [""] * items, vectors=vectors, codes=codes)
 
 
+def mixed(x: int) -> int:
+    """SplitMix64."""
+    x = (x + 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return x ^ (x >> 31)
+
+
 def signs(number: int) -> np.ndarray:
     """The random signs of 2 * item or 2 * user + 1."""
     out = []
     for part in range(SKETCH // 16):
-        x = (number * (SKETCH // 16) + part + 0x9E3779B97F4A7C15) % 2**64
-        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
-        bits = (x ^ (x >> 31)) >> 32
+        bits = mixed(number * (SKETCH // 16) + part) >> 32
         out += [-1.0 if bits >> lane & 1 else 1.0 for lane in range(16)]
     return np.array(out) / np.sqrt(SKETCH)
+
+
+def first_factors(number: int) -> np.ndarray:
+    """Of 2 * item or 2 * user + 1."""
+    mixes = [mixed(2**64 - 1 - (number * 16 + lane)) for lane in range(16)]
+    return np.array([0.2 * ((x >> 40) / 2**24 - 0.5) for x in mixes])
 
 
 def text_vectors(items: ItemTable) -> np.ndarray:
@@ -71,6 +82,8 @@ class Reading:
         self.weight_u, self.weight_i = np.zeros(log.n_users), np.zeros(log.n_items)
         self.changes: list[tuple[int, int, float]] = []
         self.regressed: list[tuple[int, int, float]] = []
+        self.factors_u = np.array([first_factors(2 * u + 1) for u in range(log.n_users)])
+        self.factors_i = np.array([first_factors(2 * i) for i in range(log.n_items)])
 
     def rate(self, of: str, number: int) -> float:
         labels = [x for (u, i), x in self.label.items() if (u if of == "user" else i) == number]
@@ -95,6 +108,10 @@ class Reading:
             self.changes.append((u, i, change))
             if first and feedback != WITHDRAWN:
                 self.regressed.append((u, i, r))
+                p, q = self.factors_u[u].copy(), self.factors_i[i].copy()
+                step = 0.4 * (r - p @ q) / (1 + 0.4 * (p @ p + q @ q))
+                self.factors_u[u] += step * q - 0.4 * 0.003 * p
+                self.factors_i[i] += step * p - 0.4 * 0.003 * q
             self.expected[u, i], self.residual[u, i] = expected[u, i], r
             self.label.pop((u, i), None)
             if feedback != WITHDRAWN:
@@ -109,6 +126,7 @@ class Reading:
         ):
             length = np.linalg.norm(a)
             out += [a @ b, a @ b / (length * np.linalg.norm(b) + 1e-3), a @ b / (length * weight + 0.5)]
+        out.append(float(self.factors_u[u] @ self.factors_i[i]))
         mine = [(j, change) for v, j, change in self.changes if v == u][-RECENT:]
         kernel = [max(self.text[i] @ self.text[j], 0) ** 3 for j, _ in mine]
         out += [sum(k * change for k, (_, change) in zip(kernel, mine, strict=True)) / (sum(kernel) + 0.3), sum(kernel)]
@@ -152,7 +170,7 @@ def test_evidence_is_that_of_a_loop_over_the_events(seed: int, context: str) -> 
             done = end
         expected = np.array(reading.answer(int(user[q]), int(item[q]), int(moment[q])))
         np.testing.assert_allclose(got[q], expected, rtol=2e-4, atol=2e-5)
-    assert done > 0.8 * len(events) and np.abs(got[:, [0, 3, 6, 8]]).max(0).min() > 0.01
+    assert done > 0.8 * len(events) and np.abs(got[:, [0, 3, 6, 7, 9]]).max(0).min() > 0.01
 
 
 def test_nothing_of_the_second_itself_or_later_counts_and_how_it_is_asked_does_not_matter() -> None:
