@@ -189,14 +189,13 @@ class State {
     for (size_t level = 0; level < 2; ++level) {
       const Cell& cell = cells_[about_.cell[2 * i + level]];
       out[10 + level] = static_cast<float>(cell.excess / (cell.count + kCellPseudoEvents));
-      out[12] = static_cast<float>(cell.count);
     }
-    out[13] = user.lately;
-    out[14] = item.lately;
-    out[15] = lately_;
-    out[16] = days(user.last, moment);
-    out[17] = days(user.last_dislike, moment);
-    out[18] = days(item.first, moment);
+    out[12] = user.lately;
+    out[13] = item.lately;
+    out[14] = lately_;
+    out[15] = days(user.last, moment);
+    out[16] = days(user.last_dislike, moment);
+    out[17] = days(item.first, moment);
   }
 
   NEGFAST_INLINE void learn(const Change& change) {

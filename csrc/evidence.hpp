@@ -18,7 +18,7 @@ constexpr size_t kSketch = 256;   // numbers of a sketch
 constexpr size_t kText = 32;      // numbers of an item's text vector
 constexpr size_t kRidge = 16;     // the first of them, which the ridge regression sees
 constexpr size_t kRecent = 32;    // a user's last judgements, compared by text
-constexpr size_t kEvidence = 19;  // columns of an answer
+constexpr size_t kEvidence = 18;  // columns of an answer
 
 // Likes, dislikes and withdrawals in order of time.
 struct EvidenceEvents {

@@ -9,7 +9,7 @@ The columns, of a user u, an item i and a moment:
 - how u judged items of like text, by the cube of the cosine of their text vectors, and the weight of that; a ridge
   regression of u's residuals on text.
 - what everyone said of items of like text, above the prior rate: those with the same first code of the semantic ID,
-  those with the same first two, and how often these were judged.
+  and those with the same first two.
 - running means of the dislikes of u, of i and of all; days since u last judged, since u last disliked, and since i was
   first judged (NaN: never).
 

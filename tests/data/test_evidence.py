@@ -136,7 +136,6 @@ class Reading:
         for level in (1, 2):
             labels = [x for (_, j), x in self.label.items() if (self.codes[j, :level] == self.codes[i, :level]).all()]
             out.append(sum(x - PRIOR for x in labels) / (len(labels) + 3))
-        out.append(len(labels))
         for number in (lambda e: e[0] == u, lambda e: e[1] == i, lambda e: True):
             mean, share = PRIOR, 0.005 if number((-1, -1)) else 0.15
             for event in self.events:
