@@ -28,7 +28,7 @@ constexpr float kPairWeight = 0.5f, kTextWeight = 0.3f;     // added to the weig
 constexpr float kPenalty = 2;                               // of the ridge regression
 constexpr float kStep = 0.4f, kShrink = 0.003f, kStart = 0.2f;  // of the factorisation; kStart: range of first factors
 constexpr float kLately = 0.15f, kLatelyAll = 0.005f;       // weight of the newest event in a running mean
-constexpr size_t kAhead = 12;                               // events whose memory is fetched early
+constexpr size_t kAhead = 4;                                // events whose memory is fetched early
 
 template <size_t width>
 struct alignas(64) Vector {

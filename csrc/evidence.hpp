@@ -14,7 +14,7 @@
 
 namespace negfast {
 
-constexpr size_t kSketch = 256;   // numbers of a sketch
+constexpr size_t kSketch = 128;   // numbers of a sketch
 constexpr size_t kText = 32;      // numbers of an item's text vector
 constexpr size_t kRidge = 16;     // the first of them, which the ridge regression sees
 constexpr size_t kRecent = 32;    // a user's last judgements, compared by text

@@ -10,7 +10,7 @@ from negfast.data.items import ItemTable
 from negfast.data.log import DAY, DISLIKE, EXPOSED, LIKE, WITHDRAWN, EventLog
 
 USERS, ITEMS, EVENTS, PRIOR = 12, 15, 500, 0.3
-SKETCH, TEXT, RIDGE, RECENT = 256, 32, 16, 32
+SKETCH, TEXT, RIDGE, RECENT = 128, 32, 16, 32
 
 
 def random_log(seed: int, users: int = USERS, items: int = ITEMS, events: int = EVENTS) -> EventLog:
