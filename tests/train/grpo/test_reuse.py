@@ -53,8 +53,8 @@ def test_static_shapes_give_the_same_step(beta):
         gradients = torch.autograd.grad(taken.terms.loss, parameters, allow_unused=True)
         steps.append((taken.rollout.items, taken.terms.loss, gradients))
         assert (len(taken.rollout.rows[1]) == 18) == static  # the other shares rows
-    (items, loss, wanted), (other_items, other_loss, found) = steps
-    assert torch.equal(items, other_items) and abs(loss - other_loss) <= 1e-12
+    (items, value, wanted), (other_items, other_value, found) = steps
+    assert torch.equal(items, other_items) and abs(value - other_value) <= 1e-12
     for want, got in zip(wanted, found, strict=True):
         assert (want is None) == (got is None)
         assert want is None or (got - want).abs().max() <= 1e-10 * want.abs().max().clamp_min(1e-12)
