@@ -320,16 +320,25 @@ def test_output_inside_a_run_or_a_data_set(folder, tiny_data):
         assert "exists and is no data set" in refused(folder, folder / "log.csv", *force, out="run")
 
 
-@pytest.mark.parametrize("writer", ["save_file", "write_table", "write_shard"])
+WRITERS = {
+    "duckdb": "negfast.prepare.sorter.LogSorter.add",
+    "shard": "negfast.data.shards.ShardBuilder.finish",
+    "values": "negfast.prepare.writing.shutil.copyfileobj",
+    "tensors": "negfast.data.dataset.save_file",
+    "tables": "negfast.data.dataset.parquet.write_table",
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
 def test_a_full_disk_is_one_line(folder, monkeypatch, writer):
     """As each writer of a data set tells it."""
 
     def full(*_, **__):
-        if writer == "save_file":
+        if writer == "tensors":
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(f"negfast.data.dataset.{'parquet.' * (writer == 'write_table')}{writer}", full)
+    monkeypatch.setattr(WRITERS[writer], full)
     before = sorted(folder.rglob("*"))
     command = ["prepare", str(folder / "log.csv"), "--dislike", "rating<=5", "--value-column", "rating"]
     result = CliRunner().invoke(main, [*command, "--encoder", "tfidf", "--codebook", "8", "--out", str(folder / "out")])

@@ -206,18 +206,29 @@ def write_dataset(
     semantic_ids: dict[str, np.ndarray],
     manifest: dict[str, Any],
 ) -> None:
-    """Fills an empty directory; ``semantic_ids`` holds codes, embedding and the quantiser's tensors.
-
-    ``manifest`` is what is said of the data; the format version and the files' sizes and checksums are added.
-    The shard is written from the log in memory, which split and semantic IDs need whole; a log that does not fit is
-    for `negfast.data.shards.ShardBuilder`, and days that come later for `negfast.prepare.append.append_events`.
-    """
+    """Fills an empty directory from a log in memory; see `finish_dataset`. Days that come later are for
+    `negfast.prepare.append.append_events`."""
     write_shard(directory / EVENTS, log)
     if log.cuts is not None:
         save_file({"moments": log.cuts.moments}, directory / CUTS)
     if log.value is not None:
         save_file({"value": log.value}, directory / VALUES)
-    parquet.write_table(pa.table({"id": pa.array(user_ids, pa.string())}), directory / USERS, compression="zstd")
+    finish_dataset(directory, pa.array(user_ids, pa.string()), items, semantic_ids, manifest)
+
+
+def finish_dataset(
+    directory: Path,
+    user_ids: pa.StringArray,
+    items: ItemTable,
+    semantic_ids: dict[str, np.ndarray],
+    manifest: dict[str, Any],
+) -> None:
+    """Makes a data set of a directory that holds the events (EVENTS and, where there are values, VALUES).
+
+    ``semantic_ids`` holds codes, embedding and the quantiser's tensors. ``manifest`` is what is said of the data; the
+    format version and the files' sizes and checksums are added.
+    """
+    parquet.write_table(pa.table({"id": user_ids}), directory / USERS, compression="zstd")
     parquet.write_table(_item_table(items, semantic_ids["codes"]), directory / ITEMS, compression="zstd")
     save_file({k: np.ascontiguousarray(v) for k, v in semantic_ids.items()}, directory / SEMANTIC_IDS)
     if items.embedding is not None:

@@ -63,6 +63,13 @@ class Shard:
         """What the header of every file says, oldest file first, and its sizes by stream in bytes."""
         return self._core.files()
 
+    def offsets(self, users: np.ndarray) -> np.ndarray:
+        """Where the events of ``users`` int32 [B] begin, one history after another: int64 [B + 1]. InputError for a
+        user out of range."""
+        offsets = np.empty(len(users) + 1, dtype=np.int64)
+        self._core.offsets(users, offsets)
+        return offsets
+
     def get_many(
         self,
         users: np.ndarray | None = None,
@@ -78,8 +85,7 @@ class Shard:
         """
         if users is None:
             users = np.arange(self.n_users, dtype=np.int32)
-        offsets = np.empty(len(users) + 1, dtype=np.int64)
-        self._core.offsets(users, offsets)
+        offsets = self.offsets(users)
         n = int(offsets[-1])
         if out is None:
             out = np.empty(n, np.int32), np.empty(n, np.uint8), np.empty(n, np.int64)
@@ -102,8 +108,7 @@ class Shard:
         """
         if users is None:
             users = np.arange(self.n_users, dtype=np.int32)
-        offsets = np.empty(len(users) + 1, dtype=np.int64)
-        self._core.offsets(users, offsets)
+        offsets = self.offsets(users)
         if out is None:
             out = np.empty((int(offsets[-1]), item_tokens.shape[1]), dtype=item_tokens.dtype)
         elif out.dtype != item_tokens.dtype or out.shape[1] != item_tokens.shape[1]:

@@ -67,6 +67,91 @@ class Split:
     horizon: int  # days
 
 
+@dataclass(frozen=True)
+class DayCounts:
+    """How many users each day of a log has, the days from ``first`` (since 1970) on: enough to choose a split."""
+
+    first: int
+    active: np.ndarray  # int64 [D] users with an event on the day: its requests
+    with_dislikes: np.ndarray  # int64 [D] requests whose F is not empty
+    horizon: int  # days
+
+    @property
+    def last(self) -> int:
+        return self.first + len(self.active) - 1
+
+    @classmethod
+    def empty(cls, first: int, last: int, horizon: int) -> "DayCounts":
+        days = last - first + 1
+        return cls(first, np.zeros(days, np.int64), np.zeros(days, np.int64), horizon)
+
+    def add(self, log: EventLog) -> None:
+        """Counts users of whom this is all that they did."""
+        day = log.day.astype(np.int64) - self.first
+        key = log.user.astype(np.int64) * len(self.active) + day
+        active = key[np.append(True, key[1:] != key[:-1])]  # (user, day), ascending as the log is
+        pair = log.user.astype(np.int64) * log.n_items + log.item
+        disliked = np.flatnonzero(log.feedback == DISLIKE)
+        pairs, first_dislike = np.unique(pair[disliked], return_index=True)
+        first_dislike = day[disliked[first_dislike]]
+        place = np.minimum(np.searchsorted(pairs, pair), max(len(pairs) - 1, 0))
+        events = np.flatnonzero(pairs[place] == pair) if len(pairs) else disliked
+        first = np.full(len(pairs), NEVER)
+        np.minimum.at(first, place[events], day[events])
+        # The item is ahead from `horizon` days before its first dislike to its first event; see `all_requests`.
+        user = pairs // log.n_items * len(self.active)
+        begin = np.searchsorted(active, user + np.maximum(first_dislike - self.horizon, 0))
+        end = np.searchsorted(active, user + first)
+        ahead = np.zeros(len(active) + 1, np.int64)
+        np.add.at(ahead, begin, end > begin)
+        np.subtract.at(ahead, end, end > begin)
+        has_dislikes = np.cumsum(ahead)[:-1] > 0
+        self.active[:] += np.bincount(active % len(self.active), minlength=len(self.active))
+        self.with_dislikes[:] += np.bincount(active[has_dislikes] % len(self.active), minlength=len(self.active))
+
+    def parts(self, valid_day: int, test_day: int) -> dict[str, tuple[int, int]]:
+        """Requests of train, valid and test, and how many of them have dislikes. Raises InputError as
+        `split_requests` does."""
+        masks = part_masks(np.arange(self.first, self.last + 1), self.horizon, valid_day, test_day, self.last)
+        parts = {n: (int(self.active[mask].sum()), int(self.with_dislikes[mask].sum())) for n, mask in masks.items()}
+        for name, (requests, with_dislikes) in parts.items():
+            if with_dislikes == 0:
+                raise _empty_part(name, requests, self.horizon, self.first, self.last, valid_day, test_day)
+        return parts
+
+
+def part_masks(
+    day: np.ndarray, horizon: int, valid_day: int | np.ndarray, test_day: int | np.ndarray, last_day: int | np.ndarray
+) -> dict[str, np.ndarray]:
+    """Which requests of these days are of train, valid and test, bool; see `Split`. ``valid_day``, ``test_day`` and
+    ``last_day`` are the same for all or those of each request."""
+    day = day.astype(np.int64)
+    return {
+        "train": day + horizon < valid_day,
+        "valid": (valid_day <= day) & (day + horizon < test_day),
+        "test": (test_day <= day) & (day + horizon <= last_day),
+    }
+
+
+def user_part_masks(
+    log: EventLog, user: np.ndarray, day: np.ndarray, horizon: int, valid_day: int, test_day: int, last_day: int
+) -> dict[str, np.ndarray]:
+    """`part_masks` of requests (user, day), at the moments of `Cuts` where the log has some. The day that a moment lies
+    in is enough, as contexts and futures end with a day."""
+    days = (valid_day, test_day, max(last_day, test_day) + 1)
+    valid, test, end = (log.cut(until)[user] // DAY for until in days)
+    return part_masks(day, horizon, valid, test, end - 1)
+
+
+def _empty_part(
+    name: str, requests: int, horizon: int, first_day: int, last_day: int, valid_day: int, test_day: int
+) -> InputError:
+    return InputError(
+        f"split: {name} has {requests} requests and none with a dislike in the next {horizon} days; the log covers "
+        f"{_date(first_day)} to {_date(last_day)}, valid starts {_date(valid_day)}, test {_date(test_day)}"
+    )
+
+
 def split_requests(log: EventLog, horizon: int, valid_day: int, test_day: int) -> Split:
     """Makes the requests of a log and splits them at two days (days since 1970, UTC), or at the moments of `Cuts`.
 
@@ -82,21 +167,12 @@ def split_requests(log: EventLog, horizon: int, valid_day: int, test_day: int) -
         raise InputError("event log: found no events, expected at least one")
     requests = all_requests(log, horizon)
     last_day = int(log.day.max())
-    moment, future = requests.moment, requests.moment + horizon * DAY  # where context and future end
-    from_valid, from_test, end = (
-        log.cut(day)[requests.user] for day in (valid_day, test_day, max(last_day, test_day) + 1)
-    )
-    train = requests.take(future <= from_valid)
-    valid = requests.take((from_valid < moment) & (future <= from_test))
-    test = requests.take((from_test < moment) & (future <= end))
-    for name, part in (("train", train), ("valid", valid), ("test", test)):
+    masks = user_part_masks(log, requests.user, requests.day, horizon, valid_day, test_day, last_day)
+    parts = {name: requests.take(mask) for name, mask in masks.items()}
+    for name, part in parts.items():
         if not part.has_dislikes.any():
-            raise InputError(
-                f"split: {name} has {len(part)} requests and none with a dislike in the next {horizon} days; "
-                f"the log covers {_date(int(log.day.min()))} to {_date(last_day)}, "
-                f"valid starts {_date(valid_day)}, test {_date(test_day)}"
-            )
-    return Split(train, valid, test, valid_day, test_day, horizon)
+            raise _empty_part(name, len(part), horizon, int(log.day.min()), last_day, valid_day, test_day)
+    return Split(**parts, valid_day=valid_day, test_day=test_day, horizon=horizon)
 
 
 def all_requests(log: EventLog, horizon: int) -> Requests:

@@ -21,7 +21,7 @@ def append_events(
 ) -> Dataset:
     """Adds later events to the data set at ``path`` as a part of its own and returns the data set opened anew.
 
-    ``events`` are what ``index_events(source, mapping, data.items.ids, report, whole=False)`` gives, with the
+    ``events`` are what ``read_events(files, mapping, report, known=data.items.ids, whole=False)`` gives, with the
     mapping that the manifest tells. Their users are matched by id: those that the data set does not know get the next
     indices. Items, semantic IDs and the dates of the split stay, so the events extend the test part. ``source`` is
     what the manifest is to say of where they come from, e.g. ``{"name": ..., **file_record(file)}``.

@@ -1,9 +1,11 @@
 """From source files to a prepared data set: validate, index, split, semantic IDs, shard."""
 
 import json
+import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,35 +14,32 @@ from safetensors import SafetensorError
 
 import negfast
 from negfast.data.dataset import (
+    EVENTS,
     MANIFEST,
     VERIFIED,
     Dataset,
     date_of,
     day_of,
     file_record,
+    finish_dataset,
     is_data_folder,
-    write_dataset,
 )
 from negfast.data.items import ItemTable
-from negfast.data.log import DAY, Cuts, EventLog
-from negfast.data.split import Split, all_requests, split_requests
+from negfast.data.log import EventLog
+from negfast.data.shards import Shard
+from negfast.data.split import DayCounts
 from negfast.errors import InputError
 from negfast.files import atomic_directory, check_output
-from negfast.memory import total_memory
-from negfast.prepare.events import (
-    EventMapping,
-    Events,
-    ItemMapping,
-    Report,
-    Selection,
-    check_column,
-    read_column,
-    read_events,
-    read_items,
-)
+from negfast.memory import available_memory, total_memory
+from negfast.prepare.events import EventMapping, ItemMapping, Report, Selection, read_items
+from negfast.prepare.reading import LogReader, log_files, read_file, scratch_sorter, sort_log
+from negfast.prepare.writing import LogSummary, TakeBack, count_days, taken_back, write_log
 
 WITHIN = (0.76, 0.88)  # shares of a community's events before valid and before test, with --split-within
 SHARES = np.array([0.60, 0.15, 0.25])  # of train, valid and test in the user-days with a dislike ahead
+RESERVED, LEAST_ENGINE = 512 << 20, 512 << 20  # bytes of the process beside the sort, and of the least sort
+ITEM_BYTES, USER_BYTES = 2_600, 200  # of an item's vectors while semantic IDs are made, of a user's id
+SAMPLED_EVENTS = 10_000_000  # of the users that co-occurrence is learned from
 FEW = 100  # user-days with a dislike ahead: a part with fewer says little
 
 
@@ -81,76 +80,109 @@ def prepare(
     semantic_ids: SemanticIdSettings,
     selection: Selection | None = None,
     force: bool = False,
+    memory: int | None = None,
     report: Report = print,
 ) -> Dataset:
     """Makes a data set of event files with the same columns and, where given, an item file; items that only the log
-    knows come after those of the file, without text. Raises InputError; nothing is left then."""
+    knows come after those of the file, without text. ``event_files`` may be directories of such files; in which order
+    they are given makes no difference. ``memory``: bytes that the process may take (None: half of what is free).
+    Raises InputError; nothing is left then."""
     check_replaceable(out, force)
+    selection = selection or Selection()
     items = None if items_path is None else read_items(items_path, item_mapping, item_embedding)
     if items is None and item_embedding is not None:
         raise InputError(f"{item_embedding}: an item embedding needs an item table (--items)")
-    of_item = None
-    if split.within is not None and items_path is not None:
-        of_item = read_column(items_path, item_mapping, split.within)
-    if split.within is not None and of_item is None:
-        check_column(event_files[0], items_path, mapping, split.within)
-        mapping = replace(mapping, community=split.within)
-    events, all_items = read_events(event_files, mapping, items, report, selection)
-    if of_item is not None:
-        events = replace(
-            events, community=np.array([of_item.get(i, "") for i in all_items.ids], object)[events.log.item]
-        )
-    events = drop_repeats(events, selection, report)
-    names = ["events", *(f"events {number}" for number in range(2, len(event_files) + 1))]
-    sources = {**dict(zip(names, event_files, strict=True)), "items": items_path, "item_embedding": item_embedding}
+    rules, files = (*mapping.dislike, *mapping.like), log_files(event_files)
+    reader = LogReader(files, read_file(mapping), mapping, report, selection, time.time(), rules)
+    names = ["events", *(f"events {number}" for number in range(2, len(files) + 1))]
+    sources = {**dict(zip(names, files, strict=True)), "items": items_path, "item_embedding": item_embedding}
     described: dict[str, Any] = {
-        "sources": {k: {"name": p.name, **file_record(p)} for k, p in sources.items() if p is not None},
         "mapping": _described(mapping),
         "item_mapping": None if items is None else asdict(item_mapping),
     }
-    return build(events, all_items, described, out, split, semantic_ids, report)
+    given = {name: path for name, path in sources.items() if path is not None}
+    return build(reader, items, given, described, out, split, semantic_ids, memory, report)
 
 
 def build(
-    events: Events,
-    items: ItemTable,
+    reader: LogReader,
+    items: ItemTable | None,
+    sources: dict[str, Path],
     described: dict[str, Any],
     out: Path,
     split: SplitSettings,
     semantic_ids: SemanticIdSettings,
+    memory: int | None,
     report: Report,
+    take_back: TakeBack | None = None,
 ) -> Dataset:
-    """Splits, makes semantic IDs and writes the directory under a temporary name, then renames it to ``out``."""
-    log = events.log
-    for count, what in ((log.n_users, "user"), (log.n_items, "item")):
-        if count < 2:
-            raise InputError(f"the log has {count} {what}, expected at least 2")
-    report_log(log, items, report)
-    said: dict[str, Any] = {}
-    if split.within is None:
-        horizon, valid_day, test_day = choose_split(log, split, report)
-    else:
-        cuts, said = split_within(events, split.within, report)
-        log = replace(log, cuts=cuts)
-        horizon, valid_day, test_day = split.horizon, cuts.valid_day, cuts.valid_day + 1
-    report_split(split_requests(log, horizon, valid_day, test_day), report)
-    from negfast.sid.build import build_semantic_ids  # imports torch and faiss, which bad input need not wait for
-
+    """Reads and sorts the log, splits it, makes semantic IDs and writes the directory under a temporary name, then
+    renames it to ``out``. Raises InputError; ``memory`` and ``take_back`` as for `prepare` and `write_log`."""
+    engine = engine_memory(memory, 0 if items is None else len(items))
     with atomic_directory(out) as directory:
-        sids = build_semantic_ids(items, log, valid_day, **asdict(semantic_ids), report=report)
+        with disk_errors(out), scratch_sorter(directory, engine) as sorter:
+            log, items = sort_log(reader, sorter, items)
+            for ids, what in ((log.user_ids, "user"), (log.item_ids, "item")):
+                if len(ids) < 2:
+                    raise InputError(f"the log has {len(ids)} {what}, expected at least 2")
+            if memory is not None:
+                engine_memory(memory, len(items), len(log.user_ids))
+            check_split(log.first_day, log.last_day, split)
+            drops = reader.selection.drop_repeats
+            facts = write_log(directory, log, split.horizon, drop_repeats=drops, take_back=take_back)
+            user_ids = log.user_ids
+        if take_back is not None:
+            report(taken_back(facts.taken_back, facts.taken_back_same_day))
+        if drops:
+            reader.selection.left_out["repeats"] = facts.repeats
+            report(f"repeats: {facts.repeats:,} events dropped that are the same as an earlier one, second and all")
+        report_log(facts, items, report, drops)
+        valid_day, test_day = choose_split(facts.days, split, report)
+        report_split(facts.days, valid_day, test_day, report)
+        from negfast.sid.build import build_semantic_ids  # imports torch and faiss, which bad input need not wait for
+
+        sample = sample_log(Shard([str(directory / EVENTS)]), semantic_ids.seed, report)
+        known = facts.item_day < valid_day
+        sids = build_semantic_ids(items, sample, valid_day, known=known, **asdict(semantic_ids), report=report)
         manifest = {
             "negfast": negfast.__version__,
+            "sources": {name: {"name": path.name, **file_record(path)} for name, path in sources.items()},
             **described,
-            "counts": counts(log),
-            "days": {"first": date_of(log.day.min()), "last": date_of(log.day.max())},
-            "split": {"horizon": horizon, "valid": date_of(valid_day), "test": date_of(test_day), **said},
+            "counts": facts.counts(),
+            "days": {"first": date_of(facts.days.first), "last": date_of(facts.days.last)},
+            "split": {"horizon": split.horizon, "valid": date_of(valid_day), "test": date_of(test_day)},
             "semantic_ids": {**asdict(semantic_ids), "report": sids.report},
         }
         tensors = {"codes": sids.codes, "embedding": sids.embedding, **sids.quantizer.tensors()}
         with disk_errors(out):
-            write_dataset(directory, log, events.user_ids, items, tensors, manifest)
+            finish_dataset(directory, user_ids, items, tensors, manifest)
     report(f"data set: {out}")
     return Dataset.open(out)
+
+
+def engine_memory(memory: int | None, n_items: int, n_users: int = 0) -> int:
+    """Bytes that sorting may take of the ``memory`` given, or of half of what is free. Raises InputError where that is
+    too little for so many items and users, or more than there is."""
+    needed = RESERVED + LEAST_ENGINE + ITEM_BYTES * n_items + USER_BYTES * n_users
+    if memory is None:
+        return max(available_memory() // 2 - RESERVED, LEAST_ENGINE)
+    what = f"{n_items:,} items and {n_users:,} users need" if n_items else "preparing any log needs"
+    if memory < needed:
+        raise InputError(f"--memory {memory / 1e9:.2f}GB: {what} at least {math.ceil(needed / 1e7) / 100:.2f}GB")
+    if memory > (there := total_memory()):
+        raise InputError(f"--memory {memory / 1e9:.2f}GB: this machine has {there / 1e9:.2f}GB")
+    return memory - RESERVED - USER_BYTES * n_users
+
+
+def sample_log(shard: Shard, seed: int, report: Report) -> EventLog:
+    """The histories that co-occurrence is learned from: all, or where there are more than SAMPLED_EVENTS those of so
+    many users, drawn by ``seed``."""
+    if shard.n_events <= SAMPLED_EVENTS:
+        return EventLog(*shard.get_many(), None, shard.n_items)
+    drawn = np.random.default_rng([seed, shard.n_users]).permutation(shard.n_users).astype(np.int32)
+    users = np.sort(drawn[: np.searchsorted(shard.offsets(drawn), SAMPLED_EVENTS)])
+    report(f"semantic IDs: co-occurrence from {len(users):,} users of {shard.n_users:,}, drawn by the seed")
+    return EventLog(*shard.get_many(users), None, shard.n_items)
 
 
 @contextmanager
@@ -162,27 +194,16 @@ def disk_errors(out: Path) -> Iterator[None]:
         raise OSError(f"{out}: cannot be written: {' '.join(str(error).split())}") from error
 
 
-def drop_repeats(events: Events, selection: Selection | None, report: Report) -> Events:
-    """The events without repeats, if ``selection`` drops them."""
-    if selection is None or not selection.drop_repeats:
-        return events
-    repeats = events.log.repeats()
-    selection.left_out["repeats"] = int(repeats.sum())
-    report(f"repeats: {repeats.sum():,} events dropped that are the same as an earlier one, second and all")
-    community = None if events.community is None else events.community[~repeats]
-    return replace(events, log=events.log.without(repeats), community=community)
-
-
 def summary(data: Dataset, selection: Selection, said: Sequence[str]) -> dict[str, Any]:
     """What `negfast prepare --json` prints: JSON types only."""
-    split = data.split()
-    parts = {"train": split.train, "valid": split.valid, "test": split.test}
+    first, last = (day_of(data.manifest["days"][end]) for end in ("first", "last"))
+    parts = count_days(data.shard, first, last, data.horizon).parts(data.valid_day, data.test_day)
     return {
         "data": str(data.path),
         **{key: data.manifest[key] for key in ("counts", "days", "split", "semantic_ids", "sources")},
         "user_days": {
-            name: {"active": len(part), "with_dislike_ahead": int(part.has_dislikes.sum())}
-            for name, part in parts.items()
+            name: {"active": active, "with_dislike_ahead": with_dislikes}
+            for name, (active, with_dislikes) in parts.items()
         },
         "left_out": selection.left_out,
         "warnings": [line.removeprefix("warning: ") for line in said if line.startswith("warning: ")],
@@ -212,16 +233,10 @@ def check_replaceable(out: Path, force: bool) -> None:
             raise InputError(f"{path}: is no part of the data set, and --force would remove it; move it elsewhere")
 
 
-def choose_split(log: EventLog, settings: SplitSettings, report: Report) -> tuple[int, int, int]:
-    """(horizon, valid day, test day), days since 1970.
-
-    A log of D days has D - 3 H request days, since each of the three parts needs H days of future. Dates that are not
-    given are those by which the parts come nearest to SHARES of the user-days with a dislike ahead (negfast's choice):
-    the smallest part, measured by its share, is as large as it can be.
-    Raises InputError for dates that leave a part without a day.
-    """
+def check_split(first: int, last: int, settings: SplitSettings) -> tuple[int | None, int | None]:
+    """The first days of valid and test that are given. Raises InputError where a log from day ``first`` to ``last``
+    leaves a part without a day: one of D days has D - 3 H request days, as each part needs H days of future."""
     horizon = settings.horizon
-    first, last = int(log.day.min()), int(log.day.max())
     if horizon < 1:
         raise InputError(f"--horizon {horizon}: expected at least 1 day")
     if last - first + 1 - 3 * horizon < 3:
@@ -241,52 +256,29 @@ def choose_split(log: EventLog, settings: SplitSettings, report: Report) -> tupl
                 f"{name} {date_of(day)}: expected {date_of(low)} to {date_of(high)} for a log of {date_of(first)} to "
                 f"{date_of(last)} and a horizon of {horizon} days"
             )
-    if valid is None or test is None:
-        valid, test = _balanced_days(log, horizon, valid, test)
-    chosen = "" if settings.valid and settings.test else " (chosen from the log; --valid and --test set it)"
-    report(f"split: horizon {horizon} days, valid from {date_of(valid)}, test from {date_of(test)}{chosen}")
-    return horizon, valid, test
+    return valid, test
 
 
-def split_within(events: Events, column: str, report: Report) -> tuple[Cuts, dict[str, Any]]:
-    """Where each community's parts begin and end, and what the manifest says of it.
+def choose_split(days: DayCounts, settings: SplitSettings, report: Report) -> tuple[int, int]:
+    """First days of valid and test, days since 1970.
 
-    InputError where an event has no community, or a user or item has two: nothing may cross.
+    Dates that are not given are those by which the parts come nearest to SHARES of the user-days with a dislike ahead
+    (negfast's choice): the smallest part, measured by its share, is as large as it can be. Raises InputError as
+    `check_split` does.
     """
-    log, community = events.log, events.community
-    assert community is not None
-    names, of_event = np.unique(community.astype(str), return_inverse=True)
-    if (missing := np.flatnonzero(community == "")).size:
-        raise InputError(f"--split-within {column!r}: item {events.item_ids[log.item[missing[0]]]!r} has none")
-    for what, of, ids in (("user", log.user, events.user_ids), ("item", log.item, events.item_ids)):
-        kept = np.zeros(len(ids), np.int64)
-        kept[of] = of_event
-        if (crossing := np.flatnonzero(kept[of] != of_event)).size:
-            row = crossing[0]
-            raise InputError(
-                f"--split-within {column!r}: {what} {ids[of[row]]!r} has events in {names[of_event[row]]!r} and in "
-                f"{names[kept[of[row]]]!r}, expected one community for each user and item"
-            )
-    moments = np.empty((len(names), 3), np.int64)
-    for number in range(len(names)):
-        time = np.sort(log.time[of_event == number])
-        moments[number, :2] = time[[int(share * len(time)) for share in WITHIN]]
-        moments[number, 2] = (time[-1] // DAY + 1) * DAY
-    of_user = np.zeros(log.n_users, np.int64)
-    of_user[log.user] = of_event
-    report(
-        f"split: within {len(names):,} communities ({column}), valid from {WITHIN[0]:.0%} and test from "
-        f"{WITHIN[1]:.0%} of each one's events on"
-    )
-    return Cuts(int(log.day.max()) + 1, moments[of_user]), {"within": column, "communities": len(names)}
+    valid, test = check_split(days.first, days.last, settings)
+    if valid is None or test is None:
+        valid, test = _balanced_days(days, valid, test)
+    chosen = "" if settings.valid and settings.test else " (chosen from the log; --valid and --test set it)"
+    report(f"split: horizon {days.horizon} days, valid from {date_of(valid)}, test from {date_of(test)}{chosen}")
+    return valid, test
 
 
-def _balanced_days(log: EventLog, horizon: int, valid: int | None, test: int | None) -> tuple[int, int]:
+def _balanced_days(days: DayCounts, valid: int | None, test: int | None) -> tuple[int, int]:
     """The first days of valid and test, either given or chosen; see `choose_split`."""
-    first, last = int(log.day.min()), int(log.day.max())
-    requests = all_requests(log, horizon)
-    for days in (requests.day[requests.has_dislikes], np.arange(first, last + 1)):  # the calendar, if nothing else does
-        cumulative = np.concatenate([[0], np.cumsum(np.bincount(days - first, minlength=last - first + 1))])
+    first, last, horizon = days.first, days.last, days.horizon
+    for counts in (days.with_dislikes, np.ones_like(days.active)):  # the calendar, if nothing else does
+        cumulative = np.concatenate([[0], np.cumsum(counts)])
 
         def before(day: np.ndarray, cumulative: np.ndarray = cumulative) -> np.ndarray:
             return cumulative[day - first]
@@ -330,36 +322,34 @@ def _described(mapping: EventMapping) -> dict[str, Any]:
     return {**asdict(mapping), **rules}
 
 
-def counts(log: EventLog) -> dict[str, int]:
-    return {"users": log.n_users, "items": log.n_items, "events": len(log), **log.feedback_counts()}
-
-
-def report_log(log: EventLog, items: ItemTable, report: Report) -> None:
-    report(f"events: {len(log):,} by {log.n_users:,} users on {log.n_items:,} items")
-    shares = [f"{n:,} {name} ({n / len(log):.1%})" for name, n in log.feedback_counts().items()]
+def report_log(facts: LogSummary, items: ItemTable, report: Report, dropped: bool = False) -> None:
+    report(f"events: {facts.n_events:,} by {facts.n_users:,} users on {facts.n_items:,} items")
+    shares = [f"{n:,} {name} ({n / facts.n_events:.1%})" for name, n in facts.feedback_counts().items()]
     report(f"feedback: {', '.join(shares)}")
-    if repeats := int(log.repeats().sum()):
-        report(f"repeats: {repeats:,} events are the same as an earlier one, second and all; --drop-repeats drops them")
-    _warn_of_memory(log, report)
+    if facts.repeats and not dropped:
+        report(
+            f"repeats: {facts.repeats:,} events are the same as an earlier one, second and all; --drop-repeats drops "
+            "them"
+        )
+    _warn_of_memory(facts, report)
     if not any(items.text):
         report("items: no text")
 
 
-def report_split(split: Split, report: Report) -> None:
-    for name, requests in (("train", split.train), ("valid", split.valid), ("test", split.test)):
-        with_dislikes = int(requests.has_dislikes.sum())
-        report(f"{name}: {len(requests):,} active user-days, {with_dislikes:,} with a dislike ahead")
+def report_split(days: DayCounts, valid_day: int, test_day: int, report: Report) -> None:
+    for name, (requests, with_dislikes) in days.parts(valid_day, test_day).items():
+        report(f"{name}: {requests:,} active user-days, {with_dislikes:,} with a dislike ahead")
         if with_dislikes < FEW:
             report(f"warning: {name} has {with_dislikes:,} user-days with a dislike ahead, fewer than {FEW}")
 
 
-def _warn_of_memory(log: EventLog, report: Report) -> None:
+def _warn_of_memory(facts: LogSummary, report: Report) -> None:
     from negfast.sid.prior import TABLE_BYTES  # imports torch, which bad input need not wait for
 
-    n_days = int(log.day.max()) - int(log.day.min()) + 2
-    needed, there = TABLE_BYTES * n_days * log.n_items, total_memory()
+    n_days = len(facts.days.active) + 1
+    needed, there = TABLE_BYTES * n_days * facts.n_items, total_memory()
     if needed > there:
         report(
-            f"warning: training keeps tables of {n_days:,} days x {log.n_items:,} items: about {needed / 2**30:.1f} "
+            f"warning: training keeps tables of {n_days:,} days x {facts.n_items:,} items: about {needed / 2**30:.1f} "
             f"GiB, this machine has {there / 2**30:.1f}; --from cuts days"
         )

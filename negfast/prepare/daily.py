@@ -12,7 +12,6 @@ import negfast
 from negfast.data.dataset import Dataset, date_of, write_dataset
 from negfast.data.items import ItemTable
 from negfast.data.log import EventLog
-from negfast.data.split import split_requests
 from negfast.errors import InputError
 from negfast.files import atomic_directory
 from negfast.prepare.build import (
@@ -20,23 +19,15 @@ from negfast.prepare.build import (
     SplitSettings,
     check_replaceable,
     choose_split,
-    counts,
     disk_errors,
-    drop_repeats,
     report_log,
     report_split,
 )
-from negfast.prepare.events import (
-    EventMapping,
-    Events,
-    ItemMapping,
-    Selection,
-    index_events,
-    read_items,
-    read_source,
-)
+from negfast.prepare.events import EventMapping, Events, ItemMapping, Selection, read_items
+from negfast.prepare.reading import log_files, read_events
 from negfast.prepare.recipes import described_files, read_recipe, withdraw
 from negfast.prepare.rules import parse_rule
+from negfast.prepare.writing import LogSummary, taken_back
 
 
 @dataclass(frozen=True)
@@ -67,6 +58,7 @@ def prepare_like(
     set holds already are skipped and counted. Raises InputError, also where it holds all of them.
     """
     check_replaceable(out, force)
+    files = log_files(files)
     old = Dataset.open(data_folder(like))
     old.refuse_communities()
     day = _read_day(old, files, items_path, report, selection)
@@ -74,11 +66,16 @@ def prepare_like(
     log, user_ids, held = _joined_log(old, day, items, report)
     if selection is not None:
         selection.left_out["held_already"] = held
-    log = drop_repeats(Events(log, user_ids, items.ids), selection, report).log
-    report_log(log, items, report)
+    if selection is not None and selection.drop_repeats:
+        repeats = log.repeats()
+        selection.left_out["repeats"] = int(repeats.sum())
+        report(f"repeats: {repeats.sum():,} events dropped that are the same as an earlier one, second and all")
+        log = log.without(repeats)
     dates = _moved_split(old, log, split)
-    horizon, valid_day, test_day = choose_split(log, dates, report)
-    report_split(split_requests(log, horizon, valid_day, test_day), report)
+    facts = LogSummary.of(log, dates.horizon)
+    report_log(facts, items, report)
+    valid_day, test_day = choose_split(facts.days, dates, report)
+    report_split(facts.days, valid_day, test_day, report)
     from negfast.sid.assign import assign_new  # both import torch, which bad input need not wait for
     from negfast.sid.embed import embed_new
     from negfast.sid.quantize import Quantizer
@@ -101,9 +98,9 @@ def prepare_like(
         "negfast": negfast.__version__,
         **{key: old.manifest[key] for key in kept if key in old.manifest},
         "sources": {**described_files(given, first=1 + len(old.manifest["sources"])), **old.manifest["sources"]},
-        "counts": counts(log),
+        "counts": facts.counts(),
         "days": {"first": date_of(log.day.min()), "last": date_of(log.day.max())},
-        "split": {"horizon": horizon, "valid": date_of(valid_day), "test": date_of(test_day)},
+        "split": {"horizon": dates.horizon, "valid": date_of(valid_day), "test": date_of(test_day)},
         "semantic_ids": settings,
         "extends": [*old.extends, old.fingerprint],
         "original_items": original,
@@ -136,8 +133,7 @@ def _read_day(
         rules = [parse_rule(rule) for rule in recipe["dislike"]]
         return NewDay(*read_recipe(recipe["name"], given, report, rules, selection, whole=False))
     mapping = mapping_of(old.manifest["mapping"])
-    source = read_source(files, mapping, report, selection)
-    events = index_events(source, mapping, None, report, selection, whole=False)
+    events, _ = read_events(files, mapping, report, selection, whole=False)
     items = None
     if items_path is not None:
         if old.manifest["item_mapping"] is None:
@@ -211,7 +207,8 @@ def _joined_log(old: Dataset, day: NewDay, items: ItemTable, report: Report) -> 
     )
     if day.takes_back is not None:
         undo = np.concatenate([np.zeros(len(log), np.uint8), day.takes_back])[order]
-        joined = withdraw(joined, undo, report)
+        joined, *counts = withdraw(joined, undo)
+        report(taken_back(*counts))
     return joined, user_ids, int(held.sum())
 
 

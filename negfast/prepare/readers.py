@@ -10,7 +10,8 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -28,6 +29,7 @@ COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".dat": "::"}
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PARQUET = (".parquet", ".pq")
+DATA_SUFFIXES = (*PARQUET, *SEPARATORS, *JSON_LINES)
 FOREIGN = {  # how files start that are no text, and what to do about them
     b"PAR1": "Parquet; name it .parquet",
     b"\x1f\x8b": "compressed by gzip; name it .gz",
@@ -39,49 +41,56 @@ FOREIGN = {  # how files start that are no text, and what to do about them
 NULLS = ("", "null", "nan", "-nan", "none", "na", "n/a", "#n/a", "<na>", "nat", "\\n")  # in lower case, of any text
 SHOWN = 10  # bad rows that are shown
 JSON_HEAD, JSON_BLOCK = 200, 1 << 24  # lines whose types are looked at; bytes parsed at once, no line may be longer
+BLOCK_BYTES, BLOCK_ROWS = 1 << 24, 1 << 18  # of a block of an event file: text, Parquet
+NO_ROWS = np.empty(0, np.int64)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Whole lines of a text file, decompressed."""
+
+    path: Path
+    content: pa.Buffer
+    lines_before: int = 0
+
+    def line(self, row: int) -> int:
+        """The line (from 1) of the row-th line that is not empty; rows count from 0, empty lines are no rows."""
+        rows = -1
+        for number, line in enumerate(io.BytesIO(self.content), self.lines_before + 1):
+            rows += bool(line.strip(b"\r\n"))
+            if rows == row:
+                return number
+        return self.lines_before + row + 1
 
 
 @dataclass(frozen=True)
 class Source:
-    """The requested columns of a file, and where its rows are."""
+    """The requested columns of a file or of a block of it, and where its rows are."""
 
     path: Path
     table: pa.Table
-    header_lines: int | None  # lines before the first row of a text file; None for Parquet
+    text: Text | None = None  # None for Parquet
+    before: int = 0  # rows of the file, or lines of the text, before the first row
 
     def take(self, rows: np.ndarray) -> "Source":
         """The rows at ``rows`` (int64, ascending), which keep their places in the file."""
         kept = np.zeros(self.table.num_rows, bool)
         kept[rows] = True
-        return Taken(self.path, self.table.filter(pa.array(kept)), self.header_lines, self, rows)
+        return Taken(self.path, self.table.filter(pa.array(kept)), self.text, of=self, rows=rows)
 
     def where(self, row: int) -> str:
         """``file, line 7`` (text) or ``file, row 7`` (Parquet), both from 1, for row ``row`` from 0."""
-        if self.header_lines is None:
-            return f"{self.path}, row {row + 1}"
-        return f"{self.path}, line {_line_of_row(_content(self.path), row + self.header_lines)}"
-
-
-@dataclass(frozen=True)
-class Joined(Source):
-    """Files of the same columns, one after the other."""
-
-    parts: tuple[Source, ...] = ()
-
-    def where(self, row: int) -> str:
-        for part in self.parts[:-1]:
-            if row < part.table.num_rows:
-                return part.where(row)
-            row -= part.table.num_rows
-        return self.parts[-1].where(row)
+        if self.text is None:
+            return f"{self.path}, row {self.before + row + 1}"
+        return f"{self.path}, line {self.text.line(self.before + row)}"
 
 
 @dataclass(frozen=True)
 class Taken(Source):
     """Some rows of another source."""
 
-    of: Source
-    rows: np.ndarray  # int64 [N]
+    of: Source = field(kw_only=True)
+    rows: np.ndarray = field(kw_only=True)  # int64 [N]
 
     def where(self, row: int) -> str:
         return self.of.where(int(self.rows[row]))
@@ -138,12 +147,10 @@ class Encoded:
         """The value at a row that is not null."""
         return self.values[int(self.codes[row])].as_py()
 
-    def commonest(self, most: int = 5) -> str:
-        """``9 (360), 8 (12), ...``: the values that most rows have."""
+    def counts(self) -> dict[object, int]:
+        """How many rows have each value."""
         counts = np.bincount(self.codes[self.codes >= 0], minlength=len(self.values))
-        order = np.argsort(-counts, kind="stable")[:most]
-        shown = [f"{self.values[int(code)].as_py()} ({counts[code]:,})" for code in order]
-        return ", ".join([*shown, *(["..."] if len(counts) > most else [])]) or "nothing"
+        return dict(zip(self.values.to_pylist(), counts.tolist(), strict=True))
 
 
 def read_table(
@@ -154,42 +161,63 @@ def read_table(
     separator: str | None = None,
     multiline: bool = False,
     encoding: str = "utf-8",
-    bad: BadRows | None = None,
 ) -> Source:
     """Reads ``columns`` of a file whose format its suffix tells.
 
     ``names`` are the columns of a text file without header; ``separator`` makes any suffix a separated text;
     ``multiline`` allows line breaks in quoted values; ``encoding`` is that of separated text. Raises InputError: file
-    missing, unreadable or empty, column missing, and, unless ``bad`` skips such lines, for wrong encoding, a line with
-    too few or too many fields, or one that is no JSON object.
+    missing, unreadable or empty, column missing, wrong encoding, a line with too few or too many fields, or one that
+    is no JSON object.
     """
-    skipping = bad if bad is not None and bad.skip else None
     _check_file(path)
-    wanted = list(dict.fromkeys(columns))
-    suffix = _format_suffix(path)
-    if separator is None and suffix in PARQUET:
-        return Source(path, _read_parquet(path, wanted), None)
-    if separator is None and suffix in JSON_LINES:
-        return _read_json(path, wanted, skipping)
-    separator = separator or SEPARATORS.get(suffix)
-    if separator is None:
-        known = ", ".join([*PARQUET, *SEPARATORS, *JSON_LINES])
-        raise InputError(f"{path}: unknown format {suffix!r}, expected one of {known} (or give --separator)")
-    return _read_separated(path, wanted, names, separator, multiline, encoding, skipping)
+    wanted, split_at = list(dict.fromkeys(columns)), _format(path, separator)
+    if split_at == "parquet":
+        return Source(path, pa.concat_tables([block.table for block, _ in _parquet_blocks(path, wanted)]))
+    text, _ = next(_texts(path, None))
+    if split_at == "json":
+        return _parse_json_text(text, wanted, _json_types(text, wanted))
+    if encoding != "utf-8":
+        text = replace(text, content=pa.py_buffer(text.content.to_pybytes().decode(encoding).encode("utf-8")))
+    header = list(names) if names else _header(text, split_at)
+    _check_header(path, wanted, header, names is not None)
+    return _parse_separated(text, wanted, header, split_at, int(names is None), multiline)
 
 
-def join(sources: Sequence[Source]) -> Source:
-    """One source of several, all text or all Parquet; a column's types are widened to one. Raises InputError."""
-    if len(sources) == 1:
-        return sources[0]
-    if len({source.header_lines is None for source in sources}) > 1:
-        raise InputError(f"{sources[0].path} and others: found text and Parquet, expected one kind")
-    try:
-        table = pa.concat_tables([source.table for source in sources], promote_options="permissive")
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        names = ", ".join(str(source.path) for source in sources)
-        raise InputError(f"{names}: columns of different types: {_one_line(error)}") from error
-    return Joined(sources[0].path, table, sources[0].header_lines, tuple(sources))
+def read_blocks(
+    path: Path,
+    columns: Sequence[str],
+    *,
+    names: Sequence[str] | None = None,
+    separator: str | None = None,
+    bad: BadRows,
+) -> Iterator[tuple[Source, int]]:
+    """The file in blocks of bounded size, each with how many of the file's bytes are read by its end.
+
+    Arguments and errors as for `read_table`; lines that cannot be parsed go to ``bad`` where it skips them. A line has
+    no line breaks in quoted values.
+    """
+    _check_file(path)
+    wanted, split_at = list(dict.fromkeys(columns)), _format(path, separator)
+    if split_at == "parquet":
+        yield from _parquet_blocks(path, wanted)
+        return
+    skipping, header, types = bad if bad.skip else None, list(names or ()), None
+    for text, done in _texts(path, BLOCK_BYTES):
+        first, lost = text.lines_before == 0, NO_ROWS
+        kept = text
+        if skipping:
+            kept, lost = _without_lines(text, _no_object if split_at == "json" else _not_utf8, skipping)
+        if not first and not kept.content.to_pybytes().strip():
+            continue
+        if split_at == "json":
+            types = types or _json_types(kept, wanted)
+            yield _parse_json_text(kept, wanted, types, text, lost), done
+            continue
+        header = header or _header(kept, split_at)
+        if first:
+            _check_header(path, wanted, header, bool(names))
+        names_line = int(first and not names)
+        yield _parse_separated(kept, wanted, header, split_at, names_line, False, text, lost, skipping), done
 
 
 def _check_file(path: Path) -> None:
@@ -201,16 +229,16 @@ def _check_file(path: Path) -> None:
 def file_columns(path: Path, separator: str | None = None) -> list[str]:
     """The column names of a Parquet file, or of a text file's first line or object. Raises InputError."""
     _check_file(path)
-    suffix = _format_suffix(path)
+    suffix = format_suffix(path)
     if separator is None and suffix in PARQUET:
         try:
             return parquet.read_schema(path).names
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{path}: cannot be read as Parquet: {_one_line(error)}") from error
-    content = _content(path)
+    text, _ = next(_texts(path, BLOCK_BYTES))
     if separator is None and suffix in JSON_LINES:
-        return list(_first_object(path, content))
-    return _header(path, content, separator or SEPARATORS.get(suffix, ","), '"')
+        return list(_first_object(text))
+    return _header(text, separator or SEPARATORS.get(suffix, ","))
 
 
 def encode(source: Source, name: str) -> Encoded:
@@ -259,10 +287,7 @@ def to_floats(column: Encoded, what: str, bad: BadRows | None = None) -> np.ndar
     """The distinct values as finite float64 [V]; ``what`` names them in the error.
 
     Where ``bad`` skips rows, those whose value is no finite number go there and have NaN."""
-    try:
-        numbers = column.values.cast(pa.float64()).to_numpy(zero_copy_only=False)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        numbers = np.array([_number(value) for value in column.values.to_pylist()])
+    numbers = numbers_of(column.values)
     finite = np.isfinite(numbers)
     (bad or BadRows()).add(
         column.source,
@@ -270,6 +295,14 @@ def to_floats(column: Encoded, what: str, bad: BadRows | None = None) -> np.ndar
         lambda row: f"{what}: {column.name} {column.value(row)!r} is not a number",
     )
     return np.where(finite, numbers, np.nan)
+
+
+def numbers_of(values: pa.Array) -> np.ndarray:
+    """The values as float64 [V], NaN for what is no number."""
+    try:
+        return values.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return np.array([_number(value) for value in values.to_pylist()])
 
 
 def _number(value: object) -> float:
@@ -304,7 +337,7 @@ def check_columns(path: Path, wanted: Sequence[str], present: Sequence[str]) -> 
             raise InputError(f"{path}: column {name!r} is there twice")
 
 
-def _format_suffix(path: Path) -> str:
+def format_suffix(path: Path) -> str:
     suffixes = [s.lower() for s in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSION:
         suffixes.pop()
@@ -320,11 +353,32 @@ def _nulls(values: pa.Array) -> np.ndarray:
     return np.zeros(len(values), bool)
 
 
-def _read_parquet(path: Path, wanted: list[str]) -> pa.Table:
+def _format(path: Path, separator: str | None) -> str:
+    """ "parquet", "json", or where a line of separated text is split. Raises InputError."""
+    suffix = format_suffix(path)
+    if separator is None and suffix in PARQUET:
+        return "parquet"
+    if separator is None and suffix in JSON_LINES:
+        return "json"
+    separator = separator or SEPARATORS.get(suffix)
+    if separator is None:
+        known = ", ".join(DATA_SUFFIXES)
+        raise InputError(f"{path}: unknown format {suffix!r}, expected one of {known} (or give --separator)")
+    return separator
+
+
+def _parquet_blocks(path: Path, wanted: list[str]) -> Iterator[tuple[Source, int]]:
     try:
-        file = parquet.ParquetFile(path)
+        file = parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
         check_columns(path, wanted, file.schema_arrow.names)
-        return _plain_strings(file.read(columns=wanted))
+        before, rows, size = 0, file.metadata.num_rows, path.stat().st_size
+        empty = file.schema_arrow.empty_table().select(wanted)
+        if rows == 0:
+            yield Source(path, _plain_strings(empty)), size
+        for batch in file.iter_batches(BLOCK_ROWS, columns=wanted):
+            table = _plain_strings(pa.Table.from_batches([batch]).select(wanted))
+            yield Source(path, table, before=before), size * (before + len(batch)) // rows
+            before += len(batch)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: cannot be read as Parquet: {_one_line(error)}") from error
 
@@ -337,72 +391,79 @@ def _plain_strings(table: pa.Table) -> pa.Table:
     return table
 
 
-def _content(path: Path) -> pa.Buffer:
-    """The file's bytes, decompressed; mapped into memory where it is not compressed."""
+def _texts(path: Path, size: int | None) -> Iterator[tuple[Text, int]]:
+    """The lines of a file in blocks of about ``size`` bytes (None: in one), at least one, each with the place in the
+    file where reading it ended."""
     compression = COMPRESSION.get(path.suffix.lower())
+    rest, lines = b"", 0
     try:
-        with pa.memory_map(str(path)) as file:
-            if compression is None:
-                content = file.read_buffer()
-            else:
-                with pa.CompressedInputStream(file, compression) as stream:
-                    content = stream.read_buffer()
+        with (
+            pa.OSFile(str(path)) as file,
+            nullcontext(file) if compression is None else pa.CompressedInputStream(file, compression) as stream,
+        ):
+            for number in itertools.count():
+                part = stream.read(size)
+                data = rest + part
+                if number == 0:
+                    _refuse_foreign(path, data)
+                last = size is None or not part
+                end = len(data) if last else data.rfind(b"\n") + 1
+                rest = data[end:]
+                if end or (last and lines == 0):
+                    yield Text(path, pa.py_buffer(data[:end]), lines), file.tell()
+                    lines += data.count(b"\n", 0, end)
+                if last:
+                    return
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: cannot be read: {_one_line(error)}") from error
-    start = content[:4].to_pybytes()
+
+
+def _refuse_foreign(path: Path, data: bytes) -> None:
     for magic, what in FOREIGN.items():
-        if start.startswith(magic):
+        if data.startswith(magic):
             raise InputError(f"{path}: found {what}")
-    return content
 
 
-def _line_of_row(content: pa.Buffer, row: int) -> int:
-    """The line (from 1) of the row-th line that is not empty; rows count from 0, empty lines are no rows."""
-    rows = -1
-    for number, line in enumerate(io.BytesIO(content), 1):
-        rows += bool(line.strip(b"\r\n"))
-        if rows == row:
-            return number
-    return row + 1
-
-
-def _check_utf8(path: Path, content: pa.Buffer) -> None:
-    data = content.to_pybytes()
+def _check_utf8(text: Text) -> None:
+    data = text.content.to_pybytes()
     try:
         data.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}, line {line}: not UTF-8: byte 0x{data[error.start]:02x}") from error
+        line = text.lines_before + data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{text.path}, line {line}: not UTF-8: byte 0x{data[error.start]:02x}") from error
 
 
-def _read_separated(
-    path: Path,
+def _check_header(path: Path, wanted: list[str], header: list[str], given: bool) -> None:
+    """Raises InputError where a wanted column is missing or there twice; ``given``: --columns names them."""
+    if not given and not set(wanted) & set(header):
+        other = next((s for s in (";", "\t", "|", ",") if len(header) == 1 and s in header[0]), None)
+        hint = f"is the separator {other!r}?" if other else "a file without header needs --columns"
+        raise InputError(f"{path}: no column {wanted[0]!r}, found {', '.join(header) or 'an empty line'} ({hint})")
+    check_columns(path, wanted, header)
+
+
+def _parse_separated(
+    text: Text,
     wanted: list[str],
-    names: Sequence[str] | None,
+    names: Sequence[str],
     separator: str,
+    header: int,
     multiline: bool,
-    encoding: str,
-    skipping: BadRows | None,
+    whole: Text | None = None,
+    lost: np.ndarray = NO_ROWS,
+    skipping: BadRows | None = None,
 ) -> Source:
-    content, lost = _content(path), np.empty(0, np.int64)
-    if encoding != "utf-8":
-        content = pa.py_buffer(content.to_pybytes().decode(encoding).encode("utf-8"))
-    elif skipping:
-        content, lost = _without_lines(path, content, _not_utf8, skipping)
+    """``names`` are those of the columns; ``header`` lines, 0 or 1, stand before the first row. ``text`` is ``whole``
+    without its rows ``lost``."""
+    path, content, whole = text.path, text.content, whole or text
     quote: str | bool = '"'
-    if len(separator.encode()) > 1:  # Arrow splits at one byte: a control character that the file lacks stands in
+    if len(separator.encode()) > 1:  # Arrow splits at one byte: a control character that the text lacks stands in
         data = content.to_pybytes()
         stand_in = next((chr(c) for c in range(1, 32) if chr(c) not in "\t\n\r" and bytes([c]) not in data), None)
         if stand_in is None:
             raise InputError(f"{path}: cannot be split at {separator!r}: the file holds every control character")
         content = pa.py_buffer(data.replace(separator.encode(), stand_in.encode()))
         separator, quote = stand_in, False
-    present = list(names) if names else _header(path, content, separator, quote)
-    if not names and not set(wanted) & set(present):
-        other = next((s for s in (";", "\t", "|", ",") if len(present) == 1 and s in present[0]), None)
-        hint = f"is the separator {other!r}?" if other else "a file without header needs --columns"
-        raise InputError(f"{path}: no column {wanted[0]!r}, found {', '.join(present) or 'an empty line'} ({hint})")
-    check_columns(path, wanted, present)
     short: list[arrow_csv.InvalidRow] = []
 
     def skip(row: arrow_csv.InvalidRow) -> str:
@@ -418,47 +479,46 @@ def _read_separated(
     convert = arrow_csv.ConvertOptions(
         column_types=dict.fromkeys(wanted, pa.string()), include_columns=wanted, strings_can_be_null=False
     )
-    read = arrow_csv.ReadOptions(column_names=names, use_threads=skipping is None)  # on one thread rows are numbered
+    read = arrow_csv.ReadOptions(  # on one thread rows are numbered
+        column_names=None if header else names, use_threads=skipping is None
+    )
     try:
         table = arrow_csv.read_csv(pa.BufferReader(content), read, parse, convert)
     except pa.ArrowInvalid as error:
-        _check_utf8(path, content)
-        raise InputError(_parse_failure(path, content, read, parse, convert, error)) from error
-    header = 0 if names else 1
-    source = Source(path, table, header)
+        _check_utf8(text)
+        raise InputError(_parse_failure(text, content, read, parse, convert, error)) from error
+    source = Source(path, table, whole, header)
     if skipping is None or not (short or len(lost)):
         return source
     rows = np.setdiff1d(np.arange(header, header + table.num_rows + len(short) + len(lost)), lost)  # before Arrow's
     bad = [row.number - 1 - header for row in short]
-    whole = Source(path, table, 0)
+    lines = Source(path, table, whole)
     skipping.tell(
         len(short),
         (
-            f"{whole.where(int(rows[place]))}: found {row.actual_columns} fields, expected {row.expected_columns}"
+            f"{lines.where(int(rows[place]))}: found {row.actual_columns} fields, expected {row.expected_columns}"
             for place, row in zip(bad, short, strict=True)
         ),
     )
-    return Taken(path, table, header, whole, np.delete(rows, bad))
+    return Taken(path, table, whole, of=lines, rows=np.delete(rows, bad))
 
 
-def _without_lines(
-    path: Path, content: pa.Buffer, wrong: Callable[[bytes], str], skipping: BadRows
-) -> tuple[pa.Buffer, np.ndarray]:
-    """The content without the lines of which ``wrong`` says something, and which of the lines with text these were."""
+def _without_lines(text: Text, wrong: Callable[[bytes], str], skipping: BadRows) -> tuple[Text, np.ndarray]:
+    """The text without the lines of which ``wrong`` says something, and which of the lines with text these were."""
     good, lost, lines, row = [], [], [], 0
-    for number, line in enumerate(io.BytesIO(content), 1):
+    for number, line in enumerate(io.BytesIO(text.content), text.lines_before + 1):
         if not line.strip(b"\r\n"):
             continue
         if why := wrong(line):
             lost.append(row)
-            lines.append(f"{path}, line {number}: {why}")
+            lines.append(f"{text.path}, line {number}: {why}")
         else:
             good.append(line)
         row += 1
     if not lost:
-        return content, np.empty(0, np.int64)
+        return text, NO_ROWS
     skipping.tell(len(lost), iter(lines))
-    return pa.py_buffer(b"".join(good)), np.array(lost)
+    return replace(text, content=pa.py_buffer(b"".join(good))), np.array(lost)
 
 
 def _not_utf8(line: bytes) -> str:
@@ -478,26 +538,26 @@ def _no_object(line: bytes) -> str:
     return "not a JSON object"
 
 
-def _header(path: Path, content: pa.Buffer, separator: str, quote: str | bool) -> list[str]:
-    line = next((line for line in io.BytesIO(content) if line.strip(b"\r\n")), b"")
+def _header(text: Text, separator: str) -> list[str]:
+    line = next((line for line in io.BytesIO(text.content) if line.strip(b"\r\n")), b"")
     try:
-        text = line.decode("utf-8-sig").rstrip("\r\n")
+        names = line.decode("utf-8-sig").rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}, line 1: not UTF-8: byte 0x{line[error.start]:02x}") from error
-    if quote is False:
-        return text.split(separator)
-    return next(csv.reader([text], delimiter=separator), [])
+        raise InputError(f"{text.path}, line 1: not UTF-8: byte 0x{line[error.start]:02x}") from error
+    if len(separator.encode()) > 1:
+        return names.split(separator)
+    return next(csv.reader([names], delimiter=separator), [])
 
 
 def _parse_failure(
-    path: Path,
+    text: Text,
     content: pa.Buffer,
     read: arrow_csv.ReadOptions,
     parse: arrow_csv.ParseOptions,
     convert: arrow_csv.ConvertOptions,
     error: pa.ArrowInvalid,
 ) -> str:
-    """One line for a file that does not parse; on one thread Arrow numbers the row."""
+    """One line for a text that does not parse; on one thread Arrow numbers the row."""
     read.use_threads = False
     try:
         arrow_csv.read_csv(pa.BufferReader(content), read, parse, convert)
@@ -505,43 +565,43 @@ def _parse_failure(
         error = numbered
     found = re.search(r"Row #(\d+): Expected (\d+) columns, got (\d+)", str(error))
     if not found:
-        return f"{path}: cannot be read: {_one_line(error)}"
-    row = int(found[1]) - 1
-    return f"{path}, line {_line_of_row(content, row)}: found {found[3]} fields, expected {found[2]}"
+        return f"{text.path}: cannot be read: {_one_line(error)}"
+    line = replace(text, content=content).line(int(found[1]) - 1)
+    return f"{text.path}, line {line}: found {found[3]} fields, expected {found[2]}"
 
 
-def _read_json(path: Path, wanted: list[str], skipping: BadRows | None) -> Source:
-    """Columns that nobody asked for may be of any and changing types: they are skipped where the head of the file
-    tells the types of those asked for."""
-    content, lost = _content(path), np.empty(0, np.int64)
-    if skipping:
-        content, lost = _without_lines(path, content, _no_object, skipping)
-    first = _first_object(path, content)
-    schema = _json_schema(content, wanted)
-    # Arrow would turn strings that look like dates into timestamps
-    strings = pa.schema([(key, pa.string()) for key, value in first.items() if isinstance(value, str)])
+def _parse_json_text(
+    text: Text,
+    wanted: list[str],
+    types: tuple[pa.Schema | None, pa.Schema],
+    whole: Text | None = None,
+    lost: np.ndarray = NO_ROWS,
+) -> Source:
+    """Columns that nobody asked for may be of any and changing types: they are skipped where ``types`` tells the types
+    of those asked for. ``text`` is ``whole`` without its rows ``lost``."""
+    content, (schema, strings) = text.content, types
     try:
         try:
-            table = _parse_json(content, pa.schema(schema) if schema else strings, "ignore" if schema else "infer")
+            table = _parse_json(content, schema or strings, "ignore" if schema else "infer")
         except pa.ArrowInvalid:
             if schema is None:
                 raise
             table = _parse_json(content, strings, "infer")  # the head was not typical
     except pa.ArrowInvalid as error:
-        _check_utf8(path, content)
-        raise InputError(_json_failure(path, content, error)) from error
-    check_columns(path, wanted, table.column_names)
+        _check_utf8(text)
+        raise InputError(_json_failure(text, error)) from error
+    check_columns(text.path, wanted, table.column_names)
     table = table.select(wanted)
     try:
         table.validate(full=True)  # Arrow's JSON reader does not look at the encoding
     except pa.ArrowInvalid:
-        _check_utf8(path, content)
+        _check_utf8(text)
         raise
-    source = Source(path, table, 0)
+    source = Source(text.path, table, whole or text)
     if not len(lost):
         return source
     rows = np.setdiff1d(np.arange(table.num_rows + len(lost)), lost)
-    return Taken(path, table, 0, source, rows)
+    return Taken(text.path, table, source.text, of=source, rows=rows)
 
 
 def _parse_json(content: pa.Buffer, schema: pa.Schema, others: str) -> pa.Table:
@@ -549,39 +609,42 @@ def _parse_json(content: pa.Buffer, schema: pa.Schema, others: str) -> pa.Table:
     return arrow_json.read_json(pa.BufferReader(content), arrow_json.ReadOptions(block_size=JSON_BLOCK), parse)
 
 
-def _json_schema(content: pa.Buffer, wanted: list[str]) -> list[tuple[str, pa.DataType]] | None:
-    """The types of the wanted columns as the first lines tell them; None where they do not."""
+def _json_types(text: Text, wanted: list[str]) -> tuple[pa.Schema | None, pa.Schema]:
+    """The types of the wanted columns as the first lines tell them, None where they do not; and the columns that are
+    strings in the first object, which Arrow would turn into timestamps where they look like dates."""
+    first = _first_object(text)
+    strings = pa.schema([(key, pa.string()) for key, value in first.items() if isinstance(value, str)])
     rows = []
     try:
-        for line in itertools.islice((x for x in io.BytesIO(content) if x.strip()), JSON_HEAD):
+        for line in itertools.islice((x for x in io.BytesIO(text.content) if x.strip()), JSON_HEAD):
             rows.append(json.loads(line))
         types = [pa.array([row.get(name) for row in rows]).type for name in wanted]
     except (ValueError, TypeError, AttributeError, pa.ArrowException):
-        return None
+        return None, strings
     empty_list = pa.list_(pa.null())
     types = [pa.list_(pa.string()) if kind == empty_list else kind for kind in types]
-    return None if pa.null() in types else list(zip(wanted, types, strict=True))
+    return None if pa.null() in types else pa.schema(list(zip(wanted, types, strict=True))), strings
 
 
-def _first_object(path: Path, content: pa.Buffer) -> dict:
-    line = next((line for line in io.BytesIO(content) if line.strip()), b"")
+def _first_object(text: Text) -> dict:
+    line = next((line for line in io.BytesIO(text.content) if line.strip()), b"")
     try:
         value = json.loads(line)
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise InputError(f"{path}, line 1: not a JSON object, expected one object a line")
+        raise InputError(f"{text.path}, line 1: not a JSON object, expected one object a line")
     return value
 
 
-def _json_failure(path: Path, content: pa.Buffer, error: pa.ArrowInvalid) -> str:
-    for number, line in enumerate(io.BytesIO(content), 1):
+def _json_failure(text: Text, error: pa.ArrowInvalid) -> str:
+    for number, line in enumerate(io.BytesIO(text.content), text.lines_before + 1):
         try:
             if line.strip():
                 json.loads(line)
         except ValueError as broken:
-            return f"{path}, line {number}: not a JSON object: {_one_line(broken)}"
-    return f"{path}: {_one_line(error)}"
+            return f"{text.path}, line {number}: not a JSON object: {_one_line(broken)}"
+    return f"{text.path}: {_one_line(error)}"
 
 
 def _one_line(error: BaseException) -> str:

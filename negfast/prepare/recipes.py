@@ -5,7 +5,8 @@ is. What counts as a dislike is negfast's choice where the source only has ratin
 """
 
 import re
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,21 +18,10 @@ from negfast.data.dataset import Dataset, file_record
 from negfast.data.items import ItemTable
 from negfast.data.log import DISLIKE, EXPOSED, LIKE, WITHDRAWN, EventLog
 from negfast.errors import InputError
-from negfast.prepare.build import SemanticIdSettings, SplitSettings, build, check_replaceable, drop_repeats
-from negfast.prepare.events import (
-    EventMapping,
-    Events,
-    ItemMapping,
-    Report,
-    Selection,
-    event_columns,
-    index_events,
-    items_of_log,
-    read_items,
-    select_rows,
-    with_items_of,
-)
-from negfast.prepare.readers import BadRows, Source, encode, file_columns, join, read_table
+from negfast.prepare.build import SemanticIdSettings, SplitSettings, build, check_replaceable
+from negfast.prepare.events import EventMapping, Events, ItemMapping, Report, Selection, event_columns, read_items
+from negfast.prepare.readers import BadRows, Source, encode, file_columns, read_blocks
+from negfast.prepare.reading import LogReader, ReadFile, log_files, read_file, scratch_sorter, sort_log
 from negfast.prepare.rules import Rule, matches, parse_rule
 
 UNDO = {"undislike": DISLIKE, "unlike": LIKE}  # Yambda's event types that take another back
@@ -171,26 +161,60 @@ def prepare_recipe(
     semantic_ids: SemanticIdSettings,
     selection: Selection | None = None,
     force: bool = False,
+    memory: int | None = None,
     described: dict[str, Any] | None = None,
     report: Report = print,
 ) -> Dataset:
-    """Makes a data set of a public log's files; ``described`` joins the manifest. Raises InputError."""
+    """Makes a data set of a public log's files; ``described`` joins the manifest, ``memory`` as for
+    `negfast.prepare.build.prepare`. Raises InputError."""
     check_replaceable(out, force)
-    events, items, undo = read_recipe(name, files, report, dislike, selection)
-    if undo is not None:
-        events = replace(events, log=withdraw(events.log, undo, report))
-    manifest = {
-        "recipe": {"name": name, "dislike": [str(rule) for rule in dislike]},
-        "sources": described_files(files),
-        **(described or {}),
-    }
-    events = drop_repeats(events, selection, report)
-    return build(events, items or items_of_log(events), manifest, out, split, semantic_ids, report)
+    files = log_files(files)
+    reader, items = recipe_reader(name, files, report, dislike, selection)
+    manifest = {"recipe": {"name": name, "dislike": [str(rule) for rule in dislike]}, **(described or {})}
+    sources = {f"file {number}": path for number, path in enumerate(files, 1)}
+    take_back = None if reader.takes_back is None else withdraw
+    return build(reader, items, sources, manifest, out, split, semantic_ids, memory, report, take_back)
 
 
 def described_files(files: Sequence[Path], first: int = 1) -> dict[str, dict[str, Any]]:
     """Names, sizes and checksums of source files, as manifests keep them, numbered from ``first``."""
     return {f"file {i}": {"name": path.name, **file_record(path)} for i, path in enumerate(files, first)}
+
+
+def recipe_reader(
+    name: str,
+    files: Sequence[Path],
+    report: Report,
+    dislike: Sequence[Rule] = (),
+    selection: Selection | None = None,
+    whole: bool = True,
+) -> tuple[LogReader, ItemTable | None]:
+    """Reads a source's files, in any order, and its item table.
+
+    ``dislike`` replaces the recipe's rules. Raises InputError: unknown recipe, a file that is neither events nor items
+    of this source, no events. A log that is not ``whole`` may lack dislikes or likes.
+    """
+    if name not in RECIPES:
+        raise InputError(f"--recipe {name!r}: expected one of {', '.join(RECIPES)}")
+    recipe = RECIPES[name]
+    event_files, item_files = _sort_files(name, recipe, files)
+    mapping = replace(recipe.mapping, dislike=tuple(dislike)) if dislike else recipe.mapping
+    event_files.sort(key=lambda path: _event_word(path) in UNDO)  # of equal times, what is taken back comes first
+    items = None
+    if item_files and recipe.items is not None:
+        items = recipe.finish_items(read_items(item_files[0], recipe.items, encoding=recipe.encoding))
+    reader = LogReader(
+        event_files,
+        _typed_events(mapping) if recipe.event_type else read_file(mapping),
+        mapping,
+        report,
+        selection or Selection(),
+        time.time(),
+        dislike if whole else (),
+        whole,
+        _takes_back if recipe.event_type else None,
+    )
+    return reader, items
 
 
 def read_recipe(
@@ -199,43 +223,31 @@ def read_recipe(
     report: Report,
     dislike: Sequence[Rule] = (),
     selection: Selection | None = None,
-    now: float | None = None,
     whole: bool = True,
 ) -> tuple[Events, ItemTable | None, np.ndarray | None]:
-    """Events and item table of a source's files, in any order; items that only the log knows come last, without text.
+    """Events and item table of a source's files that fit into memory, such as a day's; items that only the log knows
+    come last, without text.
 
     Where the source has events that take back others, the third is the feedback that each event takes back, uint8 [N],
-    0 for most, for `withdraw`. ``dislike`` replaces the recipe's rules. Raises InputError: unknown recipe, a file that
-    is neither events nor items of this source, no events, and whatever reading them raises. A log that is not ``whole``
-    may lack dislikes or likes.
+    0 for most, for `withdraw`. Arguments and errors as for `recipe_reader`.
     """
-    if name not in RECIPES:
-        raise InputError(f"--recipe {name!r}: expected one of {', '.join(RECIPES)}")
-    recipe = RECIPES[name]
-    event_files, item_files = _sort_files(name, recipe, files)
-    mapping = replace(recipe.mapping, dislike=tuple(dislike)) if dislike else recipe.mapping
-    event_files.sort(key=lambda path: _event_word(path) in UNDO)  # of equal times, what is taken back comes first
-    bad = BadRows(selection is not None and selection.skip_bad_rows)
-    source = join([_event_source(recipe, mapping, path, bad) for path in event_files])
-    source = select_rows(source, mapping, report, bad, selection, now)
-    items = None
-    if item_files and recipe.items is not None:
-        table = read_items(item_files[0], recipe.items, encoding=recipe.encoding)
-        items = with_items_of(recipe.finish_items(table), source, mapping, report)
-    item_ids = None if items is None else items.ids
-    events = index_events(
-        source, mapping, item_ids, report, selection, now, must_hold=dislike if whole else (), whole=whole
-    )
-    return events, items, _takes_back(source, mapping, item_ids, selection) if recipe.event_type else None
+    reader, items = recipe_reader(name, log_files(files), report, dislike, selection, whole)
+    with scratch_sorter() as sorter:
+        log, all_items = sort_log(reader, sorter, items)
+        events, takes_back = log.events()
+    return events, None if items is None else all_items, takes_back
 
 
-def withdraw(log: EventLog, takes_back: np.ndarray, report: Report) -> EventLog:
+def withdraw(log: EventLog, takes_back: np.ndarray) -> tuple[EventLog, int, int]:
     """Gives every undo its meaning; ``takes_back`` uint8 [N] is the feedback that each event of the log takes back.
+    Tells how many likes and dislikes were taken back, and how many of them on their own day.
 
     An undo is WITHDRAWN where the pair's last like or dislike before it is of its kind, so the judgement counts until
     then and no longer; else it stays a mere exposure. What was judged of the pair on the same day before it becomes an
     exposure too: everything looks at the ends of days, where it never stood (both negfast's choice).
     """
+    if not takes_back.any():
+        return log, 0, 0
     events = np.flatnonzero(log.judged | (takes_back > 0))
     pair = log.user[events].astype(np.int64) * log.n_items + log.item[events]
     order = np.argsort(pair, kind="stable")  # within a pair in order of time
@@ -250,24 +262,16 @@ def withdraw(log: EventLog, takes_back: np.ndarray, report: Report) -> EventLog:
     same_day = judged & (place < last_undo[of_day.ravel()])
     feedback = log.feedback.copy()
     feedback[events[undo]], feedback[events[same_day]] = WITHDRAWN, EXPOSED
-    report(f"feedback: {undo.sum():,} likes and dislikes were taken back, {same_day.sum():,} of them on their own day")
-    return replace(log, feedback=feedback)
+    return replace(log, feedback=feedback), int(undo.sum()), int(same_day.sum())
 
 
-def _takes_back(
-    source: Source, mapping: EventMapping, item_ids: Sequence[str] | None, selection: Selection | None
-) -> np.ndarray:
-    """What each event takes back, in the order of the log."""
+def _takes_back(source: Source) -> np.ndarray:
+    """What each event of a block takes back, uint8 [N]."""
     types = encode(source, "event_type")
-    kinds = np.zeros(source.table.num_rows, np.float32)
+    kinds = np.zeros(source.table.num_rows, np.uint8)
     for word, kind in UNDO.items():
         kinds[matches(Rule("event_type", "==", word), types)] = kind
-    # As the value of the events, it goes through the same sorting as they do.
-    marked = replace(source, table=source.table.append_column("takes_back", pa.array(kinds)))
-    as_value = replace(mapping, value="takes_back")
-    value = index_events(marked, as_value, item_ids, lambda _: None, selection, whole=False).log.value
-    assert value is not None
-    return value.astype(np.uint8)
+    return kinds
 
 
 def _sort_files(name: str, recipe: Recipe, files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
@@ -289,17 +293,22 @@ def _sort_files(name: str, recipe: Recipe, files: Sequence[Path]) -> tuple[list[
     return event_files, item_files
 
 
-def _event_source(recipe: Recipe, mapping: EventMapping, path: Path, bad: BadRows) -> Source:
+def _typed_events(mapping: EventMapping) -> ReadFile:
+    """How files are read whose name tells the type of their events, unless a column does."""
     columns = event_columns(mapping)
-    if not recipe.event_type:
-        return read_table(path, columns, names=mapping.columns, separator=mapping.separator, bad=bad)
-    if "event_type" in file_columns(path):
-        return read_table(path, columns, bad=bad)
-    word = _event_word(path)
-    if word not in ("listen", "like", "dislike", *UNDO):
-        raise InputError(f"{path}: no column 'event_type', and the name is not likes, dislikes, undislikes, ...")
-    source = read_table(path, [name for name in columns if name != "event_type"], bad=bad)
-    return replace(source, table=source.table.append_column("event_type", pa.array([word] * source.table.num_rows)))
+
+    def read(path: Path, bad: BadRows) -> Iterator[tuple[Source, int]]:
+        if "event_type" in file_columns(path):
+            yield from read_blocks(path, columns, bad=bad)
+            return
+        word = _event_word(path)
+        if word not in ("listen", "like", "dislike", *UNDO):
+            raise InputError(f"{path}: no column 'event_type', and the name is not likes, dislikes, undislikes, ...")
+        for block, done in read_blocks(path, [name for name in columns if name != "event_type"], bad=bad):
+            words = pa.array([word] * block.table.num_rows, pa.string())
+            yield replace(block, table=block.table.append_column("event_type", words)), done
+
+    return read
 
 
 def _event_word(path: Path) -> str:

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from negfast.data.log import DISLIKE, EXPOSED, LIKE
 from negfast.errors import InputError
-from negfast.prepare.readers import NULLS, BadRows, Encoded, to_floats
+from negfast.prepare.readers import NULLS, BadRows, Encoded, numbers_of, to_floats
 
 COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
     "<=": operator.le,
@@ -70,22 +70,22 @@ def feedback(
     like: Sequence[Rule],
     rest: int,
     bad: BadRows | None = None,
-    must_hold: Sequence[Rule] = (),
-) -> np.ndarray:
-    """The feedback of every event, uint8 [N].
+) -> tuple[np.ndarray, set[Rule]]:
+    """The feedback of every event, uint8 [N], and the rules that hold for some of them.
 
     An event is a dislike if any dislike rule holds, else a like if any like rule holds, else ``rest``
     (LIKE or EXPOSED). A rule does not hold on a null. Where ``rest`` is LIKE, an event with a null in some rule's
     column is EXPOSED unless a rule holds, and one with nothing but nulls in them is bad: nothing tells what it is.
-    Raises InputError for that, and for a rule of ``must_hold`` that holds nowhere.
+    Raises InputError for that.
     """
     n_events = len(next(iter(columns.values())).codes)
     disliked, liked = np.zeros(n_events, bool), np.zeros(n_events, bool)
+    held = set()
     for rules, holds in ((dislike, disliked), (like, liked)):
         for rule in rules:
             found = matches(rule, columns[rule.column], bad)
-            if rule in must_hold and not found.any():
-                raise InputError(no_match(rule, columns[rule.column]))
+            if found.any():
+                held.add(rule)
             holds |= found
     result = np.full(n_events, rest, np.uint8)
     if rest == LIKE:
@@ -94,12 +94,7 @@ def feedback(
         _refuse_untold(columns, np.flatnonzero(nulls.all(0)), bad or BadRows())
     result[liked] = LIKE
     result[disliked] = DISLIKE
-    return result
-
-
-def no_match(rule: Rule, column: Encoded) -> str:
-    """What to say of a rule that holds for no event."""
-    return f"{column.source.path}: no event matches {rule}; {rule.column} holds {column.commonest()}"
+    return result, held
 
 
 def _refuse_untold(columns: Mapping[str, Encoded], untold: np.ndarray, bad: BadRows) -> None:
@@ -131,18 +126,22 @@ def _of_values(rule: Rule, column: Encoded, bad: BadRows | None) -> np.ndarray:
     compare = COMPARISONS[rule.comparison]
     if pa.types.is_boolean(values.type) and rule.literal.lower() in TRUE + FALSE:
         return compare(values.to_numpy(zero_copy_only=False), rule.literal.lower() in TRUE)
-    if number is not None and (rule.comparison not in ("==", "!=") or _all_numbers(values)):
+    if number is not None and rule.comparison not in ("==", "!="):
         return compare(to_floats(column, f"rule {rule}", bad), number)
-    text = np.array(pc.cast(values, pa.string()).to_pylist(), dtype=object)
-    return compare(text, rule.literal).astype(bool)
+    same = (np.array(pc.cast(values, pa.string()).to_pylist(), dtype=object) == rule.literal).astype(bool)
+    if number is not None:  # a value that is a number is compared as one, whatever the others are
+        numbers = numbers_of(values)
+        _refuse_infinite(numbers, column, rule, bad or BadRows())
+        same = np.where(np.isnan(numbers), same, numbers == number)
+    return same if rule.comparison == "==" else ~same
 
 
-def _all_numbers(values: pa.Array) -> bool:
-    try:
-        pc.cast(values, pa.float64())
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        return False
-    return True
+def _refuse_infinite(numbers: np.ndarray, column: Encoded, rule: Rule, bad: BadRows) -> None:
+    bad.add(
+        column.source,
+        column.rows(np.flatnonzero(np.isinf(numbers))),
+        lambda row: f"rule {rule}: {rule.column} {column.value(row)!r} is not a number",
+    )
 
 
 def _truth(values: pa.Array, column: Encoded, rule: Rule, bad: BadRows) -> np.ndarray:

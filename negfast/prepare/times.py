@@ -20,32 +20,66 @@ UNITS = ("auto", *PER_SECOND, "iso")
 HEAD = 100  # values that tell whether a column is ISO 8601
 
 
-def read_times(
-    source: Source,
-    column: str,
-    unit: str,
-    report: Callable[[str], None],
-    bad: BadRows | None = None,
-) -> tuple[np.ndarray, int]:
-    """Times of a column as (ticks int64 [N], ticks per second); ticks keep the source's resolution.
+class Times:
+    """The times of a log, block by block, in one format: what --time-unit leaves open, the first block tells."""
 
-    ``unit`` is one of UNITS; ``auto`` tells the unit by magnitude and says so. Typed timestamps and dates of
-    Parquet need no unit. Raises InputError with the line for a time that is missing or does not parse; where ``bad``
-    skips rows, they go there and have time 0.
-    """
-    bad = bad or BadRows()
-    values = source.table[column]
-    if pa.types.is_dictionary(values.type):
-        values = values.cast(values.type.value_type)
-    missing = np.flatnonzero(pc.is_null(values).to_numpy())
-    bad.add(source, missing, lambda row: f"no {column}")
-    if len(missing):
-        values = pc.fill_null(values, values.drop_null()[0] if len(missing) < len(values) else pa.scalar(0))
-    if pa.types.is_temporal(values.type):
-        return _from_timestamps(source, column, values)
-    if unit == "iso" or (unit == "auto" and _first_iso(values)):
-        return _from_iso(source, column, values, bad)
-    return _from_numbers(source, column, values, unit, report, bad)
+    def __init__(self, column: str, unit: str, report: Callable[[str], None]) -> None:
+        """``unit`` is one of UNITS; ``auto`` tells the unit by magnitude and says so."""
+        self.column, self.unit, self._report = column, unit, report
+        self._told = False  # the unit was told by magnitude
+        self.like: str | None = None  # the first ISO time
+
+    def read(self, source: Source, bad: BadRows) -> tuple[np.ndarray, int]:
+        """The times of a block as (ticks int64 [N], ticks per second); ticks keep the block's resolution.
+
+        Typed timestamps and dates of Parquet need no unit. Raises InputError with the line for a time that is missing
+        or does not parse; where ``bad`` skips rows, they go there and have time 0.
+        """
+        values = source.table[self.column]
+        if pa.types.is_dictionary(values.type):
+            values = values.cast(values.type.value_type)
+        missing = np.flatnonzero(pc.is_null(values).to_numpy())
+        bad.add(source, missing, lambda row: f"no {self.column}")
+        if len(missing):
+            values = pc.fill_null(values, values.drop_null()[0] if len(missing) < len(values) else pa.scalar(0))
+        if pa.types.is_temporal(values.type):
+            return _from_timestamps(source, self.column, values)
+        if self.unit in ("auto", "iso") and self.like is None:
+            self.like = _first_iso(values)
+        if self.unit == "iso" or (self.unit == "auto" and self.like is not None):
+            self.unit = "iso"
+            return _from_iso(source, self.column, values, self.like, bad)
+        return self._from_numbers(source, values, bad)
+
+    def _from_numbers(self, source: Source, values: pa.ChunkedArray, bad: BadRows) -> tuple[np.ndarray, int]:
+        expected = "a number" if self.unit != "auto" else "seconds, ms, us or ns since 1970, or ISO 8601"
+        zero = "0" if pa.types.is_string(values.type) else 0
+        numbers = _parsed(source, self.column, values, _parse_number, expected, zero, bad).to_numpy()
+        if self.unit == "auto" and len(numbers):
+            self.unit, self._told = _unit_of_magnitude(float(np.median(numbers))), True
+            self._report(f"times: {self.column} taken as {self.unit} since 1970 by its magnitude (--time-unit sets it)")
+        if self._told:
+            other = np.flatnonzero((numbers >= LEAST_SECONDS) & (numbers < LEAST[self.unit]))
+            bad.add(
+                source,
+                other,
+                lambda row: (
+                    f"{self.column} {values[row].as_py()} is {_unit_of_magnitude(float(numbers[row]))} by its "
+                    f"magnitude, most are {self.unit} (--time-unit {self.unit} takes it as such)"
+                ),
+            )
+        per_second = PER_SECOND.get(self.unit, 1)
+        if numbers.dtype.kind == "f":
+            missing = np.flatnonzero(np.isnan(numbers))
+            bad.add(source, missing, lambda row: f"{self.column} {values[row].as_py()!r} is no time, expected a number")
+            microseconds = np.rint(np.nan_to_num(numbers, nan=0.0) * (PER_SECOND["us"] / per_second))
+            return np.clip(microseconds, -1, 2.0**62).astype(np.int64), PER_SECOND["us"]
+        return numbers, per_second
+
+
+def nanoseconds(ticks: np.ndarray, per_second: int) -> np.ndarray:
+    """Ticks that `check_times` has passed as nanoseconds, int64: the one resolution that blocks share."""
+    return ticks * (PER_SECOND["ns"] // per_second)
 
 
 def check_times(
@@ -81,11 +115,12 @@ def _first_iso(values: pa.ChunkedArray) -> str | None:
     return dates[0].as_py() if len(dates) else None
 
 
-def _from_iso(source: Source, column: str, values: pa.ChunkedArray, bad: BadRows) -> tuple[np.ndarray, int]:
-    """Strings with an offset (Z, +02:00) are taken to UTC, strings without are UTC; one file has one kind."""
+def _from_iso(
+    source: Source, column: str, values: pa.ChunkedArray, first: str | None, bad: BadRows
+) -> tuple[np.ndarray, int]:
+    """Strings with an offset (Z, +02:00) are taken to UTC, strings without are UTC; a log has one kind, ``first``'s."""
     if not pa.types.is_string(values.type):
         raise InputError(f"{source.path}: {column} is a {values.type}, expected ISO 8601 strings")
-    first = _first_iso(values)
     zoned = first is not None and re.search(r"[T ].*(Z|[+-]\d{2}(:?\d{2})?)\s*$", first)
     fine = bool(pc.any(pc.match_substring_regex(values, r"\.\d{7,9}")).as_py())
     unit = "ns" if fine else "us"  # nanoseconds end in 2262
@@ -132,33 +167,6 @@ def _parse_number(values: pa.ChunkedArray) -> pa.ChunkedArray:
         except pa.ArrowInvalid:
             pass
     return values.cast(pa.float64())
-
-
-def _from_numbers(
-    source: Source, column: str, values: pa.ChunkedArray, unit: str, report: Callable[[str], None], bad: BadRows
-) -> tuple[np.ndarray, int]:
-    expected = "a number" if unit != "auto" else "seconds, ms, us or ns since 1970, or ISO 8601"
-    zero = "0" if pa.types.is_string(values.type) else 0
-    numbers = _parsed(source, column, values, _parse_number, expected, zero, bad).to_numpy()
-    if unit == "auto" and len(numbers):
-        unit = _unit_of_magnitude(float(np.median(numbers)))
-        report(f"times: {column} taken as {unit} since 1970 by its magnitude (--time-unit sets it)")
-        other = np.flatnonzero((numbers >= LEAST_SECONDS) & (numbers < LEAST[unit]))
-        bad.add(
-            source,
-            other,
-            lambda row: (
-                f"{column} {values[row].as_py()} is {_unit_of_magnitude(float(numbers[row]))} by its magnitude, "
-                f"most are {unit} (--time-unit {unit} takes it as such)"
-            ),
-        )
-    per_second = PER_SECOND.get(unit, 1)
-    if numbers.dtype.kind == "f":
-        missing = np.flatnonzero(np.isnan(numbers))
-        bad.add(source, missing, lambda row: f"{column} {values[row].as_py()!r} is no time, expected a number")
-        microseconds = np.rint(np.nan_to_num(numbers, nan=0.0) * (PER_SECOND["us"] / per_second))
-        return np.clip(microseconds, -1, 2.0**62).astype(np.int64), PER_SECOND["us"]
-    return numbers, per_second
 
 
 def _unit_of_magnitude(value: float) -> str:

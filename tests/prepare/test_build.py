@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 import negfast.sid.build
 from negfast.data.dataset import Dataset, date_of, day_of
 from negfast.data.log import DISLIKE, EventLog
-from negfast.data.split import all_requests
+from negfast.data.split import DayCounts, all_requests
 from negfast.errors import InputError
 from negfast.prepare.build import SemanticIdSettings, SplitSettings, choose_split, prepare
-from negfast.prepare.events import EventMapping, ItemMapping, read_events, read_items
+from negfast.prepare.events import EventMapping, ItemMapping, read_items
+from negfast.prepare.reading import read_events
 from negfast.prepare.rules import parse_rule
 
 T0, DAY = 1_371_000_000, 86_400
@@ -82,7 +83,7 @@ def test_everything_reads_back(sources, tmp_path):
     data = Dataset.open(out)
 
     items = read_items(sources / "items.csv", ITEM_MAPPING, sources / "embedding.npy")
-    events, _ = read_events([sources / "log.csv"], MAPPING, items, silent)
+    events, _ = read_events([sources / "log.csv"], MAPPING, silent, items=items)
     assert data.user_ids == events.user_ids
     for column in ("user_offsets", "item", "feedback", "time", "value"):
         np.testing.assert_array_equal(getattr(data.log, column), getattr(events.log, column))
@@ -166,11 +167,12 @@ def test_chosen_dates_leave_days_to_every_part(first, days, horizon):
     log = EventLog(
         np.array([0, days]), np.zeros(days, np.int32), np.zeros(days, np.uint8), days_of_log * DAY + 5, None, 1
     )
+    counts = days_of(log, horizon)
     if days < 3 * horizon + 3:
         with pytest.raises(InputError, match="smaller --horizon"):
-            choose_split(log, SplitSettings(horizon), silent)
+            choose_split(counts, SplitSettings(horizon), silent)
         return
-    _, valid, test = choose_split(log, SplitSettings(horizon), silent)
+    valid, test = choose_split(counts, SplitSettings(horizon), silent)
     train_days = sum(day + horizon < valid for day in days_of_log)
     valid_days = sum(valid <= day and day + horizon < test for day in days_of_log)
     test_days = sum(test <= day and day + horizon <= days_of_log[-1] for day in days_of_log)
@@ -178,11 +180,17 @@ def test_chosen_dates_leave_days_to_every_part(first, days, horizon):
     assert min(valid_days, test_days) >= 1
     assert train_days + valid_days + test_days == days - 3 * horizon
     # the same dates given are taken, and said to be the extremes when they are
-    assert choose_split(log, SplitSettings(horizon, date_of(valid), date_of(test)), silent) == (horizon, valid, test)
+    assert choose_split(counts, SplitSettings(horizon, date_of(valid), date_of(test)), silent) == (valid, test)
     with pytest.raises(InputError, match="--valid"):
-        choose_split(log, SplitSettings(horizon, date_of(first + horizon), date_of(test)), silent)
+        choose_split(counts, SplitSettings(horizon, date_of(first + horizon), date_of(test)), silent)
     with pytest.raises(InputError, match="--test"):
-        choose_split(log, SplitSettings(horizon, date_of(valid), date_of(first + days - horizon)), silent)
+        choose_split(counts, SplitSettings(horizon, date_of(valid), date_of(first + days - horizon)), silent)
+
+
+def days_of(log, horizon):
+    days = DayCounts.empty(int(log.day.min()), int(log.day.max()), horizon)
+    days.add(log)
+    return days
 
 
 def log_of(dislikes, exposures):
@@ -221,7 +229,7 @@ def test_the_chosen_dates_are_the_best_of_all(days, horizon, data):
     if fixed is not None:
         least = {pair: size for pair, size in least.items() if pair[fixed] == given[fixed]}
     dates = [date_of(day) if place == fixed else None for place, day in enumerate(given)]
-    _, valid, test = choose_split(log, SplitSettings(horizon, *dates), silent)
+    valid, test = choose_split(days_of(log, horizon), SplitSettings(horizon, *dates), silent)
     assert least[valid, test] == max(least.values())
 
 
@@ -229,7 +237,7 @@ def test_a_log_that_wakes_late_is_split_where_its_dislikes_are():
     """Ten years of a game's first users, then a year of the others: by calendar train would have one request."""
     rng = np.random.default_rng(0)
     log = log_of([10, *rng.integers(3300, 3650, 1000)], [0, 3650])
-    _, valid, test = choose_split(log, SplitSettings(7), silent)
+    valid, test = choose_split(days_of(log, 7), SplitSettings(7), silent)
     found = sizes(days_with_dislikes_ahead(log, 7), 3650, 7, valid, test)
     np.testing.assert_allclose(found / found.sum(), [0.6, 0.15, 0.25], atol=0.02)
 

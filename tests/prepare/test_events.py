@@ -19,8 +19,9 @@ from safetensors.numpy import save_file
 
 from negfast.data.log import DISLIKE, EXPOSED, LIKE
 from negfast.errors import InputError
-from negfast.prepare.events import EventMapping, ItemMapping, index_events, read_items, read_source
+from negfast.prepare.events import EventMapping, ItemMapping, read_items
 from negfast.prepare.readers import Source, encode
+from negfast.prepare.reading import read_events
 from negfast.prepare.rules import parse_rule
 
 NAMES = ["user", "item", "rating", "time"]
@@ -59,10 +60,9 @@ def silent(_):
     pass
 
 
-def read(paths, mapping, item_ids=None, report=silent, selection=None):
+def read(paths, mapping, known=None, report=silent, selection=None):
     """The events of files that need not be a whole log: they may lack likes, or events of a rule."""
-    source = read_source(paths, mapping, report, selection)
-    return index_events(source, mapping, item_ids, report, selection, whole=False)
+    return read_events(paths, mapping, report, selection, known=known, whole=False)[0]
 
 
 @st.composite
@@ -244,7 +244,7 @@ def test_order_where_users_and_microseconds_overflow_one_key(tmp_path):
 @given(chunks=st.lists(st.lists(st.sampled_from(["a", "b", "c", "", None]), max_size=4), max_size=5))
 def test_encoding_of_a_column_in_chunks(chunks):
     table = pa.table({"x": pa.chunked_array(chunks, pa.string())})
-    column = encode(Source(Path("x.parquet"), table, 1), "x")
+    column = encode(Source(Path("x.parquet"), table), "x")
     expected = [value or None for chunk in chunks for value in chunk]
     assert [None if code < 0 else column.values[int(code)].as_py() for code in column.codes] == expected
     assert len(set(column.values.to_pylist())) == len(column.values)

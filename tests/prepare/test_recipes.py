@@ -21,7 +21,7 @@ def silent(_):
 def read(name, *files, **options):
     """Every event as (user id, item id, feedback, time, value), in the log's order, and the item table."""
     events, items, undo = read_recipe(name, files, silent, **options)
-    log = events.log if undo is None else withdraw(events.log, undo, silent)
+    log = events.log if undo is None else withdraw(events.log, undo)[0]
     values = [None] * len(log) if log.value is None else log.value.tolist()
     rows = zip(log.user.tolist(), log.item.tolist(), log.feedback.tolist(), log.time.tolist(), values, strict=True)
     assert items is None or items.ids == events.item_ids

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from negfast.data.log import DAY, DISLIKE, EXPOSED, LIKE, EventLog
 from negfast.errors import InputError
-from negfast.prepare.events import EventMapping, ItemMapping, Selection, read_events, read_items, with_attributes
+from negfast.prepare.events import EventMapping, ItemMapping, Selection, read_items, with_attributes
+from negfast.prepare.reading import read_events
 from negfast.prepare.rules import Rule, parse_rule
 from tests.prepare.test_events import T0, mapping, read, silent, write_rows
 
@@ -77,13 +78,13 @@ def test_a_rule_that_matches_nothing_is_named(tmp_path, rules, said):
     path.write_text("user,item,time,action,rating\n" + "".join(f"u,{i},{T0},{w},9\n" for i, w in enumerate(words)))
     parsed: dict[str, Any] = {kind: tuple(map(parse_rule, texts)) for kind, texts in rules.items()}
     with pytest.raises(InputError, match=said):
-        read_events([path], EventMapping(**parsed, time_unit="s"), None, silent)
+        read_events([path], EventMapping(**parsed, time_unit="s"), silent)
 
 
 def test_no_likes_may_be_said(tmp_path):
     path = write_rows(tmp_path / "log.csv", ROWS)
     said: list[str] = []
-    events, _ = read_events([path], mapping(rest="exposed"), None, said.append)
+    events, _ = read_events([path], mapping(rest="exposed"), said.append)
     assert set(events.log.feedback) == {DISLIKE, EXPOSED}
     assert any(line.startswith("warning: no likes") for line in said)
 
@@ -165,7 +166,7 @@ def test_bad_rows_are_skipped_counted_and_shown(tmp_path, kind):
     said: list[str] = []
     selection = Selection(skip_bad_rows=True)
     rules = EventMapping(dislike=(parse_rule("rating<=5"),), value="rating", time_unit="s")
-    events, _ = read_events([path], rules, None, said.append, selection)
+    events, _ = read_events([path], rules, said.append, selection)
     assert events.user_ids == [f"u{i}" for i in range(8)]
     assert events.log.value is not None and events.log.value.tolist() == [row["rating"] for row in ROWS]
     assert selection.left_out == {"bad_rows": count + len(broken)}
@@ -178,7 +179,7 @@ def test_bad_rows_are_skipped_counted_and_shown(tmp_path, kind):
         assert not set(named) & {line for line in lines if '"u0"' in line or line.startswith("u0")}
         assert {broken[0], broken[1]} <= set(named) and len(set(named)) == 10
     with pytest.raises(InputError):
-        read_events([path], rules, None, silent)
+        read_events([path], rules, silent)
 
 
 def test_iso_times_with_bad_ones_among_them(tmp_path):
@@ -303,7 +304,7 @@ def test_items_that_only_the_log_knows_come_last_without_text(tmp_path):
     table.write_text("item,title\ni5,Five\ni0,Zero\nother,Other\n")
     np.save(tmp_path / "own.npy", np.ones((3, 2)))
     items = read_items(table, ItemMapping(text="title"), tmp_path / "own.npy")
-    events, all_items = read_events([log], mapping(), items, said.append)
+    events, all_items = read_events([log], mapping(), said.append, items=items)
     assert all_items.ids == ["i5", "i0", "other", "i1", "i2", "i3", "i4", "i6", "i7"] == events.item_ids
     assert all_items.text[:4] == ["Five", "Zero", "Other", ""]
     assert all_items.embedding is not None and not all_items.embedding[3:].any()
