@@ -142,6 +142,7 @@ class LogReader:
                     sorter.add(self._block_of(source, columns))
                 rate = len(sorter) / max(time.monotonic() - began, 1e-9)
                 bar.update(done >> 20, f"{len(sorter):,} rows, {rate:,.0f} rows/s")
+        sorter.end()
         path = self.files[0]
         if found == 0 and not bad.count:
             raise InputError(f"{path}: no events, expected at least one row")

@@ -1,4 +1,4 @@
-"""The rows of a log in DuckDB: indexed and sorted by user and time within a memory limit, on disk beyond it."""
+"""The rows of a log on disk, indexed and sorted by user and time by DuckDB within a memory limit."""
 
 import os
 from collections.abc import Iterator
@@ -10,17 +10,10 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as parquet
 
 from negfast.errors import InputError
 
-COLUMNS = {  # of a block; the last two may be missing
-    "user": ("VARCHAR", pa.string()),
-    "item": ("VARCHAR", pa.string()),
-    "time": ("BIGINT", pa.int64()),  # ns since 1970
-    "feedback": ("UTINYINT", pa.uint8()),
-    "value": ("FLOAT", pa.float32()),
-    "takes_back": ("UTINYINT", pa.uint8()),
-}
 BATCH_ROWS = 1 << 17  # of the sorted rows
 
 
@@ -40,37 +33,44 @@ class LogSorter:
         }
         if memory is not None:
             config["memory_limit"] = f"{memory >> 20}MiB"
-        self._memory, self._rows, self._columns = memory, 0, list[str]()
-        with self._errors():
-            self._database = duckdb.connect(str(folder / "log.duckdb"), config=config)
-            self._database.execute("BEGIN")
+        self._memory, self._path, self._rows = memory, folder / "log.parquet", 0
+        self._writer: parquet.ParquetWriter | None = None
+        self._database = duckdb.connect(":memory:", config=config)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
         self._database.close()
 
     def __len__(self) -> int:
         return self._rows
 
     def add(self, block: pa.Table) -> None:
-        """Takes rows with the columns of COLUMNS; every block has the same ones."""
-        if not self._columns:
-            self._columns = block.column_names
-            kinds = ", ".join(f"{name} {COLUMNS[name][0]}" for name in self._columns)
-            self._database.execute(f'CREATE TABLE log ({kinds}, "row" BIGINT)')
-        rows = np.arange(self._rows, self._rows + len(block))
-        self._rows += len(block)
+        """Takes rows: user and item (strings), time (int64, ns since 1970), and what is to come with them, the same
+        columns in every block."""
         with self._errors():
-            self._database.register("block", block.append_column("row", pa.array(rows)))
-            self._database.execute("INSERT INTO log SELECT * FROM block")
-            self._database.unregister("block")
+            if self._writer is None:
+                numbers = [name for name in block.column_names if name != "time"]
+                self._writer = parquet.ParquetWriter(
+                    self._path, block.schema, compression="lz4", use_dictionary=numbers, write_statistics=False
+                )
+            self._writer.write_table(block)
+        self._rows += len(block)
+
+    def end(self) -> None:
+        """All rows are there."""
+        with self._errors():
+            if self._writer is not None:
+                self._writer.close()
 
     def ids(self, column: str) -> pa.StringArray:
         """The distinct ids of "user" or "item" in the order of (length, text): for integers, of their numbers."""
         with self._errors():
-            found = self._database.sql(f'SELECT DISTINCT "{column}" FROM log').to_arrow_table()
+            rows = self._database.read_parquet(str(self._path))
+            found = rows.select(f'"{column}"').distinct().to_arrow_table()
         ids = found[column].cast(pa.string()).combine_chunks()
         keys = pa.table({"length": pc.utf8_length(ids), "text": ids})
         return ids.take(pc.sort_indices(keys, [("length", "ascending"), ("text", "ascending")]))
@@ -78,15 +78,18 @@ class LogSorter:
     def sorted(self, user_ids: pa.StringArray, item_ids: pa.StringArray) -> Iterator[dict[str, np.ndarray]]:
         """The rows, BATCH_ROWS at a time, as columns by name: user and item int32, indices into ``user_ids`` and
         ``item_ids``, which hold all of the log's; time int64 in seconds; the others as they came."""
-        others = "".join(f", log.{name}" for name in self._columns if name not in ("user", "item", "time"))
+        assert self._writer is not None
+        others = "".join(f", log.{name}" for name in self._writer.schema.names if name not in ("user", "item", "time"))
         with self._errors():
             for name, ids in (("users", user_ids), ("items", item_ids)):
                 index = pa.array(np.arange(len(ids), dtype=np.int32))
                 self._database.register(name, pa.table({"id": ids, "index": index}))
+            log = self._database.read_parquet(str(self._path), file_row_number=True)
+            self._database.register("log", log)
             rows = self._database.sql(
                 f"""SELECT users."index" AS "user", items."index" AS item, log.time // 1000000000 AS time{others}
                 FROM log JOIN users ON log."user" = users.id JOIN items ON log.item = items.id
-                ORDER BY users."index", log.time, log."row" """
+                ORDER BY users."index", log.time, log.file_row_number"""
             )
             for batch in rows.to_arrow_reader(BATCH_ROWS):
                 yield {
