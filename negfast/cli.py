@@ -166,13 +166,14 @@ def main() -> None:
 )  # fmt: skip
 @click.option("--encoder", default="auto", show_default=True, type=click.Choice(ENCODERS), help="Of item text.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
+@click.option("--memory", metavar="SIZE", help="Memory to do with, like 4GB; half of what is free by default.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object; the rest goes to stderr.")
 @click.pass_context
 def prepare(context: click.Context, files: tuple[Path, ...], out: Path, **options: Any) -> None:
     """Make a data set of an event log: validate, index, split, semantic IDs, shards.
 
-    FILES is one event log, in one file or several: Parquet, CSV, TSV, `::`-separated (.dat) or JSON Lines, also as
-    .gz or .zst. It needs a user, an item and a time column, and something that tells dislikes.
+    FILES is one event log, in files or directories of files: Parquet, CSV, TSV, `::`-separated (.dat) or JSON Lines,
+    also as .gz or .zst. It needs a user, an item and a time column, and something that tells dislikes.
 
     \b
     negfast prepare log.parquet --dislike "rating<=2" --items items.csv --item-text-column title --out data
@@ -195,6 +196,7 @@ def prepare(context: click.Context, files: tuple[Path, ...], out: Path, **option
     \b
     negfast prepare log-2026-11-25.csv --like data/2026-11-24 --items items.csv --out data/2026-11-25
     """
+    from negfast.memory import parse_bytes
     from negfast.prepare.build import SemanticIdSettings, SplitSettings, check_date, summary
     from negfast.prepare.events import Selection
     from negfast.prepare.rules import parse_rule
@@ -215,6 +217,7 @@ def prepare(context: click.Context, files: tuple[Path, ...], out: Path, **option
     if options["within"] is not None and (options["valid"] or options["test"]):
         raise click.UsageError("--split-within: expected neither --valid nor --test beside it", context)
     split = SplitSettings(options["horizon"], options["valid"], options["test"], options["within"])
+    memory = None if options["memory"] is None else parse_bytes("--memory", options["memory"])
     names = ("levels", "codebook", "quantizer", "encoder", "seed")
     semantic_ids = SemanticIdSettings(*(options[name] for name in names))
     dislike = tuple(map(parse_rule, options["dislike"]))
@@ -241,10 +244,10 @@ def prepare(context: click.Context, files: tuple[Path, ...], out: Path, **option
     elif options["recipe"] is not None:
         from negfast.prepare.recipes import prepare_recipe
 
-        _refuse_others(context, "--recipe", (*chosen, "recipe", "dislike", "horizon", *names))
+        _refuse_others(context, "--recipe", (*chosen, "recipe", "dislike", "horizon", "memory", *names))
         data = prepare_recipe(
             options["recipe"], files, out, dislike=dislike, split=split, semantic_ids=semantic_ids,
-            selection=selection, force=options["force"], report=report,
+            selection=selection, force=options["force"], memory=memory, report=report,
         )  # fmt: skip
     else:
         if not dislike:
@@ -254,7 +257,7 @@ def prepare(context: click.Context, files: tuple[Path, ...], out: Path, **option
             _refuse(context, of_items - {"item_column", "item_embedding"}, "without --items")
         if options["like_rule"]:
             _refuse(context, {"rest"}, "beside --like-rule: events of no rule are exposures then")
-        data = _prepare_mapped(files, out, dislike, split, semantic_ids, selection, options, report)
+        data = _prepare_mapped(files, out, dislike, split, semantic_ids, selection, memory, options, report)
     if options["as_json"]:
         click.echo(json.dumps(summary(data, selection, said), ensure_ascii=False))
 
@@ -266,6 +269,7 @@ def _prepare_mapped(
     split: Any,
     semantic_ids: Any,
     selection: Any,
+    memory: int | None,
     options: dict[str, Any],
     report: Callable[[str], None],
 ) -> Any:
@@ -302,6 +306,7 @@ def _prepare_mapped(
         semantic_ids=semantic_ids,
         selection=selection,
         force=options["force"],
+        memory=memory,
         report=report,
     )
 

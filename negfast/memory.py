@@ -1,10 +1,22 @@
 """The memory that this machine, or the control group that a container is, gives a process."""
 
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from negfast.errors import InputError
+
 CGROUP = Path("/sys/fs/cgroup")
+UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_bytes(option: str, text: str) -> int:
+    """Bytes of a text like 4GB, 1.5GiB or 800MB. Raises InputError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([MGT]i?B)\s*", text, re.IGNORECASE)
+    if found is None:
+        raise InputError(f"{option} {text!r}: expected a size like 4GB, 1.5GiB or 800MB")
+    return int(float(found[1]) * UNITS[found[2].upper()])
 
 
 def total_memory() -> int:

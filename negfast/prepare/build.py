@@ -39,7 +39,7 @@ WITHIN = (0.76, 0.88)  # shares of a community's events before valid and before 
 SHARES = np.array([0.60, 0.15, 0.25])  # of train, valid and test in the user-days with a dislike ahead
 RESERVED, LEAST_ENGINE = 512 << 20, 512 << 20  # bytes of the process beside the sort, and of the least sort
 ITEM_BYTES, USER_BYTES = 2_600, 200  # of an item's vectors while semantic IDs are made, of a user's id
-SAMPLED_EVENTS = 10_000_000  # of the users that co-occurrence is learned from
+SAMPLED_EVENTS, SAMPLED_USERS = 10_000_000, 1 << 18  # that co-occurrence is learned from, at most
 FEW = 100  # user-days with a dislike ahead: a part with fewer says little
 
 
@@ -175,12 +175,12 @@ def engine_memory(memory: int | None, n_items: int, n_users: int = 0) -> int:
 
 
 def sample_log(shard: Shard, seed: int, report: Report) -> EventLog:
-    """The histories that co-occurrence is learned from: all, or where there are more than SAMPLED_EVENTS those of so
-    many users, drawn by ``seed``."""
-    if shard.n_events <= SAMPLED_EVENTS:
+    """The histories that co-occurrence is learned from: all, or those of SAMPLED_USERS users and at most SAMPLED_EVENTS
+    events, drawn by ``seed``."""
+    if shard.n_events <= SAMPLED_EVENTS and shard.n_users <= SAMPLED_USERS:
         return EventLog(*shard.get_many(), None, shard.n_items)
-    drawn = np.random.default_rng([seed, shard.n_users]).permutation(shard.n_users).astype(np.int32)
-    users = np.sort(drawn[: np.searchsorted(shard.offsets(drawn), SAMPLED_EVENTS)])
+    drawn = np.random.default_rng(seed).permutation(shard.n_users)[:SAMPLED_USERS].astype(np.int32)
+    users = np.sort(drawn[: np.searchsorted(shard.offsets(drawn), SAMPLED_EVENTS, side="right") - 1])
     report(f"semantic IDs: co-occurrence from {len(users):,} users of {shard.n_users:,}, drawn by the seed")
     return EventLog(*shard.get_many(users), None, shard.n_items)
 

@@ -7,7 +7,7 @@ from scipy.optimize import linear_sum_assignment
 
 from negfast.errors import InputError
 from negfast.sid.kmeans import squared_distances
-from negfast.sid.quantize import Quantizer, nearest
+from negfast.sid.quantize import Quantizer, left_over, nearest
 
 LARGEST_EXACT = 1 << 22  # cells of a cost matrix up to which the assignment is optimal (seconds), not stable
 
@@ -38,7 +38,7 @@ def assign_codes(vectors: np.ndarray, quantizer: Quantizer, taken: np.ndarray | 
             capacity = room[level] - (np.searchsorted(held, below, "right") - np.searchsorted(held, below))
             code[rows] = _within_room(squared_distances(residual[rows], centroids) + prices, capacity)
         codes[:, level] = code
-        residual = residual - centroids[code]
+        residual = left_over(residual, centroids, code)
         child = np.concatenate([parent * width + code, parent_taken * width + taken[:, level]])
         parent, parent_taken = np.split(np.unique(child, return_inverse=True)[1], [len(vectors)])
     return codes

@@ -22,6 +22,8 @@ from negfast.data.log import EventLog
 from negfast.errors import InputError
 
 SVD_DIMENSIONS = 128  # of TF-IDF and of co-occurrence
+LEARNED_ROWS = 1 << 17  # items whose features the axes are learned from, at most
+BLOCK = 1 << 16  # items that are projected at once
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,8 @@ def embed_tfidf(texts: list[str], seed: int = 0, learn_from: int | None = None) 
 def embed_cooccurrence(log: EventLog, valid_day: int, seed: int = 0) -> np.ndarray:
     """Who met an item before ``valid_day``, whatever the feedback: TF-IDF over users, SVD: float32 [I, at most 128].
 
-    Two items are close if the same users met them; a user who met everything says little.
+    Two items are close if the same users met them; a user who met everything says little. The axes are learned from
+    LEARNED_ROWS items, drawn by ``seed``, where there are more.
     """
     early = log.before(valid_day)
     shape = (log.n_items, log.n_users)
@@ -178,9 +181,14 @@ def _reduced(features: sp.csr_matrix, seed: int, learn_from: int | None = None) 
     if known.nnz == 0:
         return np.zeros((features.shape[0], 1), dtype=np.float32)
     svd = TruncatedSVD(min(SVD_DIMENSIONS, *known.shape), random_state=seed)
-    first = svd.fit_transform(known)
-    later = svd.transform(features[known.shape[0] :]) if learn_from is not None else first[:0]
-    return np.concatenate([first, later]).astype(np.float32)
+    parts = []
+    if known.shape[0] > LEARNED_ROWS:
+        svd.fit(known[np.sort(np.random.default_rng(seed).permutation(known.shape[0])[:LEARNED_ROWS])])
+    else:
+        parts.append(svd.fit_transform(known).astype(np.float32))
+    for begin in range(sum(map(len, parts)), features.shape[0], BLOCK):
+        parts.append(svd.transform(features[begin : begin + BLOCK]).astype(np.float32))
+    return np.concatenate(parts)
 
 
 def _normalised(block: np.ndarray) -> np.ndarray:

@@ -4,9 +4,10 @@ import faiss
 import numpy as np
 import scipy.sparse as sp
 
-from negfast.sid.quantize import Quantizer, nearest
+from negfast.sid.quantize import Quantizer, left_over, nearest
 
 POINTS_PER_CENTROID = 256  # more are not looked at when fitting, by faiss and by the balanced rounds
+FITTED_ROWS = 1 << 18  # vectors that codebooks are fitted to, at most: 4 times what 256 centroids look at
 BALANCED_ROUNDS = 10  # of prices and centroids in turn
 SINKHORN_STEPS = 40  # a round; prices go on from those of the round before
 TINY = 1e-300  # float64: the prices of far clumps need exponents that float32 does not have
@@ -16,7 +17,8 @@ SHARPNESS = 0.05  # entropic regularisation as a share of the mean distance to t
 def fit_rq_kmeans(vectors: np.ndarray, sizes: list[int], codebook: int, seed: int) -> Quantizer:
     """Residual k-means of vectors [N, D].
 
-    Level l gets min(``sizes[l]``, N) centroids in its first rows. Deterministic for a seed, a number of threads and a
+    Level l gets min(``sizes[l]``, N) centroids in its first rows; of more than FITTED_ROWS vectors a sample by ``seed``
+    is looked at. Deterministic for a seed, a number of threads and a
     machine.
     """
     return _fit(vectors, sizes, codebook, seed, balanced=False)
@@ -34,6 +36,8 @@ def fit_balanced(vectors: np.ndarray, sizes: list[int], codebook: int, seed: int
 def _fit(vectors: np.ndarray, sizes: list[int], codebook: int, seed: int, balanced: bool) -> Quantizer:
     codebooks = np.full((len(sizes), codebook, vectors.shape[1]), np.nan, dtype=np.float32)
     prices = np.zeros((len(sizes), codebook), dtype=np.float32)
+    if len(vectors) > FITTED_ROWS:
+        vectors = vectors[np.sort(np.random.default_rng(seed).permutation(len(vectors))[:FITTED_ROWS])]
     residual = np.ascontiguousarray(vectors, dtype=np.float32)
     for level, size in enumerate(sizes):
         size = min(size, len(residual))
@@ -51,7 +55,7 @@ def _fit(vectors: np.ndarray, sizes: list[int], codebook: int, seed: int, balanc
             rows = np.random.default_rng([seed, level]).permutation(len(residual))[: POINTS_PER_CENTROID * size]
             centroids, price = balance(residual[rows], centroids)
         codebooks[level, :size], prices[level, :size] = centroids, price
-        residual = residual - centroids[nearest(residual, centroids, price)]
+        residual = left_over(residual, centroids, nearest(residual, centroids, price))
     return Quantizer(codebooks, prices)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import faiss
 import numpy as np
 
-from negfast.sid.quantize import Quantizer, encode
+from negfast.sid.quantize import BLOCK, Quantizer, encode
 
 NEIGHBOURS = 10
 ASKED = 2_000  # items whose neighbours are looked up; all, where there are fewer
@@ -42,8 +42,12 @@ def quantisation(vectors: np.ndarray, codes: np.ndarray, quantizer: Quantizer) -
 
 def reconstruction_error(vectors: np.ndarray, codes: np.ndarray, quantizer: Quantizer) -> float:
     """Squared distance to what the codes stand for, as a share of the vectors' squared length."""
-    missed = vectors.astype(np.float64) - quantizer.reconstruct(codes)
-    return float((missed**2).sum() / max((vectors.astype(np.float64) ** 2).sum(), 1e-30))
+    missed = length = 0.0
+    for begin in range(0, len(vectors), BLOCK):
+        part = vectors[begin : begin + BLOCK].astype(np.float64)
+        missed += ((part - quantizer.reconstruct(codes[begin : begin + BLOCK])) ** 2).sum()
+        length += (part**2).sum()
+    return float(missed / max(length, 1e-30))
 
 
 def neighbour_overlap(vectors: np.ndarray, codes: np.ndarray, seed: int = 0) -> list[float]:

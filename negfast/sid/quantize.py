@@ -13,6 +13,7 @@ import faiss
 import numpy as np
 
 NETWORK = "network."  # what the names of a network's tensors begin with in a file
+BLOCK = 1 << 16  # vectors at once: what is computed beside a catalogue's vectors stays small
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,21 @@ def nearest(residual: np.ndarray, centroids: np.ndarray, prices: np.ndarray) -> 
     lifted = np.concatenate([centroids, np.sqrt(prices)[:, None]], axis=1)
     index = faiss.IndexFlatL2(lifted.shape[1])
     index.add(np.ascontiguousarray(lifted, dtype=np.float32))
-    flat = np.concatenate([residual, np.zeros((len(residual), 1), dtype=np.float32)], axis=1)
-    return index.search(np.ascontiguousarray(flat), 1)[1][:, 0]
+    code = np.empty(len(residual), np.int64)
+    for begin in range(0, len(residual), BLOCK):
+        part = residual[begin : begin + BLOCK]
+        flat = np.concatenate([part, np.zeros((len(part), 1), dtype=np.float32)], axis=1)
+        code[begin : begin + BLOCK] = index.search(np.ascontiguousarray(flat), 1)[1][:, 0]
+    return code
+
+
+def left_over(residual: np.ndarray, centroids: np.ndarray, code: np.ndarray) -> np.ndarray:
+    """What the chosen centroids leave of residuals [N, d], float32 [N, d]."""
+    rest = np.empty_like(residual)
+    for begin in range(0, len(residual), BLOCK):
+        rows = slice(begin, begin + BLOCK)
+        np.subtract(residual[rows], centroids[code[rows]], out=rest[rows])
+    return rest
 
 
 def encode(vectors: np.ndarray, quantizer: Quantizer) -> np.ndarray:
@@ -86,5 +100,5 @@ def encode(vectors: np.ndarray, quantizer: Quantizer) -> np.ndarray:
     residual = quantizer.project(vectors)
     for level, (centroids, prices) in enumerate(quantizer.levels):
         codes[:, level] = nearest(residual, centroids, prices)
-        residual = residual - centroids[codes[:, level]]
+        residual = left_over(residual, centroids, codes[:, level])
     return codes
