@@ -5,6 +5,7 @@ import hashlib
 import os
 import signal
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
@@ -62,8 +63,8 @@ def small_blocks(monkeypatch, bytes_=512, rows=17, chunk=23):
 
 def write_csv(path, rows):
     text = "\n".join(["user,item,rating,time", *rows]) + "\n"
-    data = {".gz": gzip.compress, ".zst": zstandard.compress}.get(path.suffix, bytes)(text.encode())
-    path.write_bytes(data)
+    compress: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".zst": zstandard.compress}
+    path.write_bytes(compress.get(path.suffix, bytes)(text.encode()))
     return path
 
 
@@ -245,6 +246,7 @@ def test_values_are_the_file_that_safetensors_writes(tmp_path):
     rows = rows_of_log(np.random.default_rng(1), 101)
     files, facts, _ = written(tmp_path / "out", [write_csv(tmp_path / "log.csv", rows)])
     events, _ = read_events([tmp_path / "log.csv"], MAPPING, silent)
+    assert events.log.value is not None
     save_file({"value": events.log.value}, tmp_path / "expected")
     assert files[VALUES] == (tmp_path / "expected").read_bytes()
     counted = count_days(open_shard(tmp_path / "out" / EVENTS), facts.days.first, facts.days.last, 7, users_at_once=3)

@@ -1,0 +1,131 @@
+"""`prepare` of synthetic logs of growing size, beside what DuckDB and Polars need to sort the same files by user and
+time and no more: wall and CPU seconds, peak resident memory, and disk.
+
+Each run is a process of its own, the systems take turns, and figures are medians. The log has integer ids and no item
+table, so items lie where co-occurrence puts them.
+"""
+
+import importlib.util
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from bench.command import numbers
+from bench.machine import device_name, versions
+from bench.synthetic_log import write_log
+from negfast.data.dataset import Dataset
+from negfast.errors import InputError
+from negfast.memory import parse_bytes
+
+DUCKDB = """
+import duckdb
+database = duckdb.connect(config={"memory_limit": "{memory}", "temp_directory": "{out}.spilled", "threads": {cores}})
+database.execute('COPY (FROM "{log}/*.parquet" ORDER BY "user", "time") TO "{out}" (FORMAT parquet)')
+"""
+POLARS = """
+import polars
+polars.scan_parquet("{log}/*.parquet").sort("user", "time").sink_parquet("{out}")
+"""
+POLL_SECONDS = 0.1
+
+
+def run(events: str = "100000,1000000", memory: str = "4GB", runs: int = 3, folder: Path | None = None) -> dict:
+    """``events``: sizes of the logs; ``memory``: the limit of `prepare` and DuckDB (Polars has none); ``folder``: where
+    the logs lie meanwhile. The result has a row for each size and system."""
+    sizes = numbers(events, "--events")
+    if runs < 1:
+        raise InputError(f"--runs: found {runs}, expected at least 1")
+    limit = parse_bytes("--memory", memory)
+    rows: list[dict[str, Any]] = []
+    with TemporaryDirectory(dir=folder) as scratch:
+        for size in sizes:
+            log = write_log(Path(scratch) / "log", size)
+            commands = _commands(log, Path(scratch) / "out", limit)
+            found: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
+            for _ in range(runs):
+                for name, command in commands.items():
+                    found[name].append(_measure(command, Path(scratch) / "out"))
+            rows += [{"events": size, "system": name, **_medians(figures)} for name, figures in found.items()]
+            _print(rows[-len(found) :])
+            shutil.rmtree(log)
+    packages = ("negfast", "duckdb", "polars", "pyarrow")
+    return {"device": device_name(), "versions": versions(*packages), "memory": memory, "runs": runs, "rows": rows}
+
+
+def _commands(log: Path, out: Path, memory: int) -> dict[str, list[str]]:
+    python, size = sys.executable, f"{memory >> 20}MiB"
+    prepare = ["prepare", str(log), "--dislike", "rating<=2", "--value-column", "rating", "--time-unit", "s"]
+    commands = {"negfast": [python, "-m", "negfast", *prepare, "--memory", size, "--force", "--out", str(out)]}
+    for name, text in (("duckdb", DUCKDB), ("polars", POLARS)):
+        if importlib.util.find_spec(name) is not None:
+            values = {"log": log, "out": out / "sorted.parquet", "memory": size, "cores": len(os.sched_getaffinity(0))}
+            for key, value in values.items():
+                text = text.replace("{" + key + "}", str(value))
+            commands[name] = [python, "-c", text]
+    return commands
+
+
+def _measure(command: list[str], out: Path) -> dict[str, float]:
+    """A process's seconds, its peak memory and the most disk that it took; InputError where it fails."""
+    for path in (out, out.with_name("said")):
+        shutil.rmtree(path, ignore_errors=True)
+    if command[1] == "-c":
+        out.mkdir()
+    most, ended = [0], threading.Event()
+    watch = threading.Thread(target=_watch, args=(out, most, ended))
+    with out.with_name("said.txt").open("w+") as said:
+        began = time.perf_counter()
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
+        watch.start()
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - began
+        process.returncode = os.waitstatus_to_exitcode(status)
+        ended.set()
+        watch.join()
+        if process.returncode:
+            said.seek(0)
+            raise InputError(f"{command[1:3]} failed: {' '.join(said.read().split())[-500:]}")
+    figures = {
+        "wall_s": seconds,
+        "cpu_s": usage.ru_utime + usage.ru_stime,
+        "peak_mib": usage.ru_maxrss / 1024,
+        "peak_disk_mib": most[0] / 2**20,
+        "disk_mib": _size(out) / 2**20,
+    }
+    if command[1] == "-m":
+        made = Dataset.open(out).manifest["semantic_ids"]["report"]
+        figures["semantic_ids_s"] = made["embed_seconds"] + made["quantize_seconds"]
+    return figures
+
+
+def _watch(out: Path, most: list[int], ended: threading.Event) -> None:
+    """Keeps the most bytes that ``out``, or what is to become it, takes."""
+    while not ended.wait(POLL_SECONDS):
+        made = [path for path in out.parent.iterdir() if out.name in path.name]
+        most[0] = max(most[0], sum(map(_size, made)))
+
+
+def _size(path: Path) -> int:
+    total = 0
+    for file in [path] if path.is_file() else path.rglob("*"):
+        try:
+            total += file.stat().st_size
+        except FileNotFoundError:  # it was removed meanwhile
+            continue
+    return total
+
+
+def _medians(figures: list[dict[str, float]]) -> dict[str, float]:
+    return {name: round(statistics.median(figure[name] for figure in figures), 2) for name in figures[0]}
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        print(", ".join(f"{name} {value:,}" if name != "system" else value for name, value in row.items()))
