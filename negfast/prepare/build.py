@@ -38,8 +38,10 @@ from negfast.prepare.writing import LogSummary, TakeBack, count_days, taken_back
 WITHIN = (0.76, 0.88)  # shares of a community's events before valid and before test, with --split-within
 SHARES = np.array([0.60, 0.15, 0.25])  # of train, valid and test in the user-days with a dislike ahead
 RESERVED, LEAST_ENGINE = 512 << 20, 512 << 20  # bytes of the process beside the sort, and of the least sort
-ITEM_BYTES, USER_BYTES = 2_600, 200  # of an item's vectors while semantic IDs are made, of a user's id
-SAMPLED_EVENTS, SAMPLED_USERS = 10_000_000, 1 << 18  # that co-occurrence is learned from, at most
+USER_BYTES = 200  # of a user's id
+LEARNING = 1_600_000_000, 1_100  # bytes while vectors of items are learned: in all, and of an item
+ASSIGNING = 700_000_000, 2_600  # while they get their codes
+SAMPLED_EVENTS, SAMPLED_USERS = 10_000_000, 1 << 17  # that co-occurrence is learned from, at most
 FEW = 100  # user-days with a dislike ahead: a part with fewer says little
 
 
@@ -163,7 +165,8 @@ def build(
 def engine_memory(memory: int | None, n_items: int, n_users: int = 0) -> int:
     """Bytes that sorting may take of the ``memory`` given, or of half of what is free. Raises InputError where that is
     too little for so many items and users, or more than there is."""
-    needed = RESERVED + LEAST_ENGINE + ITEM_BYTES * n_items + USER_BYTES * n_users
+    sids = (fixed + of_item * n_items for fixed, of_item in (LEARNING, ASSIGNING))
+    needed = max(RESERVED + LEAST_ENGINE, *sids) + USER_BYTES * n_users
     if memory is None:
         return max(available_memory() // 2 - RESERVED, LEAST_ENGINE)
     what = f"{n_items:,} items and {n_users:,} users need" if n_items else "preparing any log needs"

@@ -190,12 +190,13 @@ def _read_embedding(path: Path) -> np.ndarray:
     raise ValueError(f"unknown format {suffix!r}, expected .npy, .safetensors or .parquet")
 
 
-def check_ids(column: Encoded, bad: BadRows) -> None:
-    bad.add(column.source, np.flatnonzero(column.codes < 0), lambda row: f"no {column.name}, expected an id")
+def refuse_nulls(source: Source, column: str, rows: np.ndarray, bad: BadRows) -> None:
+    """``rows`` have no id."""
+    bad.add(source, rows, lambda row: f"no {column}, expected an id")
 
 
 def _unique_ids(column: Encoded) -> list[str]:
-    check_ids(column, BadRows())
+    refuse_nulls(column.source, column.name, np.flatnonzero(column.codes < 0), BadRows())
     if len(column.values) < len(column.codes):
         first = np.unique(column.codes, return_index=True)[1]
         again = np.ones(len(column.codes), bool)

@@ -24,8 +24,8 @@ from negfast.prepare.events import (
     Events,
     Report,
     Selection,
-    check_ids,
     event_columns,
+    refuse_nulls,
     values_of,
 )
 from negfast.prepare.readers import (
@@ -81,10 +81,8 @@ def read_file(mapping: EventMapping) -> ReadFile:
 class _Columns:
     """The columns of a block."""
 
-    user: Encoded
-    item: Encoded
-    user_ids: pa.Array
-    item_ids: pa.Array
+    user: pa.Array  # int64 or strings [N]
+    item: pa.Array
     ticks: np.ndarray  # int64 [N]
     per_second: int
     feedback: np.ndarray  # uint8 [N]
@@ -117,6 +115,7 @@ class LogReader:
     _day_place: dict[int, tuple[int, int]] = field(default_factory=dict, init=False)  # block and row of its first event
     _held: set[Rule] = field(default_factory=set, init=False)
     _values: dict[str, Counter[object]] = field(default_factory=dict, init=False)  # of the rules' columns
+    _integers: dict[str, bool] = field(default_factory=dict, init=False)  # whether ids are, by column
     _early: int = field(default=0, init=False)
     _late: int = field(default=0, init=False)
 
@@ -138,7 +137,7 @@ class LogReader:
                     if bad.rows:
                         source = bad.remove(source)
                         columns = self._columns(source, bad)
-                    self._keep(columns, number)
+                    self._keep(source, columns, number)
                     sorter.add(self._block_of(source, columns))
                 rate = len(sorter) / max(time.monotonic() - began, 1e-9)
                 bar.update(done >> 20, f"{len(sorter):,} rows, {rate:,.0f} rows/s")
@@ -219,25 +218,35 @@ class LogReader:
         """Every column of a block. Raises InputError for the first bad row, or gives bad rows to ``bad`` if that skips
         them."""
         mapping = self.mapping
-        user, item = encode(source, mapping.user), encode(source, mapping.item)
-        ids = []
-        for column in (user, item):
-            check_ids(column, bad)
-            ids.append(to_strings(column, bad))
+        user, item = (self._ids(source, name, bad) for name in (mapping.user, mapping.item))
         ticks, per_second = self._times.read(source, bad)
         check_times(source, mapping.time, ticks, per_second, bad, self.now)
         of_rule = {rule.column: encode(source, rule.column) for rule in (*mapping.dislike, *mapping.like)}
         rest = EXPOSED if mapping.like else REST[mapping.rest]
         kinds, held = feedback(of_rule, mapping.dislike, mapping.like, rest, bad)
         value = None if mapping.value is None else values_of(encode(source, mapping.value), bad)
-        return _Columns(user, item, ids[0], ids[1], ticks, per_second, kinds, held, of_rule, value)
+        return _Columns(user, item, ticks, per_second, kinds, held, of_rule, value)
 
-    def _keep(self, columns: _Columns, number: int) -> None:
+    def _ids(self, source: Source, name: str, bad: BadRows) -> pa.Array:
+        """The ids of a column: int64 where the log's first block has integers, else strings."""
+        values = source.table[name]
+        whole = pa.types.is_integer(values.type) and not pa.types.is_uint64(values.type)
+        integers = self._integers.setdefault(name, whole)
+        if integers and whole:
+            refuse_nulls(source, name, np.flatnonzero(pc.is_null(values).to_numpy()), bad)
+            return pc.fill_null(values.cast(pa.int64()), 0).combine_chunks()
+        column = encode(source, name)
+        refuse_nulls(source, name, np.flatnonzero(column.codes < 0), bad)
+        strings = to_strings(column, bad)
+        ids = pa.DictionaryArray.from_arrays(pa.array(column.codes, mask=column.codes < 0), strings)
+        return ids.cast(pa.string()).cast(pa.int64()) if integers else ids
+
+    def _keep(self, source: Source, columns: _Columns, number: int) -> None:
         """Adds what a block says of the whole log."""
         if not len(columns.feedback):
             return
         if not self.days:
-            self.first_item = columns.item_ids[int(columns.item.codes[0])].as_py(), columns.item.source.where(0)
+            self.first_item = str(columns.item[0].as_py()), source.where(0)
         days, first, counts = np.unique(
             columns.ticks // columns.per_second // DAY, return_index=True, return_counts=True
         )
@@ -254,8 +263,8 @@ class LogReader:
 
     def _block_of(self, source: Source, columns: _Columns) -> pa.Table:
         arrays: dict[str, pa.Array] = {
-            "user": pa.DictionaryArray.from_arrays(columns.user.codes, columns.user_ids),
-            "item": pa.DictionaryArray.from_arrays(columns.item.codes, columns.item_ids),
+            "user": columns.user,
+            "item": columns.item,
             "time": pa.array(nanoseconds(columns.ticks, columns.per_second)),
             "feedback": pa.array(columns.feedback),
         }

@@ -35,6 +35,7 @@ class LogSorter:
             config["memory_limit"] = f"{memory >> 20}MiB"
         self._memory, self._path, self._rows = memory, folder / "log.parquet", 0
         self._writer: parquet.ParquetWriter | None = None
+        self._found: dict[str, pa.Array] = {}  # the distinct values of "user" and "item"
         self._database = duckdb.connect(":memory:", config=config)
 
     def __enter__(self) -> Self:
@@ -49,13 +50,13 @@ class LogSorter:
         return self._rows
 
     def add(self, block: pa.Table) -> None:
-        """Takes rows: user and item (strings), time (int64, ns since 1970), and what is to come with them, the same
-        columns in every block."""
+        """Takes rows: user and item (strings or int64), time (int64, ns since 1970), and what is to come with them; the
+        same columns in every block."""
         with self._errors():
             if self._writer is None:
-                numbers = [name for name in block.column_names if name != "time"]
+                few = [column.name for column in block.schema if not pa.types.is_int64(column.type)]
                 self._writer = parquet.ParquetWriter(
-                    self._path, block.schema, compression="lz4", use_dictionary=numbers, write_statistics=False
+                    self._path, block.schema, compression="lz4", use_dictionary=few, write_statistics=False
                 )
             self._writer.write_table(block)
         self._rows += len(block)
@@ -71,19 +72,21 @@ class LogSorter:
         with self._errors():
             rows = self._database.read_parquet(str(self._path))
             found = rows.select(f'"{column}"').distinct().to_arrow_table()
-        ids = found[column].cast(pa.string()).combine_chunks()
+        self._found[column] = values = found[column].combine_chunks()
+        ids = values.cast(pa.string())
         keys = pa.table({"length": pc.utf8_length(ids), "text": ids})
         return ids.take(pc.sort_indices(keys, [("length", "ascending"), ("text", "ascending")]))
 
     def sorted(self, user_ids: pa.StringArray, item_ids: pa.StringArray) -> Iterator[dict[str, np.ndarray]]:
         """The rows, BATCH_ROWS at a time, as columns by name: user and item int32, indices into ``user_ids`` and
-        ``item_ids``, which hold all of the log's; time int64 in seconds; the others as they came."""
+        ``item_ids``, which hold all that `ids` gave of both; time int64 in seconds; the others as they came."""
         assert self._writer is not None
         others = "".join(f", log.{name}" for name in self._writer.schema.names if name not in ("user", "item", "time"))
         with self._errors():
-            for name, ids in (("users", user_ids), ("items", item_ids)):
-                index = pa.array(np.arange(len(ids), dtype=np.int32))
-                self._database.register(name, pa.table({"id": ids, "index": index}))
+            for name, ids in (("user", user_ids), ("item", item_ids)):
+                values = self._found[name]
+                index = pc.index_in(values.cast(pa.string()), value_set=ids)
+                self._database.register(f"{name}s", pa.table({"id": values, "index": index}))
             log = self._database.read_parquet(str(self._path), file_row_number=True)
             self._database.register("log", log)
             rows = self._database.sql(

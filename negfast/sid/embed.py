@@ -22,7 +22,7 @@ from negfast.data.log import EventLog
 from negfast.errors import InputError
 
 SVD_DIMENSIONS = 128  # of TF-IDF and of co-occurrence
-LEARNED_ROWS = 1 << 17  # items whose features the axes are learned from, at most
+LEARNED_ROWS = 1 << 16  # items whose features the axes are learned from, at most
 BLOCK = 1 << 16  # items that are projected at once
 
 

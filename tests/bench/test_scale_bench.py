@@ -26,7 +26,7 @@ def test_a_log_has_its_sizes_and_depends_on_the_seed_alone(tmp_path, monkeypatch
 
 
 def test_the_benchmark_has_a_row_for_each_system(tmp_path):
-    result = scale.run("30000", memory="1.5GB", runs=1, folder=tmp_path)
+    result = scale.run("30000", memory="2GB", runs=1, folder=tmp_path)
     rows = {row["system"]: row for row in result["rows"]}
     assert {"negfast", "duckdb"} <= set(rows) and not list(tmp_path.iterdir())
     for row in rows.values():
