@@ -38,9 +38,11 @@ from negfast.prepare.writing import LogSummary, TakeBack, count_days, taken_back
 WITHIN = (0.76, 0.88)  # shares of a community's events before valid and before test, with --split-within
 SHARES = np.array([0.60, 0.15, 0.25])  # of train, valid and test in the user-days with a dislike ahead
 RESERVED, LEAST_ENGINE = 512 << 20, 512 << 20  # bytes of the process beside the sort, and of the least sort
-USER_BYTES = 200  # of a user's id
-LEARNING = 1_600_000_000, 1_100  # bytes while vectors of items are learned: in all, and of an item
-ASSIGNING = 700_000_000, 2_600  # while they get their codes
+USER_BYTES, ITEM_BYTES = 200, 500  # of a user's id, of a row of the item table
+LEARNING = 1_600_000_000  # bytes while the axes of co-occurrence or TF-IDF are learned from samples
+ASSIGNING, VALUE_BYTES = 800_000_000, 16  # bytes while items get their codes: in all, of a value of an item's vector
+WIDTHS = {"minilm": 384, "auto": 384, "tfidf": 128}  # of a text's vector at most, by encoder
+COOCCURRENCE = 128  # width
 SAMPLED_EVENTS, SAMPLED_USERS = 10_000_000, 1 << 17  # that co-occurrence is learned from, at most
 FEW = 100  # user-days with a dislike ahead: a part with fewer says little
 
@@ -120,7 +122,7 @@ def build(
 ) -> Dataset:
     """Reads and sorts the log, splits it, makes semantic IDs and writes the directory under a temporary name, then
     renames it to ``out``. Raises InputError; ``memory`` and ``take_back`` as for `prepare` and `write_log`."""
-    engine = engine_memory(memory, 0 if items is None else len(items))
+    engine = engine_memory(memory, items, semantic_ids.encoder)
     with atomic_directory(out) as directory:
         with disk_errors(out), scratch_sorter(directory, engine) as sorter:
             log, items = sort_log(reader, sorter, items)
@@ -128,7 +130,7 @@ def build(
                 if len(ids) < 2:
                     raise InputError(f"the log has {len(ids)} {what}, expected at least 2")
             if memory is not None:
-                engine_memory(memory, len(items), len(log.user_ids))
+                engine_memory(memory, items, semantic_ids.encoder, len(log.user_ids))
             check_split(log.first_day, log.last_day, split)
             drops = reader.selection.drop_repeats
             facts = write_log(directory, log, split.horizon, drop_repeats=drops, take_back=take_back)
@@ -162,19 +164,27 @@ def build(
     return Dataset.open(out)
 
 
-def engine_memory(memory: int | None, n_items: int, n_users: int = 0) -> int:
+def engine_memory(memory: int | None, items: ItemTable | None, encoder: str, n_users: int = 0) -> int:
     """Bytes that sorting may take of the ``memory`` given, or of half of what is free. Raises InputError where that is
     too little for so many items and users, or more than there is."""
-    sids = (fixed + of_item * n_items for fixed, of_item in (LEARNING, ASSIGNING))
-    needed = max(RESERVED + LEAST_ENGINE, *sids) + USER_BYTES * n_users
     if memory is None:
         return max(available_memory() // 2 - RESERVED, LEAST_ENGINE)
+    n_items, width = (0, 0) if items is None else (len(items), _vector_width(items, encoder))
+    tables = USER_BYTES * n_users + ITEM_BYTES * n_items
+    needed = tables + max(RESERVED + LEAST_ENGINE, LEARNING, ASSIGNING + VALUE_BYTES * width * n_items)
     what = f"{n_items:,} items and {n_users:,} users need" if n_items else "preparing any log needs"
     if memory < needed:
         raise InputError(f"--memory {memory / 1e9:.2f}GB: {what} at least {math.ceil(needed / 1e7) / 100:.2f}GB")
     if memory > (there := total_memory()):
         raise InputError(f"--memory {memory / 1e9:.2f}GB: this machine has {there / 1e9:.2f}GB")
-    return memory - RESERVED - USER_BYTES * n_users
+    return memory - RESERVED - tables
+
+
+def _vector_width(items: ItemTable, encoder: str) -> int:
+    """Values of an item's vector, at most."""
+    own = 0 if items.embedding is None else items.embedding.shape[1]
+    text = WIDTHS.get(encoder, 384) if any(items.text) or items.attributes else 0
+    return own + text + (COOCCURRENCE if not all(items.text) else 0)
 
 
 def sample_log(shard: Shard, seed: int, report: Report) -> EventLog:

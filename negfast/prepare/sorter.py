@@ -107,6 +107,10 @@ class LogSorter:
         except duckdb.OutOfMemoryException as error:
             limit = "the memory of this machine" if self._memory is None else f"{self._memory / 2**30:.1f} GiB"
             raise InputError(f"--memory: sorting the log does not do with {limit}: {_one_line(error)}") from error
+        except (duckdb.InterruptException, RuntimeError) as error:
+            if "interrupted" not in str(error):
+                raise
+            raise KeyboardInterrupt from error
         except (duckdb.IOException, pa.ArrowException) as error:
             raise OSError(f"the log cannot be sorted: {_one_line(error)}") from error
 

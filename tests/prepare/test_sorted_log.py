@@ -313,11 +313,11 @@ def test_a_memory_that_cannot_be_kept_is_refused_before_work_starts(tmp_path, si
 
 def test_a_catalogue_that_needs_more_is_refused_with_the_number(tmp_path):
     table = tmp_path / "items.csv"
-    table.write_text("\n".join(["item", *map(str, range(100_000))]))
-    with pytest.raises(InputError, match=r"100,000 items and 0 users need at least 1\.71GB"):
+    table.write_text("\n".join(["item", *map(str, range(1_000_000))]))
+    with pytest.raises(InputError, match=r"1,000,000 items and 0 users need at least 3\.35GB"):
         prepare(
             [tmp_path / "gone.csv"], table, tmp_path / "out", mapping=MAPPING, item_mapping=ItemMapping(),
-            split=SplitSettings(), semantic_ids=SemanticIdSettings(), memory=17 * 10**8, report=silent,
+            split=SplitSettings(), semantic_ids=SemanticIdSettings(), memory=2 * 10**9, report=silent,
         )  # fmt: skip
 
 
