@@ -2,7 +2,8 @@
 time and no more: wall and CPU seconds, peak resident memory, and disk.
 
 Each run is a process of its own, the systems take turns, and figures are medians. The log has integer ids and no item
-table, so items lie where co-occurrence puts them.
+table, so items lie where co-occurrence puts them. "negfast events" is `prepare` up to the written histories, without
+semantic IDs and the libraries that these need.
 """
 
 import importlib.util
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,7 +35,20 @@ POLARS = """
 import polars
 polars.scan_parquet("{log}/*.parquet").sort("user", "time").sink_parquet("{out}")
 """
-POLL_SECONDS = 0.1
+EVENTS = """
+import time
+from pathlib import Path
+from negfast.prepare.events import EventMapping, Selection
+from negfast.prepare.reading import LogReader, log_files, read_file, scratch_sorter, sort_log
+from negfast.prepare.rules import parse_rule
+from negfast.prepare.writing import write_log
+mapping = EventMapping((parse_rule("rating<=2"),), value="rating", time_unit="s")
+out = Path("{out}").parent
+reader = LogReader(log_files([Path("{log}")]), read_file(mapping), mapping, print, Selection(), time.time())
+with scratch_sorter(out, {bytes} - (512 << 20)) as sorter:
+    write_log(out, sort_log(reader, sorter)[0], horizon=7)
+"""
+POLL_SECONDS = 0.05
 
 
 def run(events: str = "100000,1000000", memory: str = "4GB", runs: int = 3, folder: Path | None = None) -> dict:
@@ -63,9 +78,10 @@ def _commands(log: Path, out: Path, memory: int) -> dict[str, list[str]]:
     python, size = sys.executable, f"{memory >> 20}MiB"
     prepare = ["prepare", str(log), "--dislike", "rating<=2", "--value-column", "rating", "--time-unit", "s"]
     commands = {"negfast": [python, "-m", "negfast", *prepare, "--memory", size, "--force", "--out", str(out)]}
-    for name, text in (("duckdb", DUCKDB), ("polars", POLARS)):
-        if importlib.util.find_spec(name) is not None:
-            values = {"log": log, "out": out / "sorted.parquet", "memory": size, "cores": len(os.sched_getaffinity(0))}
+    values = {"log": log, "out": out / "sorted.parquet", "memory": size, "bytes": memory}
+    values["cores"] = len(os.sched_getaffinity(0))
+    for name, text in (("negfast events", EVENTS), ("duckdb", DUCKDB), ("polars", POLARS)):
+        if importlib.util.find_spec(name.split()[0]) is not None:
             for key, value in values.items():
                 text = text.replace("{" + key + "}", str(value))
             commands[name] = [python, "-c", text]
@@ -74,15 +90,14 @@ def _commands(log: Path, out: Path, memory: int) -> dict[str, list[str]]:
 
 def _measure(command: list[str], out: Path) -> dict[str, float]:
     """A process's seconds, its peak memory and the most disk that it took; InputError where it fails."""
-    for path in (out, out.with_name("said")):
-        shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(out, ignore_errors=True)
     if command[1] == "-c":
         out.mkdir()
-    most, ended = [0], threading.Event()
-    watch = threading.Thread(target=_watch, args=(out, most, ended))
+    most, ended = [0, 0], threading.Event()
     with out.with_name("said.txt").open("w+") as said:
         began = time.perf_counter()
         process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
+        watch = threading.Thread(target=_watch, args=(out, process.pid, most, ended))
         watch.start()
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - began
@@ -95,8 +110,8 @@ def _measure(command: list[str], out: Path) -> dict[str, float]:
     figures = {
         "wall_s": seconds,
         "cpu_s": usage.ru_utime + usage.ru_stime,
-        "peak_mib": usage.ru_maxrss / 1024,
-        "peak_disk_mib": most[0] / 2**20,
+        "peak_mib": most[0] / 1024,
+        "peak_disk_mib": max(most[1], _size(out)) / 2**20,
         "disk_mib": _size(out) / 2**20,
     }
     if command[1] == "-m":
@@ -105,11 +120,15 @@ def _measure(command: list[str], out: Path) -> dict[str, float]:
     return figures
 
 
-def _watch(out: Path, most: list[int], ended: threading.Event) -> None:
-    """Keeps the most bytes that ``out``, or what is to become it, takes."""
+def _watch(out: Path, process: int, most: list[int], ended: threading.Event) -> None:
+    """Keeps the most memory, KiB, that the process takes, and the most bytes of ``out`` or what is to become it. (What
+    `wait4` tells of memory is at least this process's own.)"""
     while not ended.wait(POLL_SECONDS):
+        with suppress(OSError):
+            status = Path(f"/proc/{process}/status").read_text("utf-8")
+            most[0] = max([most[0], *(int(line.split()[1]) for line in status.splitlines() if line[:6] == "VmHWM:")])
         made = [path for path in out.parent.iterdir() if out.name in path.name]
-        most[0] = max(most[0], sum(map(_size, made)))
+        most[1] = max(most[1], sum(map(_size, made)))
 
 
 def _size(path: Path) -> int:

@@ -102,10 +102,9 @@ class DayCounts:
         user = pairs // log.n_items * len(self.active)
         begin = np.searchsorted(active, user + np.maximum(first_dislike - self.horizon, 0))
         end = np.searchsorted(active, user + first)
-        ahead = np.zeros(len(active) + 1, np.int64)
-        np.add.at(ahead, begin, end > begin)
-        np.subtract.at(ahead, end, end > begin)
-        has_dislikes = np.cumsum(ahead)[:-1] > 0
+        some, size = end > begin, len(active) + 1
+        opened = np.bincount(begin[some], minlength=size) - np.bincount(end[some], minlength=size)
+        has_dislikes = np.cumsum(opened)[:-1] > 0
         self.active[:] += np.bincount(active % len(self.active), minlength=len(self.active))
         self.with_dislikes[:] += np.bincount(active[has_dislikes] % len(self.active), minlength=len(self.active))
 
