@@ -114,10 +114,14 @@ class Dataset:
     def log(self) -> EventLog:
         offsets, item, feedback, time = self.shard.get_many(None)
         value = self._values() if VALUES in self.manifest["files"] else None
-        cuts = None
-        if CUTS in self.manifest["files"]:
-            cuts = Cuts(self.valid_day, _load_tensors(self.path / CUTS)["moments"])
-        return EventLog(offsets, item, feedback, time, value, self.manifest["counts"]["items"], cuts)
+        return EventLog(offsets, item, feedback, time, value, self.manifest["counts"]["items"], self.cuts)
+
+    @cached_property
+    def cuts(self) -> Cuts | None:
+        """Where the parts of a log that is split within communities begin."""
+        if CUTS not in self.manifest["files"]:
+            return None
+        return Cuts(self.valid_day, _load_tensors(self.path / CUTS)["moments"])
 
     def _values(self) -> np.ndarray:
         """Those of the base and of every part, each sorted by user, in the order of the log."""
@@ -209,11 +213,9 @@ def write_dataset(
     """Fills an empty directory from a log in memory; see `finish_dataset`. Days that come later are for
     `negfast.prepare.append.append_events`."""
     write_shard(directory / EVENTS, log)
-    if log.cuts is not None:
-        save_file({"moments": log.cuts.moments}, directory / CUTS)
     if log.value is not None:
         save_file({"value": log.value}, directory / VALUES)
-    finish_dataset(directory, pa.array(user_ids, pa.string()), items, semantic_ids, manifest)
+    finish_dataset(directory, pa.array(user_ids, pa.string()), items, semantic_ids, manifest, log.cuts)
 
 
 def finish_dataset(
@@ -222,6 +224,7 @@ def finish_dataset(
     items: ItemTable,
     semantic_ids: dict[str, np.ndarray],
     manifest: dict[str, Any],
+    cuts: Cuts | None = None,
 ) -> None:
     """Makes a data set of a directory that holds the events (EVENTS and, where there are values, VALUES).
 
@@ -233,6 +236,8 @@ def finish_dataset(
     save_file({k: np.ascontiguousarray(v) for k, v in semantic_ids.items()}, directory / SEMANTIC_IDS)
     if items.embedding is not None:
         save_file({"embedding": np.ascontiguousarray(items.embedding)}, directory / ITEM_EMBEDDING)
+    if cuts is not None:
+        save_file({"moments": cuts.moments}, directory / CUTS)
     files = {path.name: file_record(path) for path in sorted(directory.iterdir())}
     (directory / MANIFEST).write_text(_manifest_text({"format": FORMAT, **manifest, "files": files}), "utf-8")
 

@@ -19,6 +19,9 @@ class Cuts:
     valid_day: int  # days since 1970
     moments: np.ndarray  # int64 [U, 3], seconds: valid begins, test begins, the community's last day is over
 
+    def take(self, users: np.ndarray) -> "Cuts":
+        return Cuts(self.valid_day, self.moments[users])
+
 
 @dataclass(frozen=True)
 class EventLog:

@@ -3,7 +3,7 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from negfast import _core
-from negfast.data.log import EventLog
+from negfast.data.log import Cuts, EventLog
 from negfast.errors import InputError
 from negfast.files import atomic_file
 
@@ -307,6 +307,15 @@ def open_shard(path: str | os.PathLike[str]) -> Shard:
         if part["checksum"] != file["checksum"]:
             raise InputError(f"{file['path']}: found checksum {file['checksum']}, expected {part['checksum']}")
     return shard
+
+
+def histories(
+    shard: Shard, cuts: Cuts | None = None, users_at_once: int = 65_536
+) -> Iterator[tuple[np.ndarray, EventLog]]:
+    """The histories of all users, some at a time so that memory is bounded: which users, int32 [B], and their log."""
+    for first in range(0, shard.n_users, users_at_once):
+        users = np.arange(first, min(first + users_at_once, shard.n_users), dtype=np.int32)
+        yield users, EventLog(*shard.get_many(users), None, shard.n_items, None if cuts is None else cuts.take(users))
 
 
 def _parts_path(path: str | os.PathLike[str]) -> Path:

@@ -87,36 +87,42 @@ class DayCounts:
 
     def add(self, log: EventLog) -> None:
         """Counts users of whom this is all that they did."""
-        day = log.day.astype(np.int64) - self.first
-        key = log.user.astype(np.int64) * len(self.active) + day
-        active = key[np.append(True, key[1:] != key[:-1])]  # (user, day), ascending as the log is
-        pair = log.user.astype(np.int64) * log.n_items + log.item
-        disliked = np.flatnonzero(log.feedback == DISLIKE)
-        pairs, first_dislike = np.unique(pair[disliked], return_index=True)
-        first_dislike = day[disliked[first_dislike]]
-        place = np.minimum(np.searchsorted(pairs, pair), max(len(pairs) - 1, 0))
-        events = np.flatnonzero(pairs[place] == pair) if len(pairs) else disliked
-        first = np.full(len(pairs), NEVER)
-        np.minimum.at(first, place[events], day[events])
-        # The item is ahead from `horizon` days before its first dislike to its first event; see `all_requests`.
-        user = pairs // log.n_items * len(self.active)
-        begin = np.searchsorted(active, user + np.maximum(first_dislike - self.horizon, 0))
-        end = np.searchsorted(active, user + first)
-        some, size = end > begin, len(active) + 1
-        opened = np.bincount(begin[some], minlength=size) - np.bincount(end[some], minlength=size)
-        has_dislikes = np.cumsum(opened)[:-1] > 0
-        self.active[:] += np.bincount(active % len(self.active), minlength=len(self.active))
-        self.with_dislikes[:] += np.bincount(active[has_dislikes] % len(self.active), minlength=len(self.active))
+        _, day, has_dislikes = request_days(log, self.horizon)
+        self.active[:] += np.bincount(day - self.first, minlength=len(self.active))
+        self.with_dislikes[:] += np.bincount(day[has_dislikes] - self.first, minlength=len(self.active))
 
     def parts(self, valid_day: int, test_day: int) -> dict[str, tuple[int, int]]:
         """Requests of train, valid and test, and how many of them have dislikes. Raises InputError as
         `split_requests` does."""
         masks = part_masks(np.arange(self.first, self.last + 1), self.horizon, valid_day, test_day, self.last)
         parts = {n: (int(self.active[mask].sum()), int(self.with_dislikes[mask].sum())) for n, mask in masks.items()}
-        for name, (requests, with_dislikes) in parts.items():
-            if with_dislikes == 0:
-                raise _empty_part(name, requests, self.horizon, self.first, self.last, valid_day, test_day)
+        refuse_empty_parts(parts, self.horizon, self.first, self.last, valid_day, test_day)
         return parts
+
+
+def request_days(log: EventLog, horizon: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The user and day of every request, int64 [R] in the order of both, and whether its F is not empty, bool [R]:
+    what `all_requests` says of them, without the items."""
+    low = int(log.day.min())
+    day = log.day.astype(np.int64) - low
+    span = int(day.max()) + 1
+    key = log.user.astype(np.int64) * span + day
+    active = key[np.append(True, key[1:] != key[:-1])]  # (user, day), ascending as the log is
+    pair = log.user.astype(np.int64) * log.n_items + log.item
+    disliked = np.flatnonzero(log.feedback == DISLIKE)
+    pairs, first_dislike = np.unique(pair[disliked], return_index=True)
+    first_dislike = day[disliked[first_dislike]]
+    place = np.minimum(np.searchsorted(pairs, pair), max(len(pairs) - 1, 0))
+    events = np.flatnonzero(pairs[place] == pair) if len(pairs) else disliked
+    first = np.full(len(pairs), NEVER)
+    np.minimum.at(first, place[events], day[events])
+    # The item is ahead from `horizon` days before its first dislike to its first event; see `all_requests`.
+    user = pairs // log.n_items * span
+    begin = np.searchsorted(active, user + np.maximum(first_dislike - horizon, 0))
+    end = np.searchsorted(active, user + first)
+    some, size = end > begin, len(active) + 1
+    opened = np.bincount(begin[some], minlength=size) - np.bincount(end[some], minlength=size)
+    return active // span, active % span + low, np.cumsum(opened)[:-1] > 0
 
 
 def part_masks(
@@ -142,13 +148,17 @@ def user_part_masks(
     return part_masks(day, horizon, valid, test, end - 1)
 
 
-def _empty_part(
-    name: str, requests: int, horizon: int, first_day: int, last_day: int, valid_day: int, test_day: int
-) -> InputError:
-    return InputError(
-        f"split: {name} has {requests} requests and none with a dislike in the next {horizon} days; the log covers "
-        f"{_date(first_day)} to {_date(last_day)}, valid starts {_date(valid_day)}, test {_date(test_day)}"
-    )
+def refuse_empty_parts(
+    parts: dict[str, tuple[int, int]], horizon: int, first_day: int, last_day: int, valid_day: int, test_day: int
+) -> None:
+    """InputError where a part, (requests, requests with dislikes), has none with dislikes."""
+    for name, (requests, with_dislikes) in parts.items():
+        if with_dislikes == 0:
+            raise InputError(
+                f"split: {name} has {requests} requests and none with a dislike in the next {horizon} days; the log "
+                f"covers {_date(first_day)} to {_date(last_day)}, valid starts {_date(valid_day)}, test "
+                f"{_date(test_day)}"
+            )
 
 
 def split_requests(log: EventLog, horizon: int, valid_day: int, test_day: int) -> Split:
@@ -168,9 +178,8 @@ def split_requests(log: EventLog, horizon: int, valid_day: int, test_day: int) -
     last_day = int(log.day.max())
     masks = user_part_masks(log, requests.user, requests.day, horizon, valid_day, test_day, last_day)
     parts = {name: requests.take(mask) for name, mask in masks.items()}
-    for name, part in parts.items():
-        if not part.has_dislikes.any():
-            raise _empty_part(name, len(part), horizon, int(log.day.min()), last_day, valid_day, test_day)
+    counts = {name: (len(part), int(part.has_dislikes.sum())) for name, part in parts.items()}
+    refuse_empty_parts(counts, horizon, int(log.day.min()), last_day, valid_day, test_day)
     return Split(**parts, valid_day=valid_day, test_day=test_day, horizon=horizon)
 
 

@@ -3,9 +3,9 @@
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,25 @@ from negfast.data.dataset import (
     is_data_folder,
 )
 from negfast.data.items import ItemTable
-from negfast.data.log import EventLog
+from negfast.data.log import DAY, Cuts, EventLog
 from negfast.data.shards import Shard
 from negfast.data.split import DayCounts
 from negfast.errors import InputError
 from negfast.files import atomic_directory, check_output
 from negfast.memory import available_memory, total_memory
-from negfast.prepare.events import EventMapping, ItemMapping, Report, Selection, read_items
+from negfast.prepare.communities import WITHIN, Communities
+from negfast.prepare.events import (
+    EventMapping,
+    ItemMapping,
+    Report,
+    Selection,
+    check_column,
+    read_column,
+    read_items,
+)
 from negfast.prepare.reading import LogReader, log_files, read_file, scratch_sorter, sort_log
-from negfast.prepare.writing import LogSummary, TakeBack, count_days, taken_back, write_log
+from negfast.prepare.writing import LogSummary, TakeBack, count_parts, taken_back, write_log
 
-WITHIN = (0.76, 0.88)  # shares of a community's events before valid and before test, with --split-within
 SHARES = np.array([0.60, 0.15, 0.25])  # of train, valid and test in the user-days with a dislike ahead
 RESERVED, LEAST_ENGINE = 512 << 20, 512 << 20  # bytes of the process beside the sort, and of the least sort
 USER_BYTES, ITEM_BYTES = 100, 500  # of a user's id, of a row of the item table
@@ -97,6 +105,12 @@ def prepare(
     if items is None and item_embedding is not None:
         raise InputError(f"{item_embedding}: an item embedding needs an item table (--items)")
     rules, files = (*mapping.dislike, *mapping.like), log_files(event_files)
+    community_of = None
+    if split.within is not None:
+        community_of = None if items_path is None else read_column(items_path, item_mapping, split.within)
+        if community_of is None:
+            check_column(files[0], items_path, mapping, split.within)
+            mapping = replace(mapping, community=split.within)
     reader = LogReader(files, read_file(mapping), mapping, report, selection, time.time(), rules)
     names = ["events", *(f"events {number}" for number in range(2, len(files) + 1))]
     sources = {**dict(zip(names, files, strict=True)), "items": items_path, "item_embedding": item_embedding}
@@ -105,7 +119,7 @@ def prepare(
         "item_mapping": None if items is None else asdict(item_mapping),
     }
     given = {name: path for name, path in sources.items() if path is not None}
-    return build(reader, items, given, described, out, split, semantic_ids, memory, report)
+    return build(reader, items, given, described, out, split, semantic_ids, memory, report, community_of=community_of)
 
 
 def build(
@@ -119,9 +133,11 @@ def build(
     memory: int | None,
     report: Report,
     take_back: TakeBack | None = None,
+    community_of: Mapping[str, str] | None = None,
 ) -> Dataset:
     """Reads and sorts the log, splits it, makes semantic IDs and writes the directory under a temporary name, then
-    renames it to ``out``. Raises InputError; ``memory`` and ``take_back`` as for `prepare` and `write_log`."""
+    renames it to ``out``. Raises InputError; ``memory`` and ``take_back`` as for `prepare` and `write_log`.
+    ``community_of`` gives the community of each item for ``split.within`` (None: the events tell theirs)."""
     engine = engine_memory(memory, items, semantic_ids.encoder)
     with atomic_directory(out) as directory:
         with disk_errors(out), scratch_sorter(directory, engine) as sorter:
@@ -133,20 +149,43 @@ def build(
                 engine_memory(memory, items, semantic_ids.encoder, len(log.user_ids))
             check_split(log.first_day, log.last_day, split)
             drops = reader.selection.drop_repeats
-            facts = write_log(directory, log, split.horizon, drop_repeats=drops, take_back=take_back)
-            user_ids = log.user_ids
+            communities = cuts = None
+            if split.within is not None and community_of is not None:
+                communities = Communities.of_items(split.within, log, community_of)
+            elif split.within is not None:
+                communities = Communities.of_events(split.within, log, list(reader.communities))
+            facts = write_log(
+                directory, log, split.horizon, drop_repeats=drops, take_back=take_back, communities=communities
+            )
+            shard, user_ids = Shard([str(directory / EVENTS)]), log.user_ids
+            if communities is not None:
+                n_communities = communities.find_moments(shard)
         if take_back is not None:
             report(taken_back(facts.taken_back, facts.taken_back_same_day))
         if drops:
             reader.selection.left_out["repeats"] = facts.repeats
             report(f"repeats: {facts.repeats:,} events dropped that are the same as an earlier one, second and all")
         report_log(facts, items, report, drops)
-        valid_day, test_day = choose_split(facts.days, split, report)
-        report_split(facts.days, valid_day, test_day, report)
+        said: dict[str, Any] = {}
+        if communities is None:
+            valid_day, test_day = choose_split(facts.days, split, report)
+            parts, begin = facts.days.parts(valid_day, test_day), valid_day * DAY
+        else:
+            valid_day, test_day = facts.days.last + 1, facts.days.last + 2
+            cuts = communities.cuts(valid_day)
+            said = {"within": split.within, "communities": n_communities}
+            report(
+                f"split: within {n_communities:,} communities ({split.within}), valid from {WITHIN[0]:.0%} and test "
+                f"from {WITHIN[1]:.0%} of each one's events on"
+            )
+            days = facts.days.first, facts.days.last
+            parts = count_parts(shard, split.horizon, valid_day, test_day, days, cuts)
+            begin = communities.moments[communities.of_item, 0]
+        report_split(parts, report)
         from negfast.sid.build import build_semantic_ids  # imports torch and faiss, which bad input need not wait for
 
-        sample = sample_log(Shard([str(directory / EVENTS)]), semantic_ids.seed, report)
-        known = facts.item_day < valid_day
+        sample = sample_log(shard, semantic_ids.seed, report, cuts)
+        known = facts.item_time < begin
         sids = build_semantic_ids(items, sample, valid_day, known=known, **asdict(semantic_ids), report=report)
         manifest = {
             "negfast": negfast.__version__,
@@ -154,12 +193,12 @@ def build(
             **described,
             "counts": facts.counts(),
             "days": {"first": date_of(facts.days.first), "last": date_of(facts.days.last)},
-            "split": {"horizon": split.horizon, "valid": date_of(valid_day), "test": date_of(test_day)},
+            "split": {"horizon": split.horizon, "valid": date_of(valid_day), "test": date_of(test_day), **said},
             "semantic_ids": {**asdict(semantic_ids), "report": sids.report},
         }
         tensors = {"codes": sids.codes, "embedding": sids.embedding, **sids.quantizer.tensors()}
         with disk_errors(out):
-            finish_dataset(directory, user_ids, items, tensors, manifest)
+            finish_dataset(directory, user_ids, items, tensors, manifest, cuts)
     report(f"data set: {out}")
     return Dataset.open(out)
 
@@ -187,15 +226,15 @@ def _vector_width(items: ItemTable, encoder: str) -> int:
     return own + text + (COOCCURRENCE if not all(items.text) else 0)
 
 
-def sample_log(shard: Shard, seed: int, report: Report) -> EventLog:
+def sample_log(shard: Shard, seed: int, report: Report, cuts: Cuts | None = None) -> EventLog:
     """The histories that co-occurrence is learned from: all, or those of SAMPLED_USERS users and at most SAMPLED_EVENTS
     events, drawn by ``seed``."""
     if shard.n_events <= SAMPLED_EVENTS and shard.n_users <= SAMPLED_USERS:
-        return EventLog(*shard.get_many(), None, shard.n_items)
+        return EventLog(*shard.get_many(), None, shard.n_items, cuts)
     drawn = np.random.default_rng(seed).permutation(shard.n_users)[:SAMPLED_USERS].astype(np.int32)
     users = np.sort(drawn[: np.searchsorted(shard.offsets(drawn), SAMPLED_EVENTS, side="right") - 1])
     report(f"semantic IDs: co-occurrence from {len(users):,} users of {shard.n_users:,}, drawn by the seed")
-    return EventLog(*shard.get_many(users), None, shard.n_items)
+    return EventLog(*shard.get_many(users), None, shard.n_items, None if cuts is None else cuts.take(users))
 
 
 @contextmanager
@@ -210,7 +249,7 @@ def disk_errors(out: Path) -> Iterator[None]:
 def summary(data: Dataset, selection: Selection, said: Sequence[str]) -> dict[str, Any]:
     """What `negfast prepare --json` prints: JSON types only."""
     first, last = (day_of(data.manifest["days"][end]) for end in ("first", "last"))
-    parts = count_days(data.shard, first, last, data.horizon).parts(data.valid_day, data.test_day)
+    parts = count_parts(data.shard, data.horizon, data.valid_day, data.test_day, (first, last), data.cuts)
     return {
         "data": str(data.path),
         **{key: data.manifest[key] for key in ("counts", "days", "split", "semantic_ids", "sources")},
@@ -252,6 +291,8 @@ def check_split(first: int, last: int, settings: SplitSettings) -> tuple[int | N
     horizon = settings.horizon
     if horizon < 1:
         raise InputError(f"--horizon {horizon}: expected at least 1 day")
+    if settings.within is not None:
+        return None, None
     if last - first + 1 - 3 * horizon < 3:
         raise InputError(
             f"the log covers {last - first + 1} days ({date_of(first)} to {date_of(last)}), "
@@ -349,8 +390,8 @@ def report_log(facts: LogSummary, items: ItemTable, report: Report, dropped: boo
         report("items: no text")
 
 
-def report_split(days: DayCounts, valid_day: int, test_day: int, report: Report) -> None:
-    for name, (requests, with_dislikes) in days.parts(valid_day, test_day).items():
+def report_split(parts: dict[str, tuple[int, int]], report: Report) -> None:
+    for name, (requests, with_dislikes) in parts.items():
         report(f"{name}: {requests:,} active user-days, {with_dislikes:,} with a dislike ahead")
         if with_dislikes < FEW:
             report(f"warning: {name} has {with_dislikes:,} user-days with a dislike ahead, fewer than {FEW}")

@@ -81,7 +81,6 @@ class Events:
     log: EventLog
     user_ids: list[str]
     item_ids: list[str]
-    community: np.ndarray | None = None  # object [N], the community of every event, where the log is split within them
 
 
 def event_columns(mapping: EventMapping) -> list[str]:

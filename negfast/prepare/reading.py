@@ -89,6 +89,7 @@ class _Columns:
     held: set[Rule]
     of_rule: dict[str, Encoded]
     value: np.ndarray | None  # float32 [N]
+    community: Encoded | None
 
 
 @dataclass
@@ -112,6 +113,7 @@ class LogReader:
     feedback: np.ndarray = field(default_factory=lambda: np.zeros(4, np.int64), init=False)  # events of each
     days: Counter[int] = field(default_factory=Counter, init=False)  # events of each
     first_item: tuple[str, str] = field(default=("", ""), init=False)  # of the log, and where it stands
+    communities: dict[str, int] = field(default_factory=dict, init=False)  # those of the events, and their numbers
     _day_place: dict[int, tuple[int, int]] = field(default_factory=dict, init=False)  # block and row of its first event
     _held: set[Rule] = field(default_factory=set, init=False)
     _values: dict[str, Counter[object]] = field(default_factory=dict, init=False)  # of the rules' columns
@@ -225,7 +227,13 @@ class LogReader:
         rest = EXPOSED if mapping.like else REST[mapping.rest]
         kinds, held = feedback(of_rule, mapping.dislike, mapping.like, rest, bad)
         value = None if mapping.value is None else values_of(encode(source, mapping.value), bad)
-        return _Columns(user, item, ticks, per_second, kinds, held, of_rule, value)
+        community = None
+        if mapping.community is not None:
+            community = encode(source, mapping.community)
+            missing = np.flatnonzero(community.codes < 0)
+            bad.add(source, missing, lambda row: f"no {mapping.community}, expected a community for --split-within")
+            to_strings(community, bad)
+        return _Columns(user, item, ticks, per_second, kinds, held, of_rule, value, community)
 
     def _ids(self, source: Source, name: str, bad: BadRows) -> pa.Array:
         """The ids of a column: int64 where the log's first block has integers, else strings."""
@@ -272,6 +280,10 @@ class LogReader:
             arrays["value"] = pa.array(columns.value)
         if self.takes_back is not None:
             arrays["takes_back"] = pa.array(self.takes_back(source))
+        if (community := columns.community) is not None:
+            names = to_strings(community).to_pylist()
+            numbers = [self.communities.setdefault(name, len(self.communities)) for name in names]
+            arrays["community"] = pa.array(np.array(numbers, np.int32)[community.codes])
         return pa.table(arrays)
 
     def _commonest(self, column: str) -> str:
@@ -337,9 +349,9 @@ class SortedLog:
     first_day: int  # days since 1970
     last_day: int
 
-    def chunks(self) -> Iterator[tuple[EventLog, np.ndarray | None]]:
-        """The histories of all users, some consecutive ones at a time, and what their events take back, uint8 [N],
-        where the log says so."""
+    def chunks(self) -> Iterator[tuple[EventLog, dict[str, np.ndarray]]]:
+        """The histories of all users, some consecutive ones at a time, and where the log says so, what their events
+        take back, "takes_back" uint8 [N], and the number of their "community", int32 [N]."""
         columns: list[dict[str, np.ndarray]] = []
         events, first_user = 0, 0
         for batch in itertools.chain(self.sorter.sorted(self.user_ids, self.item_ids), [None]):
@@ -361,13 +373,13 @@ class SortedLog:
                     rows["value"][:end] if "value" in rows else None,
                     len(self.item_ids),
                 ),
-                rows["takes_back"][:end] if "takes_back" in rows else None,
+                {name: rows[name][:end] for name in ("takes_back", "community") if name in rows},
             )
             columns, events, first_user = [{name: rows[name][end:] for name in rows}], len(rows["user"]) - end, last
 
     def events(self) -> tuple[Events, np.ndarray | None]:
         """All of it in memory, and what the events take back."""
-        logs, takes_back = zip(*self.chunks(), strict=True)
+        logs, others = zip(*self.chunks(), strict=True)
         lengths = np.concatenate([np.diff(log.user_offsets) for log in logs])
         whole = EventLog(
             np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
@@ -377,7 +389,7 @@ class SortedLog:
             None if logs[0].value is None else np.concatenate([log.value for log in logs]),
             len(self.item_ids),
         )
-        undo = None if takes_back[0] is None else np.concatenate(takes_back)
+        undo = np.concatenate([other["takes_back"] for other in others]) if "takes_back" in others[0] else None
         return Events(whole, self.user_ids.to_pylist(), self.item_ids.to_pylist()), undo
 
 

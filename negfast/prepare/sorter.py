@@ -1,7 +1,7 @@
 """The rows of a log on disk, indexed and sorted by user and time by DuckDB within a memory limit."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
@@ -99,6 +99,18 @@ class LogSorter:
                     name: column.to_numpy(zero_copy_only=False)
                     for name, column in zip(batch.schema.names, batch.columns, strict=True)
                 }
+
+    def times_at(self, shares: Sequence[float], rows: pa.RecordBatchReader) -> tuple[np.ndarray, np.ndarray]:
+        """Of rows of "part" (int32) and "time" (int64): the parts, int32 [P], and for each the times at ``shares`` of
+        its rows in the order of time, and the last time, int64 [P, len(shares) + 1]."""
+        at = "".join(f"min(time) FILTER (place >= floor({share}::DOUBLE * rows)), " for share in shares)
+        placed = """SELECT part, time, row_number() OVER (PARTITION BY part ORDER BY time) - 1 AS place,
+            count(*) OVER (PARTITION BY part) AS rows FROM times"""
+        with self._errors():
+            self._database.register("times", rows)
+            found = self._database.sql(f"SELECT part, {at}max(time) FROM ({placed}) GROUP BY part").fetchnumpy()
+        part, *times = found.values()
+        return part, np.stack(times, axis=1)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

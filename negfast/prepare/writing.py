@@ -11,9 +11,10 @@ from typing import BinaryIO
 import numpy as np
 
 from negfast.data.dataset import EVENTS, VALUES
-from negfast.data.log import EventLog
-from negfast.data.shards import Shard, ShardBuilder
-from negfast.data.split import NEVER, DayCounts
+from negfast.data.log import Cuts, EventLog
+from negfast.data.shards import Shard, ShardBuilder, histories
+from negfast.data.split import NEVER, DayCounts, refuse_empty_parts, request_days, user_part_masks
+from negfast.prepare.communities import Communities
 from negfast.prepare.reading import LONG, SortedLog
 from negfast.progress import Progress
 
@@ -35,10 +36,10 @@ class LogSummary:
     taken_back: int = 0  # likes and dislikes
     taken_back_same_day: int = 0
     feedback: np.ndarray = field(default_factory=lambda: np.zeros(4, np.int64))  # events of each
-    item_day: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # [I] of its first event, or NEVER
+    item_time: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # [I] of its first event, or NEVER
 
     def __post_init__(self) -> None:
-        self.item_day = np.full(self.n_items, NEVER)
+        self.item_time = np.full(self.n_items, NEVER)
 
     @classmethod
     def of(cls, log: EventLog, horizon: int) -> "LogSummary":
@@ -54,7 +55,7 @@ class LogSummary:
         self.n_events += len(log)
         self.repeats += int(log.repeats().sum())
         self.feedback += np.bincount(log.feedback, minlength=4)
-        np.minimum.at(self.item_day, log.item.astype(np.intp), log.day.astype(np.int64))  # of one type: 5x as fast
+        np.minimum.at(self.item_time, log.item.astype(np.intp), log.time)  # of one type: 5x as fast
 
     def feedback_counts(self) -> dict[str, int]:
         """Events by feedback, as manifests and summaries name them; withdrawals only where there are any."""
@@ -67,12 +68,18 @@ class LogSummary:
 
 
 def write_log(
-    directory: Path, log: SortedLog, horizon: int, *, drop_repeats: bool = False, take_back: TakeBack | None = None
+    directory: Path,
+    log: SortedLog,
+    horizon: int,
+    *,
+    drop_repeats: bool = False,
+    take_back: TakeBack | None = None,
+    communities: Communities | None = None,
 ) -> LogSummary:
     """Writes EVENTS and, where the log has values, VALUES, in memory that does not depend on the log's length.
 
     ``take_back`` gives events that take others back their meaning, before repeats are dropped, and tells how many did,
-    and how many on the day itself.
+    and how many on the day itself. ``communities`` learn who belongs where.
     """
     n_users, n_items = len(log.user_ids), len(log.item_ids)
     summary = LogSummary(DayCounts.empty(log.first_day, log.last_day, horizon), n_items)
@@ -80,17 +87,19 @@ def write_log(
     total, done = len(log.sorter), 0
     short = total * ROW_BYTES < LONG
     with TemporaryFile(dir=directory) as values, Progress("sorting", total, "events", quiet=short) as bar:
-        for chunk, undo in log.chunks():
+        for chunk, others in log.chunks():
             done += len(chunk)
-            if undo is not None and take_back is not None:
-                chunk, taken, same_day = take_back(chunk, undo)
+            first = summary.n_users
+            if communities is not None:
+                communities.add(chunk, first, others.get("community"))
+            if take_back is not None:
+                chunk, taken, same_day = take_back(chunk, others["takes_back"])
                 summary.taken_back += taken
                 summary.taken_back_same_day += same_day
             if drop_repeats:
                 repeats = chunk.repeats()
                 summary.repeats += int(repeats.sum())
                 chunk = chunk.without(repeats)
-            first = summary.n_users
             summary.add(chunk)
             builder.add(chunk.user + np.int32(first), chunk.item, chunk.feedback, chunk.time)
             if chunk.value is not None:
@@ -118,10 +127,16 @@ def _copy_values(values: BinaryIO, file: BinaryIO, count: int) -> None:
     shutil.copyfileobj(values, file, 1 << 20)
 
 
-def count_days(shard: Shard, first_day: int, last_day: int, horizon: int, users_at_once: int = 65_536) -> DayCounts:
-    """The day counts of a shard, in bounded memory."""
-    days = DayCounts.empty(first_day, last_day, horizon)
-    for first in range(0, shard.n_users, users_at_once):
-        users = np.arange(first, min(first + users_at_once, shard.n_users), dtype=np.int32)
-        days.add(EventLog(*shard.get_many(users), None, shard.n_items))
-    return days
+def count_parts(
+    shard: Shard, horizon: int, valid_day: int, test_day: int, days: tuple[int, int], cuts: Cuts | None = None
+) -> dict[str, tuple[int, int]]:
+    """Requests of train, valid and test in a shard of the log from the first to the last of ``days``, and how many of
+    them have dislikes, in bounded memory. Raises InputError as `split_requests` does."""
+    parts = dict.fromkeys(("train", "valid", "test"), (0, 0))
+    for _, log in histories(shard, cuts):
+        user, day, has_dislikes = request_days(log, horizon)
+        for name, mask in user_part_masks(log, user, day, horizon, valid_day, test_day, days[1]).items():
+            requests, with_dislikes = parts[name]
+            parts[name] = requests + int(mask.sum()), with_dislikes + int((mask & has_dislikes).sum())
+    refuse_empty_parts(parts, horizon, *days, valid_day, test_day)
+    return parts

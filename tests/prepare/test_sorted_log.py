@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from negfast.cli import main
 from negfast.data.dataset import EVENTS, VALUES, Dataset
 from negfast.data.log import DAY, EventLog
-from negfast.data.shards import open_shard
+from negfast.data.shards import histories, open_shard
 from negfast.data.split import DayCounts, all_requests, split_requests
 from negfast.errors import InputError
 from negfast.memory import parse_bytes
@@ -31,7 +31,7 @@ from negfast.prepare.reading import LogReader, log_files, read_events, read_file
 from negfast.prepare.recipes import recipe_reader
 from negfast.prepare.rules import parse_rule
 from negfast.prepare.samples import MOVIETWEETINGS
-from negfast.prepare.writing import count_days, write_log
+from negfast.prepare.writing import write_log
 
 T0 = 1_371_000_000
 MAPPING = EventMapping(dislike=(parse_rule("rating<=2"),), value="rating", time_unit="s")
@@ -267,7 +267,9 @@ def test_values_are_the_file_that_safetensors_writes(tmp_path):
     assert events.log.value is not None
     save_file({"value": events.log.value}, tmp_path / "expected")
     assert files[VALUES] == (tmp_path / "expected").read_bytes()
-    counted = count_days(open_shard(tmp_path / "out" / EVENTS), facts.days.first, facts.days.last, 7, users_at_once=3)
+    counted = DayCounts.empty(facts.days.first, facts.days.last, 7)
+    for _, log in histories(open_shard(tmp_path / "out" / EVENTS), users_at_once=3):
+        counted.add(log)
     np.testing.assert_array_equal(counted.with_dislikes, facts.days.with_dislikes)
 
 

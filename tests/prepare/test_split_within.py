@@ -11,8 +11,10 @@ from negfast.data.log import DAY
 from negfast.data.split import first_feedback
 from negfast.errors import InputError
 from negfast.evaluate.sets import evaluation_set
+from negfast.prepare import readers, reading, sorter
 from negfast.prepare.append import append_events
 from negfast.prepare.events import Events
+from negfast.prepare.writing import count_parts
 from negfast.runtime.engine import requests_before
 from negfast.runtime.verdict import first_feedback_candidates
 from tests.tiny import prepare_log, run_cli, train_arguments, write_log
@@ -61,6 +63,10 @@ def test_each_community_is_split_by_its_own_time(places):
         for requests, low, high in ((split.train, 0, valid), (split.valid, valid, test), (split.test, test, end)):
             of = requests.take(community[requests.user] == place)
             assert len(of) > 20 and (of.moment > low).all() and (of.moment + far <= high).all()
+    parts = {"train": split.train, "valid": split.valid, "test": split.test}
+    days = int(log.day.min()), int(log.day.max())
+    counted = count_parts(data.shard, data.horizon, data.valid_day, data.test_day, days, data.cuts)
+    assert counted == {name: (len(part), int(part.has_dislikes.sum())) for name, part in parts.items()}
     closed = requests_before(data, data.valid_day)
     assert (
         closed.moment.tolist() == split.train.moment.tolist()
@@ -84,9 +90,16 @@ def test_evaluation_and_training_share_no_event(places):
     assert (asked.cold_item == cold).all()
 
 
-def test_a_column_of_the_events_gives_the_same_split(places, tmp_path):
+def test_a_column_of_the_events_gives_the_same_split(places, tmp_path, monkeypatch):
+    """In blocks of any size, and with repeats that are dropped."""
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(reading, "CHUNK_EVENTS", 50)
+    monkeypatch.setattr(sorter, "BATCH_ROWS", 100)
     events, items = write_places(tmp_path)
-    of_events = Dataset.open(prepare_log(tmp_path, events, items, "--split-within", "place"))
+    lines = events.read_text().splitlines()
+    events.write_text("\n".join([*lines, *lines[-500:]]) + "\n")
+    options = ["--split-within", "place", "--drop-repeats"]
+    of_events = Dataset.open(prepare_log(tmp_path, events, items, *options))
     of_items = Dataset.open(places)
     assert of_events.log.cuts is not None and of_items.log.cuts is not None
     assert (of_events.log.cuts.moments == of_items.log.cuts.moments).all()
@@ -114,6 +127,15 @@ def test_an_item_without_a_community_is_refused(tmp_path):
     items.write_text("\n".join([line.removesuffix("there") for line in lines]) + "\n")
     command = ["prepare", str(events), "--items", str(items), "--dislike", "rating<=2", "--out", str(tmp_path / "data")]
     assert "item 'there-i" in run_cli(*command, "--split-within", "where", code=2)
+
+
+def test_an_event_without_a_community_is_refused(tmp_path):
+    events, items = write_places(tmp_path)
+    lines = events.read_text().splitlines()
+    events.write_text("\n".join([*lines[:4], lines[4].removesuffix("here"), *lines[5:]]) + "\n")
+    command = ["prepare", str(events), "--items", str(items), "--dislike", "rating<=2", "--out", str(tmp_path / "data")]
+    said = run_cli(*command, "--split-within", "place", code=2)
+    assert "events.csv, line 5: no place, expected a community for --split-within" in said
 
 
 def test_no_events_are_added_to_communities(places, tmp_path):
