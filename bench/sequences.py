@@ -5,16 +5,19 @@ IDs of nested, uneven clusters; Zipf popularity; a user draws 65 % of the events
 of about 12 events over 60 days, most of them in the evening.
 """
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
 
 from negfast.data.dataset import Dataset, date_of
-from negfast.data.items import ItemTable
-from negfast.data.log import DAY, DISLIKE, EXPOSED, LIKE, EventLog
-from negfast.prepare.build import SemanticIdSettings, SplitSettings, build
-from negfast.prepare.events import Events
+from negfast.data.log import DAY, DISLIKE, EXPOSED, EventLog
+from negfast.prepare.build import SemanticIdSettings, SplitSettings, prepare
+from negfast.prepare.events import EventMapping, ItemMapping
+from negfast.prepare.rules import parse_rule
 
 ITEMS, LEVELS, CODEBOOK = 100_000, 4, 256
 
@@ -106,23 +109,23 @@ def prepare_long_histories(out: Path, users: int = 64, days: int = 101, a_day: i
     item = np.stack([rng.permutation(row) for row in np.argsort(-keys, axis=1)[:, :length]])
     day = np.repeat(first + np.arange(all_days), a_day)
     time = day * DAY + np.sort(rng.integers(0, DAY, (users, all_days, a_day)), axis=2).reshape(users, length)
-    feedback = rng.choice([LIKE, DISLIKE, EXPOSED], (users, length), p=[0.6, 0.2, 0.2])
-    log = EventLog(
-        np.arange(users + 1, dtype=np.int64) * length,
-        item.ravel().astype(np.int32),
-        feedback.ravel().astype(np.uint8),
-        time.ravel().astype(np.int64),
-        None,
-        items,
-    )
-    names = [f"i{number}" for number in range(items)]
-    embedding = rng.normal(size=(items, 16)).astype(np.float32)
-    return build(
-        Events(log, [f"u{number}" for number in range(users)], names),
-        ItemTable(names, [""] * items, embedding=embedding),
-        {"source": "synthetic"},
-        out,
-        SplitSettings(horizon, date_of(first + days + horizon), date_of(first + days + 10)),
-        SemanticIdSettings(encoder="tfidf"),
-        report=lambda _: None,
-    )
+    label = rng.choice(["like", "dislike", "exposed"], (users, length), p=[0.6, 0.2, 0.2])
+    columns = {
+        "user": np.repeat([f"u{number}" for number in range(users)], length),
+        "item": np.char.add("i", item.ravel().astype(str)),
+        "time": time.ravel().astype(np.int64),
+        "label": label.ravel(),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        events = Path(folder) / "events.parquet"
+        parquet.write_table(pa.table(columns), events)
+        return prepare(
+            [events],
+            None,
+            out,
+            mapping=EventMapping((parse_rule("label==dislike"),), (parse_rule("label==like"),), time_unit="s"),
+            item_mapping=ItemMapping(),
+            split=SplitSettings(horizon, date_of(first + days + horizon), date_of(first + days + 10)),
+            semantic_ids=SemanticIdSettings(encoder="tfidf"),
+            report=lambda _: None,
+        )

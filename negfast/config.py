@@ -114,7 +114,7 @@ class Stage:
 class Align(Stage):
     """Item-level SFT; a task with 0 examples a step is switched off."""
 
-    steps: int = setting(200, low=0)
+    steps: int = setting(100, low=0)
     titles: int = setting(24, low=0, help="title -> SID examples a step")
     sid_titles: int = setting(8, low=0, help="SID -> title examples a step")
     attributes: int = setting(8, low=0, help="SID -> attribute examples a step")
