@@ -78,7 +78,6 @@ class Completions:
     prompt  int64 [A]  the prompt of each
     prefix  int32 [A]  tokens of it that the completion sees
     cell    int64 [A]  its place in the grid of all buckets, in which a bucket's prompts have equally many cells
-    cells   list[int]  cells of a prompt, by bucket
     sizes   list[int]  cells of a bucket
     most    int        at least the most completions of a prompt
     seen    float      tokens of their prefixes together
@@ -87,7 +86,6 @@ class Completions:
     prompt: Tensor
     prefix: Tensor
     cell: Tensor
-    cells: list[int]
     sizes: list[int]
     most: int
     seen: float
@@ -102,7 +100,6 @@ class Completions:
             self.prompt.repeat_interleave(times),
             self.prefix.repeat_interleave(times),
             (self.cell[:, None] * times + copy).flatten(),
-            [cells * times for cells in self.cells],
             [size * times for size in self.sizes],
             self.most * times,
             self.seen * times,
@@ -123,7 +120,7 @@ class GroupLayout:
     positions     int64 [T]     position of each packed prompt token
     buckets                     of prompts
     token_order   int64 [T]     packed rows in the order of buckets; None where that is their order anyway
-    bucket_place  int64 [B]     place of each prompt in the order of buckets, on the host
+    bucket_order  int64 [B]     prompts in the order of buckets, on the host
     """
 
     lengths: Tensor
@@ -132,7 +129,7 @@ class GroupLayout:
     positions: Tensor
     buckets: list[Bucket]
     token_order: Tensor | None
-    bucket_place: np.ndarray
+    bucket_order: np.ndarray
     holds_prompts: bool = True  # whether the rows of the current call begin with the prompts
     keys_only: bool = False  # while a layer gives nothing but the prompts' keys and values
     new_tokens: int = 0  # tokens that each completion adds in the current call
@@ -164,21 +161,18 @@ class GroupLayout:
             positions=put(np.arange(cu_seqlens[-1]) - starts),
             buckets=[_bucket(lengths[part], put) for part in _similar(order, lengths)],
             token_order=None if in_order else put(np.argsort(np.repeat(place, lengths), kind="stable")),
-            bucket_place=place,
+            bucket_order=order,
         )
 
     def ask(self, prompt: np.ndarray, prefix: np.ndarray | None = None) -> None:
         """New completions without tokens: of the prompts ``prompt`` int [A], ascending, each of which sees the first
         ``prefix`` int [A] tokens; all by default. Those of a prompt are best sorted by prefix."""
         device, counts = self.lengths.device, np.bincount(prompt, minlength=self.prompts)
-        of_bucket = np.empty(self.prompts, dtype=np.int64)
-        of_bucket[self.bucket_place] = np.arange(self.prompts)  # prompts in the order of buckets
-        cells, base, start = [], np.empty(self.prompts, dtype=np.int64), 0
-        for part in np.split(of_bucket, np.cumsum([bucket.prompts for bucket in self.buckets])[:-1]):
+        sizes, base = [], np.empty(self.prompts, dtype=np.int64)
+        for part in np.split(self.bucket_order, np.cumsum([bucket.prompts for bucket in self.buckets])[:-1]):
             most = max(int(counts[part].max()), 1)
-            base[part] = start + np.arange(len(part)) * most
-            start += len(part) * most
-            cells.append(most)
+            base[part] = sum(sizes) + np.arange(len(part)) * most
+            sizes.append(len(part) * most)
         number = np.arange(len(prompt)) - (np.cumsum(counts) - counts)[prompt]
         if prefix is None:
             prefix = self.host_lengths[prompt]
@@ -186,8 +180,7 @@ class GroupLayout:
             staging.put(prompt.astype(np.int64), device),
             staging.put(prefix.astype(np.int32), device),
             staging.put(base[prompt] + number, device),
-            cells,
-            [bucket.prompts * each for bucket, each in zip(self.buckets, cells, strict=True)],
+            sizes,
             max(int(counts.max()), 1),
             float(prefix.sum()),
         )

@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from negfast.data.log import DAY
 from negfast.data.split import Requests
 from negfast.errors import InputError
 from negfast.memory import available_memory
@@ -34,7 +33,7 @@ def generate(
     order = np.lexsort((requests.day, requests.user))  # those of a user share histories
     for start in range(0, len(order), size):
         rows = order[start : start + size]
-        histories = engine.histories.build(requests.user[rows], (requests.day[rows].astype(np.int64) + 1) * DAY)
+        histories = engine.histories.build(requests.user[rows], requests.moment[rows])
         prior = histories.prior
         if excluded is not None and len(excluded):
             assert prior is not None

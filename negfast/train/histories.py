@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from negfast.data.log import DAY, events_before
+from negfast.data.log import events_before
 from negfast.data.split import Requests
 from negfast.model.histories import Histories, window_start
 from negfast.runtime.engine import Engine
@@ -45,7 +45,7 @@ class HistoryTask:
     def __init__(self, engine: Engine, name: str, requests: Requests, candidates: Candidates) -> None:
         """``name`` sets the order in which steps visit the histories."""
         self.engine, self.name, self.requests, self.candidates = engine, name, requests, candidates
-        self.request_moment = (requests.day.astype(np.int64) + 1) * DAY
+        self.request_moment = requests.moment  # made once, for all steps
         of_request = self._history(requests.user, self.request_moment)
         of_group = self._history(candidates.user, candidates.moment)
         keys = np.unique(np.concatenate([of_request, of_group]))
