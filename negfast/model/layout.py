@@ -168,7 +168,8 @@ class GroupLayout:
         """New completions without tokens: of the prompts ``prompt`` int [A], ascending, each of which sees the first
         ``prefix`` int [A] tokens; all by default. Those of a prompt are best sorted by prefix."""
         device, counts = self.lengths.device, np.bincount(prompt, minlength=self.prompts)
-        sizes, base = [], np.empty(self.prompts, dtype=np.int64)
+        sizes: list[int] = []
+        base = np.empty(self.prompts, dtype=np.int64)
         for part in np.split(self.bucket_order, np.cumsum([bucket.prompts for bucket in self.buckets])[:-1]):
             most = max(int(counts[part].max()), 1)
             base[part] = sum(sizes) + np.arange(len(part)) * most
