@@ -4,8 +4,11 @@ import gzip
 import hashlib
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -332,30 +335,34 @@ STAGES = {
 }
 
 
+def make(log: Path, out: Path) -> Dataset:
+    sids = SemanticIdSettings(2, 8, encoder="tfidf", quantizer="random")
+    return prepare(
+        [log], None, out, mapping=MAPPING, item_mapping=ItemMapping(), split=SplitSettings(3), semantic_ids=sids,
+        force=True, report=silent,
+    )  # fmt: skip
+
+
+def make_and_die(log: Path, out: Path, stage: str) -> None:
+    """Run by a process of its own: a fork would have DuckDB's locks without its threads."""
+    owner, name = STAGES[stage]
+    setattr(owner, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+    make(log, out)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("there", [False, True])
 def test_a_kill_leaves_nothing_or_what_was_there(tmp_path, stage, there):
     log = write_csv(tmp_path / "log.csv", rows_of_log(np.random.default_rng(9), 2000))
     out = tmp_path / "out"
-
-    def make(path=log):
-        sids = SemanticIdSettings(2, 8, encoder="tfidf", quantizer="random")
-        return prepare(
-            [path], None, out, mapping=MAPPING, item_mapping=ItemMapping(), split=SplitSettings(3), semantic_ids=sids,
-            force=True, report=silent,
-        )  # fmt: skip
-
-    before = make().fingerprint if there else None
-    child = os.fork()
-    if child == 0:
-        owner, name = STAGES[stage]
-        setattr(owner, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
-        make(log)
-        os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    before = make(log, out).fingerprint if there else None
+    call = f"from {__name__} import make_and_die, Path; make_and_die(Path({str(log)!r}), Path({str(out)!r}), {stage!r})"
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run([sys.executable, "-c", call], env=os.environ | {"PYTHONPATH": root}, timeout=120)
+    assert done.returncode == -signal.SIGKILL
     visible = sorted(path.name for path in tmp_path.iterdir() if path.name[0] != ".")
     assert visible == ["log.csv", *(["out"] if there else [])]
     if there:
         Dataset.open(out).verify()
         assert Dataset.open(out).fingerprint == before
-    assert make().fingerprint == (before or Dataset.open(out).fingerprint)
+    assert make(log, out).fingerprint == (before or Dataset.open(out).fingerprint)
