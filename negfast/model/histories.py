@@ -131,8 +131,7 @@ class HistoryBuilder:
         )
 
         def make_prior() -> RequestPrior:
-            # the prior knows whole days
-            days = (moments[asked] - 1) // DAY
+            days = moments[asked] // DAY - 1  # the last whole day before each moment: nothing of the moment's own day
             return self.prior.for_requests(days, SeenNodes.from_packed(packed, self.trie, self.device))
 
         tokens, cu_seqlens, prefix = self._tokens(packed)
