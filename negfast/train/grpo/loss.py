@@ -69,23 +69,21 @@ class GroupLoss:
     ) -> GroupStep:
         """An on-policy step up to its loss. ``request_ids`` int64 [B] key the noise, with ``step``; ``reward`` gives
         the reward's terms [B, G, n] of items int64 [B, G]."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.static):
-            sampled = rollout(
-                self.policy,
-                self.chooser,
-                histories,
-                request_ids,
-                NEXT_DISLIKE,
-                self.group,
-                self.seed,
-                step,
-                self.objective.temperature,
-                keep_forced=self.full,
-                static=self.static,
-            )
+        sampled = rollout(
+            self.policy,
+            self.chooser,
+            histories,
+            request_ids,
+            NEXT_DISLIKE,
+            self.group,
+            self.seed,
+            step,
+            self.objective.temperature,
+            keep_forced=self.full,
+            static=self.static,
+        )
         if self.static:
-            histories.layout.keys.clear()  # those of the rollout have no gradient,
-            torch.clear_autocast_cache()  # nor have the weights that it cast
+            histories.layout.keys.clear()  # the pass that trains makes its own
             hidden = replay_hidden(self.policy, histories, sampled)
             sampled = replace(
                 sampled, hidden=hidden, choice=replace(sampled.choice, logits=logits_of(self.policy, hidden, sampled))

@@ -57,7 +57,7 @@ def rollout(
 
     ``request_ids`` int64 [B] key the noise, so the same request draws the same numbers in any batch. ``keep_forced``
     carries every completion to its end, for objectives in which forced tokens count; ``static`` too, with shapes that
-    hang on the numbers of requests and completions alone.
+    hang on the numbers of requests and completions alone, and below the histories without gradients.
     """
     layout, trie, prior = histories.layout, chooser.trie, histories.prior
     assert prior is not None
@@ -66,38 +66,42 @@ def rollout(
     owner, number = completion // group, completion % group
 
     hidden = histories.start(policy, MARKERS[branch])
-    roots = torch.zeros(size, dtype=torch.int64, device=device)
-    choices = [chooser.choose(policy, hidden, 0, roots, owner[::group], prior, branch)]
-    rows, parents, states = [owner[::group]], [owner[::group]], [hidden]
-    carried, row = completion, owner  # of each completion the row that chooses for it
-    node, codes, token_rows, counted, offset = torch.zeros_like(completion), [], [], [], 0
-    for level in range(trie.levels):
-        choice = choices[-1]
-        noise = keyed_gumbel(seed, step, request_ids[owner[carried]], number[carried], level, trie.codebook)
-        sampled = (choice.log_probs(temperature).detach()[row[carried]] + noise).argmax(-1)
-        code, next_node = _forced(chooser, level, node, owner, carried, prior, branch)
-        code[carried] = sampled
-        next_node[carried] = choice.children[row[carried], sampled]
-        open_choice = choice.valid.sum(-1) > 1
-        codes.append(code)
-        token_rows.append(torch.zeros_like(completion).index_copy(0, carried, row[carried] + offset))
-        counted.append(torch.zeros_like(completion, dtype=torch.bool).index_copy(0, carried, open_choice[row[carried]]))
-        node, offset = next_node, offset + len(choice.logits)
-        if level == trie.levels - 1:
-            break
-        if not keep_forced and not static:
-            carried = carried[chooser.unseen_leaves(level + 1, node[carried], owner[carried], prior) > 1]
-        chosen, next_row = carried, torch.arange(len(carried), device=device)
-        if not static:
-            chosen, next_row = _distinct(owner[carried] * trie.node_counts[level + 1] + node[carried], carried)
-        parents.append(row[chosen])
-        layout.branch(parents[-1], group, chosen)
-        row = row.index_copy(0, carried, next_row)
-        tokens = policy.vocabulary.code_base(level + 1) + code[chosen]
-        hidden = policy.hidden(layout, None, tokens.unsqueeze(-1)) if len(chosen) else hidden[:0]
-        choices.append(chooser.choose(policy, hidden, level + 1, node[chosen], owner[chosen], prior, branch))
-        rows.append(chosen)
-        states.append(hidden)
+    # the histories went with gradients, so that what autocast cast for them serves the pass that trains too
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not static):
+        roots = torch.zeros(size, dtype=torch.int64, device=device)
+        choices = [chooser.choose(policy, hidden, 0, roots, owner[::group], prior, branch)]
+        rows, parents, states = [owner[::group]], [owner[::group]], [hidden]
+        carried, row = completion, owner  # of each completion the row that chooses for it
+        node, codes, token_rows, counted, offset = torch.zeros_like(completion), [], [], [], 0
+        for level in range(trie.levels):
+            choice = choices[-1]
+            noise = keyed_gumbel(seed, step, request_ids[owner[carried]], number[carried], level, trie.codebook)
+            sampled = (choice.log_probs(temperature).detach()[row[carried]] + noise).argmax(-1)
+            code, next_node = _forced(chooser, level, node, owner, carried, prior, branch)
+            code[carried] = sampled
+            next_node[carried] = choice.children[row[carried], sampled]
+            open_choice = choice.valid.sum(-1) > 1
+            codes.append(code)
+            token_rows.append(torch.zeros_like(completion).index_copy(0, carried, row[carried] + offset))
+            counted.append(
+                torch.zeros_like(completion, dtype=torch.bool).index_copy(0, carried, open_choice[row[carried]])
+            )
+            node, offset = next_node, offset + len(choice.logits)
+            if level == trie.levels - 1:
+                break
+            if not keep_forced and not static:
+                carried = carried[chooser.unseen_leaves(level + 1, node[carried], owner[carried], prior) > 1]
+            chosen, next_row = carried, torch.arange(len(carried), device=device)
+            if not static:
+                chosen, next_row = _distinct(owner[carried] * trie.node_counts[level + 1] + node[carried], carried)
+            parents.append(row[chosen])
+            layout.branch(parents[-1], group, chosen)
+            row = row.index_copy(0, carried, next_row)
+            tokens = policy.vocabulary.code_base(level + 1) + code[chosen]
+            hidden = policy.hidden(layout, None, tokens.unsqueeze(-1)) if len(chosen) else hidden[:0]
+            choices.append(chooser.choose(policy, hidden, level + 1, node[chosen], owner[chosen], prior, branch))
+            rows.append(chosen)
+            states.append(hidden)
 
     merged = Choice(
         torch.cat([c.logits for c in choices]),
