@@ -25,7 +25,7 @@ from negfast.evaluate.eval import baselines_of, check_predictions, similarity_of
 from negfast.evaluate.metrics import Samples
 from negfast.evaluate.predictions import Predictions
 from negfast.evaluate.sets import EvalSet, engine_set
-from negfast.evaluate.table import HEADLINE, metric_samples, paired_differences, print_table, summary
+from negfast.evaluate.table import HEADLINE, evaluation, metric_samples, paired_differences, print_table, summary
 from negfast.runtime.run_folder import RunFolder
 
 METRICS = ("mean_reward", *HEADLINE)
@@ -154,7 +154,7 @@ def table(
     samples = metric_samples(evalset, predictions, similarity_of(engine), resamples)
     rows, averaged = table_rows(predictions, samples)
     differences = paired_differences(averaged, compared(averaged), METRICS)
-    print_table(evalset, rows)
+    print_table(evaluation(evalset, rows))
     for line in difference_lines(differences):
         print(line)
     result = {"rows": rows, "differences": differences, "grpo_minus_sft": grpo_minus_sft(seeds, samples)}

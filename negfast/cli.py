@@ -154,7 +154,7 @@ def main() -> None:
 @click.option("--valid", metavar="DATE", help="First day of validation; chosen from the log by default.")
 @click.option("--test", metavar="DATE", help="First day of test; chosen from the log by default.")
 @click.option(
-    "--split-within", "within", metavar="COLUMN",
+    "--split-within", metavar="COLUMN",
     help="A column of the items or events: split each of its communities by its own time, the last quarter of the "
     "events for valid and test. No user and no item may be in two.",
 )  # fmt: skip
@@ -196,141 +196,19 @@ def prepare(context: click.Context, files: tuple[Path, ...], out: Path, **option
     \b
     negfast prepare log-2026-11-25.csv --like data/2026-11-24 --items items.csv --out data/2026-11-25
     """
-    from negfast.memory import parse_bytes
-    from negfast.prepare.build import SemanticIdSettings, SplitSettings, check_date, summary
-    from negfast.prepare.events import Selection
-    from negfast.prepare.rules import parse_rule
+    from negfast import api
 
-    context.with_resource(locked(out))
-    selection = Selection(
-        options["skip_bad_rows"],
-        options["drop_repeats"],
-        check_date("--from", options["first_day"]),
-        check_date("--until", options["last_day"]),
-    )
-    said: list[str] = []
-
-    def report(line: str) -> None:
-        said.append(line)
-        click.echo(line, err=options["as_json"])
-
-    if options["within"] is not None and (options["valid"] or options["test"]):
-        raise click.UsageError("--split-within: expected neither --valid nor --test beside it", context)
-    split = SplitSettings(options["horizon"], options["valid"], options["test"], options["within"])
-    memory = None if options["memory"] is None else parse_bytes("--memory", options["memory"])
-    names = ("levels", "codebook", "quantizer", "encoder", "seed")
-    semantic_ids = SemanticIdSettings(*(options[name] for name in names))
-    dislike = tuple(map(parse_rule, options["dislike"]))
-    chosen = (
-        "files",
-        "out",
-        "force",
-        "valid",
-        "test",
-        "first_day",
-        "last_day",
-        "skip_bad_rows",
-        "drop_repeats",
-        "as_json",
-    )
-    if options["like"] is not None:
-        from negfast.prepare.daily import prepare_like
-
-        _refuse_others(context, "--like", (*chosen, "like", "items"))
-        data = prepare_like(
-            files, options["like"], out, items_path=options["items"], split=(options["valid"], options["test"]),
-            selection=selection, force=options["force"], report=report,
-        )  # fmt: skip
-    elif options["recipe"] is not None:
-        from negfast.prepare.recipes import prepare_recipe
-
-        _refuse_others(context, "--recipe", (*chosen, "recipe", "dislike", "horizon", "memory", *names))
-        data = prepare_recipe(
-            options["recipe"], files, out, dislike=dislike, split=split, semantic_ids=semantic_ids,
-            selection=selection, force=options["force"], memory=memory, report=report,
-        )  # fmt: skip
-    else:
-        if not dislike:
-            raise click.UsageError("Missing option '--dislike' (or --recipe, or --like).", context)
-        if options["items"] is None:
-            of_items = {p.name for p in context.command.params if p.name and p.name.startswith("item_")}
-            _refuse(context, of_items - {"item_column", "item_embedding"}, "without --items")
-        if options["like_rule"]:
-            _refuse(context, {"rest"}, "beside --like-rule: events of no rule are exposures then")
-        data = _prepare_mapped(files, out, dislike, split, semantic_ids, selection, memory, options, report)
-    if options["as_json"]:
-        click.echo(json.dumps(summary(data, selection, said), ensure_ascii=False))
+    as_json = options.pop("as_json")
+    api.refuse_unused_of_prepare(_given(context) - {"as_json"})
+    found = api.prepare(files, out, report=lambda line: click.echo(line, err=as_json), **options)
+    if as_json:
+        click.echo(json.dumps(found, ensure_ascii=False))
 
 
-def _prepare_mapped(
-    files: tuple[Path, ...],
-    out: Path,
-    dislike: tuple[Any, ...],
-    split: Any,
-    semantic_ids: Any,
-    selection: Any,
-    memory: int | None,
-    options: dict[str, Any],
-    report: Callable[[str], None],
-) -> Any:
-    """`prepare` of a log whose columns the options name."""
-    from negfast.prepare.build import prepare as prepare_dataset
-    from negfast.prepare.events import EventMapping, ItemMapping, with_attributes
-    from negfast.prepare.rules import parse_rule
-
-    item_mapping = ItemMapping(
-        id=options["item_id_column"],
-        text=options["item_text_column"],
-        columns=_names(options["item_columns"]),
-        separator=_separator(options["item_separator"]),
-    )
-    return prepare_dataset(
-        files,
-        options["items"],
-        out,
-        mapping=EventMapping(
-            dislike=dislike,
-            like=tuple(map(parse_rule, options["like_rule"])),
-            rest=options["rest"],
-            user=options["user_column"],
-            item=options["item_column"],
-            time=options["time_column"],
-            value=options["value_column"],
-            time_unit=options["time_unit"],
-            columns=_names(options["columns"]),
-            separator=_separator(options["separator"]),
-        ),
-        item_mapping=with_attributes(item_mapping, options["items"], options["item_attributes"]),
-        item_embedding=options["item_embedding"],
-        split=split,
-        semantic_ids=semantic_ids,
-        selection=selection,
-        force=options["force"],
-        memory=memory,
-        report=report,
-    )
-
-
-def _refuse_others(context: click.Context, option: str, allowed: tuple[str, ...]) -> None:
-    """A usage error for options that were given beside ``option`` and would do nothing."""
-    others = {parameter.name or "" for parameter in context.command.params} - set(allowed)
-    _refuse(context, others, f"beside {option}, which settles it")
-
-
-def _refuse(context: click.Context, names: set[str], why: str) -> None:
-    """A usage error for the first of the options ``names`` that was given."""
-    for parameter in context.command.params:
-        name = parameter.name or ""
-        if name in names and context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"{parameter.opts[-1]} has no place {why}", context)
-
-
-def _names(text: str | None) -> tuple[str, ...] | None:
-    return None if text is None else tuple(name.strip() for name in text.split(","))
-
-
-def _separator(text: str | None) -> str | None:
-    return None if text is None else text.replace("\\t", "\t")
+def _given(context: click.Context) -> set[str]:
+    """The options that stand on the command line, be it with their default."""
+    of_line = click.core.ParameterSource.COMMANDLINE
+    return {name for name in context.params if context.get_parameter_source(name) == of_line}
 
 
 @main.command()
@@ -383,9 +261,7 @@ def train_options(command: Callable[..., None]) -> Callable[..., None]:
     "--whole-log", is_flag=True, help="With --refit: on all events, for production; no table is left to make."
 )
 @click.pass_context
-def train(
-    context: click.Context, gpus: int | None, replay: Path | None, refit: Path | None, whole_log: bool, **options: Any
-) -> None:
+def train(context: click.Context, gpus: int | None, replay: Path | None, **options: Any) -> None:
     """Train: align, sft, grpo, then the table on the test split.
 
     \b
@@ -397,30 +273,22 @@ def train(
     negfast train --refit runs/a --whole-log --out runs/a-production
     negfast train --replay runs/a/failed/sft-000120
     """
+    from negfast import api
     from negfast.runtime.distributed import launch_gpus, planned_size
 
+    given = _given(context)
     if replay is not None:
         from negfast.train.run import replay as find_the_cause
 
-        _refuse_others(context, "--replay", ("replay",))
+        api.refuse(given, {"replay"}, "beside --replay, which settles it")
         find_the_cause(replay)
-    elif gpus is not None and gpus > 1 and planned_size() == 1:
+        return
+    if gpus is not None and gpus > 1 and planned_size() == 1:
         sys.exit(launch_gpus(gpus, sys.argv[1:]))
-    elif gpus is not None and gpus != planned_size():
+    if gpus is not None and gpus != planned_size():
         raise click.UsageError(f"--gpus {gpus}: found {planned_size()} ranks started by torchrun", context)
-    elif refit is not None:
-        from negfast.runtime.run_folder import RunFolder
-        from negfast.train.run import refit as train_again
-
-        _refuse_others(context, "--refit", ("refit", "whole_log", "out", "gpus"))
-        train_again(RunFolder(refit.resolve()), options["out"], whole_log)
-    elif whole_log:
-        raise click.UsageError("--whole-log: expected --refit RUN beside it", context)
-    else:
-        from negfast.train.run import train as run
-        from negfast.train.start import TrainOptions
-
-        run(TrainOptions(**options))
+    api.refuse_unused_of_train(given - {"gpus"})
+    api.train(**options)
 
 
 @main.command()
@@ -450,7 +318,7 @@ def profile(stage: str, steps: int, **options: Any) -> None:
 @click.option("--cost-dislike", type=float, metavar="X", help="Cost of a dislike that is shown.")
 @click.option("--cost-like", type=float, metavar="Y", help="Cost of a like that is withheld, in the same unit.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the tables.")
-def evaluate(run: Path, **options: Any) -> None:
+def evaluate(run: Path, as_json: bool, **options: Any) -> None:
     """Measure a run beside the baselines: filter, matched pool, generation.
 
     With both costs: the threshold on P(dislike) that follows from them, Y / (X + Y), and what a filter at that
@@ -461,9 +329,15 @@ def evaluate(run: Path, **options: Any) -> None:
     negfast eval runs/quickstart --split valid --json
     negfast eval runs/quickstart --cost-dislike 5 --cost-like 1
     """
-    from negfast.evaluate.eval import evaluate_run
+    from negfast import api
 
-    evaluate_run(run, **options)
+    found = api.evaluate(run, **options)
+    if as_json:
+        click.echo(json.dumps(found, allow_nan=False))
+    else:
+        from negfast.evaluate.table import print_table
+
+        print_table(found)
 
 
 @main.command()
@@ -521,7 +395,7 @@ def predict(run: Path, **options: Any) -> None:
     negfast predict runs/quickstart --at 2013-08-01 --out dislikes.csv
     negfast predict runs/quickstart --users today.csv --not-items delisted.csv --out dislikes.parquet
     """
-    from negfast.serve.predict import predict_run
+    from negfast.serve.tables import predict_run
 
     predict_run(run, **options)
 
@@ -549,7 +423,7 @@ def score(run: Path, candidates: Path, **options: Any) -> None:
     negfast score runs/quickstart candidates.parquet --out scored.parquet
     negfast score runs/quickstart candidates.csv --at 2013-08-01 --out scored.csv
     """
-    from negfast.serve.score import score_run
+    from negfast.serve.tables import score_run
 
     score_run(run, candidates, **options)
 
@@ -565,7 +439,7 @@ def user_profiles(run: Path, attribute: str, data: Path | None, at: str | None, 
     \b
     negfast user-profiles runs/quickstart --attribute genres --out profiles.parquet
     """
-    from negfast.serve.profiles import profile_users
+    from negfast.serve.tables import profile_users
 
     profile_users(run, attribute, data=data, at=at, out=out)
 

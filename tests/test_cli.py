@@ -4,8 +4,9 @@ import json
 import re
 import subprocess
 import sys
-import types
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,11 @@ from negfast.cli import main
 from negfast.data.dataset import Dataset
 from negfast.errors import InputError, TrainingError
 from negfast.runtime.run_folder import RunFolder
-from negfast.train.start import TrainOptions
 
+TRAIN: dict[str, object] = dict.fromkeys(("config", "preset", "data", "model", "init", "out", "refit")) | {
+    "overrides": (),
+    "whole_log": False,
+}
 COMMANDS = ["prepare", "inspect", "train", "eval", "report", "predict", "score", "user-profiles", "export", "doctor"]
 DAY = 86_400
 
@@ -137,10 +141,8 @@ def test_version_names_what_runs():
 
 
 def fake(monkeypatch, module, function, behaviour):
-    """Puts a module with one function in place of the one that the command imports."""
-    stand_in = types.ModuleType(module)
-    setattr(stand_in, function, behaviour)
-    monkeypatch.setitem(sys.modules, module, stand_in)
+    """Puts a function in place of the one that the command imports."""
+    monkeypatch.setattr(import_module(module), function, behaviour)
 
 
 @pytest.mark.parametrize(
@@ -148,23 +150,24 @@ def fake(monkeypatch, module, function, behaviour):
     [
         (
             "train my.toml --preset smoke --data d --model m --init i --out o --set a.b=1 --set c.d=x",
-            *("negfast.train.run", "train"),
-            {0: TrainOptions(Path("my.toml"), "smoke", Path("d"), Path("m"), Path("i"), Path("o"), ("a.b=1", "c.d=x"))},
+            *("negfast.api", "train"),
+            TRAIN
+            | {"config": Path("my.toml"), "preset": "smoke", "data": Path("d"), "model": Path("m"), "init": Path("i")}
+            | {"out": Path("o"), "overrides": ("a.b=1", "c.d=x")},
         ),
-        ("train", "negfast.train.run", "train", {0: TrainOptions()}),
+        ("train", "negfast.api", "train", TRAIN),
         (
             "train --refit r --whole-log --out o",
-            *("negfast.train.run", "refit"),
-            {0: RunFolder(Path("r").resolve()), 1: Path("o"), 2: True},
+            *("negfast.api", "train"),
+            TRAIN | {"refit": Path("r"), "out": Path("o"), "whole_log": True},
         ),
         (
             "eval r --split valid --data d --json --all-baselines --cost-dislike 5 --cost-like 0.5",
-            *("negfast.evaluate.eval", "evaluate_run"),
+            *("negfast.api", "evaluate"),
             {
                 0: Path("r"),
                 "split": "valid",
                 "data": Path("d"),
-                "as_json": True,
                 "all_baselines": True,
                 "cost_dislike": 5.0,
                 "cost_like": 0.5,
@@ -173,12 +176,12 @@ def fake(monkeypatch, module, function, behaviour):
         ("report r --out p.html", "negfast.evaluate.report", "write_page", {0: Path("r"), 1: Path("p.html")}),
         (
             "user-profiles r --attribute genres --at 2013-08-01 --out f",
-            *("negfast.serve.profiles", "profile_users"),
+            *("negfast.serve.tables", "profile_users"),
             {0: Path("r"), 1: "genres", "data": None, "at": "2013-08-01", "out": Path("f")},
         ),
         (
             "predict r --at 2013-08-01 --top 7 --out f",
-            *("negfast.serve.predict", "predict_run"),
+            *("negfast.serve.tables", "predict_run"),
             {
                 0: Path("r"),
                 "data": None,
@@ -192,7 +195,7 @@ def fake(monkeypatch, module, function, behaviour):
         ),
         (
             "predict r --users u --items i --not-items n --out f",
-            *("negfast.serve.predict", "predict_run"),
+            *("negfast.serve.tables", "predict_run"),
             {
                 0: Path("r"),
                 "data": None,
@@ -206,15 +209,20 @@ def fake(monkeypatch, module, function, behaviour):
         ),
         (
             "score r c --data d --given shown --out f",
-            *("negfast.serve.score", "score_run"),
+            *("negfast.serve.tables", "score_run"),
             {0: Path("r"), 1: Path("c"), "data": Path("d"), "at": None, "given": "shown", "out": Path("f")},
         ),
         ("export r --out d", "negfast.serve.export", "export_run", {0: Path("r"), "out": Path("d")}),
     ],
 )
 def test_options_arrive(monkeypatch, line, module, function, expected):
-    calls = []
-    fake(monkeypatch, module, function, lambda *args, **options: calls.append({**dict(enumerate(args)), **options}))
+    calls: list[dict[Any, Any]] = []
+
+    def noted(*arguments: Any, **options: Any) -> dict[str, Any]:
+        calls.append({**options, **dict[Any, Any](enumerate(arguments))})
+        return {}
+
+    fake(monkeypatch, module, function, noted)
     result = invoke(*line.split())
     assert result.exit_code == 0, result.output
     assert calls == [expected]
@@ -230,28 +238,28 @@ def test_options_arrive(monkeypatch, line, module, function, expected):
     ],
 )
 def test_failures_are_one_line_and_a_code(monkeypatch, error, code, stderr):
-    def fail(*_):
+    def fail(**_):
         raise error
 
-    fake(monkeypatch, "negfast.train.run", "train", fail)
+    fake(monkeypatch, "negfast.api", "train", fail)
     result = invoke("train")
     assert (result.exit_code, result.stderr) == (code, stderr)
 
 
 def test_ctrl_c_exits_130(monkeypatch):
-    def interrupted(*_):
+    def interrupted(**_):
         print("saved at step 7; resume with ...", file=sys.stderr)
         raise KeyboardInterrupt
 
-    fake(monkeypatch, "negfast.train.run", "train", interrupted)
+    fake(monkeypatch, "negfast.api", "train", interrupted)
     result = invoke("train")
     assert result.exit_code == 130
     assert result.stderr.strip() == "saved at step 7; resume with ..."
 
 
 def test_a_bug_is_not_dressed_up(monkeypatch):
-    def broken(*_):
+    def broken(**_):
         raise ZeroDivisionError
 
-    fake(monkeypatch, "negfast.train.run", "train", broken)
+    fake(monkeypatch, "negfast.api", "train", broken)
     assert isinstance(invoke("train").exception, ZeroDivisionError)

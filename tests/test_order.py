@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = ("data", "sid", "prepare", "model", "runtime", "evaluate", "train", "serve")
 BASE = ("errors", "files", "memory", "config", "progress", "spans", "staging")  # files that every package may use
-TOP = ("cli", "__main__", "__init__")  # files that may use everything
+TOP = ("api", "cli", "__main__", "__init__")  # files that may use every package, and those before them
 
 
 def modules() -> dict[str, Path]:
@@ -41,7 +41,7 @@ def rank(module: str) -> int:
         return 0
     if part in BASE:
         return 1
-    return 2 + ORDER.index(part) if part in ORDER else 2 + len(ORDER)
+    return 2 + (*ORDER, *TOP).index(part)
 
 
 KNOWN = modules()

@@ -27,11 +27,12 @@ from negfast.files import locked
 from negfast.runtime import generation, verdict
 from negfast.runtime.run_folder import RunFolder
 from negfast.runtime.verdict import candidate_logits, group_candidates, shown_candidates
-from negfast.serve import predict
+from negfast.serve import predict, tables
 from negfast.serve.context import context_day, report_context_moment
+from negfast.serve.ids import column_of, index_of
 from negfast.serve.parts import write_in_parts
 from negfast.serve.profiles import category_matrix, feedback_matrices
-from negfast.serve.score import index_of, knows, read_candidates
+from negfast.serve.score import FirstKnown
 from negfast.sid.trie import SeenNodes
 from tests.tiny import prepare_log, run_cli, train_arguments, write_log
 
@@ -80,7 +81,7 @@ def test_parts_of_another_question_are_not_used(tmp_path):
 
 def test_predict_in_batches_is_predict_at_once(tiny_run, tmp_path, monkeypatch):
     run_cli("predict", str(tiny_run), "--top", "5", "--out", str(tmp_path / "once.parquet"))
-    monkeypatch.setattr(predict, "USERS_AT_ONCE", 50)
+    monkeypatch.setattr(tables, "USERS_AT_ONCE", 50)
     run_cli("predict", str(tiny_run), "--top", "5", "--out", str(tmp_path / "parts.parquet"))
     once, parts = (parquet.read_table(tmp_path / f"{name}.parquet") for name in ("once", "parts"))
     assert parquet.ParquetFile(tmp_path / "parts.parquet").num_row_groups == 3  # of 120 users
@@ -141,19 +142,18 @@ def test_knows():
         np.array([1, 3, 5]) * 86_400, None, 4,
     )  # fmt: skip
     user, item = np.array([0, 1, 1, 1, -1, 0]), np.array([3, 0, 1, 2, 1, -1])
-    assert knows(log, user, item, 4 * DAY).tolist() == [True, False, True, False, False, False]
-    assert knows(log, user, item, 2 * DAY).tolist() == [True, False, False, False, False, False]
-    assert knows(log, user, item, DAY).tolist() == [False] * 6
+    known = FirstKnown(log)
+    assert known.before(user, item, 4 * DAY).tolist() == [True, False, True, False, False, False]
+    assert known.before(user, item, 2 * DAY).tolist() == [True, False, False, False, False, False]
+    assert known.before(user, item, DAY).tolist() == [False] * 6
 
 
-def test_ids_are_those_that_prepare_reads(tmp_path):
+def test_ids_are_those_that_prepare_reads():
     """pandas turns integers with gaps into floats, and Arrow would write 1e+10 for a large one."""
-    known, path = ["7", "10000000000"], tmp_path / "pairs.parquet"
-    parquet.write_table(pa.table({"user": [1e10, None, 7.0, 8.0], "item": [7.5, 7.0, 7.0, 7.0]}), path)
-    source = read_candidates(path)
-    assert index_of(source, "user", known).tolist() == [1, -1, 0, -1]
-    with pytest.raises(InputError, match=r"row 1: item 7\.5 is no id"):
-        index_of(source, "item", known)
+    known = {"7": 0, "10000000000": 1}
+    assert index_of(column_of("user", [1e10, None, 7.0, 8.0]), "user", known).tolist() == [1, -1, 0, -1]
+    with pytest.raises(InputError, match=r"^items, row 1: item 7\.5 is no id"):
+        index_of(column_of("item", [7.5, 7.0]), "item", known)
 
 
 def test_score_abstains_where_nothing_is_known(tiny_run, tmp_path):

@@ -20,7 +20,7 @@ from negfast.evaluate.baselines import baseline_predictions
 from negfast.evaluate.metrics import Costs, Similarity
 from negfast.evaluate.predictions import TOP, Predictions, calibrate, check_generated, predict_set
 from negfast.evaluate.sets import EvalSet, engine_set
-from negfast.evaluate.table import evaluate_rows, print_table, to_json
+from negfast.evaluate.table import evaluate_rows, evaluation, print_table
 from negfast.files import atomic_file
 from negfast.runtime.checkpoint import load_weights
 from negfast.runtime.engine import Engine
@@ -32,22 +32,17 @@ def evaluate_run(
     run: Path,
     split: str,
     data: Path | None,
-    as_json: bool,
     all_baselines: bool = False,
     cost_dislike: float | None = None,
     cost_like: float | None = None,
-) -> None:
-    """Prints the tables of ``split`` ("valid" or "test"), or one JSON object. InputError for an unfinished run.
+) -> dict[str, Any]:
+    """The `evaluation` of ``split`` ("valid" or "test"). InputError for an unfinished run.
 
     ``all_baselines`` adds SASRec, which has to be trained and takes minutes. ``cost_dislike`` and ``cost_like`` go
     together and add what a filter at their threshold saves (`Costs`).
     """
     costs = read_costs(cost_dislike, cost_like)
-    evalset, rows = evaluate_folder(RunFolder(run), split, data, all_baselines, costs)
-    if as_json:
-        print(to_json(evalset, rows, costs))
-    else:
-        print_table(evalset, rows, costs=costs)
+    return evaluation(*evaluate_folder(RunFolder(run), split, data, all_baselines, costs), costs)
 
 
 def read_costs(dislike: float | None, like: float | None) -> Costs | None:
@@ -132,12 +127,12 @@ def check_predictions(log: EventLog, evalset: EvalSet, predictions: dict[str, Pr
 
 def write_report(run: RunFolder, evalset: EvalSet, rows: list[dict[str, Any]]) -> None:
     """RUN/report.md and RUN/report.json, which keeps the fingerprint of the data that the table was made on."""
-    text = StringIO()
+    found, text = evaluation(evalset, rows), StringIO()
     with redirect_stdout(text):
-        print_table(evalset, rows)
+        print_table(found)
     with atomic_file(run.path / "report.json") as temporary:
-        table = json.loads(to_json(evalset, rows)) | {"fingerprint": Dataset.open(run.data).fingerprint}
-        temporary.write_text(json.dumps(table) + "\n")
+        table = found | {"fingerprint": Dataset.open(run.data).fingerprint}
+        temporary.write_text(json.dumps(table, allow_nan=False) + "\n")
     with atomic_file(run.report) as temporary:
         tables = f"# {run.path.name}: {evalset.name} split\n\n```\n{text.getvalue()}```\n"
         temporary.write_text(tables + alignment_section(run))

@@ -1,6 +1,5 @@
 """From predictions to rows, from rows to JSON and to printed tables: one for each question."""
 
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -151,10 +150,10 @@ def paired_differences(
     ]
 
 
-def to_json(evalset: EvalSet, rows: Sequence[Mapping[str, Any]], costs: Costs | None = None) -> str:
-    """One JSON object: the split's sizes, the costs where given, and the rows."""
+def evaluation(evalset: EvalSet, rows: Sequence[Mapping[str, Any]], costs: Costs | None = None) -> dict[str, Any]:
+    """JSON types: the split's sizes, the costs where given, and the rows."""
     given = {} if costs is None else {"costs": asdict(costs) | {"threshold": costs.threshold}}
-    return json.dumps(summary(evalset) | given | {"rows": list(rows)}, allow_nan=False)
+    return summary(evalset) | given | {"rows": list(rows)}
 
 
 def summary(evalset: EvalSet) -> dict[str, Any]:
@@ -175,26 +174,22 @@ def summary(evalset: EvalSet) -> dict[str, Any]:
     }
 
 
-def print_table(
-    evalset: EvalSet,
-    rows: Sequence[Mapping[str, Any]],
-    console: Console | None = None,
-    costs: Costs | None = None,
-) -> None:
-    """A table for each question, baselines above models, the best of a column in bold; fits 100 columns.
+def print_table(found: Mapping[str, Any], console: Console | None = None) -> None:
+    """A table of an `evaluation` for each question, baselines above models, the best of a column bold; in 100 columns.
 
-    With ``costs`` one more: what withholding at their threshold saves.
+    With costs one more: what withholding at their threshold saves.
     """
+    rows, context = found["rows"], found["filter_context"]
     console = console or Console(width=None if sys.stdout.isatty() else 100)
-    console.print(sizes(evalset), highlight=False)
+    console.print(sizes(found), highlight=False)
     for question in QUESTIONS:
         headings = {metric: heading for metric, (heading, _) in question.figures.items()}
-        console.print(f"\n[bold]{question.name}[/bold]: {asks(question, evalset.context)}", highlight=False)
+        console.print(f"\n[bold]{question.name}[/bold]: {asks(question, context)}", highlight=False)
         console.print(_grid(rows, headings, headings))
         for heading, says in question.figures.values():
             console.print(f"{heading}: {says}", highlight=False)
-    if costs is not None:
-        console.print(f"\n[bold]Costs[/bold]: {cost_rule(costs)}; {CONTEXTS[evalset.context]}", highlight=False)
+    if "costs" in found:
+        console.print(f"\n[bold]Costs[/bold]: {cost_rule(found['costs'])}; {CONTEXTS[context]}", highlight=False)
         console.print(_grid(rows, COST_FIGURES, ("saved_per_1000",)))
         console.print("saved per 1,000 events: in the unit of the costs, against showing everything", highlight=False)
     console.print("\n± is half of a 95 % bootstrap interval over users; bold is the best of a column", highlight=False)
@@ -205,20 +200,19 @@ def asks(question: Question, context: str) -> str:
     return f"{question.asks}; {CONTEXTS[context]}" if question is FILTER else question.asks
 
 
-def sizes(evalset: EvalSet) -> str:
+def sizes(s: Mapping[str, Any]) -> str:
     """One line: how much was asked."""
-    s = summary(evalset)
     return (
         f"{s['split']}: {s['requests']:,} requests ({s['primary_requests']:,} primary) of {s['users']:,} users, "
         f"{s['filter_events']:,} events ({s['filter_dislike_rate']:.1%} dislikes), {s['pools']:,} pools"
     )
 
 
-def cost_rule(costs: Costs) -> str:
+def cost_rule(costs: Mapping[str, float]) -> str:
     """The decision that follows from the costs, in words."""
     return (
-        f"a dislike shown costs {costs.dislike:g}, a like withheld {costs.like:g}, so withhold where "
-        f"P(dislike) >= {costs.like:g} / ({costs.like:g} + {costs.dislike:g}) = {costs.threshold:.3f}"
+        f"a dislike shown costs {costs['dislike']:g}, a like withheld {costs['like']:g}, so withhold where "
+        f"P(dislike) >= {costs['like']:g} / ({costs['like']:g} + {costs['dislike']:g}) = {costs['threshold']:.3f}"
     )
 
 

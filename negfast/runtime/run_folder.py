@@ -187,8 +187,8 @@ class RunFolder:
     def finished_engine(self, data: Path | None, serving: bool = False) -> Engine:
         """An engine with the run's final weights over ``data`` (default: the data it was trained on), for inference.
 
-        ``serving`` makes it in less time, to the same bits, but without a tokenizer. Raises InputError where the run is
-        unfinished or the data does not belong to it.
+        ``serving`` makes it in less time, to the same bits, but without a tokenizer; torch's threads stay what they
+        are. Raises InputError where the run is unfinished or the data does not belong to it.
         """
         self.require_finished()
         if data is None and not self.data.is_dir():
@@ -196,7 +196,8 @@ class RunFolder:
         dataset = Dataset.open(self.data if data is None else data)
         self.check_data(dataset)
         config = self.config
-        use_threads(config.train.threads)
+        if not serving:
+            use_threads(config.train.threads)
         device = choose_device(config.train.device)
         tokenizer: Any = None
         policy = self.serving_policy(dataset) if serving and device.type == "cpu" else None

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,35 @@ import pyarrow as pa
 import pyarrow.csv as csv
 import pyarrow.parquet as parquet
 
+from negfast.errors import InputError
 from negfast.files import atomic_file
 from negfast.progress import Progress
 
 ABOUT = "about.json"
 ASKED = b"negfast"  # key of the schema metadata that holds what a table answers, as JSON
+
+
+@dataclass(frozen=True)
+class Part:
+    """The ``number``-th of ``of`` runs of batches, from 1: what one machine of several does."""
+
+    number: int = 1
+    of: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> "Part":
+        """From "2/8". InputError for what is no such part."""
+        number, _, of = text.partition("/")
+        if number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of):
+            return cls(int(number), int(of))
+        raise InputError(f"--part: found {text!r}, expected I/N with I from 1 to N, such as 2/8")
+
+    def take(self, batches: range) -> range:
+        """Its share: those of the parts, one after the other, are all."""
+        return batches[len(batches) * (self.number - 1) // self.of : len(batches) * self.number // self.of]
+
+
+WHOLE = Part()
 
 
 def write_in_parts(
@@ -25,12 +50,16 @@ def write_in_parts(
     size: int,
     make: Callable[[int, int], pa.Table],
     progress: tuple[str, str],
+    part: Part = WHOLE,
 ) -> None:
     """Writes ``make(start, stop)`` of every batch of ``size`` rows of ``total`` to ``out``, a row group each.
 
     A batch is kept in the folder ``.NAME.parts`` beside ``out`` until all are there. Every part carries ``about`` (JSON
     types), what it was asked: a call with the same ``about`` resumes where an earlier one was killed, and parts with
     another are not used. ``progress`` names work and unit. The caller holds the lock on ``out``.
+
+    With ``part`` only its batches are made and written. Row groups and metadata are those of the whole, so the files of
+    all parts, row group after row group, are the whole file.
     """
     folder = out.with_name(f".{out.name}.parts")
     schema = schema.with_metadata({ASKED: json.dumps(about)})
@@ -39,11 +68,12 @@ def write_in_parts(
         folder.mkdir(parents=True)
         with atomic_file(folder / ABOUT) as temporary:
             temporary.write_text(json.dumps(about))
-    starts = range(0, total, size)
+    starts = part.take(range(0, total, size))
     parts = {start: folder / f"{start:012d}.parquet" for start in starts}
     made = {start for start in starts if _answers(parts[start], schema)}
     done = sum(min(size, total - start) for start in made)
-    with Progress(progress[0], total, unit=progress[1], done=done) as bar:
+    rows = sum(min(size, total - start) for start in starts)
+    with Progress(progress[0], rows, unit=progress[1], done=done) as bar:
         if done:
             bar.log(f"{out}: resuming after {done:,} {progress[1]} of an earlier call")
         for start in starts:

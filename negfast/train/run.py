@@ -40,8 +40,9 @@ from negfast.train.validation import Validation
 STAGES: dict[str, Callable[[Engine], Stage]] = {"align": AlignStage, "sft": SftStage, "grpo": GrpoStage}
 
 
-def train(options: TrainOptions, table: bool = True) -> None:
-    """Runs all stages and leaves RUN with its table; an unfinished RUN is resumed from its last checkpoint.
+def train(options: TrainOptions, table: bool = True) -> RunFolder:
+    """Runs all stages and leaves RUN, which is returned, with its table; an unfinished RUN is resumed from its last
+    checkpoint.
 
     Without data the embedded MovieTweetings is prepared into RUN/data. Without ``table`` the test split is left alone,
     as is right while settings are compared. Raises InputError on bad settings or on a RUN that was started with
@@ -54,9 +55,10 @@ def train(options: TrainOptions, table: bool = True) -> None:
         first = distributed.rank() == 0
     if first and table:
         _show_table(run)
+    return run
 
 
-def refit(source: RunFolder, out: Path | None, whole_log: bool = False, table: bool = True) -> None:
+def refit(source: RunFolder, out: Path | None, whole_log: bool = False, table: bool = True) -> RunFolder:
     """Trains the finished run ``source`` again, with all that it chose on valid, on everything before T_test; with
     ``whole_log`` up to the log's end, for production: no later events are left to evaluate it on, so there is no table.
 
@@ -74,6 +76,7 @@ def refit(source: RunFolder, out: Path | None, whole_log: bool = False, table: b
         say(f"{run.path}: learned from the whole log; no later events are left to measure it on")
     elif first and table:
         _show_table(run)
+    return run
 
 
 @contextmanager

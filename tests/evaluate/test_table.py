@@ -14,7 +14,7 @@ from negfast.data.split import split_requests
 from negfast.evaluate.metrics import Costs
 from negfast.evaluate.predictions import Predictions
 from negfast.evaluate.sets import EvalSet, evaluation_set
-from negfast.evaluate.table import evaluate_rows, metric_samples, paired_differences, print_table, to_json
+from negfast.evaluate.table import evaluate_rows, evaluation, metric_samples, paired_differences, print_table
 
 
 @pytest.fixture
@@ -41,7 +41,9 @@ def guess(evalset: EvalSet, seed: int, skill: float = 0.0, kind: str = "model") 
 def test_json_has_the_contract_shape(test_set: EvalSet) -> None:
     only_pool = Predictions(pool_score=np.zeros(test_set.pool_items.shape), kind="baseline")
     predictions = {"item-rate": only_pool, "sft": guess(test_set, 1)}
-    found = json.loads(to_json(test_set, evaluate_rows(test_set, predictions, resamples=50)))
+    found = json.loads(
+        json.dumps(evaluation(test_set, evaluate_rows(test_set, predictions, resamples=50)), allow_nan=False)
+    )
     assert found["split"] == "test" and found["requests"] == len(test_set.requests)
     assert found["primary_requests"] == test_set.primary.sum() <= found["requests"]
     assert found["users"] == len(set(test_set.requests.user.tolist()))
@@ -87,7 +89,7 @@ def test_a_table_a_question_fits_and_sets_models_below_baselines(test_set: EvalS
     costs = Costs(dislike=3, like=1)
     rows = evaluate_rows(test_set, predictions, resamples=20, costs=costs)
     out = io.StringIO()
-    print_table(test_set, rows, Console(file=out, width=100), costs)
+    print_table(evaluation(test_set, rows, costs), Console(file=out, width=100))
     text = out.getvalue()
     lines = [line.split() for line in text.splitlines()]
     assert max(map(len, text.splitlines())) <= 100 and "…" not in text
@@ -102,9 +104,9 @@ def test_a_table_a_question_fits_and_sets_models_below_baselines(test_set: EvalS
 
 def test_costs_are_in_json_only_when_given(test_set: EvalSet) -> None:
     predictions = {"a": guess(test_set, 1), "list": Predictions(generated=guess(test_set, 2).generated)}
-    plain = json.loads(to_json(test_set, evaluate_rows(test_set, predictions, resamples=20)))
+    plain = evaluation(test_set, evaluate_rows(test_set, predictions, resamples=20))
     costs = Costs(dislike=3, like=1)
-    found = json.loads(to_json(test_set, evaluate_rows(test_set, predictions, resamples=20, costs=costs), costs))
+    found = evaluation(test_set, evaluate_rows(test_set, predictions, resamples=20, costs=costs), costs)
     assert "costs" not in plain and found["costs"] == {"dislike": 3, "like": 1, "threshold": 0.25}
     added = {"withheld_share", "dislikes_avoided_share", "likes_withheld_share", "saved_per_1000"}
     scored, lists = found["rows"]

@@ -1,0 +1,162 @@
+"""A finished run that answers: `Run` of the Python API, which the commands that write tables call too."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from negfast.errors import InputError
+from negfast.serve.context import Moment, check_run, context_day, context_moment, quick_imports
+from negfast.serve.ids import Column, column_of, index_of
+from negfast.serve.predict import lists
+from negfast.serve.score import FirstKnown, Scores
+
+if TYPE_CHECKING:
+    from negfast.runtime.engine import Engine
+    from negfast.runtime.run_folder import RunFolder
+    from negfast.runtime.verdict import Calibration
+    from negfast.serve.profiles import Profiles
+
+Given = Literal["feedback", "shown"]
+
+
+class Run:
+    """A finished run over a data set; `negfast.load` opens one.
+
+    ``users`` and ``items`` of its methods are columns of ids: a list, numpy array, pyarrow array or pandas Series of
+    strings or integers, read as `negfast prepare` reads them. ``at`` is the moment that is looked from: an ISO date or
+    time, a `datetime.datetime` or `numpy.datetime64`, UTC where it names no zone. The context is every event up to the
+    end of the day before; of `score` by a run with ``history.context=event`` it is every event before the second. By
+    default it is the log's end. Nothing later changes an answer, but what a run learned it has learned (`learned_until`
+    in RUN/run.json).
+
+    Pickling keeps the paths alone: the copy loads when it is first asked. Work is done with torch's threads
+    (`torch.set_num_threads`), which are the caller's to set.
+    """
+
+    def __init__(self, path: Path, data: Path | None = None) -> None:
+        check_run(path, data)
+        self.path, self.data = path, data
+        self._profiles: tuple[tuple[str, int], Profiles] | None = None  # the last that were asked for
+
+    def __reduce__(self) -> tuple[type["Run"], tuple[Path, Path | None]]:
+        return Run, (self.path.absolute(), None if self.data is None else self.data.absolute())
+
+    def __repr__(self) -> str:
+        return f"negfast.load({str(self.path)!r}" + (")" if self.data is None else f", data={str(self.data)!r})")
+
+    def score(self, users: Column, items: Column, at: Moment | None = None, given: Given = "feedback") -> Scores:
+        """Calibrated probabilities that users dislike items, of E pairs given as two columns of E ids.
+
+        ``given`` "feedback" asks for P(dislike | the user likes or dislikes the item), "shown" for P(dislike | the item
+        is shown). The model abstains where nothing is known: the user or the item is not in the data set, or before the
+        moment the user has no event and the item no like or dislike. Raises `negfast.InputError` for columns of
+        different lengths, what is no id or no time, and where the run cannot answer for ``given``.
+        """
+        from negfast.runtime.verdict import candidate_logits, group_candidates
+
+        calibration = self._calibration(given)
+        user, item = self._indices("user", users), self._indices("item", items)
+        if len(user) != len(item):
+            raise InputError(f"users and items: found {len(user):,} and {len(item):,}, expected as many")
+        moment = context_moment(self._folder.config.history.context, self._engine.log, at)
+        known = self._first_known.before(user, item, moment)
+        rows = np.flatnonzero(known)
+        rows = rows[np.argsort(user[rows], kind="stable")]
+        groups = group_candidates(user[rows], np.full(len(rows), moment), item[rows])
+        probability = np.full(len(user), np.nan)
+        if len(rows):
+            probability[rows] = calibration.probability(candidate_logits(self._engine, groups))
+        return Scores(probability, ~known)
+
+    def predict(
+        self,
+        users: Column | None = None,
+        top: int = 50,
+        at: Moment | None = None,
+        items: Column | None = None,
+        not_items: Column | None = None,
+    ) -> pa.Table:
+        """The ``top`` unseen items that each user will most probably dislike: a table of user (string), rank (int32,
+        from 1), item (string) and score (float32).
+
+        The score is the probability of the item as the user's next dislike, among the items that may be listed: all,
+        or those of ``items``, without those of ``not_items``. Users (by default all of the data set) come in its order,
+        each once; those that it does not have are left out. Raises `negfast.InputError` where no item may be listed,
+        for what is no id or no time, and for lists that do not fit into memory.
+        """
+        listed = self._listed(items, not_items)
+        day = context_day(self._engine.log, at)
+        top = min(top, int(listed.sum()))
+        return lists(self._engine, self._known("user", users), day, top, listed, self._user_ids, self._item_ids)
+
+    def profile(self, users: Column | None = None, *, attribute: str, at: Moment | None = None) -> pa.Table:
+        """What kinds of items each user dislikes: a row for every user and every value of the item attribute (the
+        category) with anything to say. Columns, as docs/serving.md explains them: user, category (string), dislikes,
+        likes (int32), dislike_rate, lift, expected_share (float32).
+
+        Users as for `predict`. Raises `negfast.InputError` for an attribute that the items do not have.
+        """
+        from negfast.serve.profiles import Profiles
+
+        key = attribute, context_day(self._engine.log, at)
+        if self._profiles is None or self._profiles[0] != key:
+            self._profiles = key, Profiles(self._engine, *key)
+        return self._profiles[1].of(self._known("user", users), self._user_ids)
+
+    @cached_property
+    def _folder(self) -> "RunFolder":
+        with quick_imports():
+            from negfast.runtime.run_folder import RunFolder
+        return RunFolder(self.path)
+
+    @cached_property
+    def _engine(self) -> "Engine":
+        return self._folder.finished_engine(self.data, serving=True)
+
+    @cached_property
+    def _first_known(self) -> FirstKnown:
+        return FirstKnown(self._engine.log)
+
+    @cached_property
+    def _user_ids(self) -> pa.Array:
+        return pa.array(self._engine.data.user_ids, pa.string())
+
+    @cached_property
+    def _item_ids(self) -> pa.Array:
+        return pa.array(self._engine.data.items.ids, pa.string())
+
+    @cached_property
+    def _index(self) -> dict[str, dict[str, int]]:
+        """The index of every id of users and of items."""
+        ids = {"user": self._engine.data.user_ids, "item": self._engine.data.items.ids}
+        return {column: dict(zip(of_column, range(len(of_column)), strict=True)) for column, of_column in ids.items()}
+
+    def _calibration(self, given: Given) -> "Calibration":
+        if given not in ("feedback", "shown"):
+            raise InputError(f"given: found {given!r}, expected feedback or shown")
+        self._folder.require_finished()
+        return self._folder.calibration if given == "feedback" else self._folder.shown_calibration
+
+    def _indices(self, column: str, ids: Column) -> np.ndarray:
+        return index_of(column_of(column, ids), column, self._index[column])
+
+    def _known(self, column: str, ids: Column | None) -> np.ndarray:
+        """The distinct indices of ids that the data set has, ascending; all by default."""
+        if ids is None:
+            return np.arange(len(self._index[column]))
+        index = self._indices(column, ids)
+        return np.unique(index[index >= 0])
+
+    def _listed(self, items: Column | None, not_items: Column | None) -> np.ndarray:
+        """Which items may be listed, bool [I]. InputError where none may."""
+        listed = np.full(self._engine.log.n_items, items is None)
+        if items is not None:
+            listed[self._known("item", items)] = True
+        if not_items is not None:
+            listed[self._known("item", not_items)] = False
+        if not listed.any():
+            raise InputError("--items and --not-items: found no item to list, expected at least one")
+        return listed
