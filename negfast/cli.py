@@ -367,6 +367,7 @@ SERVE_OPTIONS = (
         "before: at 2013-08-01T18:30 that is the end of 2013-07-31. For `score` by a run with history.context=event it "
         "is every event before the second. Default: the log's end.",
     ),
+    click.option("--part", metavar="I/N", help="Only the I-th of N parts, one a machine; docs/serving.md joins."),
 )  # fmt: skip
 
 
@@ -433,7 +434,7 @@ def score(run: Path, candidates: Path, **options: Any) -> None:
 @click.option("--attribute", required=True, metavar="NAME", help="Item attribute whose values are the categories.")
 @serve_options
 @click.option("--out", required=True, type=PATH, help=".parquet or .csv file, a row for each user and category.")
-def user_profiles(run: Path, attribute: str, data: Path | None, at: str | None, out: Path) -> None:
+def user_profiles(run: Path, attribute: str, **options: Any) -> None:
     """What kinds of items each user dislikes: counts, smoothed rate, lift, and the share expected next.
 
     \b
@@ -441,7 +442,7 @@ def user_profiles(run: Path, attribute: str, data: Path | None, at: str | None, 
     """
     from negfast.serve.tables import profile_users
 
-    profile_users(run, attribute, data=data, at=at, out=out)
+    profile_users(run, attribute, **options)
 
 
 @main.command()

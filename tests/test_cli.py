@@ -177,7 +177,7 @@ def fake(monkeypatch, module, function, behaviour):
         (
             "user-profiles r --attribute genres --at 2013-08-01 --out f",
             *("negfast.serve.tables", "profile_users"),
-            {0: Path("r"), 1: "genres", "data": None, "at": "2013-08-01", "out": Path("f")},
+            {0: Path("r"), 1: "genres", "data": None, "at": "2013-08-01", "part": None, "out": Path("f")},
         ),
         (
             "predict r --at 2013-08-01 --top 7 --out f",
@@ -186,6 +186,7 @@ def fake(monkeypatch, module, function, behaviour):
                 0: Path("r"),
                 "data": None,
                 "at": "2013-08-01",
+                "part": None,
                 "top": 7,
                 "out": Path("f"),
                 "users": None,
@@ -194,12 +195,13 @@ def fake(monkeypatch, module, function, behaviour):
             },
         ),
         (
-            "predict r --users u --items i --not-items n --out f",
+            "predict r --users u --items i --not-items n --part 2/8 --out f",
             *("negfast.serve.tables", "predict_run"),
             {
                 0: Path("r"),
                 "data": None,
                 "at": None,
+                "part": "2/8",
                 "top": 50,
                 "out": Path("f"),
                 "users": Path("u"),
@@ -210,7 +212,15 @@ def fake(monkeypatch, module, function, behaviour):
         (
             "score r c --data d --given shown --out f",
             *("negfast.serve.tables", "score_run"),
-            {0: Path("r"), 1: Path("c"), "data": Path("d"), "at": None, "given": "shown", "out": Path("f")},
+            {
+                0: Path("r"),
+                1: Path("c"),
+                "data": Path("d"),
+                "at": None,
+                "part": None,
+                "given": "shown",
+                "out": Path("f"),
+            },
         ),
         ("export r --out d", "negfast.serve.export", "export_run", {0: Path("r"), "out": Path("d")}),
     ],

@@ -24,14 +24,16 @@ from negfast.data.dataset import ITEMS, Dataset, date_of
 from negfast.data.log import DAY, DISLIKE, EXPOSED, LIKE, EventLog
 from negfast.errors import InputError
 from negfast.files import locked
+from negfast.prepare import readers
 from negfast.runtime import generation, verdict
 from negfast.runtime.run_folder import RunFolder
 from negfast.runtime.verdict import candidate_logits, group_candidates, shown_candidates
 from negfast.serve import predict, tables
 from negfast.serve.context import context_day, report_context_moment
 from negfast.serve.ids import column_of, index_of
-from negfast.serve.parts import write_in_parts
+from negfast.serve.parts import Part, write_in_parts
 from negfast.serve.profiles import category_matrix, feedback_matrices
+from negfast.serve.run import Run
 from negfast.serve.score import FirstKnown
 from negfast.sid.trie import SeenNodes
 from tests.tiny import prepare_log, run_cli, train_arguments, write_log
@@ -57,9 +59,9 @@ def test_parts_go_on_where_they_were_killed(tmp_path):
         return rows(start, stop)
 
     with pytest.raises(Killed):
-        write_in_parts(out, SCHEMA, {"a": 1}, 25, 10, lambda a, b: make(a, b, until=20), ("x", "rows"))
+        write_in_parts(out, SCHEMA, {"a": 1}, 25, 10, lambda a, b: make(a, b, until=20), ("x", "rows"), Part())
     assert not out.exists()
-    write_in_parts(out, SCHEMA, {"a": 1}, 25, 10, make, ("x", "rows"))
+    write_in_parts(out, SCHEMA, {"a": 1}, 25, 10, make, ("x", "rows"), Part())
     assert asked == [0, 10, 20]  # nothing twice
     assert parquet.read_table(out)["n"].to_pylist() == list(range(25))
     assert [path.name for path in tmp_path.iterdir()] == ["out.parquet"]
@@ -74,9 +76,91 @@ def test_parts_of_another_question_are_not_used(tmp_path):
         return rows(100, 100 + stop - start)
 
     with pytest.raises(Killed):
-        write_in_parts(out, SCHEMA, {"at": "Monday"}, 20, 10, dies, ("x", "rows"))
-    write_in_parts(out, SCHEMA, {"at": "Tuesday"}, 20, 10, rows, ("x", "rows"))
+        write_in_parts(out, SCHEMA, {"at": "Monday"}, 20, 10, dies, ("x", "rows"), Part())
+    write_in_parts(out, SCHEMA, {"at": "Tuesday"}, 20, 10, rows, ("x", "rows"), Part())
     assert parquet.read_table(out)["n"].to_pylist() == list(range(20))
+
+
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "USERS_AT_ONCE", 32)
+    monkeypatch.setattr(tables, "PAIRS_AT_ONCE", 50)
+    monkeypatch.setattr(readers, "BLOCK_ROWS", 70)  # batches and blocks end in different places
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 700)
+
+
+@pytest.mark.parametrize("command", ["score", "score csv", "predict", "user-profiles"])
+def test_parts_join_to_the_whole_file(tiny_run, tmp_path, small_batches, command):
+    """To the byte, as docs/serving.md joins them."""
+    data, rng = Dataset.open(RunFolder(tiny_run).data), np.random.default_rng(0)
+    users, items = (np.array(ids)[rng.integers(0, len(ids), 333)] for ids in (data.user_ids, data.items.ids))
+    pairs = pa.table({"user": users, "item": items, "n": range(333)})
+    parquet.write_table(pairs, tmp_path / "pairs.parquet")
+    csv.write_csv(pairs, tmp_path / "pairs.csv")
+    asked = {
+        "score": ["score", str(tiny_run), str(tmp_path / "pairs.parquet")],
+        "score csv": ["score", str(tiny_run), str(tmp_path / "pairs.csv")],
+        "predict": ["predict", str(tiny_run), "--top", "5"],
+        "user-profiles": ["user-profiles", str(tiny_run), "--attribute", "genre"],
+    }[command]
+    run_cli(*asked, "--out", str(tmp_path / "whole.parquet"))
+    parts = []
+    for number in (1, 2, 3):
+        parts.append(tmp_path / f"part-{number}.parquet")
+        run_cli(*asked, "--part", f"{number}/3", "--out", str(parts[-1]))
+    files = [parquet.ParquetFile(part) for part in parts]
+    assert all(file.num_row_groups for file in files)
+    with parquet.ParquetWriter(tmp_path / "joined.parquet", files[0].schema_arrow, compression="zstd") as out:
+        for file in files:
+            for group in range(file.num_row_groups):
+                out.write_table(file.read_row_group(group))
+    assert (tmp_path / "joined.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+    if command.startswith("score"):
+        assert parquet.read_table(tmp_path / "whole.parquet")["n"].cast(pa.int64()).to_pylist() == list(range(333))
+
+
+def test_a_part_is_one_of_some(tiny_run, tmp_path):
+    assert [list(Part(number, 3).take(range(0, 50, 10))) for number in (1, 2, 3)] == [[0], [10, 20], [30, 40]]
+    assert [list(Part(number, 3).take(range(0, 10, 10))) for number in (1, 2, 3)] == [[], [], [0]]
+    for text in ("0/2", "3/2", "2", "a/b", "-1/2", "1/"):
+        said = one_line(run_cli("predict", str(tiny_run), "--part", text, "--out", str(tmp_path / "x.csv"), code=2))
+        assert f"--part: found '{text}', expected I/N" in said
+
+
+def test_a_killed_score_goes_on(tiny_run, tmp_path, small_batches, monkeypatch):
+    data = Dataset.open(RunFolder(tiny_run).data)
+    pairs, out, asked = tmp_path / "pairs.csv", tmp_path / "x.csv", []
+    csv.write_csv(pa.table({"user": data.user_ids * 2, "item": (data.items.ids * 3)[:240]}), pairs)
+    score = Run.score
+
+    def dies(self, users, items, *rest, until=3):
+        if len(asked) == until:
+            raise Killed
+        asked.append(users[0].as_py())
+        return score(self, users, items, *rest)
+
+    monkeypatch.setattr(Run, "score", dies)
+    with pytest.raises(Killed):
+        tables.score_run(tiny_run, pairs, None, None, out)
+    assert not out.exists()
+    monkeypatch.setattr(Run, "score", lambda *arguments: dies(*arguments, until=-1))
+    tables.score_run(tiny_run, pairs, None, None, out)
+    assert asked == [data.user_ids[start % 120] for start in range(0, 240, 50)]  # nothing twice
+    assert csv.read_csv(out)["user"].to_pylist() == data.user_ids * 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs.csv", "x.csv"]
+
+
+def test_a_bad_row_is_found_before_the_first_score(tiny_run, tmp_path, small_batches):
+    """Wherever it is, and it is named by its row."""
+    out = tmp_path / "out" / "x.parquet"
+    parquet.write_table(
+        pa.table({"user": ["u1"] * 200, "item": [1.0] * 177 + [1.5] + [1.0] * 22}), tmp_path / "p.parquet"
+    )
+    (tmp_path / "p.csv").write_text("user,item\n" + "u1,i1\n" * 150 + "u1,i1,more\n" + "u1,i1\n" * 9)
+    for name, said in (("p.parquet", "row 178: item 1.5 is no id"), ("p.csv", "line 152: found 3 fields, expected 2")):
+        message = one_line(run_cli("score", str(tiny_run), str(tmp_path / name), "--out", str(out), code=2))
+        assert f"{tmp_path / name}, {said}" in message
+    assert not out.parent.exists()
 
 
 def test_predict_in_batches_is_predict_at_once(tiny_run, tmp_path, monkeypatch):
@@ -298,10 +382,10 @@ def test_a_part_of_another_question_is_not_joined(tmp_path):
             return rows(100, 100 + stop - start)
 
         with pytest.raises(Killed):
-            write_in_parts(out, SCHEMA, {"at": at}, 20, 10, dies, ("x", "rows"))
+            write_in_parts(out, SCHEMA, {"at": at}, 20, 10, dies, ("x", "rows"), Part())
         folders.append(Path(shutil.copytree(tmp_path / ".out.parquet.parts", tmp_path / at)))
     shutil.copy(folders[0] / "000000000000.parquet", tmp_path / ".out.parquet.parts")
-    write_in_parts(out, SCHEMA, {"at": "Tuesday"}, 20, 10, rows, ("x", "rows"))
+    write_in_parts(out, SCHEMA, {"at": "Tuesday"}, 20, 10, rows, ("x", "rows"), Part())
     assert parquet.read_table(out)["n"].to_pylist() == list(range(20))
     assert json.loads(parquet.read_schema(out).metadata[b"negfast"]) == {"at": "Tuesday"}
 

@@ -27,8 +27,10 @@ class Part:
     of: int = 1
 
     @classmethod
-    def parse(cls, text: str) -> "Part":
-        """From "2/8". InputError for what is no such part."""
+    def parse(cls, text: str | None) -> "Part":
+        """From "2/8"; the whole by default. InputError for what is no such part."""
+        if text is None:
+            return cls()
         number, _, of = text.partition("/")
         if number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of):
             return cls(int(number), int(of))
@@ -39,9 +41,6 @@ class Part:
         return batches[len(batches) * (self.number - 1) // self.of : len(batches) * self.number // self.of]
 
 
-WHOLE = Part()
-
-
 def write_in_parts(
     out: Path,
     schema: pa.Schema,
@@ -50,7 +49,7 @@ def write_in_parts(
     size: int,
     make: Callable[[int, int], pa.Table],
     progress: tuple[str, str],
-    part: Part = WHOLE,
+    part: Part,
 ) -> None:
     """Writes ``make(start, stop)`` of every batch of ``size`` rows of ``total`` to ``out``, a row group each.
 

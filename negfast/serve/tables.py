@@ -13,7 +13,7 @@ from negfast.files import locked
 from negfast.prepare.readers import BadRows, Source, check_columns, file_columns, read_blocks, read_table
 from negfast.serve.context import check_paths, report_context_day, report_context_moment, source_of
 from negfast.serve.ids import index_of
-from negfast.serve.parts import WHOLE, Part, write_in_parts
+from negfast.serve.parts import Part, write_in_parts
 from negfast.serve.predict import SCHEMA as LISTS
 from negfast.serve.run import Given, Run
 from negfast.serve.score import MEANING
@@ -33,14 +33,15 @@ def predict_run(
     users: Path | None = None,
     items: Path | None = None,
     not_items: Path | None = None,
-    part: Part = WHOLE,
+    part: str | None = None,
 ) -> None:
     """Writes `Run.predict` to ``out``; ``users``, ``items`` and ``not_items`` are files whose columns ``user`` and
-    ``item`` have the ids. ``part`` as for `write_in_parts`. The same call resumes one that was killed.
+    ``item`` have the ids. ``part`` "2/8" is the second eighth (`Part`). The same call resumes a killed one.
 
     Raises InputError for files that cannot be read or name nothing that is known, and as `Run.predict`.
     """
     asked = {name: path for name, path in (("users", users), ("items", items), ("not_items", not_items)) if path}
+    share = Part.parse(part)
     check_paths(run, data, out, asked.values())
     lists = {name: read_ids(path, "user" if name == "users" else "item") for name, path in asked.items()}
     with locked(out):
@@ -61,12 +62,15 @@ def predict_run(
         about: dict[str, Any] = {"what": "predict", **source_of(asks._folder, engine), "day": day, "top": top}
         about |= {"users_at_once": at_once}
         about |= {name: file_record(path)["sha256"] for name, path in asked.items()}
-        write_in_parts(out, LISTS, about, len(of_users), at_once, batch, ("predict", "users"), part)
+        write_in_parts(out, LISTS, about, len(of_users), at_once, batch, ("predict", "users"), share)
 
 
-def profile_users(run: Path, attribute: str, data: Path | None, at: str | None, out: Path, part: Part = WHOLE) -> None:
-    """Writes `Run.profile` of all users to ``out``. ``part`` as for `write_in_parts`. Raises InputError as
+def profile_users(
+    run: Path, attribute: str, data: Path | None, at: str | None, out: Path, part: str | None = None
+) -> None:
+    """Writes `Run.profile` of all users to ``out``. ``part`` "2/8" is the second eighth (`Part`). Raises InputError as
     `Run.profile`."""
+    share = Part.parse(part)
     check_paths(run, data, out)
     with locked(out):
         asks = open_run(run, data)
@@ -86,7 +90,7 @@ def profile_users(run: Path, attribute: str, data: Path | None, at: str | None, 
         def batch(start: int, stop: int) -> pa.Table:
             return asks.profile(asks._user_ids.slice(start, stop - start), attribute=attribute, at=at)
 
-        write_in_parts(out, SCHEMA, about, engine.log.n_users, USERS_AT_ONCE, batch, ("profiles", "users"), part)
+        write_in_parts(out, SCHEMA, about, engine.log.n_users, USERS_AT_ONCE, batch, ("profiles", "users"), share)
 
 
 def score_run(
@@ -96,14 +100,15 @@ def score_run(
     at: str | None,
     out: Path,
     given: Given = "feedback",
-    part: Part = WHOLE,
+    part: str | None = None,
 ) -> None:
     """Writes the table ``candidates`` (columns user and item) to ``out`` with the columns of `Run.score` added, the
-    score null where it abstains. ``part`` as for `write_in_parts`. The same call resumes one that was killed.
+    score null where it abstains. ``part`` "2/8" is the second eighth (`Part`). The same call resumes a killed one.
 
     The file is read twice, block by block: every row is checked before the first is scored. Raises InputError for a
     missing file or column, a row that cannot be read, a table of which no user or no item is known, and as `Run.score`.
     """
+    share = Part.parse(part)
     check_paths(run, data, out, [candidates])
     columns = candidate_columns(candidates)
     with locked(out):
@@ -124,7 +129,7 @@ def score_run(
         about = {"what": "score", **source_of(asks._folder, engine), "moment": moment, "given": given}
         about |= {"candidates": file_record(candidates)["sha256"], "pairs": PAIRS_AT_ONCE}
         whole = schema.append(score).append(pa.field("abstain", pa.bool_()))
-        write_in_parts(out, whole, about, total, PAIRS_AT_ONCE, batch, ("score", "pairs"), part)
+        write_in_parts(out, whole, about, total, PAIRS_AT_ONCE, batch, ("score", "pairs"), share)
 
 
 def open_run(run: Path, data: Path | None) -> Run:
