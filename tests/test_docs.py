@@ -131,6 +131,8 @@ def test_the_commands_of_a_page_run(page: Path, desk: Path) -> None:
         shutil.copytree("base", HAS_DATA[page.name])
     for words in commands(page):
         follow(words, desk)
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(block, {})
     if page.name == "daily.md":
         assert len(Dataset.open("data/today").log) > len(Dataset.open("data/yesterday").log)
         assert (parquet.read_table("dislikes-today.parquet").num_rows, Path("runs/today/report.md").exists()) != (

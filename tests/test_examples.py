@@ -7,11 +7,13 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from negfast.data.dataset import Dataset
 from negfast.data.log import EventLog
 from negfast.data.shards import open_shard, write_shard
 from negfast.runtime.run_folder import RunFolder
@@ -62,6 +64,22 @@ def test_constrained_generation_ranks_every_unseen_item(tiny_run: Path, tmp_path
     for score, item in found:
         assert float(score) == pytest.approx(exact[item], abs=2e-5)
     assert min(float(score) for score, _ in found) >= sorted(exact.values())[-50] - 2e-5
+
+
+def test_ray_scores_what_the_command_scores(tiny_run: Path, tmp_path: Path) -> None:
+    """On two local workers; the development environment has Ray."""
+    data = Dataset.open(RunFolder(tiny_run).data)
+    rng = np.random.default_rng(0)
+    pairs = {"user": rng.choice([*data.user_ids, "nobody"], 300), "item": rng.choice(data.items.ids, 300)}
+    candidates = tmp_path / "pairs.parquet"
+    parquet.write_table(pa.table(pairs | {"n": np.arange(300)}), candidates)
+    command = [sys.executable, str(EXAMPLES / "ray_score.py"), str(tiny_run), str(candidates), str(tmp_path / "scored")]
+    done = subprocess.run([*command, "--workers", "2"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    run_cli("score", str(tiny_run), str(candidates), "--out", str(tmp_path / "whole.parquet"))
+    found, whole = parquet.read_table(tmp_path / "scored").sort_by("n"), parquet.read_table(tmp_path / "whole.parquet")
+    assert found.drop(["score"]).equals(whole.drop(["score"]))
+    np.testing.assert_allclose(found["score"].to_numpy(), whole["score"].to_numpy(), rtol=1e-5)
 
 
 def assert_the_positions_are_those_of_training(run: Path, sums: list[list[int]]) -> None:

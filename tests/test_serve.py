@@ -129,7 +129,8 @@ def test_a_part_is_one_of_some(tiny_run, tmp_path):
 
 def test_a_killed_score_goes_on(tiny_run, tmp_path, small_batches, monkeypatch):
     data = Dataset.open(RunFolder(tiny_run).data)
-    pairs, out, asked = tmp_path / "pairs.csv", tmp_path / "x.csv", []
+    pairs, out = tmp_path / "pairs.csv", tmp_path / "x.csv"
+    asked: list[str] = []
     csv.write_csv(pa.table({"user": data.user_ids * 2, "item": (data.items.ids * 3)[:240]}), pairs)
     score = Run.score
 

@@ -24,13 +24,14 @@ def beam_search(
     Returns (items int64 [R, top], log_prob [R, top]), best first; -1 and -inf where fewer unseen items were found.
     ``width`` beams are kept at every level above the last. Items are distinct, exist and are unseen, since only valid
     codes are followed. Ties go to the lower node. Without a policy the prior alone is searched, without a prior all
-    items are.
+    items are. On the CPU a beam with a single unseen leaf left is not computed further: that leaf's probability is 1.
     """
     size, levels, device = len(histories.requests), chooser.trie.levels, histories.tokens.device
-    hidden = None if policy is None else histories.start(policy, MARKERS[branch])
+    hidden = torch.empty(size, 0) if policy is None else histories.start(policy, MARKERS[branch])
     score = torch.zeros(size, 1, device=device)
     nodes = torch.zeros(size, 1, dtype=torch.int64, device=device)
     requests = torch.arange(size, device=device)
+    place = requests  # of each beam among the rows that the layout holds
     for level in range(levels):
         beams = nodes.shape[1]
         alive = torch.isfinite(score)
@@ -46,11 +47,21 @@ def beam_search(
         nodes = nodes.clamp_min(0)  # a dead beam (score -inf) walks along on node 0
         if level == levels - 1 or policy is None:
             continue
-        parents = (index // choice.logits.shape[1] + requests[:, None] * beams).flatten()
-        histories.layout.branch(parents, keep)
-        codes = index % choice.logits.shape[1]
-        tokens = policy.vocabulary.code_base(level + 1) + codes
-        hidden = policy.hidden(histories.layout, None, tokens.reshape(-1, 1))
+        parents = place[(index // choice.logits.shape[1] + requests[:, None] * beams).flatten()]
+        tokens = (policy.vocabulary.code_base(level + 1) + index % choice.logits.shape[1]).reshape(-1, 1)
+        if prior is None or device.type != "cpu":  # elsewhere to count them would make the host wait
+            histories.layout.branch(parents, keep)
+            place = torch.arange(len(parents), device=device)
+            hidden = policy.hidden(histories.layout, None, tokens)
+            continue
+        unseen = chooser.unseen_leaves(level + 1, nodes.flatten(), requests.repeat_interleave(keep), prior)
+        open_ = torch.isfinite(score).flatten() & (unseen > 1)
+        rows, place = open_.nonzero()[:, 0], open_.cumsum(0) - 1
+        found = hidden[:0]
+        if len(rows):
+            histories.layout.branch(parents[rows], keep, rows)
+            found = policy.hidden(histories.layout, None, tokens[rows])
+        hidden = found.new_zeros(len(open_), hidden.shape[-1]).index_copy(0, rows, found)
     items = torch.where(torch.isfinite(score), chooser.trie.leaf_item[nodes].long(), -1)
     if items.shape[1] < top:
         missing = top - items.shape[1]
