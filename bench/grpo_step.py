@@ -88,6 +88,10 @@ class Ours:
         self.reference = freeze(self.policy)
         self.chooser = TrieChooser(self.trie.to(device), 0.0 if self.full else 1.0)
         self.objective = GRPOObjective(loss="dr_grpo", beta=0.04, kl="k3" if self.full else "exact")
+        on_gpu = self.device.type == "cuda"
+        self.group_loss = GroupLoss(
+            self.policy, self.reference, self.chooser, self.objective, case.group, 0, self.full, on_gpu
+        )
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-6, fused=True)
         n_items = len(self.trie.leaf_item)
         mass = rng.gamma(0.3, size=(2, 1, n_items))
@@ -113,18 +117,8 @@ class Ours:
 
     def loss(self) -> GroupStep:
         """All of a step before its backward."""
-        loss = GroupLoss(
-            self.policy,
-            self.reference,
-            self.chooser,
-            self.objective,
-            self.case.group,
-            0,
-            self.full,
-            self.device.type == "cuda",
-        )
         ids = torch.arange(len(self.case.lengths), device=self.device)
-        return loss.sample(self.batch(), ids, lambda items: dummy_reward(items).unsqueeze(-1), self.steps)
+        return self.group_loss.sample(self.batch(), ids, lambda items: dummy_reward(items).unsqueeze(-1), self.steps)
 
     def update(self) -> None:
         torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)

@@ -55,11 +55,12 @@ def group_attention(
         return torch.zeros((), dtype=query.dtype, device=query.device).expand(1, *query.shape), None
     outputs = []
     if layout.holds_prompts and layer not in layout.keys:  # else the last layer dropped the prompts' rows
-        rows = layout.prompt_tokens
-        kept = layout.keys[layer] = parts.prompt_keys(layout, key[:rows], value[:rows])
-        outputs.append(parts.prompt_attention(kept, layout, query[:rows], scale))
-        if layout.new_tokens:  # a slice of all rows would cost a copy in the backward
-            query, key, value = query[rows:], key[rows:], value[rows:]
+        prompts = query, key, value
+        if layout.new_tokens:  # split, not sliced: the backward joins the parts by one copy
+            sizes = [layout.prompt_tokens, query.shape[0] - layout.prompt_tokens]
+            prompts, (query, key, value) = zip(*(x.split(sizes) for x in prompts), strict=True)
+        kept = layout.keys[layer] = parts.prompt_keys(layout, prompts[1], prompts[2])
+        outputs.append(parts.prompt_attention(kept, layout, prompts[0], scale))
     if layout.new_tokens:
         kept = layout.keys[layer]
         kept.append_own(*(x.unflatten(0, (len(layout.completions), layout.new_tokens)) for x in (key, value)))

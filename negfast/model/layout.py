@@ -164,6 +164,21 @@ class GroupLayout:
             bucket_order=order,
         )
 
+    @classmethod
+    def of_tensors(cls, cu_seqlens: Tensor, positions: Tensor, longest: int) -> "GroupLayout":
+        """Layout for kernels of prompts that the device alone knows: offsets int32 [B + 1], positions int64 [T], at
+        most ``longest`` tokens each. Tokens beyond the last offset are of no prompt."""
+        prompts = len(cu_seqlens) - 1
+        bucket = Bucket(None, None, prompts, longest, len(positions))
+        lengths, none = cu_seqlens.diff().long(), np.zeros(0, dtype=np.int64)
+        return cls(lengths, none, cu_seqlens, positions, [bucket], None, np.arange(prompts))
+
+    def ask_tensors(self, prompt: Tensor, prefix: Tensor, most: int) -> None:
+        """`ask` of such a layout: ``prompt`` int64 [A] ascending (B: of none), ``prefix`` int32 [A], at most ``most`` a
+        prompt."""
+        self._asked = Completions(prompt, prefix, torch.arange(len(prompt), device=prompt.device), [], most, 0.0)
+        self._set(self._asked)
+
     def ask(self, prompt: np.ndarray, prefix: np.ndarray | None = None) -> None:
         """New completions without tokens: of the prompts ``prompt`` int [A], ascending, each of which sees the first
         ``prefix`` int [A] tokens; all by default. Those of a prompt are best sorted by prefix."""

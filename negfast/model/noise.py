@@ -8,15 +8,20 @@ _MIX = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _SIGNED = [c - (1 << 64) if c >= 1 << 63 else c for c in _MIX]
 
 
-def keyed_gumbel(seed: int, step: int, request: Tensor, completion: Tensor, level: int, width: int) -> Tensor:
-    """Standard Gumbel noise float32 [R, width], a function of (seed, step, request [R], completion [R], level, column).
+def keyed_rows(seed: int, step: int, request: Tensor, completion: Tensor) -> Tensor:
+    """The key of every level's noise of completions, int64 [R], a function of (seed, step, request [R],
+    completion [R]); ``request`` int64 is the request's own number (not its place in the batch)."""
+    return _mix(_mix(_mix(_mix(torch.full_like(request, seed)) + step) + request) + completion)
 
-    ``request`` int64 [R] is the request's own number (not its place in the batch). A hash (SplitMix64's finaliser)
-    of the whole key gives each number, so there is no generator state to save or to share.
+
+def keyed_gumbel(rows: Tensor, level: int, width: int) -> Tensor:
+    """Standard Gumbel noise float32 [R, width], a function of (``rows`` [R] of `keyed_rows`, level, column).
+
+    A hash (SplitMix64's finaliser) of the whole key gives each number, so there is no generator state to save or to
+    share.
     """
-    row = _mix(_mix(_mix(_mix(torch.full_like(request, seed)) + step) + request) + completion)
-    column = torch.arange(width, device=request.device)
-    return gumbel_of_bits(_mix(_mix(row + level)[:, None] + column) >> 41 & (1 << BITS) - 1)
+    column = torch.arange(width, device=rows.device)
+    return gumbel_of_bits(_mix(_mix(rows + level)[:, None] + column) >> 41 & (1 << BITS) - 1)
 
 
 def gumbel_of_bits(bits: Tensor) -> Tensor:

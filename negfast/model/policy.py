@@ -4,6 +4,7 @@ The code block holds the rows of markers and semantic-ID codes. It is a Paramete
 so a code never touches the text rows: not forward, not backward, not in the optimiser.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from negfast.model import attention
 from negfast.model.layout import GroupLayout
 from negfast.model.qwen3 import Qwen3
 from negfast.model.verdict_prior import VerdictPrior
+from negfast.model.weight_copies import WeightCopies
 from negfast.sid.tokens import MARKERS, CodeVocabulary
 from negfast.spans import span
 
@@ -48,6 +50,7 @@ class Policy(nn.Module):
     """
 
     in_bfloat16 = False
+    copies: tuple[WeightCopies, ...] = ()  # once a step asked for them
     bare_layers: tuple[nn.ModuleList, ...] = ()  # where the decoder's are sharded, what they were made of, without data
 
     def __init__(self, model: "PreTrainedModel | Qwen3", vocabulary: CodeVocabulary, verdict_features: int = 4) -> None:
@@ -124,10 +127,13 @@ class Policy(nn.Module):
             return hidden
         return hidden[layout.prompt_tokens :]
 
-    def weights_cast_once(self) -> torch.autocast:
-        """Within it calls of ``hidden`` share the bfloat16 copies of trained weights, where each would make its own. To
-        be left before weights change. A copy's gradients add up in bfloat16 over the calls of one backward."""
-        return torch.autocast(self.block.rows.device.type, enabled=False)  # copies live until the outermost is left
+    def weights_cast_once(self) -> AbstractContextManager[None]:
+        """Within it calls of ``hidden`` share one bfloat16 copy of each weight (`WeightCopies`)."""
+        if not self.in_bfloat16 or self.bare_layers:  # sharded layers are gathered in bfloat16
+            return nullcontext()
+        if not self.copies:
+            self.copies = (WeightCopies(self.decoder),)
+        return self.copies[0].in_use()
 
     def level_rows(self, level: int) -> Tensor:
         """The block's rows [K, d] of the codes of a level in 1..L."""

@@ -8,7 +8,7 @@ backward. What happens within an operator of negfast.kernels is not seen: it is 
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -53,8 +53,9 @@ NO_LAUNCH = {
 class Trace(TorchDispatchMode):
     """Counts what a step dispatches to the device. Enter it within `fake_cuda`.
 
-    ``launches`` counts operators that launch kernels, ``waits`` those for which the host waits for the device, by the
-    function of the project that asked; ``casts`` the elements of each parameter (by id) that were cast to bfloat16.
+    ``launches`` counts operators that launch kernels, ``captured`` those that CUDA graphs replay, ``waits`` those for
+    which the host waits for the device, by the function of the project that asked; ``casts`` the elements of each
+    parameter (by id) that were cast to bfloat16.
     """
 
     def __init__(self) -> None:
@@ -63,6 +64,7 @@ class Trace(TorchDispatchMode):
 
     def reset(self) -> None:
         self.launches: Counter[str] = Counter()
+        self.captured: Counter[str] = Counter()
         self.waits: Counter[tuple[str, str]] = Counter()
         self.casts: Counter[int] = Counter()
 
@@ -72,6 +74,9 @@ class Trace(TorchDispatchMode):
         on_device = [x for x in given if x.device == CUDA]
         if func in COPIES:
             self._copy(func, args, kwargs)
+        elif func is torch.ops.aten._foreach_copy_.default:
+            for to, source in zip(*args[:2], strict=True):
+                self._copy(torch.ops.aten.copy_.default, (to, source), {})
         elif on_device and any(x.device.type == "cpu" and x.ndim for x in given):
             raise AssertionError(f"{func}: found a CPU tensor beside those of the device, at {_caller()}")
         name = func.overloadpacket.__name__
@@ -89,12 +94,25 @@ class Trace(TorchDispatchMode):
             assert tensor.device == CUDA, f"{kernel.__name__}: found a tensor on {tensor.device}, at {_caller()}"
         self.launches[kernel.__name__] += 1
 
+    def replayed(self, parts: Sequence[Callable[[], Tensor]]) -> list[Callable[[], Tensor]]:
+        """For `negfast.train.grpo.graphs.replayed`: what is captured must not wait; a replay is one launch."""
+        launches, waits = Counter(self.launches), Counter(self.waits)
+        outs = [part() for part in parts]
+        assert self.waits == waits, f"within a CUDA graph: {self.waits - waits}"
+        self.captured += self.launches - launches
+        self.launches = launches
+        return [partial(self._replay, out) for out in outs]
+
+    def _replay(self, out: Tensor) -> Tensor:
+        self.launches["graph"] += 1
+        return out
+
     def _copy(self, func: Any, args: Any, kwargs: Any) -> None:
         if func is torch.ops.aten.copy_.default:
             to, source, queued = args[0].device, args[1], len(args) > 2 and args[2]
         else:
             to, source, queued = kwargs.get("device") or args[0].device, args[0], kwargs.get("non_blocking", False)
-        if isinstance(source, nn.Parameter) and kwargs.get("dtype") == torch.bfloat16:
+        if isinstance(source, nn.Parameter) and torch.bfloat16 in (kwargs.get("dtype"), args[0].dtype):
             self.casts[id(source)] += source.numel()
         if torch.device(to).type != source.device.type and not queued:
             self.waits[_caller()] += 1
@@ -145,6 +163,7 @@ def fake_cuda() -> Iterator[Trace]:
         mock.patch("torch.cuda.get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=132)),
         mock.patch("torch.cuda._exchange_device", lambda _: 0),
         mock.patch("torch.cuda._maybe_exchange_device", lambda _: 0),
+        mock.patch("negfast.train.grpo.graphs.replayed", trace.replayed),
         mock.patch.object(KernelInterface, "__getitem__", lambda kernel, _: partial(trace.launch, kernel)),
     ]
     with contextlib.ExitStack() as stack:

@@ -5,6 +5,7 @@ The objective is computed by the kernel where kernels run, else by its eager ref
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,8 @@ from negfast.model.policy import Policy
 from negfast.sid.prior import NEXT_DISLIKE, RequestPrior
 from negfast.sid.tokens import CodeVocabulary
 from negfast.spans import span
-from negfast.train.grpo.rollout import Rollout, logits_of, replay_hidden, replay_logits, rollout
+from negfast.train.grpo.graphs import RolloutGraphs
+from negfast.train.grpo.rollout import Rollout, logits_of, replay_hidden, replay_logits, rollout, rows_of_levels
 
 
 class GroupStep(NamedTuple):
@@ -44,8 +46,8 @@ class GroupLoss:
     ``reference`` is the frozen policy of the KL, needed where the objective has beta > 0. The default objective takes
     log-probabilities over the codes that the trie allows, with the community prior; ``full`` over the whole vocabulary,
     as general libraries do: every token counts then, forced ones too, and the KL is k3. ``static`` rolls out without
-    gradients, with static shapes, and computes the loss by one pass over all completion tokens: fewer launches, for a
-    GPU. Raises ValueError on what cannot be combined.
+    gradients, with static shapes (on CUDA by graphs), and computes the loss by one pass over all completion tokens:
+    fewer launches, for a GPU. Raises ValueError on what cannot be combined.
     """
 
     policy: Policy
@@ -64,11 +66,16 @@ class GroupLoss:
         if self.full:
             check_full(self.objective, self.chooser.prior_weight)
 
+    @cached_property
+    def graphs(self) -> RolloutGraphs:
+        return RolloutGraphs(self.policy, self.reference, self.group)
+
     def sample(
         self, histories: Histories, request_ids: Tensor, reward: Callable[[Tensor], Tensor], step: int
     ) -> GroupStep:
         """An on-policy step up to its loss. ``request_ids`` int64 [B] key the noise, with ``step``; ``reward`` gives
         the reward's terms [B, G, n] of items int64 [B, G]."""
+        graphs = self.graphs.load(histories) if self.static else None
         sampled = rollout(
             self.policy,
             self.chooser,
@@ -81,6 +88,7 @@ class GroupLoss:
             self.objective.temperature,
             keep_forced=self.full,
             static=self.static,
+            graphs=graphs,
         )
         if self.static:
             histories.layout.keys.clear()  # the pass that trains makes its own
@@ -93,10 +101,14 @@ class GroupLoss:
         earned, reference = reward(sampled.items), None
         if self.reference is not None:
             with span("reference"), torch.no_grad():
-                if self.full:
-                    reference = self.reference.full_logits(replay_hidden(self.reference, histories.fresh(), sampled))
+                if graphs is None:
+                    frozen = replay_hidden(self.reference, histories.fresh(), sampled)
                 else:
-                    reference = replay_logits(self.reference, histories.fresh(), sampled)
+                    frozen = rows_of_levels(graphs.of_reference(), self.group)
+                if self.full:
+                    reference = self.reference.full_logits(frozen)
+                else:
+                    reference = logits_of(self.reference, frozen, sampled)
         with span("loss"):
             if self.full:
                 terms = self._over_vocabulary(sampled, earned.sum(-1), reference)

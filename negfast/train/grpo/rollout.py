@@ -1,8 +1,9 @@
 """Rollout: the histories once, then level by level choose and sample.
 
-With gradients, on-policy, the forward that samples *is* the forward that trains. Level 1 is chosen once per request for
-all of its completions. Where shapes may change, on the CPU, completions that agree so far share a row, and one whose
-remaining choices are all forced (one unseen leaf below it) is carried no further. With static shapes all are carried.
+Where shapes may change, on-policy, the forward that samples *is* the forward that trains. Level 1 is chosen
+once per request for all of its completions. Completions that agree so far share a row, and one whose remaining choices
+are all forced (one unseen leaf below it) is carried no further. With static shapes, for a GPU, all are carried, without
+gradients, and another pass trains.
 """
 
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ from torch import Tensor
 from negfast.kernels.trie_grpo_reference import SampledTokens
 from negfast.model.choice import Choice, TrieChooser
 from negfast.model.histories import Histories, marked_codes
-from negfast.model.noise import keyed_gumbel
+from negfast.model.noise import keyed_gumbel, keyed_rows
 from negfast.model.policy import Policy
 from negfast.sid.prior import MARKERS, NEXT_DISLIKE, RequestPrior
 from negfast.staging import put
+from negfast.train.grpo.graphs import StaticForwards
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,14 @@ def rollout(
     temperature: float = 1.0,
     keep_forced: bool = False,
     static: bool = False,
+    graphs: StaticForwards | None = None,
 ) -> Rollout:
     """Samples ``group`` items for every request of ``histories``, with replacement.
 
     ``request_ids`` int64 [B] key the noise, so the same request draws the same numbers in any batch. ``keep_forced``
     carries every completion to its end, for objectives in which forced tokens count; ``static`` too, with shapes that
-    hang on the numbers of requests and completions alone, and below the histories without gradients.
+    hang on the numbers of requests and completions alone, and without gradients: by ``graphs`` of the same histories,
+    where given.
     """
     layout, trie, prior = histories.layout, chooser.trie, histories.prior
     assert prior is not None
@@ -65,9 +69,10 @@ def rollout(
     completion = torch.arange(size * group, device=device)
     owner, number = completion // group, completion % group
 
-    hidden = histories.start(policy, MARKERS[branch])
-    # the histories went with gradients, so that what autocast cast for them serves the pass that trains too
+    key = keyed_rows(seed, step, request_ids[owner], number)
+
     with torch.set_grad_enabled(torch.is_grad_enabled() and not static):
+        hidden = histories.start(policy, MARKERS[branch]) if graphs is None else graphs.start()
         roots = torch.zeros(size, dtype=torch.int64, device=device)
         choices = [chooser.choose(policy, hidden, 0, roots, owner[::group], prior, branch)]
         rows, parents, states = [owner[::group]], [owner[::group]], [hidden]
@@ -75,7 +80,7 @@ def rollout(
         node, codes, token_rows, counted, offset = torch.zeros_like(completion), [], [], [], 0
         for level in range(trie.levels):
             choice = choices[-1]
-            noise = keyed_gumbel(seed, step, request_ids[owner[carried]], number[carried], level, trie.codebook)
+            noise = keyed_gumbel(key[carried], level, trie.codebook)
             sampled = (choice.log_probs(temperature).detach()[row[carried]] + noise).argmax(-1)
             code, next_node = _forced(chooser, level, node, owner, carried, prior, branch)
             code[carried] = sampled
@@ -95,10 +100,16 @@ def rollout(
             if not static:
                 chosen, next_row = _distinct(owner[carried] * trie.node_counts[level + 1] + node[carried], carried)
             parents.append(row[chosen])
-            layout.branch(parents[-1], group, chosen)
-            row = row.index_copy(0, carried, next_row)
             tokens = policy.vocabulary.code_base(level + 1) + code[chosen]
-            hidden = policy.hidden(layout, None, tokens.unsqueeze(-1)) if len(chosen) else hidden[:0]
+            if graphs is not None:
+                hidden = graphs.level(level + 2, tokens)
+            elif len(chosen):
+                if level == 0 or not static:  # else each continues its own row
+                    layout.branch(parents[-1], group, chosen)
+                hidden = policy.hidden(layout, None, tokens.unsqueeze(-1))
+            else:
+                hidden = hidden[:0]
+            row = row.index_copy(0, carried, next_row)
             choices.append(chooser.choose(policy, hidden, level + 1, node[chosen], owner[chosen], prior, branch))
             rows.append(chosen)
             states.append(hidden)
@@ -152,13 +163,19 @@ def replay_hidden(policy: Policy, histories: Histories, sampled: Rollout) -> Ten
         markers = torch.full_like(gap, policy.vocabulary.marker(MARKERS[NEXT_DISLIKE]))
         codes = (sampled.codes + policy.vocabulary.code_bases(gap.device))[:, : levels - 1]
         by_level = histories.states(policy, branches, marked_codes(policy.vocabulary, markers, gap, codes))
-        return torch.cat([by_level[::group, 0], *by_level[:, 1:].unbind(1)])
+        return rows_of_levels(by_level, group)
     states = [histories.start(policy, MARKERS[NEXT_DISLIKE])]
     for level, (rows, parents) in enumerate(zip(sampled.rows[1:], sampled.parents[1:], strict=True), 1):
         histories.layout.branch(parents, group, rows)
         tokens = policy.vocabulary.code_base(level) + sampled.codes[rows, level - 1 : level]
         states.append(policy.hidden(histories.layout, None, tokens) if len(rows) else states[-1][:0])
     return torch.cat(states)
+
+
+def rows_of_levels(states: Tensor, group: int) -> Tensor:
+    """States [R * G, L, ...] of completions as rows of a rollout with static shapes, of which level 1 has one a
+    request."""
+    return torch.cat([states[::group, 0], *states[:, 1:].unbind(1)])
 
 
 def logits_of(policy: Policy, hidden: Tensor, sampled: Rollout) -> Tensor:

@@ -182,7 +182,7 @@ def freeze(policy: Policy) -> Policy:
     if policy.bare_layers:
         return sharding.frozen_copy(policy)
     shared = {id(parameter): parameter for parameter in policy.parameters() if not parameter.requires_grad}
-    reference = copy.deepcopy(policy, shared).eval()
+    reference = copy.deepcopy(policy, shared | {id(policy.copies): ()}).eval()
     if policy.in_bfloat16:
         for module in reference.decoder.modules():
             if isinstance(module, nn.Linear) and id(module.weight) not in shared:

@@ -174,7 +174,7 @@ MISTAKES = {
         "choose",
         also(lambda _, policy, hidden, level, nodes, *rest: torch.as_tensor(level, device=nodes.device)),
     ),
-    "a mask's rows": (rollout, "keyed_gumbel", also(lambda _, step, ids, *rest: (ids > 0).nonzero())),
+    "a mask's rows": (rollout, "keyed_rows", also(lambda _, step, ids, *rest: (ids > 0).nonzero())),
     "a copy that blocks": (NextItems, "read", also(lambda *_: torch.from_numpy(np.arange(3)).to(CUDA))),
 }
 

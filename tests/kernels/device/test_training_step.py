@@ -4,8 +4,6 @@ Rollout or teacher forcing, pruning, prior, reference, loss and backward of a sm
 there is one, else in Triton's interpreter.
 """
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
@@ -17,7 +15,8 @@ from negfast.model.beam import beam_search
 from negfast.runtime.likelihood import Targets, target_log_probs
 from negfast.sid.prior import NEXT_DISLIKE
 from negfast.sid.trie import SeenNodes
-from negfast.train.grpo import loss as grpo
+from negfast.train.grpo import graphs
+from negfast.train.grpo.graphs import RolloutGraphs
 from negfast.train.grpo.loss import GroupLoss
 from tests.kernels.cases import relative_error
 from tests.kernels.steps import GROUP, ITEMS, REQUESTS, Job, check, gradients, make_job, thirds
@@ -83,21 +82,26 @@ def test_grpo(name: str, device: torch.device, seed: int, calls: dict[str, int])
         check(found, (again, gradients(job, again)))
 
 
-def test_grpo_that_carries_forced_answers_along(device: torch.device, seed: int, monkeypatch: pytest.MonkeyPatch):
-    """As a rollout on a GPU does, whose shapes are static: the same loss, in which they do not count."""
+def test_grpo_by_graphs(device: torch.device, seed: int, monkeypatch: pytest.MonkeyPatch):
+    """As on a GPU: padded, with static shapes, replayed, then one pass that trains. Two batches of one size, of which
+    the second finds what the first one left, earn the loss and gradients of a step with changing shapes."""
+    if device.type == "cpu":  # a replay runs its part again
+        monkeypatch.setattr(graphs, "replayed", lambda parts: ([part() for part in parts], parts)[1])
+        monkeypatch.setattr(RolloutGraphs, "_possible", lambda *_: True)
     job, objective = make_job(seed, device), GRPOObjective(beta=0.1)
-    ids = torch.arange(REQUESTS, device=device)
-
-    def step() -> torch.Tensor:
-        loss = GroupLoss(job.policy, job.reference, job.chooser, objective, GROUP, 1)
-        return loss.sample(job.histories(), ids, thirds, seed).terms.loss
-
-    with dispatch.eager():
-        loss = step()
-        expected = loss, gradients(job, loss)
-    monkeypatch.setattr(grpo, "rollout", partial(grpo.rollout, keep_forced=True))
-    found = step()
-    check((found, gradients(job, found)), expected)
+    loss = GroupLoss(job.policy, job.reference, job.chooser, objective, GROUP, 1, static=True)
+    short = job.histories()
+    short.prefix[:] = np.maximum(short.prefix // 2, 1)
+    for step, histories in enumerate((job.histories(), short)):
+        ids = torch.arange(REQUESTS, device=device)
+        taken = loss.sample(histories.fresh(), ids, thirds, step)
+        found = taken.terms.loss, gradients(job, taken.terms.loss)
+        with dispatch.eager():
+            other = GroupLoss(job.policy, job.reference, job.chooser, objective, GROUP, 1)
+            expected = other.sample(histories.fresh(), ids, thirds, step)
+            check(found, (expected.terms.loss, gradients(job, expected.terms.loss)))
+        assert torch.equal(taken.rollout.items, expected.rollout.items)
+    assert len(loss.graphs.kept) == 1 and not loss.graphs.failed
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from negfast.config import load_config
 from negfast.errors import InputError
 from negfast.kernels.trie_grpo import GRPOObjective
 from negfast.train.combinations import check_combinations
+from negfast.train.grpo import graphs
 from negfast.train.grpo.loss import GroupLoss
 from negfast.train.grpo.stage import GrpoStage, freeze
 from tests.tiny import run_cli, train_arguments
@@ -58,6 +59,28 @@ def test_static_shapes_give_the_same_step(beta):
     for want, got in zip(wanted, found, strict=True):
         assert (want is None) == (got is None)
         assert want is None or (got - want).abs().max() <= 1e-10 * want.abs().max().clamp_min(1e-12)
+
+
+def test_a_graph_that_cannot_be_captured_costs_a_line(monkeypatch, capsys):
+    def fails(_parts):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(graphs, "replayed", fails)
+    monkeypatch.setattr(graphs.RolloutGraphs, "_possible", lambda *_: True)
+    small, rewards = make_small(4), torch.randn(3, 6, dtype=torch.float64)
+    loss = GroupLoss(small.policy, None, small.chooser, GRPOObjective(beta=0.0), 6, 0, static=True)
+    for step in range(2):
+        taken = loss.sample(small.histories(), torch.arange(3), lambda _: rewards[..., None], step)
+        assert taken.terms.loss.isfinite()
+    assert capsys.readouterr().err.splitlines() == [
+        "GRPO rolls out without CUDA graphs: operation not permitted when stream is capturing"
+    ]
+
+
+def test_sizes_are_rounded_up_by_an_eighth_at_most():
+    for size in range(1, 5000):
+        assert size <= graphs.eighths(size) <= size * 9 / 8
+    assert len({graphs.eighths(size) for size in range(1024, 2049)}) == 9
 
 
 @pytest.mark.parametrize("move", [0.01, 0.3])
