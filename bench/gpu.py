@@ -1,122 +1,216 @@
-"""Everything that a GPU box has to prove, within nine minutes: first that the kernels are right, then how fast all is.
+"""All that a GPU box has to prove, within nine minutes: training runs, the kernels are right, and how fast all is.
 
     python -m bench gpu --out DIR
 
-writes DIR/gpu-correctness.json, then DIR/kernels.json, gpu-grpo.json, gpu-rollout.json and gpu-sft.json, each as soon
-as it is known. The correctness tests hold every kernel against float64, and whole training steps and a beam search
-against eager code. Kernels that are wrong are not timed. Without a GPU it says so and measures nothing.
+Every row is appended to DIR/rows.jsonl when it is made. In this order:
+
+1. `negfast train --preset smoke` on CUDA, from start to end; at the same time
+2. the kernel tests, compiled, in a process for each CPU core: a kernel is compiled once, by whichever needs it first;
+3. GRPO, SFT and rollout steps at the sizes of the targets beside eager code and peers, a process each;
+4. the kernels alone (DIR/kernels.json); 5. compute-sanitizer, where installed.
+
+Each has its share of the time. What does not end in it is "late", which says nothing of its results. A kernel whose
+tests fail is "wrong": eager code takes its place in the rows of 3, which say so under "eager". Without a GPU nothing is
+measured.
 """
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import gpu_steps, kernels
-from bench.gpu_steps import TARGETS, Sizes, ratios_of
+from bench.gpu_steps import PARTS, TARGETS, ratios_of
 from bench.machine import versions, write_result
+from tests.kernels.conftest import DEVICE_LOST
 
-BUDGET_S = 520.0  # of the nine minutes; the rest is for starting and writing
-CORRECTNESS_S = 200.0
+BUDGET_S = 510.0  # of the nine minutes; the rest is for starting and writing
+CORRECTNESS_S = 150.0  # and the smoke training
+STEPS_S = {"grpo": 120.0, "sft": 55.0, "rollout": 45.0}
+KERNELS_S = 90.0
 SANITIZER_S = 40.0
-KERNELS_S = 110.0
-PACKAGES = "negfast", "torch", "triton", "transformers", "trl", "liger-kernel", "flash-attn"
+PACKAGES = "negfast", "torch", "triton", "transformers", "trl", "vllm", "liger-kernel", "flash-attn"
 ROOT = Path(__file__).parents[1]
+TESTS = "tests/kernels/device"
+KERNEL_OF = {  # the kernel that a failing module of TESTS names; eager code can take its place
+    "test_trie_grpo": ("trie_grpo",),
+    "test_sid_cross_entropy": ("sid_cross_entropy",),
+    "test_prompt_attention": ("attention",),
+    "test_completion_attention": ("attention",),
+    "test_vocabulary_cross_entropy": ("liger",),
+    "test_fused_layers": ("liger",),
+    "test_training_step": (),  # whole steps, of all kernels: the row says it
+    "test_bench": (),
+}
+
+Row = dict[str, Any]
 
 
 def run(out: Path) -> dict[str, Any]:
-    """Summary of what was proven and timed; raises RuntimeError without a GPU, or where a kernel is wrong."""
+    """Summary of what was proven and timed; raises RuntimeError without a GPU."""
     if not torch.cuda.is_available():
         raise RuntimeError("bench gpu: no CUDA GPU found; `python -m bench kernels` predicts floors without one")
     out.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + BUDGET_S
-    correctness = check_kernels(CORRECTNESS_S)
-    if correctness["status"] == "ok":
-        correctness["sanitizer"] = sanitize(SANITIZER_S)
-    write_result(out / "gpu-correctness.json", correctness)
-    if correctness["status"] != "ok":
-        raise RuntimeError(f"bench gpu: kernels failed their tests, see {out / 'gpu-correctness.json'}")
-    timed_kernels = kernels.run(out=out / "kernels.json", seconds=KERNELS_S)
-    rows = [correctness, *whole_steps(out, torch.device("cuda"), TARGETS, deadline)]
-    return {
+    visit = Visit(out, time.monotonic() + BUDGET_S)
+    training = visit.start([sys.executable, "-m", "negfast.cli", *SMOKE, "--out", str(out / "smoke")])
+    wrong = visit.check_kernels(CORRECTNESS_S, max(len(os.sched_getaffinity(0)) - 2, 1))
+    visit.finish_training(training)
+    for part, seconds in STEPS_S.items():
+        visit.time_steps(part, seconds, wrong)
+    timed = visit.time_kernels(KERNELS_S)
+    visit.sanitize(SANITIZER_S)
+    result = {
         "bench": "gpu",
         "device": torch.cuda.get_device_name(),
         "versions": versions(*PACKAGES),
-        "rows": rows,
-        "ratios": [*timed_kernels["ratios"], *ratios_of(rows)],
-        "floor": timed_kernels["floor"],
+        "rows": visit.rows,
+        "ratios": [*timed.get("ratios", []), *ratios_of(visit.rows)],
+        "floor": timed.get("floor", {}),
     }
+    write_result(out / "gpu.json", result)
+    return result
 
 
-def whole_steps(out: Path, device: torch.device, sizes: Sizes, deadline: float) -> list[dict[str, Any]]:
-    """Rows of GRPO, rollout and SFT steps, each of the three written when it is done; they share the time left."""
-    parts: dict[str, Callable[[float], list[dict[str, Any]]]] = {
-        "grpo": lambda seconds: gpu_steps.grpo_rows(device, sizes, seconds),
-        "rollout": lambda seconds: gpu_steps.beam_rows(device, sizes, seconds),
-        "sft": lambda seconds: gpu_steps.sft_rows(device, sizes, seconds),
-    }
-    rows: list[dict[str, Any]] = []
-    for position, (name, call) in enumerate(parts.items()):
-        left = deadline - time.monotonic()
-        if left < 20:
-            found = [{"system": "negfast", "case": {"bench": name}, "status": "not reached"}]
-        else:
-            try:
-                found = call(left / (len(parts) - position))
-            except Exception as error:  # the other parts' rows are worth having
-                status = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
-                found = [{"system": "negfast", "case": {"bench": name}, "status": status}]
-        name_of_device = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-        result = {"bench": f"gpu-{name}", "device": name_of_device, "versions": versions(*PACKAGES), "rows": found}
-        write_result(out / f"gpu-{name}.json", result | {"ratios": ratios_of(found), "floor": {}})
-        rows += found
-    return rows
+SMOKE = "train", "--preset", "smoke", "--set", "train.device=cuda"
 
 
-def check_kernels(seconds: float) -> dict[str, Any]:
-    """The kernel tests on this GPU, compiled and not interpreted, as one row."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "pytest", "tests/kernels/device", "-q", "-x", "--tb=short"]
-    began = time.monotonic()
-    try:
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
-        text, status = done.stdout + done.stderr, "ok" if done.returncode == 0 else "failed"
-    except subprocess.TimeoutExpired as late:
-        text, status = _text(late.stdout) + _text(late.stderr), f"not finished within {seconds:.0f} s"
-    passed = re.search(r"(\d+) passed", text)
-    if status == "ok" and not passed:
-        status = "failed: no test ran"
-    row = {
-        "system": "negfast",
-        "case": {"bench": "kernel tests on the GPU"},
-        "status": status,
-        "passed": int(passed[1]) if passed else 0,
-        "seconds": time.monotonic() - began,
-    }
-    return row if status == "ok" else row | {"output": text[-4000:]}
+class Visit:
+    """The rows of one visit, each written when it is made, and the time that is left of it."""
+
+    def __init__(self, out: Path, deadline: float) -> None:
+        self.out, self.deadline = out, deadline
+        self.rows: list[Row] = []
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        with (self.out / "rows.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(f"{row['case'].get('bench')} {row['system']}: {row.get('median_s', row['status'])}", flush=True)
+
+    def left(self, share: float) -> float:
+        """Seconds of a share that are left of the whole."""
+        return max(min(share, self.deadline - time.monotonic()), 0.0)
+
+    def start(self, command: Sequence[str]) -> "Process":
+        return Process(command)
+
+    def finish_training(self, training: "Process") -> None:
+        status, text = training.wait(self.left(30.0))
+        row: Row = {"system": "negfast", "case": {"bench": "negfast train --preset smoke, CUDA"}, "status": status}
+        self.add(row | {"seconds": training.seconds()} | ({} if status == "ok" else {"output": text[-4000:]}))
+
+    def check_kernels(self, seconds: float, processes: int) -> tuple[str, ...]:
+        """The kernels whose tests failed; a row for each module of tests."""
+        command = [sys.executable, "-m", "pytest", TESTS, "-v", "--tb=short", "-p", "no:cacheprovider"]
+        parts = [
+            Process(command, NEGFAST_TEST_PART=f"{number}/{processes}", TRITON_INTERPRET=None)
+            for number in range(processes)
+        ]
+        limit = time.monotonic() + self.left(seconds)
+        said = [part.wait(max(limit - time.monotonic(), 0.0)) for part in parts]
+        ended: dict[str, dict[str, int]] = {}
+        for _, text in said:
+            for module, outcome in re.findall(rf"{TESTS}/(\w+)\.py::.* (PASSED|FAILED|ERROR)", text):
+                counts = ended.setdefault(module, dict.fromkeys(("PASSED", "FAILED", "ERROR"), 0))
+                counts[outcome] += 1
+        lost = sum(status.startswith("late") or DEVICE_LOST in text for status, text in said)
+        wrong: set[str] = set()
+        for module, kernels in KERNEL_OF.items():
+            counts = ended.get(module, {})
+            failed = counts.get("FAILED", 0) + counts.get("ERROR", 0)
+            status = f"wrong: {failed} tests failed" if failed else "ok"
+            if not failed and (lost or not counts):
+                status = f"late: {lost} of {processes} processes ended before" if lost else "failed: no test ran"
+            if failed:
+                wrong.update(kernels)
+            row: Row = {"system": "negfast", "case": {"bench": "kernel tests", "module": module}, "status": status}
+            self.add(row | {"passed": counts.get("PASSED", 0), "seconds": max(part.seconds() for part in parts)})
+        if any(status != "ok" for status, _ in said):
+            bad = [text for status, text in said if status != "ok"]
+            (self.out / "kernel-tests.txt").write_text("\n\n".join(bad), "utf-8")
+        return tuple(sorted(wrong))
+
+    def time_steps(self, part: str, seconds: float, wrong: tuple[str, ...]) -> None:
+        """Rows of whole steps. Where the process dies it goes on with the next job."""
+        command = [sys.executable, "-m", "bench.gpu_steps", part]
+        limit = time.monotonic() + self.left(seconds)
+        jobs = [(job.system, job.case) for job in PARTS[part](torch.device("cuda"), TARGETS)]
+        done = 0
+        while done < len(jobs):
+            left = limit - time.monotonic()
+            if left < 5.0:
+                status, rows, text = "late: not begun", [], ""
+            else:
+                options = ["--begin", str(done), "--seconds", f"{0.8 * left:.0f}", "--eager", *wrong]
+                status, text = Process([*command, *options]).wait(left)
+                rows = [json.loads(line) for line in text.splitlines() if line.startswith('{"system"')]
+            for row in rows[: len(jobs) - done]:
+                self.add(row)
+            lost = bool(rows) and ("CUDA" in rows[-1]["status"] or "device-side" in rows[-1]["status"])
+            done += len(rows)
+            if done < len(jobs) and not lost:
+                system, case = jobs[done]
+                status = "failed: ended without a row" if status == "ok" else status
+                ended: Row = {"system": system, "case": case, "status": status}
+                self.add(ended | ({"output": text[-2000:]} if status.startswith("failed") else {}))
+                done += 1
+
+    def time_kernels(self, seconds: float) -> dict[str, Any]:
+        """The result of `bench kernels` as far as it came."""
+        path, seconds = self.out / "kernels.json", self.left(seconds)
+        command = [sys.executable, "-m", "bench", "kernels", "--out", str(path), "--seconds", f"{0.8 * seconds:.0f}"]
+        process = Process(command)
+        status, text = process.wait(seconds)
+        row: Row = {"system": "negfast", "case": {"bench": "kernels"}, "status": status}
+        self.add(row | {"seconds": process.seconds()} | ({} if status == "ok" else {"output": text[-4000:]}))
+        return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+    def sanitize(self, seconds: float) -> None:
+        """compute-sanitizer's memory check of one small test a kernel."""
+        row: Row = {"system": "negfast", "case": {"bench": "compute-sanitizer"}, "status": "not installed"}
+        if shutil.which("compute-sanitizer"):
+            small = (
+                "test_the_gradient_arrives or test_rows_without or test_completions and 3-3-3 or test_prompts and 32"
+            )
+            command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable]
+            command += ["-m", "pytest", TESTS, "-q", "-x", "-k", small]
+            row["status"], text = Process(command).wait(self.left(seconds))
+            if row["status"].startswith("failed"):
+                row["output"] = text[-2000:]
+        self.add(row)
 
 
-def sanitize(seconds: float) -> str:
-    """compute-sanitizer's memory check of one small test a kernel: "clean", "errors: ...", or why it was not run."""
-    if not shutil.which("compute-sanitizer"):
-        return "not installed"
-    small = "test_the_gradient_arrives or test_rows_without or (test_completions and 3-3-3) or test_prompts and 32"
-    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "pytest"]
-    command += ["tests/kernels/device", "-q", "-x", "-k", small]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return f"not finished within {seconds:.0f} s"
-    return "clean" if done.returncode == 0 else f"errors: {(done.stdout + done.stderr)[-2000:]}"
+class Process:
+    """A command of the project's root, from its start; what it prints goes to a file, so that a late one loses none."""
 
+    def __init__(self, command: Sequence[str], **changes: str | None) -> None:
+        environment = os.environ | {name: value for name, value in changes.items() if value is not None}
+        environment = {name: value for name, value in environment.items() if changes.get(name, "") is not None}
+        self.text = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the process's row
+        self.began, self.ended = time.monotonic(), 0.0
+        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=self.text, stderr=subprocess.STDOUT)
 
-def _text(captured: bytes | str | None) -> str:
-    """What a process that ran out of time had printed; bytes even where text was asked for."""
-    return captured.decode(errors="replace") if isinstance(captured, bytes) else captured or ""
+    def wait(self, seconds: float) -> tuple[str, str]:
+        """("ok", "failed: exit code N" or "late: stopped after N s", what it printed); a late process is ended."""
+        try:
+            code = self.process.wait(seconds)
+            status = "ok" if code == 0 else f"failed: exit code {code}"
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            status = f"late: stopped after {time.monotonic() - self.began:.0f} s"
+        self.ended = time.monotonic()
+        with self.text as file:
+            file.seek(0)
+            return status, file.read().decode(errors="replace")
+
+    def seconds(self) -> float:
+        return self.ended - self.began

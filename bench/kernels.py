@@ -55,6 +55,11 @@ def run(out: Path | None = None, seconds: float = 240.0) -> dict[str, Any]:
     if not on_gpu:
         print("No GPU: Triton is not timed in its interpreter. The least an H100 would take:", file=sys.stderr)
     rows: list[dict[str, Any]] = []
+    result: dict[str, Any] = {
+        "bench": "kernels",
+        "device": torch.cuda.get_device_name() if on_gpu else "none; floors predicted for an H100",
+        "versions": versions(*PACKAGES),
+    }
     began = time.monotonic()
     for case in all_cases():
         if not on_gpu:
@@ -66,16 +71,9 @@ def run(out: Path | None = None, seconds: float = 240.0) -> dict[str, Any]:
         for row in found:
             print(_line(row), file=sys.stderr, flush=True)
         rows += found
-    result = {
-        "bench": "kernels",
-        "device": torch.cuda.get_device_name() if on_gpu else "none; floors predicted for an H100",
-        "versions": versions(*PACKAGES),
-        "rows": rows,
-        "ratios": _ratios(rows),
-        "floor": floor,
-    }
-    if out is not None:
-        write_result(out, result)
+        result |= {"rows": rows, "ratios": _ratios(rows), "floor": floor}
+        if out is not None:
+            write_result(out, result)
     return result
 
 
@@ -92,12 +90,15 @@ def measure_floor(device: torch.device) -> dict[str, float]:
 
 
 def time_case(case: Case, device: torch.device, floor: dict[str, float]) -> list[dict[str, Any]]:
-    """p20, p50, p80 of each system, each first compared with negfast's result; a peer that fails says why."""
+    """p20, p50, p80 of each system, each first compared with negfast's result; one that fails says why."""
     from triton.testing import do_bench
 
     rows = []
-    systems = case.build(device)
-    expected = systems["negfast"]()
+    try:
+        systems = case.build(device)
+        expected = systems["negfast"]()
+    except Exception as error:  # the other cases' rows are worth having
+        return [_row(case, "negfast", floor) | {"status": _failed(error)}]
     for name, call in systems.items():
         row = _row(case, name, floor)
         try:
@@ -107,11 +108,13 @@ def time_case(case: Case, device: torch.device, floor: dict[str, float]) -> list
             row |= {"p20_s": p20 / 1e3, "p50_s": p50 / 1e3, "p80_s": p80 / 1e3}
             row |= {"bytes_s": case.bytes / row["p50_s"], "of_floor": row["floor_s"] / row["p50_s"]}
         except Exception as error:
-            if name == "negfast":
-                raise
-            row["status"] = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            row["status"] = _failed(error)
         rows.append(row)
     return rows
+
+
+def _failed(error: Exception) -> str:
+    return f"failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
 
 
 def _row(case: Case, system: str, floor: dict[str, float]) -> dict[str, Any]:

@@ -52,6 +52,7 @@ class Case:
     heads: int = 4
     kv_heads: int = 2
     head_dim: int = 64
+    intermediate: int = 0  # of the MLP; 0: four times ``hidden``
 
     @property
     def examples(self) -> int:
@@ -61,7 +62,7 @@ class Case:
         return Qwen3Config(
             vocab_size=vocabulary,
             hidden_size=self.hidden,
-            intermediate_size=4 * self.hidden,
+            intermediate_size=self.intermediate or 4 * self.hidden,
             num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
             num_key_value_heads=self.kv_heads,

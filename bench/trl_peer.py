@@ -10,6 +10,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -88,7 +89,7 @@ def make_trainer(
     on_gpu: bool = False,
 ) -> GRPOTrainer:
     """A trainer of ``steps`` steps on ``prompts`` (token ids); ``model`` is its policy and its reference. On a GPU it
-    computes in bf16, with Liger's kernels and loss."""
+    computes in bf16, with Liger's kernels and loss, and generates by vLLM where that is installed."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     disable_progress_bar()
@@ -125,6 +126,9 @@ def make_trainer(
             use_cpu=not on_gpu,
             bf16=on_gpu,
             use_liger_kernel=on_gpu,
+            use_vllm=on_gpu and find_spec("vllm") is not None,
+            vllm_mode="colocate",
+            vllm_gpu_memory_utilization=0.3,
             shuffle_dataset=False,
             pad_to_multiple_of=None,
             dataloader_pin_memory=False,

@@ -25,11 +25,15 @@ EAGER = "eager reference"
 def implementations(device: torch.device | str, head_dim: int | None = None) -> dict[str, str]:
     """Which implementation each part runs on a device, e.g. {"trie_grpo": "triton 3.6.0", ...}, for a decoder whose
     heads have ``head_dim`` dimensions (None: one that the kernels take)."""
-    if not runs_triton(torch.device(device)):
+    if not runs_triton(torch.device(device), "trie_grpo"):
         return dict.fromkeys((*PARTS, VOCABULARY), EAGER)
     import triton
 
+    from negfast.kernels.varlen import library
+
     found = dict.fromkeys(PARTS, f"triton {triton.__version__}")
+    if torch.device(device).type == "cuda":
+        found["prompt_attention"], _ = library()
     if head_dim is not None and head_dim not in HEAD_DIMS:
         taken = ", ".join(map(str, HEAD_DIMS))
         found |= dict.fromkeys(ATTENTION, f"{EAGER} (heads of {head_dim} dimensions; the kernels take {taken})")

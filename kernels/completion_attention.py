@@ -67,7 +67,7 @@ def completion_attention(
     reference computes, in any dtype.
     """
     tensors = (query, prompt_key, prompt_value, own_key, own_value)
-    if not runs_triton(query.device):
+    if not runs_triton(query.device, "attention"):
         return completion_attention_reference(*tensors, prompts, completions, prefix, scale)
     check_heads(query, own_key)
     count, new, _, dim = query.shape

@@ -15,32 +15,34 @@ HEAD_DIMS = (32, 64, 128)  # of attention
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-_eager = ContextVar("negfast_eager", default=False)
+KERNELS = ("trie_grpo", "sid_cross_entropy", "attention", "liger")  # which `eager` knows
+_eager: ContextVar[tuple[str, ...]] = ContextVar("negfast_eager", default=())
 
 
 @contextmanager
-def eager() -> Iterator[None]:
-    """Within it the eager references compute on any device: what a whole step by the kernels is compared with."""
-    token = _eager.set(True)
+def eager(*kernels: str) -> Iterator[None]:
+    """Within it the eager references compute on any device in place of ``kernels``, of all where none is named: what a
+    whole step by the kernels is compared with."""
+    token = _eager.set((*_eager.get(), *(kernels or KERNELS)))
     try:
         yield
     finally:
         _eager.reset(token)
 
 
-def runs_triton(device: torch.device) -> bool:
-    """Whether tensors of this device go to the Triton kernels; otherwise the eager reference computes."""
-    return (device.type == "cuda" or INTERPRETED) and not _eager.get()
+def runs_triton(device: torch.device, kernel: str) -> bool:
+    """Whether tensors of this device go to a Triton kernel; otherwise the eager reference computes."""
+    return (device.type == "cuda" or INTERPRETED) and kernel not in _eager.get()
 
 
 def attention_runs_triton(query: Tensor) -> bool:
     """The same for attention; heads of another dimension than the kernels take go to the reference."""
-    return runs_triton(query.device) and query.shape[-1] in HEAD_DIMS
+    return runs_triton(query.device, "attention") and query.shape[-1] in HEAD_DIMS
 
 
 def runs_liger(device: torch.device) -> bool:
-    """Whether rows over a whole vocabulary go to liger-kernel."""
-    return runs_triton(device) and find_spec("liger_kernel") is not None
+    """Whether rows over a whole vocabulary, norms, rotary embedding and SwiGLU go to liger-kernel."""
+    return runs_triton(device, "liger") and find_spec("liger_kernel") is not None
 
 
 @cache

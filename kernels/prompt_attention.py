@@ -42,7 +42,7 @@ def prompt_attention(
     Returns [T, H, D], differentiable. Raises ValueError on other shapes, dtypes and devices. On the CPU the reference
     computes, in any dtype.
     """
-    if not runs_triton(query.device):
+    if not runs_triton(query.device, "attention"):
         return prompt_attention_reference(query, key, value, prompts, scale)
     check_heads(query, key)
     shape = (query.shape[0], key.shape[1], query.shape[2])

@@ -37,7 +37,7 @@ def sid_cross_entropy(logits: Tensor, tables: TrieTables, rows: TrieRows, code: 
     """
     inputs = row_inputs(logits, tables, rows)
     check_tensors({"code": (code, (len(logits),), torch.int32)}, logits.device)
-    if not runs_triton(logits.device):
+    if not runs_triton(logits.device, "sid_cross_entropy"):
         valid, log_prior = dense_policy(tables, rows, torch.promote_types(logits.dtype, torch.float32))
         return sid_cross_entropy_reference(logits, valid, log_prior, code.long())
     row_block(logits.shape[1])

@@ -82,7 +82,7 @@ def trie_grpo(
     reference = reference if objective.beta > 0 else None
     inputs = row_inputs(logits, tables, rows)
     check_tokens(logits, tokens, rewards, reference, old_log_prob)
-    if not runs_triton(logits.device):
+    if not runs_triton(logits.device, "trie_grpo"):
         return _eager(logits, tables, rows, tokens, rewards, objective, reference, old_log_prob)
     row_block(logits.shape[1])
     call = Call(inputs, tables.weight, tokens, rewards, objective, reference, old_log_prob)

@@ -221,7 +221,7 @@ class RowInputs(NamedTuple):
 def row_inputs(logits: Tensor, tables: TrieTables, rows: TrieRows) -> RowInputs:
     """What a kernel over ``logits`` [R, K] reads; ValueError unless all has the shape, dtype and device it reads."""
     count, codebook = logits.shape
-    if runs_triton(logits.device) and logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if runs_triton(logits.device, "trie_grpo") and logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"logits: found {logits.dtype}, expected float32, bfloat16 or float16")
     if tables.log_mass is not None and rows.mass_row is None:
         raise ValueError("mass_row: found None, expected a tensor since the tables hold a prior")

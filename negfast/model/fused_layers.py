@@ -61,7 +61,7 @@ class FusedMlp(nn.Module):
 def stock_because(policy: Policy, device: torch.device) -> str | None:
     """Why the layers stay as transformers has them, in words; None where `fuse_layers` changes them."""
     config = policy.decoder.config
-    if not runs_triton(device):
+    if not runs_triton(device, "liger"):
         return "no CUDA"
     if not runs_liger(device):
         return "liger-kernel is not installed"

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from negfast.kernels.attention_inputs import Segments
 from negfast.kernels.completion_attention import completion_attention as over_prompt_and_own
-from negfast.kernels.prompt_attention import prompt_attention as causal
+from negfast.kernels.varlen import causal_attention
 from negfast.model.layout import GroupLayout, LayerKeys
 
 
@@ -18,7 +18,7 @@ def prompt_keys(layout: GroupLayout, key: Tensor, value: Tensor) -> LayerKeys:
 
 def prompt_attention(kept: LayerKeys, layout: GroupLayout, query: Tensor, scale: float) -> Tensor:
     """Causal attention of the packed prompts' queries [T, H, D]."""
-    return causal(query, kept.prompt_key[0], kept.prompt_value[0], _prompts(layout), scale)
+    return causal_attention(query, kept.prompt_key[0], kept.prompt_value[0], _prompts(layout), scale)
 
 
 def completion_attention(kept: LayerKeys, layout: GroupLayout, query: Tensor, scale: float) -> Tensor:

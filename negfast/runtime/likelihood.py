@@ -52,7 +52,7 @@ def _log_probs(
     states, nodes, chosen = visited
     requests = put(targets.requests, engine.device)
     with span("loss"):
-        if runs_triton(states.device):
+        if runs_triton(states.device, "sid_cross_entropy"):
             logits = torch.cat([policy.code_logits(states[:, level], level + 1) for level in range(levels)])
             tables = compact_tables(engine.chooser, prior)
             rows = compact_rows(tables, prior, branch, nodes, [requests] * levels)

@@ -11,7 +11,22 @@ import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE_LOST = "the device is lost to this process"
 collect_ignore = [] if INTERPRETED or torch.cuda.is_available() else ["device"]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """NEGFAST_TEST_PART=i/n runs every n-th test from the i-th: `bench gpu` shares the tests among processes."""
+    if part := os.environ.get("NEGFAST_TEST_PART"):
+        number, count = map(int, part.split("/"))
+        config.hook.pytest_deselected(items=[item for n, item in enumerate(items) if n % count != number])
+        items[:] = items[number::count]
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """After an error of the device nothing in this process can be trusted: the other tests are not to fail for it."""
+    if report.failed and "CUDA error" in report.longreprtext:
+        pytest.exit(DEVICE_LOST)
 
 
 @pytest.fixture

@@ -1,14 +1,16 @@
 """The benchmark's bookkeeping without a GPU: floors are predicted, nothing is said to be timed."""
 
 import json
+import sys
 import time
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
 import pytest
 import torch
 
 from bench import gpu, kernels
-from bench.gpu_steps import Sizes
+from bench.gpu_steps import PARTS, Job, Sizes, measured, ratios_of
 from bench.grpo_step import Case
 from bench.sft import Case as SftCase
 from negfast.config import Model
@@ -56,7 +58,8 @@ def test_the_gpu_bench_refuses_without_a_gpu(tmp_path, monkeypatch):
 
 TINY = Model(hidden=32, intermediate=48, layers=2, heads=2, kv_heads=1, head_dim=32)
 SMALL = Sizes(
-    grpo=((Case((9, 4), 2, levels=2), 2),),
+    grpo=(Case((9, 4), 2, levels=2),),
+    grpo_micro_batches=(4, 3, 2),
     grpo_shape=TINY,
     sft=SftCase(2, 6, 2, layers=2, hidden=32, heads=2, kv_heads=1, head_dim=32),
     sft_micro_batch=2,
@@ -65,11 +68,12 @@ SMALL = Sizes(
     beam_shape=TINY,
     repeats=2,
 )
+CPU = torch.device("cpu")
 
 
-def test_whole_steps_are_timed_beside_their_peers(tmp_path):
+def test_whole_steps_are_timed_beside_their_peers():
     """What runs on a GPU, at small sizes on the CPU."""
-    rows = gpu.whole_steps(tmp_path, torch.device("cpu"), SMALL, time.monotonic() + 600)
+    rows = [measured(job, CPU) for jobs in PARTS.values() for job in jobs(CPU, SMALL)]
     assert all(row["status"] == "ok" and row["median_s"] > 0 for row in rows), rows
     systems = {(row["case"]["bench"], row["system"]) for row in rows}
     assert systems >= {
@@ -77,26 +81,122 @@ def test_whole_steps_are_timed_beside_their_peers(tmp_path):
     }
     assert ("sft", "transformers Trainer") in systems
     assert (("grpo", "trl") in systems) == (find_spec("trl") is not None)  # a peer that only `bench` installs
-    for name in ("grpo", "rollout", "sft"):
-        written = json.loads((tmp_path / f"gpu-{name}.json").read_text())
-        assert written["rows"] and written["ratios"]
+    assert len(ratios_of(rows)) == len(rows) - 3
 
 
-def test_a_part_that_fails_or_comes_too_late_costs_no_other(tmp_path, monkeypatch):
-    def broken(*_):
+def test_a_job_that_fails_says_why_and_rows_name_what_eager_code_computed():
+    def broken() -> dict:
         raise RuntimeError("out of memory\nand more")
 
-    monkeypatch.setattr(gpu.gpu_steps, "grpo_rows", broken)
-    monkeypatch.setattr(gpu.gpu_steps, "sft_rows", lambda *_: [{"system": "negfast", "case": {}, "status": "ok"}])
-    monkeypatch.setattr(gpu.gpu_steps, "Ours", broken)
-    rows = gpu.whole_steps(tmp_path, torch.device("cpu"), SMALL, time.monotonic() + 600)
-    assert [row["status"] for row in rows] == ["failed: RuntimeError: out of memory"] * 3 + ["ok"]  # both beam searches
-    rows = gpu.whole_steps(tmp_path, torch.device("cpu"), SMALL, time.monotonic())
-    assert [row["status"] for row in rows] == ["not reached"] * 3
+    assert measured(Job("trl", {}, broken), CPU)["status"] == "failed: RuntimeError: out of memory"
+    job = next(PARTS["rollout"](CPU, SMALL))
+    assert measured(job, CPU, ("attention",))["eager"] == ["attention"] and "eager" not in measured(job, CPU)
 
 
-def test_kernel_tests_that_fail_are_reported(monkeypatch):
-    """Without a GPU and uninterpreted, the folder holds nothing to run: that is no success."""
+@pytest.fixture
+def visit(tmp_path) -> gpu.Visit:
+    return gpu.Visit(tmp_path, time.monotonic() + 100)
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[Sequence[str]]]:
+    """Puts a Python script in the place of every process; gives the commands that were asked for."""
+    real, asked = gpu.Process, list[Sequence[str]]()
+
+    def instead(script: str) -> list[Sequence[str]]:
+        def process(command: Sequence[str], **changes: str | None) -> gpu.Process:
+            asked.append(command)
+            return real([sys.executable, "-c", script, *command], **changes)
+
+        monkeypatch.setattr(gpu, "Process", process)
+        return asked
+
+    return instead
+
+
+STEPS = """
+import json, os, sys, time
+begin = int(sys.argv[sys.argv.index("--begin") + 1])
+row = lambda n, status: print(json.dumps({"system": f"s{n}", "case": {"bench": "grpo"}, "status": status}), flush=True)
+if begin == 0:
+    row(0, "ok")
+    print("a warning")
+    row(1, "failed: RuntimeError: CUDA error: an illegal memory access was encountered")
+    sys.exit(1)
+if begin == 2:
+    os.abort()
+row(3, "ok")
+time.sleep(60)
+"""
+
+
+def test_a_process_that_dies_or_comes_late_costs_its_own_rows(visit, runs, monkeypatch):
+    jobs = [Job(f"s{n}", {"bench": "grpo"}, dict) for n in range(6)]
+    monkeypatch.setitem(gpu.PARTS, "grpo", lambda *_: iter(jobs))
+    asked = runs(STEPS)
+    visit.time_steps("grpo", 8.0, ("attention",))
+    assert [row["system"] for row in visit.rows] == [f"s{n}" for n in range(6)]
+    status = [row["status"] for row in visit.rows]
+    assert status[0] == status[3] == "ok"
+    assert "CUDA error" in status[1] and status[2] == "failed: exit code -6"
+    assert status[4].startswith("late: stopped after") and status[5] == "late: not begun"
+    assert all(list(command)[-2:] == ["--eager", "attention"] for command in asked)
+    written = (visit.out / "rows.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in written] == visit.rows
+
+
+TESTED = """
+import os, sys, time
+part = os.environ["NEGFAST_TEST_PART"]
+print("tests/kernels/device/test_trie_grpo.py::test_x[1] PASSED [ 10%]")
+print("tests/kernels/device/test_sid_cross_entropy.py::test_x PASSED [ 20%]", flush=True)
+if part == "0/3":
+    print("tests/kernels/device/test_trie_grpo.py::test_y FAILED [ 30%]")
+    sys.exit(1)
+if part == "1/3" and WAIT:
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_late_is_not_wrong(late, visit, runs):
+    runs(TESTED.replace("WAIT", str(late)))
+    assert visit.check_kernels(2.0, 3) == ("trie_grpo",)
+    rows = {row["case"]["module"]: row for row in visit.rows}
+    assert rows["test_trie_grpo"]["status"] == "wrong: 1 tests failed" and rows["test_trie_grpo"]["passed"] == 3
+    stopped = "late: 1 of 3 processes ended before"
+    assert rows["test_sid_cross_entropy"]["status"] == (stopped if late else "ok")
+    assert rows["test_prompt_attention"]["status"] == (stopped if late else "failed: no test ran")
+    assert "test_y FAILED" in (visit.out / "kernel-tests.txt").read_text()
+
+
+def test_kernel_modules_are_known():
+    """No module of device tests is missing from the rows."""
+    folder = gpu.ROOT / gpu.TESTS
+    assert {path.stem for path in folder.glob("test_*.py")} == set(gpu.KERNEL_OF)
+
+
+def test_kernel_tests_share_the_work(monkeypatch, visit):
+    """Really, in two processes: without a GPU and uninterpreted nothing is there to run, which is no success."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    row = gpu.check_kernels(seconds=100)
-    assert row["status"] != "ok" and row["passed"] == 0
+    assert visit.check_kernels(100.0, 2) == ()
+    assert {row["status"] for row in visit.rows} == {"failed: no test ran"}
+
+
+def test_a_whole_visit(tmp_path, runs, monkeypatch):
+    """In its order, within its time, whatever the processes do."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
+    asked = runs("import sys; print(sys.argv[1:])")
+    result = gpu.run(tmp_path)
+    order = [next(word for word in command if word in WORDS) for command in asked]
+    assert [word for n, word in enumerate(order) if word not in order[:n]] == list(WORDS)
+    benches = [row["case"]["bench"] for row in result["rows"]]
+    assert benches[0] == "kernel tests" and benches[-2:] == ["kernels", "compute-sanitizer"]
+    assert len(result["rows"]) == len((tmp_path / "rows.jsonl").read_text().splitlines())
+    assert json.loads((tmp_path / "gpu.json").read_text()) == result
+    shares = gpu.CORRECTNESS_S + sum(gpu.STEPS_S.values()) + gpu.KERNELS_S + gpu.SANITIZER_S
+    assert shares <= gpu.BUDGET_S < 540
+
+
+WORDS = "train", "pytest", "grpo", "sft", "rollout", "kernels"

@@ -1,5 +1,3 @@
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -22,7 +20,7 @@ def test_products_and_gradients_are_those_of_autocast():
         with torch.autocast("cpu", torch.bfloat16):  # what is cast for the first call serves the second
             value = loss()
             value.backward()
-        wanted: dict[str, Any] = {name: p.grad for name, p in module.named_parameters()}
+        wanted: dict[str, torch.Tensor | None] = {name: p.grad for name, p in module.named_parameters()}
         module.zero_grad()
         with copies.in_use():
             assert [name for name, _ in module.named_parameters()] == names
@@ -31,8 +29,10 @@ def test_products_and_gradients_are_those_of_autocast():
         assert torch.equal(found, value)
         for name, parameter in module.named_parameters():
             right = wanted[name]
-            assert (right is None) == (parameter.grad is None), name
-            assert right is None or torch.equal(parameter.grad, right), name
+            if parameter.grad is None or right is None:
+                assert name.startswith("3.") and right is parameter.grad
+            else:
+                assert torch.equal(parameter.grad, right), name
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.add_(0.1)

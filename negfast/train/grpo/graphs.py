@@ -87,7 +87,7 @@ class RolloutGraphs:
         """Whether all that the forwards launch can be captured and finds its weights where they were."""
         policy = self.policy
         casts = not policy.in_bfloat16 or any(copies.used for copies in policy.copies)
-        kernels = runs_triton(device) and policy.decoder.config.head_dim in HEAD_DIMS
+        kernels = runs_triton(device, "attention") and policy.decoder.config.head_dim in HEAD_DIMS
         return device.type == "cuda" and kernels and casts and not policy.bare_layers
 
 

@@ -141,7 +141,7 @@ class GroupLoss:
         host wait for the device.
         """
         choice, tokens, levels = sampled.choice, sampled.tokens, sampled.codes.shape[1]
-        if not runs_triton(logits.device):
+        if not runs_triton(logits.device, "trie_grpo"):
             if reference is not None:
                 reference = log_policy(reference, choice.valid, choice.log_prior, self.objective.temperature)
             return trie_grpo_reference(
