@@ -217,6 +217,10 @@ class Train:
     token_budget: int = setting(
         0, low=0, help="most tokens of a part; larger ones are halved, with the same result. 0: no bound"
     )
+    recompute: bool = setting(
+        False,
+        help="keep a layer's input alone and compute its activations anew in the backward: less memory, more time",
+    )
     shard: str = setting(
         "auto",
         choices=("auto", "none", "fsdp"),

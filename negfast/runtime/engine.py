@@ -18,6 +18,7 @@ from negfast.model.choice import TrieChooser
 from negfast.model.fused_layers import fuse_layers
 from negfast.model.histories import HistoryBuilder
 from negfast.model.policy import Policy
+from negfast.model.recompute import recompute_layers
 from negfast.sid.prior import TABLE_BYTES, DevicePrior, decayed_mass
 from negfast.sid.trie import Trie, build_trie
 
@@ -75,6 +76,8 @@ def build_engine(
     prior = DevicePrior.build(trie, disliked, liked, first_day, config.prior.eps, device)
     histories = HistoryBuilder(data.shard, log, trie, policy.vocabulary, prior, config.history, device, threads)
     fuse_layers(policy.to(device), device)
+    if config.train.recompute:
+        recompute_layers(policy)
     return Engine(
         config,
         data,
