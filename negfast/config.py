@@ -218,8 +218,7 @@ class Train:
         0, low=0, help="most tokens of a part; larger ones are halved, with the same result. 0: no bound"
     )
     recompute: bool = setting(
-        False,
-        help="keep a layer's input alone and compute its activations anew in the backward: less memory, more time",
+        False, help="keep the inputs of layers alone and compute the rest anew in the backward: less memory, more time"
     )
     shard: str = setting(
         "auto",
