@@ -18,7 +18,6 @@ from negfast.model.choice import TrieChooser
 from negfast.model.fused_layers import fuse_layers
 from negfast.model.histories import HistoryBuilder
 from negfast.model.policy import Policy
-from negfast.model.recompute import recompute_layers
 from negfast.sid.prior import TABLE_BYTES, DevicePrior, decayed_mass
 from negfast.sid.trie import Trie, build_trie
 
@@ -76,8 +75,6 @@ def build_engine(
     prior = DevicePrior.build(trie, disliked, liked, first_day, config.prior.eps, device)
     histories = HistoryBuilder(data.shard, log, trie, policy.vocabulary, prior, config.history, device, threads)
     fuse_layers(policy.to(device), device)
-    if config.train.recompute:
-        recompute_layers(policy)
     return Engine(
         config,
         data,

@@ -10,6 +10,7 @@ import torch
 from negfast import spans
 from negfast.config import Train
 from negfast.model.policy import Policy
+from negfast.model.recompute import recompute_layers
 from negfast.progress import Progress
 from negfast.runtime import distributed, sharding
 from negfast.runtime.run_folder import Chosen
@@ -47,6 +48,8 @@ def run_stage(
     finite, StopRequested after SIGINT or SIGTERM.
     """
     steps = stage.config.steps if refit is None else refit.step
+    if config.recompute:
+        recompute_layers(policy)
     optimizer = make_optimizer(policy, stage.config, config)
     background = policy.block.rows.is_cuda
     saved = StageCheckpoints(run_dir / "checkpoints", number, stage.name, policy, optimizer, journal, background)
