@@ -192,6 +192,8 @@ def test_a_whole_visit(tmp_path, runs, monkeypatch):
     order = [next(word for word in command if word in WORDS) for command in asked]
     assert [word for n, word in enumerate(order) if word not in order[:n]] == list(WORDS)
     benches = [row["case"]["bench"] for row in result["rows"]]
+    [trained] = [row["status"] for row in result["rows"] if "train" in row["case"]["bench"]]
+    assert trained == "failed: no weights of the last stage"
     assert benches[0] == "kernel tests" and benches[-2:] == ["kernels", "compute-sanitizer"]
     assert len(result["rows"]) == len((tmp_path / "rows.jsonl").read_text().splitlines())
     assert json.loads((tmp_path / "gpu.json").read_text()) == result
