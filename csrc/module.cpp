@@ -1,13 +1,16 @@
 // negfast._core: the parts of negfast that run outside Python. Every call releases the GIL.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <limits>
 #include <memory>
 
-#include "evidence.hpp"
+#include "features.hpp"
 #include "packer.hpp"
 #include "shard.hpp"
 #include "source.hpp"
@@ -53,43 +56,52 @@ void write_histories(const std::string& path, Column<int64_t> offsets, Column<in
   write_shard(path, source, {users, items, time_unit, threads, view(user_list)});
 }
 
-// Throws where an index of a column does not lie below `size`.
-void check_below(const Column<int32_t>& column, size_t size, const char* name) {
-  for (const int32_t found : view(column))
-    if (found < 0 || static_cast<size_t>(found) >= size)
-      throw ShardError(std::string(name) + ": found " + std::to_string(found) + ", expected 0 to " +
-                       std::to_string(size) + " exclusive");
+std::unique_ptr<Features> make_features(bool by_day, double prior_rate, double prior_value, bool has_values,
+                                        const std::vector<std::pair<size_t, float>>& attributes) {
+  FeatureSettings settings{by_day ? 86'400 : 1, prior_rate, prior_value, has_values, {}};
+  for (const auto& [columns, missing] : attributes) settings.attributes.push_back({columns, missing});
+  return std::make_unique<Features>(settings);
 }
 
-void answer_evidence(Column<int32_t> user, Column<int32_t> item, Column<int64_t> time, Column<uint8_t> feedback,
-                     Column<int64_t> earlier, Column<int32_t> asked_user, Column<int32_t> asked_item,
-                     Column<int64_t> moment, size_t users, Table<float> text, Table<int32_t> cells, double prior,
+void add_values(Features& features, Column<int32_t> column, Column<float> content) {
+  same_length(content.size(), column.size(), "content");
+  features.add_values(view(column), view(content));
+}
+
+void add_items(Features& features, Column<uint64_t> key, Table<float> text, Table<int32_t> cell,
+               Column<int64_t> value_start, Column<int32_t> value) {
+  same_length(text.shape(0), key.size(), "text");
+  same_length(text.shape(1), kText, "columns of text");
+  same_length(cell.shape(0), key.size(), "cells");
+  same_length(cell.shape(1), 2, "columns of cells");
+  same_length(value_start.size(), key.size() * features.attributes() + 1, "value_start");
+  features.add_items({view(key), text.data(), cell.data(), view(value_start), view(value)});
+}
+
+void replay_features(Features& features, Column<int32_t> user, Column<int32_t> item, Column<int64_t> time,
+                     Column<uint8_t> feedback, Column<float> value, Column<int32_t> asked_user,
+                     Column<int32_t> asked_item, Column<int64_t> moment,
                      nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu> out) {
-  const size_t items = text.shape(0);
   same_length(item.size(), user.size(), "item");
   same_length(time.size(), user.size(), "time");
   same_length(feedback.size(), user.size(), "feedback");
-  same_length(earlier.size(), user.size(), "earlier");
+  same_length(value.size(), features.has_values() ? user.size() : 0, "value");
   same_length(asked_item.size(), asked_user.size(), "asked item");
   same_length(moment.size(), asked_user.size(), "moment");
   same_length(out.shape(0), asked_user.size(), "out");
-  same_length(out.shape(1), kEvidence, "columns of out");
-  same_length(text.shape(1), kText, "columns of text");
-  same_length(cells.shape(0), items, "cells");
-  same_length(cells.shape(1), 2, "columns of cells");
-  for (const auto* column : {&user, &asked_user}) check_below(*column, users, "user");
-  for (const auto* column : {&item, &asked_item}) check_below(*column, items, "item");
-  int32_t most = 0;
-  for (size_t i = 0; i < 2 * items; ++i) {
-    if (cells.data()[i] < 0) throw ShardError("cells: found a negative one");
-    most = std::max(most, cells.data()[i]);
-  }
-  for (size_t k = 0; k < user.size(); ++k)
-    if (earlier.data()[k] >= static_cast<int64_t>(k)) throw ShardError("earlier: expected rows before their own");
+  same_length(out.shape(1), features.width(), "columns of out");
   nb::gil_scoped_release release;
-  evidence({view(user), view(item), view(time), view(feedback), view(earlier)},
-           {users, items, static_cast<size_t>(most) + 1, text.data(), cells.data(), prior},
-           {view(asked_user), view(asked_item), view(moment)}, out.data());
+  features.replay({view(user), view(item), view(time), view(feedback), view(value)},
+                  {view(asked_user), view(asked_item), view(moment)}, out.data());
+}
+
+nb::ndarray<nb::numpy, float, nb::ndim<2>> answer_features(Features& features, int32_t user, Column<int32_t> items,
+                                                           int64_t moment) {
+  auto out = std::make_unique<float[]>(std::max<size_t>(items.size() * features.width(), 1));
+  features.answer(user, view(items), moment, out.get());
+  float* data = out.release();
+  nb::capsule owner(data, [](void* held) noexcept { delete[] static_cast<float*>(held); });
+  return {data, {items.size(), features.width()}, owner};
 }
 
 void add_events(SortingSource& source, Column<int32_t> user, Column<int32_t> item, Column<uint8_t> feedback,
@@ -209,7 +221,7 @@ nb::list shard_files(const Shard& shard) {
 
 NB_MODULE(_core, m) {
   using namespace negfast;
-  m.doc() = "negfast's C++ core: shard writer, reader and packer, evidence";
+  m.doc() = "negfast's C++ core: shard writer, reader and packer, features";
   const nb::object input_error = nb::module_::import_("negfast.errors").attr("InputError");
   nb::exception<ShardError>(m, "ShardError", input_error);
   nb::register_exception_translator([](const std::exception_ptr& thrown, void*) {
@@ -226,10 +238,21 @@ NB_MODULE(_core, m) {
   m.def("write_histories", &write_histories, "path"_a, "offsets"_a, "item"_a, "feedback"_a, "time"_a, "user_list"_a,
         "users"_a, "items"_a, "time_unit"_a, "threads"_a);
 
-  m.attr("EVIDENCE_TEXT") = kText;
-  m.attr("EVIDENCE_COLUMNS") = kEvidence;
-  m.def("evidence", &answer_evidence, "user"_a, "item"_a, "time"_a, "feedback"_a, "earlier"_a, "asked_user"_a,
-        "asked_item"_a, "moment"_a, "users"_a, "text"_a, "cells"_a, "prior"_a, "out"_a);
+  m.attr("FEATURE_TEXT") = kText;
+  nb::class_<Features>(m, "Features")
+      .def(nb::new_(&make_features), "by_day"_a, "prior_rate"_a, "prior_value"_a, "has_values"_a, "attributes"_a)
+      .def_prop_ro("width", &Features::width)
+      .def_prop_ro("n_users", &Features::users)
+      .def_prop_ro("n_items", &Features::items)
+      .def_prop_ro("n_bytes", &Features::bytes)
+      .def("add_users", [](Features& features, Column<uint64_t> key) { features.add_users(view(key)); }, "key"_a)
+      .def("add_values", &add_values, "column"_a, "content"_a)
+      .def("add_items", &add_items, "key"_a, "text"_a, "cell"_a, "value_start"_a, "value"_a)
+      .def("replay", &replay_features, "user"_a, "item"_a, "time"_a, "feedback"_a, "value"_a, "asked_user"_a,
+           "asked_item"_a, "moment"_a, "out"_a)
+      .def("add", &Features::add, "user"_a, "item"_a, "time"_a, "feedback"_a,
+           "value"_a = std::numeric_limits<float>::quiet_NaN())
+      .def("answer", &answer_features, "user"_a, "items"_a, "moment"_a);
 
   nb::class_<SortingSource>(m, "EventSorter")
       .def(nb::init<std::string, uint64_t, uint64_t, uint64_t>(), "folder"_a, "users"_a, "items"_a, "memory_bytes"_a)

@@ -12,25 +12,47 @@ GAPS: int  # buckets of the time since the event before
 
 class ShardError(InputError): ...
 
-EVIDENCE_TEXT: int  # numbers of an item's text vector
-EVIDENCE_COLUMNS: int
+FEATURE_TEXT: int  # numbers of an item's text vector
 
-def evidence(
-    user: NDArray[np.int32],
-    item: NDArray[np.int32],
-    time: NDArray[np.int64],
-    feedback: NDArray[np.uint8],
-    earlier: NDArray[np.int64],
-    asked_user: NDArray[np.int32],
-    asked_item: NDArray[np.int32],
-    moment: NDArray[np.int64],
-    users: int,
-    text: NDArray[np.float32],
-    cells: NDArray[np.int32],
-    prior: float,
-    out: NDArray[np.float32],
-) -> None:
-    """What events in order of time say of questions in order of moment; see `negfast.data.evidence`."""
+class Features:
+    """What the past says of users, items and pairs (csrc/features.hpp); see `negfast.data.features`."""
+
+    width: int
+    n_users: int
+    n_items: int
+    n_bytes: int  # of the state
+    def __init__(
+        self,
+        by_day: bool,
+        prior_rate: float,
+        prior_value: float,
+        has_values: bool,
+        attributes: list[tuple[int, float]],
+    ) -> None: ...
+    def add_users(self, key: NDArray[np.uint64]) -> None: ...
+    def add_values(self, column: NDArray[np.int32], content: NDArray[np.float32]) -> None: ...
+    def add_items(
+        self,
+        key: NDArray[np.uint64],
+        text: NDArray[np.float32],
+        cell: NDArray[np.int32],
+        value_start: NDArray[np.int64],
+        value: NDArray[np.int32],
+    ) -> None: ...
+    def replay(
+        self,
+        user: NDArray[np.int32],
+        item: NDArray[np.int32],
+        time: NDArray[np.int64],
+        feedback: NDArray[np.uint8],
+        value: NDArray[np.float32],
+        asked_user: NDArray[np.int32],
+        asked_item: NDArray[np.int32],
+        moment: NDArray[np.int64],
+        out: NDArray[np.float32],
+    ) -> None: ...
+    def add(self, user: int, item: int, time: int, feedback: int, value: float = ...) -> None: ...
+    def answer(self, user: int, items: NDArray[np.int32], moment: int) -> NDArray[np.float32]: ...
 
 class EventSorter:
     """Takes events in any order and keeps at most ``memory_bytes`` of them in memory."""

@@ -9,6 +9,7 @@ Intervals are 95 % bootstrap intervals over users.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from negfast.train.start import TrainOptions
 
 RESULT = Path(__file__).parents[1] / "results" / "simulator.json"
 RESAMPLES = 1000
+TOGETHER = 256  # user-days
 TARGETS = ("window", "next", "later")
 REQUESTS, TOP, CANDIDATES = 800, 20, 50
 TOP_SHARE = 0.05  # of the unseen items: the user's top true dislikes
@@ -85,7 +87,11 @@ def filter_effects(simulation: Simulation, user_days: int = 4_000) -> Result:
     log, settings, truth = simulation.log, simulation.settings, simulation.truth
     day, moment = log.day, log.moments("day")
     fit_until, test_from = (FIRST_DAY + settings.days * k // 6 for k in (4, 5))
-    score = fit_scorers(log, simulation.items, fit_until, "day")["logistic"]
+    features, scorers = fit_scorers(log, simulation.items, fit_until, "day")
+
+    def score(*asked: np.ndarray) -> np.ndarray:
+        return scorers["logistic"](features.rich(*asked))
+
     rng = np.random.default_rng(0)
     before = np.flatnonzero((day >= fit_until) & (day < test_from))
     before = np.sort(rng.permutation(before)[:50_000])
@@ -95,13 +101,23 @@ def filter_effects(simulation: Simulation, user_days: int = 4_000) -> Result:
     rows = np.flatnonzero(np.isin(key, chosen))
 
     everyone = np.arange(log.n_items)
+    starts = rows[
+        np.flatnonzero(np.diff(key[rows], prepend=-1))
+    ]  # of user-days, asked together: a call replays the log
+    of_day: Iterator[np.ndarray] = (
+        scores
+        for part in np.array_split(starts, -(-len(starts) // TOGETHER))
+        for scores in score(
+            np.repeat(log.user[part], log.n_items), np.tile(everyone, len(part)), np.repeat(moment[part], log.n_items)
+        ).reshape(-1, log.n_items)
+    )
     columns = np.ones((len(rows), 8))
     last, kept, model = -1, np.zeros(0, dtype=bool), np.zeros(0)
     for place, row in enumerate(rows):
         user, item = int(log.user[row]), int(log.item[row])
         if key[row] != last:
             last = key[row]
-            scores = score(np.full(log.n_items, user), everyone, np.full(log.n_items, moment[row]))
+            scores = next(of_day)
             kept, model = scores < threshold, true_probability(scores, settings)
             p = truth.dislike_probability(np.full(log.n_items, user), everyone)
         policy = exposure_policy(simulation, user, int(day[row]) - FIRST_DAY, int(row - log.user_offsets[user]))

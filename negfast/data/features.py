@@ -1,202 +1,282 @@
 """What the past says of a user, an item and their pair, before any moment: inputs of verdict and baselines.
 
 The last like or dislike of a user-item pair counts: when it changes, the earlier one is taken back. Exposures do
-not count, and do not take a like or dislike back (negfast's choice); a withdrawal does.
+not count, and do not take a like or dislike back (negfast's choice); a withdrawal does. csrc/features.cpp computes the
+columns event by event; which there are and with which constants was chosen on polis and MovieTweetings (negfast's
+choice). `HistoryFeatures.names` names them:
+
+- ``item_*``, ``user_*``: logit of the smoothed dislike rate, log(1 + events), in a log with values their smoothed mean
+  and their spread.
+- of each attribute, e.g. ``genres``: ``genres:user_rate`` and ``genres:rate``, the user's and everyone's dislike rate
+  averaged over the item's values; then the number itself, ``year``, or indicators of frequent values, ``genres=Drama``.
+- ``dislike_*``, and with values ``value_*``: how far user and item deviate from what was to be expected of each other.
+  A user who disliked what everybody dislikes is no harsh judge; an item that only harsh judges saw is no bad item. So a
+  user's deviation is the mean excess over the items' own means at the time, an item's the mean excess over what its
+  judges' deviations had led to expect; ``_sum`` of both; ``_recent_*`` with weights that halve every 30 days;
+  ``_user_off``: how far the user is off the items' means, whatever the sign. ``user_log_recent``: the user's events,
+  with weights that halve every 2 days.
+- evidence, from residuals r = dislike - what the rates of user and item led to expect:
+  ``like_users_*``, how people who judged like the user judged the item: the sum over pairs of judgements, its cosine,
+  and the sum over its weight; ``like_items_*``, how the user judged items judged like this one. Both are
+  neighbourhoods, estimated from sketches of fixed size: of an item i the random signs g_i, of a user u the sketch
+  s_u = sum r_uj g_j over the items it judged, of an item t_i = sum r_vi s_v over those who judged it; <s_u, t_i>
+  estimates the sum over others v of r_vi times <what u said, what v said> (AMS sketch, Alon, Matias and Szegedy 1996).
+  ``factors``: the same by a factorisation of r that takes one gradient step an event.
+  ``text_*``: how the user judged the last 32 items, by the cube of the cosine of their text vectors, and the weight of
+  that; ``text_ridge``: a ridge regression of r on text. ``cell_coarse``, ``cell_fine``: what everyone said of items
+  with the same first code of the semantic ID and with the same first two, above the prior rate.
+- ``user_lately``, ``item_lately``, ``lately``: running means of dislikes, of the user, of the item and of all.
+- ``days_*``: days since the user last judged, last disliked, and since the item was first judged.
+
+NaN where a column is not known.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from copy import deepcopy
+from functools import cached_property
+from hashlib import blake2b
 
 import numpy as np
 
-from negfast.data.deviations import Deviations
-from negfast.data.evidence import Evidence
+from negfast import _core
 from negfast.data.items import ItemTable
-from negfast.data.log import DISLIKE, EXPOSED, EventLog
-from negfast.data.running_sums import RunningSums
+from negfast.data.log import EXPOSED, WITHDRAWN, EventLog
 
-PSEUDO_EVENTS = 5  # of the prior rate, mixed into every rate
+FITTED = 20_000  # items at most, the first, that the axes of the text vectors are fitted to
 _INDICATORS = 32  # most frequent values of an attribute that get a column each
+_SIMPLE = ["item_logit_rate", "user_logit_rate", "item_log_events", "user_log_events"]
+_VALUES = ["item_mean_value", "user_mean_value", "user_spread"]
+_PAIRS = ["sum", "cosine", "mean"]
+_EVIDENCE = [
+    *(f"like_{what}_{name}" for what in ("users", "items") for name in _PAIRS),
+    *("factors", "text_mean", "text_weight", "text_ridge", "cell_coarse", "cell_fine"),
+    *("user_lately", "item_lately", "lately"),
+    *("days_since_judged", "days_since_dislike", "days_since_item_first"),
+]
 
 
 class HistoryFeatures:
-    """Features of (user, item, moment) from events before the moment; rates are smoothed towards a prior rate.
+    """Features of (user, item, moment) from the log's events before the moment in the context of `EventLog.moments`.
 
-    Events count from their moment in the context (`EventLog.moments`) on: in context "day", ask at the start of a day.
+    In context "day", ask at the start of a day. Rates are smoothed towards ``prior_rate``, values towards
+    ``prior_value``, by 5 pseudo-events. The first ``n_simple`` columns are those of the logistic baseline, the first
+    ``n_full`` add what else the log and item table offer; all ``width`` are the verdict's features.
 
-    ``simple`` gives the four of the logistic baseline, ``full`` those and what else the log and item table offer:
-    with values, the item's and user's mean and the user's spread; with attributes, the user's and everyone's
-    dislike rate among the item's values of each, numbers as they are, and indicators of frequent values. ``rich``
-    adds how user and item deviate from what was to be expected of them, what is recent, and what is known of likes and
-    dislikes of like users and like items: the verdict's features.
-    """
-
-    def __init__(self, log: EventLog, items: ItemTable, prior_rate: float, prior_value: float, context: str) -> None:
-        self.prior_rate, self.prior_value = prior_rate, prior_value
-        self.has_values = log.value is not None
-        rows, changes = _changes(log)
-        user, item, time = log.user[rows], log.item[rows], log.moments(context)[rows]
-        self.by_user = RunningSums(user, time, changes)
-        self.by_item = RunningSums(item, time, changes)
-        self.attributes = [
-            _Attribute(values, user, item, time, changes[:, :2], items.original) for values in items.attributes.values()
-        ]
-        kinds = [(changes[:, 0], changes[:, 1], prior_rate)]
-        if self.has_values:
-            kinds.append((changes[:, 2], changes[:, 3], prior_value))
-        self.deviations = Deviations(user, item, time, kinds)
-        self.evidence = Evidence(log, items, prior_rate, context)
-
-    @property
-    def width(self) -> int:
-        """Columns of ``rich``."""
-        full = 4 + 3 * self.has_values + sum(2 + attribute.static.shape[1] for attribute in self.attributes)
-        return full + self.deviations.width + self.evidence.width + self.has_values
-
-    def rate(self, sums: np.ndarray) -> np.ndarray:
-        """The smoothed dislike rate of sums whose first columns are events and dislikes."""
-        return (sums[..., 1] + PSEUDO_EVENTS * self.prior_rate) / (sums[..., 0] + PSEUDO_EVENTS)
-
-    def item_rate(self, item: np.ndarray, moment: np.ndarray) -> np.ndarray:
-        return self.rate(self.by_item.before(item, moment))
-
-    def user_rate(self, user: np.ndarray, moment: np.ndarray) -> np.ndarray:
-        return self.rate(self.by_user.before(user, moment))
-
-    def simple(self, user: np.ndarray, item: np.ndarray, moment: np.ndarray) -> np.ndarray:
-        """Logit item rate, logit user rate and both log counts, float64 [Q, 4]."""
-        of_user, of_item = self.by_user.before(user, moment), self.by_item.before(item, moment)
-        columns = [_logit(self.rate(of_item)), _logit(self.rate(of_user))]
-        return np.stack([*columns, np.log1p(of_item[:, 0]), np.log1p(of_user[:, 0])], axis=1)
-
-    def full(self, user: np.ndarray, item: np.ndarray, moment: np.ndarray) -> np.ndarray:
-        """float64 [Q, C]; NaN where a feature is not known."""
-        columns = list(self.simple(user, item, moment).T)
-        if self.has_values:
-            of_user, of_item = self.by_user.before(user, moment), self.by_item.before(item, moment)
-            columns += [self._mean_value(of_item), self._mean_value(of_user), _spread(of_user)]
-        for attribute in self.attributes:
-            columns += [attribute.mean_rate(self, user, item, moment), attribute.mean_rate(self, None, item, moment)]
-            columns += list(attribute.static[item].T)
-        return np.stack(columns, axis=1)
-
-    def rich(self, user: np.ndarray, item: np.ndarray, moment: np.ndarray) -> np.ndarray:
-        """``full``, `negfast.data.deviations`, `negfast.data.evidence` and with values the item's spread, float64
-        [Q, width]; NaN as above."""
-        columns = [self.full(user, item, moment)]
-        columns += [part.columns(user, item, moment) for part in (self.deviations, self.evidence)]
-        if self.has_values:
-            columns.append(_spread(self.by_item.before(item, moment))[:, None])
-        return np.concatenate(columns, axis=1)
-
-    def _mean_value(self, sums: np.ndarray) -> np.ndarray:
-        return (sums[:, 3] + PSEUDO_EVENTS * self.prior_value) / (sums[:, 2] + PSEUDO_EVENTS)
-
-
-class _Attribute:
-    """One attribute of the items, e.g. genres: rates by value and by (user, value), and static columns.
-
-    Which static columns there are the ``original`` first items decide, so that later items change no column's meaning.
+    Questions about the first feedback of a pair at its own moment, those of training and of the filter, are answered
+    once for the whole log; others replay the log at each call: ask them together.
     """
 
     def __init__(
         self,
-        values: list[tuple[str, ...]],
-        user: np.ndarray,
-        item: np.ndarray,
-        time: np.ndarray,
-        counts: np.ndarray,
-        original: int | None,
+        log: EventLog,
+        items: ItemTable,
+        prior_rate: float,
+        prior_value: float,
+        context: str,
+        user_ids: Sequence[str] | None = None,
     ) -> None:
-        names = sorted({name for of_item in values for name in of_item})
-        number = {name: n for n, name in enumerate(names)}
-        self.n_values = max(len(names), 1)
-        self.value = np.array([number[name] for of_item in values for name in of_item], dtype=np.int64)
-        self.offsets = np.concatenate([[0], np.cumsum([len(of_item) for of_item in values])])
-        self.static = self._static_columns(names, len(values) if original is None else original)
-        row, value = self._expand(item)
-        everyone = RunningSums(value, time[row], counts[row]) if len(row) else None
-        self.by_value = everyone
-        self.by_user_value = (
-            RunningSums(user[row].astype(np.int64) * self.n_values + value, time[row], counts[row])
-            if len(row)
-            else None
-        )
+        """``user_ids`` [U], from which users' random vectors are made; without them it is their numbers, and another
+        numbering of the same users gives other sketches."""
+        self.context, self.prior_rate, self.prior_value = context, prior_rate, prior_value
+        self.n_items, self.has_values = log.n_items, log.value is not None
+        self.items, self.item_side = items, _ItemSide(items)
+        self.item_columns = keys_of(items.ids), *self.item_side.arrays(items)
+        self.user_keys = np.arange(log.n_users, dtype=np.uint64) if user_ids is None else keys_of(user_ids)
+        self.n_simple = len(_SIMPLE)
+        self.n_full = len(_SIMPLE) + len(_VALUES) * self.has_values + len(self.item_side.names)
+        self.names = self._names()
+        rows, moments = np.flatnonzero(log.feedback != EXPOSED), log.moments(context)
+        rows = rows[np.argsort(moments[rows], kind="stable")]
+        value = np.zeros(0, np.float32) if log.value is None else log.value[rows]
+        self.events = log.user[rows], log.item[rows], log.time[rows], log.feedback[rows], value
+        pairs = self._pairs(*self.events[:2])
+        self.first_pairs, first = np.unique(pairs, return_index=True)
+        judged = log.feedback[rows[first]] != WITHDRAWN
+        self.first_pairs, self.first = self.first_pairs[judged], first[judged]
+        self.first_moments = moments[rows[self.first]]
 
-    def mean_rate(
-        self, features: HistoryFeatures, user: np.ndarray | None, item: np.ndarray, moment: np.ndarray
-    ) -> np.ndarray:
-        """The user's (everyone's if None) dislike rate, averaged over the item's values; NaN without values."""
-        sums = self.by_value if user is None else self.by_user_value
-        if sums is None:
-            return np.full(len(item), np.nan)
-        row, value = self._expand(item)
-        key = value if user is None else user[row].astype(np.int64) * self.n_values + value
-        rate = np.bincount(row, features.rate(sums.before(key, moment[row])), len(item))
-        count = np.diff(self.offsets)[item]
-        return np.divide(rate, count, out=np.full(len(item), np.nan), where=count > 0)
+    @property
+    def width(self) -> int:
+        """Columns of ``rich``."""
+        return len(self.names)
 
-    def _expand(self, item: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A row for every value of every item asked: its index in ``item`` and the value."""
-        count = np.diff(self.offsets)[item]
-        row = np.repeat(np.arange(len(item)), count)
-        return row, self.value[np.arange(count.sum()) + np.repeat(self.offsets[item] - np.cumsum(count) + count, count)]
+    def rich(self, user: np.ndarray, item: np.ndarray, moment: np.ndarray) -> np.ndarray:
+        """float32 [Q, width] for users and items int [Q] and moments int [Q] in seconds."""
+        out = np.empty((len(user), self.width), np.float32)
+        place = np.searchsorted(self.first_pairs, self._pairs(user, item))
+        place = np.minimum(place, max(len(self.first) - 1, 0))
+        own = np.zeros(len(user), bool)
+        if len(self.first):
+            own = (self.first_pairs[place] == self._pairs(user, item)) & (self.first_moments[place] == moment)
+            if own.any():
+                out[own] = self._of_first[place[own]]
+        if not own.all():
+            out[~own] = self._answer(user[~own], item[~own], moment[~own])
+        return out
 
-    def _static_columns(self, names: list[str], original: int) -> np.ndarray:
-        """The number itself of an attribute with one number an item; else indicators, float32 [I, C]."""
-        n_items, first_values = len(self.offsets) - 1, self.value[: self.offsets[original]]
-        item = np.repeat(np.arange(n_items), np.diff(self.offsets))
-        counts = np.bincount(first_values, minlength=len(names))
-        if (
-            _all_numbers(name for name, count in zip(names, counts, strict=True) if count)
-            and np.diff(self.offsets[: original + 1]).max(initial=0) == 1
-        ):
-            numbers = np.array([_number(name) for name in names], np.float32)
-            column = np.full((n_items, 1), np.nan, np.float32)
-            column[item, 0] = numbers[self.value]
-            return column
-        frequent = np.argsort(-counts, kind="stable")[: min(_INDICATORS, int((counts > 0).sum()))]
-        column_of = np.full(len(names), -1)
-        column_of[frequent] = np.arange(len(frequent))
-        indicators = np.zeros((n_items, len(frequent)), np.float32)
-        kept = column_of[self.value] >= 0
-        indicators[item[kept], column_of[self.value[kept]]] = 1.0
-        return indicators
+    def live(self) -> "LiveFeatures":
+        """What is known at the log's end, to which events can be added."""
+        live, nobody = self._start(), np.zeros(0, np.int32)
+        live.state.replay(*self.events, nobody, nobody, np.zeros(0, np.int64), np.empty((0, self.width), np.float32))
+        return live
+
+    @cached_property
+    def _of_first(self) -> np.ndarray:
+        """Answers float32 [F, width] to each pair's first feedback at its moment."""
+        return self._answer(self.events[0][self.first], self.events[1][self.first], self.first_moments)
+
+    def _answer(self, user: np.ndarray, item: np.ndarray, moment: np.ndarray) -> np.ndarray:
+        order = np.lexsort((user, moment))
+        asked = user[order].astype(np.int32), item[order].astype(np.int32), moment[order].astype(np.int64)
+        found = np.empty((len(user), self.width), np.float32)
+        self._start().state.replay(*self.events, *asked, found)
+        out = np.empty_like(found)
+        out[order] = found
+        return out
+
+    def _start(self) -> "LiveFeatures":
+        """What is known before the first event."""
+        settings = self.context == "day", self.prior_rate, self.prior_value, self.has_values
+        state = _core.Features(*settings, self.item_side.shapes)
+        state.add_users(self.user_keys)
+        state.add_values(*self.item_side.value_columns())
+        state.add_items(*self.item_columns)
+        return LiveFeatures(state, deepcopy(self.item_side))
+
+    def _names(self) -> list[str]:
+        kinds = ["dislike", "value"] if self.has_values else ["dislike"]
+        parts = ["user", "item", "sum", "recent_user", "recent_item", "user_off"]
+        deviations = [f"{kind}_{part}" for kind in kinds for part in parts]
+        values, spread = (_VALUES, ["item_spread"]) if self.has_values else ([], [])
+        return [*_SIMPLE, *values, *self.item_side.names, *deviations, "user_log_recent", *_EVIDENCE, *spread]
+
+    def _pairs(self, user: np.ndarray, item: np.ndarray) -> np.ndarray:
+        return user.astype(np.int64) * self.n_items + item
 
 
-def _changes(log: EventLog) -> tuple[np.ndarray, np.ndarray]:
-    """How each like, dislike or withdrawal changes the counts, given the pair's earlier one: rows, float64 [M, 5].
+class LiveFeatures:
+    """A state that follows events as they come.
 
-    Columns: events, dislikes, events with a value, their values, squared values.
+    ``state.add(user, item, time, feedback, value)`` learns an event (time in seconds; value NaN where there is none),
+    ``state.answer(user, items, moment)`` gives the columns float32 [E, width] of one user's candidates int32 [E] from
+    the events before a moment: the same bits as `HistoryFeatures` of a log with these events. Events of the newest
+    moment wait until a later one is added or asked about, and count in an order that does not depend on when they came.
+    ValueError for an event that is older than what was learned, and for a question that is.
     """
-    rows = np.flatnonzero(log.feedback != EXPOSED)
-    state = np.zeros((len(rows), 5))
-    judged = log.judged[rows]
-    state[:, 0], state[:, 1] = judged, log.feedback[rows] == DISLIKE
-    if log.value is not None:
-        known = judged & np.isfinite(log.value[rows])
-        value = np.where(known, log.value[rows], 0.0).astype(np.float64)
-        state[:, 2], state[:, 3], state[:, 4] = known, value, value**2
-    pair = log.user[rows].astype(np.int64) * log.n_items + log.item[rows]
-    order = np.argsort(pair, kind="stable")  # within a pair as in the log, by time
-    earlier = np.zeros_like(state)
-    repeat = pair[order[1:]] == pair[order[:-1]]
-    earlier[order[1:][repeat]] = state[order[:-1][repeat]]
-    return rows, state - earlier
+
+    def __init__(self, state: _core.Features, item_side: "_ItemSide") -> None:
+        self.state, self.item_side = state, item_side
+
+    def add_users(self, ids: Sequence[str]) -> None:
+        """Makes users known, who get the next numbers; no other answer changes."""
+        self.state.add_users(keys_of(ids))
+
+    def add_items(self, items: ItemTable) -> None:
+        """Makes items known, with what the table says of them; they get the next numbers. No other answer changes."""
+        known = self.item_side.n_values
+        columns = self.item_side.arrays(items)
+        self.state.add_values(*(column[known:] for column in self.item_side.value_columns()))
+        self.state.add_items(keys_of(items.ids), *columns)
 
 
-def _spread(sums: np.ndarray) -> np.ndarray:
-    """The standard deviation of the values, NaN for fewer than two."""
-    count = np.where(sums[:, 2] < 2, np.nan, sums[:, 2])
-    return np.sqrt(np.maximum(sums[:, 4] / count - (sums[:, 3] / count) ** 2, 0.0))
+class _ItemSide:
+    """What the columns know of items beside events: the original items fix it, so later ones change no meaning."""
+
+    def __init__(self, items: ItemTable) -> None:
+        original = len(items) if items.original is None else items.original
+        self.mean, self.axes = _axes(items)
+        self.cells: dict[int, int] = {}  # code, or two codes -> number
+        self.values: dict[str, dict[str, int]] = {}  # attribute -> value -> number, across attributes
+        self.columns: dict[str, dict[str, int] | None] = {}  # of indicators; None: the number itself
+        self.column_of: list[int] = []  # of each value, the column of its attribute that it sets, -1 for none
+        self.contents: list[float] = []  # of each value, to what
+        self.names: list[str] = []
+        self.shapes: list[tuple[int, float]] = []  # columns of an attribute, and what they hold by default
+        for name, values in items.attributes.items():
+            self.values[name] = {}
+            counts: dict[str, int] = {}
+            for of_item in values[:original]:
+                for value in of_item:
+                    counts[value] = counts.get(value, 0) + 1
+            most = max((len(of_item) for of_item in values[:original]), default=0)
+            self.names += [f"{name}:user_rate", f"{name}:rate"]
+            if most == 1 and not any(np.isnan(_number(value)) for value in counts):
+                self.columns[name] = None
+                self.names.append(name)
+                self.shapes.append((1, np.nan))
+            else:
+                frequent = sorted(counts, key=lambda value: (-counts[value], value))[:_INDICATORS]
+                self.columns[name] = {value: column for column, value in enumerate(frequent)}
+                self.names += [f"{name}={value}" for value in frequent]
+                self.shapes.append((len(frequent), 0.0))
+
+    @property
+    def n_values(self) -> int:
+        return len(self.contents)
+
+    def value_columns(self) -> tuple[np.ndarray, np.ndarray]:
+        """The column of its attribute that each value sets, int32, -1 for none, and to what, float32."""
+        return np.array(self.column_of, np.int32), np.array(self.contents, np.float32)
+
+    def arrays(self, items: ItemTable) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Text vectors, cells, where values begin and values, as `_core.Features.add_items` takes them; what is new
+        among cells and values gets the next numbers."""
+        columns = [items.attributes.get(name, [()] * len(items)) for name in self.values]
+        lists = [
+            [self._value(name, value) for value in values]
+            for of_item in zip(*columns, strict=True)
+            for name, values in zip(self.values, of_item, strict=True)
+        ]
+        start = np.cumsum([0, *(len(values) for values in lists)], dtype=np.int64)
+        flat = np.array([value for values in lists for value in values], np.int32)
+        return self._text(items), self._cells(items), start, flat
+
+    def _value(self, attribute: str, value: str) -> int:
+        known, columns = self.values[attribute], self.columns[attribute]
+        if value not in known:
+            known[value] = self.n_values
+            self.column_of.append(0 if columns is None else columns.get(value, -1))
+            self.contents.append(_number(value) if columns is None else 1.0)
+        return known[value]
+
+    def _text(self, items: ItemTable) -> np.ndarray:
+        """Unit vectors float32 [I, FEATURE_TEXT] along the axes; zeros without vectors."""
+        out = np.zeros((len(items), _core.FEATURE_TEXT), np.float32)
+        if items.vectors is None or self.axes.size == 0:
+            return out
+        known = np.linalg.norm(items.vectors, axis=1) > 0
+        along = (items.vectors - self.mean) @ self.axes
+        norm = np.linalg.norm(along, axis=1, keepdims=True)
+        out[:, : along.shape[1]] = np.divide(along, norm, out=np.zeros_like(along), where=known[:, None] & (norm > 0))
+        return out
+
+    def _cells(self, items: ItemTable) -> np.ndarray:
+        """Groups of items with the same first code and with the same first two, int32 [I, 2]; one without codes."""
+        if items.codes is None:
+            return np.tile(np.array([0, 1], np.int32), (len(items), 1))
+        first = items.codes[:, 0].astype(np.int64)
+        both = first << 16 | items.codes[:, min(1, items.codes.shape[1] - 1)]
+        out = np.empty((len(items), 2), np.int32)
+        for level, keys in enumerate((~first, both)):
+            found, place = np.unique(keys, return_inverse=True)
+            out[:, level] = np.array([self.cells.setdefault(key, len(self.cells)) for key in found.tolist()])[place]
+        return out
 
 
-def _logit(rate: np.ndarray) -> np.ndarray:
-    rate = np.clip(rate, 1e-6, 1 - 1e-6)
-    return np.log(rate) - np.log1p(-rate)
+def keys_of(ids: Sequence[str]) -> np.ndarray:
+    """Numbers made of ids, uint64: from them random vectors and the order within a moment come, whatever the order in
+    which users and items became known."""
+    return np.frombuffer(b"".join(blake2b(name.encode(), digest_size=8).digest() for name in ids), np.uint64)
 
 
-def _all_numbers(names: Iterable[str]) -> bool:
-    return not any(np.isnan(_number(name)) for name in names)
+def _axes(items: ItemTable) -> tuple[np.ndarray, np.ndarray]:
+    """Mean [D] and principal axes [D, at most FEATURE_TEXT] of the original items' vectors."""
+    if items.vectors is None:
+        return np.zeros(0), np.zeros((0, 0))
+    fitted = items.vectors[: items.original][:FITTED].astype(np.float64)
+    mean = fitted.mean(0)
+    axes = np.linalg.eigh((fitted - mean).T @ (fitted - mean)).eigenvectors
+    return mean, axes[:, ::-1][:, : _core.FEATURE_TEXT]
 
 
 def _number(name: str) -> float:

@@ -103,7 +103,8 @@ def history_features(data: Dataset, fit_until: int, context: str) -> HistoryFeat
     rate = float((log.feedback[early] == DISLIKE).mean()) if early.any() else 0.5
     value = np.zeros(0) if log.value is None else log.value[early]
     known = value[np.isfinite(value)]
-    return HistoryFeatures(log, data.items, rate, float(known.mean()) if len(known) else 0.0, context)
+    value_mean = float(known.mean()) if len(known) else 0.0
+    return HistoryFeatures(log, data.items, rate, value_mean, context, data.user_ids)
 
 
 def check_memory(days: int, items: int) -> None:

@@ -40,7 +40,8 @@ def features(log: EventLog, day: int, rich: bool = False) -> np.ndarray:
     table = ItemTable([str(i) for i in range(ITEMS)], [""] * ITEMS, {"kind": [("ab"[i % 2],) for i in range(ITEMS)]})
     user, item = (grid.ravel() for grid in np.meshgrid(np.arange(USERS), np.arange(ITEMS)))
     of_log = HistoryFeatures(log, table, prior_rate=0.3, prior_value=0.0, context="day")
-    return (of_log.rich if rich else of_log.full)(user, item, np.full(len(user), day * DAY))
+    known = of_log.rich(user, item, np.full(len(user), day * DAY))
+    return known if rich else known[:, : of_log.n_full]
 
 
 @pytest.mark.parametrize("day", [UNDONE - 1, UNDONE + 1, DAYS])

@@ -32,8 +32,7 @@ BOOSTED_PLUS = BOOSTED | {"max_iter": 300, "max_leaf_nodes": 7, "min_samples_lea
 
 _SMALL = 500_000  # rows
 
-Scorer = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # users, items, moments -> probability
-Features = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # users, items, moments -> columns [Q, C]
+Scorer = Callable[[np.ndarray], np.ndarray]  # columns of `HistoryFeatures.rich` [Q, C] -> probability [Q]
 
 
 def rate_predictions(
@@ -46,23 +45,28 @@ def rate_predictions(
     the design, ``boosted-plus`` all that the model's verdict sees. The fitted ones are left out when the events to fit
     on hold one class only.
     """
-    scorers = fit_scorers(log, items, fit_until, evalsets[0].context)
+    features, scorers = fit_scorers(log, items, fit_until, evalsets[0].context)
+    asked = [pairs for evalset in evalsets for pairs in (_filter_pairs(evalset), _pool_pairs(evalset))]
+    columns = features.rich(*(np.concatenate(column) for column in zip(*asked, strict=True)))  # one replay of the log
+    parts = np.split(columns, np.cumsum([len(user) for user, _, _ in asked])[:-1])
     return [
         {
             name: Predictions(
-                filter_score=score(evalset.filter_user, evalset.filter_item, evalset.filter_moment),
+                filter_score=score(of_filter),
                 filter_is_probability=True,
-                pool_score=None if name == "user-rate" else _score_pools(evalset, score),
+                pool_score=None if name == "user-rate" else score(of_pools).reshape(evalset.pool_items.shape),
                 kind="baseline",
             )
             for name, score in scorers.items()
         }
-        for evalset in evalsets
+        for evalset, of_filter, of_pools in zip(evalsets, parts[::2], parts[1::2], strict=True)
     ]
 
 
-def fit_scorers(log: EventLog, items: ItemTable, fit_until: int, context: str) -> dict[str, Scorer]:
-    """The dislike probability of (user, item) from events before the moment in ``context``, by each baseline."""
+def fit_scorers(
+    log: EventLog, items: ItemTable, fit_until: int, context: str
+) -> tuple[HistoryFeatures, dict[str, Scorer]]:
+    """The features of ``log``, and what each baseline makes of their columns: the dislike probability."""
     events = first_feedback(log)
     days = log.day
     events = events[log.before(fit_until)[events]]
@@ -76,36 +80,38 @@ def fit_scorers(log: EventLog, items: ItemTable, fit_until: int, context: str) -
         context=context,
     )
     scorers: dict[str, Scorer] = {
-        "item-rate": lambda user, item, moment: features.item_rate(item, moment),
-        "user-rate": lambda user, item, moment: features.user_rate(user, moment),
+        "item-rate": lambda columns: _rate(columns[:, 0]),
+        "user-rate": lambda columns: _rate(columns[:, 1]),
     }
     # Of a short log at most 40 % is left out.
     fitted = days[events] - days.min() >= min(WARM_UP, int(0.4 * (fit_until - days.min())))
     events, dislike = events[fitted], dislike[fitted]
     if dislike.all() or not dislike.any():
-        return scorers
-    asked = (log.user[events], log.item[events], log.moments(context)[events])
+        return features, scorers
+    columns = features.rich(log.user[events], log.item[events], log.moments(context)[events])
     logistic = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    logistic.fit(features.simple(*asked), dislike)
-    scorers["logistic"] = lambda *pair: logistic.predict_proba(features.simple(*pair))[:, 1]
-    scorers["boosted"] = _boosted(BOOSTED, features.full, asked, dislike)
-    scorers["boosted-plus"] = _boosted(BOOSTED_PLUS, features.rich, asked, dislike)
-    return scorers
+    logistic.fit(columns[:, : features.n_simple].astype(float), dislike)
+    scorers["logistic"] = lambda asked: logistic.predict_proba(asked[:, : features.n_simple].astype(float))[:, 1]
+    scorers["boosted"] = _boosted(BOOSTED, features.n_full, columns, dislike)
+    scorers["boosted-plus"] = _boosted(BOOSTED_PLUS, features.width, columns, dislike)
+    return features, scorers
 
 
-def _boosted(
-    settings: dict[str, Any], columns: Features, asked: tuple[np.ndarray, np.ndarray, np.ndarray], dislike: np.ndarray
-) -> Scorer:
-    """Boosted trees on the feature columns of the (user, item, moment) asked."""
+def _boosted(settings: dict[str, Any], first: int, columns: np.ndarray, dislike: np.ndarray) -> Scorer:
+    """Boosted trees on so many first columns."""
     model = HistGradientBoostingClassifier(**settings, early_stopping=False, random_state=0)
     with _threads(len(dislike)):
-        model.fit(columns(*asked), dislike)
+        model.fit(columns[:, :first], dislike)
 
-    def score(user: np.ndarray, item: np.ndarray, moment: np.ndarray) -> np.ndarray:
-        with _threads(len(user)):
-            return model.predict_proba(columns(user, item, moment))[:, 1]
+    def score(asked: np.ndarray) -> np.ndarray:
+        with _threads(len(asked)):
+            return model.predict_proba(asked[:, :first])[:, 1]
 
     return score
+
+
+def _rate(logit: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-logit.astype(np.float64)))
 
 
 def _threads(rows: int) -> threadpool_limits:
@@ -113,7 +119,10 @@ def _threads(rows: int) -> threadpool_limits:
     return threadpool_limits(limits=1 if rows < _SMALL else None, user_api="openmp")
 
 
-def _score_pools(evalset: EvalSet, score: Scorer) -> np.ndarray:
-    n, size = evalset.pool_items.shape
-    moment = np.repeat(evalset.pool_moment, size)
-    return score(np.repeat(evalset.pool_user, size), evalset.pool_items.ravel(), moment).reshape(n, size)
+def _filter_pairs(evalset: EvalSet) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return evalset.filter_user, evalset.filter_item, evalset.filter_moment
+
+
+def _pool_pairs(evalset: EvalSet) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    size = evalset.pool_items.shape[1]
+    return np.repeat(evalset.pool_user, size), evalset.pool_items.ravel(), np.repeat(evalset.pool_moment, size)

@@ -1,0 +1,859 @@
+#include "features.hpp"
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+// The same bits on every CPU: always 16 lanes, in however many registers, sums in one order, no fused multiply-add
+// (CMakeLists.txt), and log and exp2 of our own, as those of libm depend on the CPU.
+#if defined(__x86_64__) && defined(__gnu_linux__)
+#define NEGFAST_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define NEGFAST_CLONES
+#endif
+#define NEGFAST_INLINE inline __attribute__((always_inline))
+
+namespace negfast {
+namespace {
+
+constexpr size_t kLanes = 16;
+typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
+typedef float Half __attribute__((vector_size(kLanes / 2 * sizeof(float))));
+typedef float Quarter __attribute__((vector_size(kLanes / 4 * sizeof(float))));
+typedef int32_t Bits __attribute__((vector_size(kLanes * sizeof(int32_t))));
+
+constexpr size_t kSketch = 128;  // numbers of a sketch
+constexpr size_t kRidge = 8;     // text numbers that the ridge regression sees, the first
+constexpr size_t kRecent = 32;   // a user's last judgements, compared by text
+constexpr size_t kEvidence = 18, kDeviations = 6, kRates = 4, kValues = 3;  // columns
+
+constexpr uint8_t kExposed = 0, kDislike = 2, kWithdrawn = 3;
+constexpr int64_t kNever = std::numeric_limits<int64_t>::min();
+constexpr double kDay = 86'400;
+constexpr float kUnknown = std::numeric_limits<float>::quiet_NaN();
+constexpr double kPseudoEvents = 5, kRecentPseudoEvents = 3, kCellPseudoEvents = 3;  // as expected, mixed into a mean
+constexpr double kHalfLife = 30 * kDay, kCountHalfLife = 2 * kDay;  // of recent deviations and of the recent count
+constexpr float kPairWeight = 0.5f, kTextWeight = 0.3f;             // added to the weights that a mean is divided by
+constexpr float kPenalty = 2;                                       // of the ridge regression
+constexpr float kStep = 0.4f, kShrink = 0.003f, kStart = 0.2f;      // of the factorisation; kStart: range at first
+constexpr float kLately = 0.15f, kLatelyAll = 0.005f;               // weight of the newest event in a running mean
+constexpr size_t kAhead = 4;                                        // events whose memory is fetched early
+
+template <size_t width>
+struct alignas(64) Vector {
+  static_assert(width % kLanes == 0);
+  Lanes part[width / kLanes] = {};
+};
+using Sketch = Vector<kSketch>;
+using Text = Vector<kText>;
+
+// Counts of a kind are of its user's and item's events that the kind knows: all for dislikes, those with a value for
+// values. `excess` sums how far events were above what was to be expected.
+struct Deviation {
+  double excess = 0;
+  double absolute = 0;                       // of users: sum of |excess|
+  float recent_count = 0, recent_excess = 0;  // decayed, as of `Sums::at`
+};
+
+struct Sums {
+  double count = 0, dislikes = 0;                    // of pairs, by their last feedback
+  double value_count = 0, value = 0, value_square = 0;
+  Deviation dislike, of_value;
+  float recent_events = 0;  // of users: decayed, as of `at`
+  float lately;             // running mean of dislikes
+  int64_t at = kNever;      // the moment that decayed sums hold at
+};
+
+struct User {
+  Sketch sketch, taste;  // s_u = sum r_uj g_j, g_j the signs of item j; sum r_uj times the sketch of item j
+  // Of the ridge regression's Gram matrix the inverse, two rows in a part; the weights twice.
+  Lanes inverse[kRidge / 2];
+  Lanes weights = {};
+  Lanes factors;  // p_u
+  int32_t item[kRecent];
+  float residual[kRecent];
+  uint64_t judged = 0;  // `item` and `residual` hold the last of so many
+  float weight = 0;     // sum |r_uj| |sketch of j|
+  Sums sums;
+  int64_t last = kNever, last_dislike = kNever;
+};
+
+struct Item {
+  Sketch sketch, opinion;  // sum r_vi h_v, h_v the signs of user v; t_i = sum r_vi s_v
+  Lanes factors;           // q_i
+  float weight = 0;        // sum |r_vi| |s_v|
+  Sums sums;
+  int64_t first = kNever;
+};
+
+struct Cell {
+  double count = 0, excess = 0;
+};
+
+struct Value {
+  int32_t count = 0, dislikes = 0;
+  int32_t column;
+  float content;
+};
+
+struct Event {
+  int32_t user, item;
+  int64_t time;
+  float value;
+  uint8_t feedback;
+};
+
+// What an event says, as a change to what its user's earlier event on the item said, and what was expected of it.
+struct Change {
+  int32_t judged, dislikes;
+  double value_count, value, value_square;
+  float residual;
+  double item_mean, user_mean, item_value, user_value;
+  bool is_first;
+};
+
+NEGFAST_INLINE float sum(const Lanes& lanes) {
+  const auto half = std::bit_cast<std::array<Half, 2>>(lanes);
+  const auto quarter = std::bit_cast<std::array<Quarter, 2>>(half[0] + half[1]);
+  const Quarter last = quarter[0] + quarter[1];
+  return (last[0] + last[2]) + (last[1] + last[3]);
+}
+
+template <size_t width>
+NEGFAST_INLINE float dot(const Vector<width>& a, const Vector<width>& b) {
+  Lanes total = a.part[0] * b.part[0];
+  for (size_t p = 1; p < width / kLanes; ++p) total += a.part[p] * b.part[p];
+  return sum(total);
+}
+
+NEGFAST_INLINE float length(const Sketch& sketch) { return std::sqrt(dot(sketch, sketch)); }
+
+NEGFAST_INLINE void add(Sketch& to, float scale, const Sketch& what) {
+  for (size_t p = 0; p < kSketch / kLanes; ++p) to.part[p] += scale * what.part[p];
+}
+
+NEGFAST_INLINE uint64_t mixed(uint64_t x) {  // SplitMix64
+  x += 0x9e3779b97f4a7c15u;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return x ^ (x >> 31);
+}
+
+// Where the random numbers of a user (an item) with this key begin.
+NEGFAST_INLINE uint64_t seed(uint64_t key, bool is_user) { return mixed(2 * key + is_user); }
+
+// Adds random signs over sqrt(kSketch).
+NEGFAST_INLINE void add_signs(Sketch& to, float scale, uint64_t seed) {
+  Bits lane;
+  for (size_t l = 0; l < kLanes; ++l) lane[l] = static_cast<int32_t>(l);
+  const float size = scale / std::sqrt(static_cast<float>(kSketch));
+  for (size_t p = 0; p < kSketch / kLanes; ++p) {
+    const auto bits = static_cast<int32_t>(mixed(seed + p) >> 32);
+    to.part[p] += ((bits >> lane) & 1) != 0 ? Lanes{} - size : Lanes{} + size;
+  }
+}
+
+NEGFAST_INLINE Lanes first_factors(uint64_t seed) {
+  Lanes out;
+  for (size_t l = 0; l < kLanes; ++l) {
+    const auto bits = static_cast<float>(mixed(~(seed + l)) >> 40);  // below 2^24
+    out[l] = kStart * (bits / 16'777'216 - 0.5f);
+  }
+  return out;
+}
+
+// The natural logarithm of a normal number, to 1e-10.
+NEGFAST_INLINE double logarithm(double x) {
+  const auto bits = std::bit_cast<uint64_t>(x) - std::bit_cast<uint64_t>(0.70710678118654752);
+  const auto exponent = static_cast<int64_t>(bits) >> 52;
+  const double m = std::bit_cast<double>(std::bit_cast<uint64_t>(x) - (static_cast<uint64_t>(exponent) << 52));
+  const double s = (m - 1) / (m + 1), z = s * s;  // |s| < 0.172
+  const double series =
+      1 + z * (1. / 3 + z * (1. / 5 + z * (1. / 7 + z * (1. / 9 + z * (1. / 11 + z * (1. / 13))))));
+  return static_cast<double>(exponent) * 0.69314718055994531 + 2 * s * series;
+}
+
+// What is left of 1 after so many seconds, to 1e-8.
+NEGFAST_INLINE float left(int64_t seconds, double half_life) {
+  const double x = static_cast<double>(seconds) / half_life;
+  if (x >= 100) return 0;
+  const auto whole = static_cast<int64_t>(x);
+  const double z = (static_cast<double>(whole) + 0.5 - x) * 0.69314718055994531;  // |z| < 0.35
+  double power = 1;
+  for (int n = 8; n > 0; --n) power = 1 + power * z / n;
+  const double half = std::bit_cast<double>(static_cast<uint64_t>(1023 - whole) << 52);  // 2^-whole
+  return static_cast<float>(power * 0.70710678118654752 * half);
+}
+
+NEGFAST_INLINE float days(int64_t since, int64_t until) {
+  return since == kNever ? kUnknown : static_cast<float>(static_cast<double>(until - since) / kDay);
+}
+
+template <class T>
+NEGFAST_INLINE void fetch(const T* what) {
+  for (size_t at = 0; at < sizeof(T); at += 64) __builtin_prefetch(reinterpret_cast<const char*>(what) + at, 1);
+}
+
+// States of those of N numbers that have one, in blocks that do not move.
+template <class T>
+class States {
+ public:
+  void grow(size_t more) { place_.resize(place_.size() + more, kNone); }
+  size_t size() const { return place_.size(); }
+  NEGFAST_INLINE T* find(int32_t number) {
+    const uint32_t at = place_[number];
+    return at == kNone ? nullptr : &blocks_[at / kBlock][at % kBlock];
+  }
+  T& make(int32_t number, const T& first) {
+    if (made_ % kBlock == 0) blocks_.push_back(std::make_unique_for_overwrite<T[]>(kBlock));
+    place_[number] = static_cast<uint32_t>(made_++);
+    return *find(number) = first;
+  }
+  size_t bytes() const { return place_.capacity() * sizeof(uint32_t) + blocks_.size() * kBlock * sizeof(T); }
+
+ private:
+  static constexpr uint32_t kNone = ~uint32_t{0};
+  static constexpr size_t kBlock = 256;
+  std::vector<uint32_t> place_;
+  std::vector<std::unique_ptr<T[]>> blocks_;
+  size_t made_ = 0;
+};
+
+// A hash table from a pair of numbers below 2^31 to a row of `Payload`, by linear probing. The key's two highest bits
+// are the caller's.
+template <class Payload>
+class Table {
+ public:
+  static constexpr uint64_t kKey = ~uint64_t{0} >> 2;
+
+  NEGFAST_INLINE static uint64_t key(int32_t a, int32_t b) {
+    return static_cast<uint64_t>(a) << 31 | static_cast<uint64_t>(b);
+  }
+  // The row of a key, or where it would be.
+  NEGFAST_INLINE size_t place(uint64_t key) const {
+    size_t at = mixed(key) & (keys.size() - 1);
+    while (keys[at] != kEmpty && (keys[at] & kKey) != key) at = (at + 1) & (keys.size() - 1);
+    return at;
+  }
+  NEGFAST_INLINE bool is_empty(size_t at) const { return keys[at] == kEmpty; }
+  // The row of a key, made if there is none.
+  NEGFAST_INLINE size_t make(uint64_t key) {
+    if (4 * (held_ + 1) > 3 * keys.size()) grow();
+    const size_t at = place(key);
+    if (is_empty(at)) {
+      keys[at] = key;
+      ++held_;
+    }
+    return at;
+  }
+  NEGFAST_INLINE void fetch_early(uint64_t key) const {
+    const size_t at = mixed(key) & (keys.size() - 1);
+    __builtin_prefetch(&keys[at], 1);
+    if (!rows.empty()) __builtin_prefetch(&rows[at], 1);
+  }
+  size_t bytes() const { return keys.capacity() * sizeof(uint64_t) + rows.capacity() * sizeof(Payload); }
+
+  explicit Table(bool has_rows) : keys(kLeast, kEmpty), rows(has_rows ? kLeast : 0) {}
+
+  std::vector<uint64_t> keys;
+  std::vector<Payload> rows;  // empty, or one a key
+
+ private:
+  static constexpr uint64_t kEmpty = ~uint64_t{0};
+  static constexpr size_t kLeast = 1024;
+
+  void grow() {
+    Table more(!rows.empty());
+    more.keys.assign(2 * keys.size(), kEmpty);
+    if (!rows.empty()) more.rows.resize(2 * keys.size());
+    for (size_t at = 0; at < keys.size(); ++at) {
+      if (is_empty(at)) continue;
+      const size_t to = more.place(keys[at] & kKey);
+      more.keys[to] = keys[at];
+      if (!rows.empty()) more.rows[to] = rows[at];
+    }
+    keys.swap(more.keys);
+    rows.swap(more.rows);
+  }
+
+  size_t held_ = 0;
+};
+
+struct Counts {
+  int32_t count = 0, dislikes = 0;
+};
+
+NEGFAST_INLINE double mean(double total, double count, double prior, double pseudo_events) {
+  return (total + pseudo_events * prior) / (count + pseudo_events);
+}
+
+NEGFAST_INLINE float logit(double rate) {
+  rate = std::min(std::max(rate, 1e-6), 1 - 1e-6);
+  return static_cast<float>(logarithm(rate / (1 - rate)));
+}
+
+// The standard deviation of the values, unknown for fewer than two.
+NEGFAST_INLINE float spread(const Sums& sums) {
+  if (sums.value_count < 2) return kUnknown;
+  const double mean = sums.value / sums.value_count;
+  return static_cast<float>(std::sqrt(std::max(sums.value_square / sums.value_count - mean * mean, 0.0)));
+}
+
+// A user or an item as far as columns tell of it alone.
+struct Side {
+  float logit_rate, log_count, mean_value, spread, deviation[2], recent[2];
+};
+
+[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
+
+}  // namespace
+
+class FeatureState {
+ public:
+  explicit FeatureState(const FeatureSettings& settings)
+      : settings_(settings),
+        prior_(std::min(std::max(settings.prior_rate, 1e-6), 1 - 1e-6)),
+        said_(settings.has_values),
+        by_user_value_(true),
+        lately_(static_cast<float>(prior_)) {
+    unknown_user_.sums.lately = unknown_item_.sums.lately = lately_;
+    for (size_t p = 0; p < kRidge / 2; ++p) {
+      unknown_user_.inverse[p] = Lanes{};
+      for (size_t row = 2 * p; row < 2 * p + 2; ++row)
+        unknown_user_.inverse[p][row % 2 * kRidge + row] = 1 / kPenalty;
+    }
+    width_ = kRates + kEvidence + kDeviations + 1;
+    if (settings.has_values) width_ += kValues + kDeviations + 1;
+    for (const auto& attribute : settings.attributes) width_ += 2 + attribute.columns;
+  }
+
+  // ---- Growth.
+
+  void add_users(std::span<const uint64_t> keys) {
+    user_key_.insert(user_key_.end(), keys.begin(), keys.end());
+    users_.grow(keys.size());
+  }
+
+  void add_values(std::span<const int32_t> column, std::span<const float> content) {
+    for (size_t k = 0; k < column.size(); ++k) values_.push_back({0, 0, column[k], content[k]});
+  }
+
+  void add_items(const FeatureItems& more) {
+    const size_t n = more.key.size();
+    for (size_t k = 0; k < 2 * n; ++k)
+      if (more.cell[k] < 0) refuse("cells: found a negative one");
+    for (size_t k = 0; k < more.value_start.size(); ++k) {
+      const int64_t before = k == 0 ? 0 : more.value_start[k - 1];
+      if (more.value_start[k] < before || more.value_start[k] > static_cast<int64_t>(more.value.size()))
+        refuse("value_start: expected places in the values, ascending");
+    }
+    for (const int32_t value : more.value)
+      if (value < 0 || static_cast<size_t>(value) >= values_.size())
+        refuse("attribute value " + std::to_string(value) + ": expected below " + std::to_string(values_.size()));
+    item_key_.insert(item_key_.end(), more.key.begin(), more.key.end());
+    items_.grow(n);
+    for (size_t k = 0; k < n; ++k) {
+      Text text;
+      std::memcpy(&text, more.text + k * kText, sizeof text);
+      text_.push_back(text);
+      cell_.push_back({more.cell[2 * k], more.cell[2 * k + 1]});
+      for (const int32_t cell : cell_.back())
+        if (static_cast<size_t>(cell) >= cells_.size()) cells_.resize(static_cast<size_t>(cell) + 1);
+    }
+    const auto first = static_cast<int64_t>(value_.size());
+    if (value_start_.empty()) value_start_.push_back(0);
+    for (size_t k = 1; k < more.value_start.size(); ++k) value_start_.push_back(first + more.value_start[k]);
+    value_.insert(value_.end(), more.value.begin(), more.value.end());
+  }
+
+  // ---- Checks.
+
+  int64_t moment(int64_t time) const {
+    const int64_t into = time % settings_.unit;
+    return time - into - (into < 0 ? settings_.unit : 0);
+  }
+
+  void check(int32_t user, int32_t item) const {
+    if (user < 0 || static_cast<size_t>(user) >= users_.size())
+      refuse("user " + std::to_string(user) + ": expected below " + std::to_string(users_.size()));
+    if (item < 0 || static_cast<size_t>(item) >= items_.size())
+      refuse("item " + std::to_string(item) + ": expected below " + std::to_string(items_.size()));
+  }
+
+  void check_event(int32_t user, int32_t item, int64_t time, uint8_t feedback) const {
+    check(user, item);
+    if (feedback > kWithdrawn) refuse("feedback " + std::to_string(feedback) + ": expected 0 to 3");
+    const int64_t newest = newest_moment();
+    if (moment(time) < newest || moment(time) == learned_)
+      refuse("event at " + std::to_string(time) + ": older than what was learned, up to " + std::to_string(newest));
+  }
+
+  void check_moment(int64_t asked) const {
+    if (asked <= learned_)
+      refuse("asked at " + std::to_string(asked) + ": events of " + std::to_string(learned_) + " are learned");
+  }
+
+  int64_t newest_moment() const { return pending_.empty() ? learned_ : moment(pending_[0].time); }
+
+  // ---- Events.
+
+  NEGFAST_INLINE void push(const Event& event) {
+    if (event.feedback == kExposed) return;
+    if (!pending_.empty() && moment(event.time) != moment(pending_[0].time)) learn_pending();
+    pending_.push_back(event);
+  }
+
+  NEGFAST_INLINE void learn_before(int64_t asked) {
+    if (!pending_.empty() && moment(pending_[0].time) < asked) learn_pending();
+  }
+
+  NEGFAST_INLINE void fetch_early(int32_t user, int32_t item) {
+    if (User* of_user = users_.find(user)) fetch(of_user);
+    if (Item* of_item = items_.find(item)) fetch(of_item);
+    said_.fetch_early(said_.key(user, item));
+    const size_t attributes = settings_.attributes.size();
+    for (int64_t k = value_start_[item * attributes]; k < value_start_[(item + 1) * attributes]; ++k)
+      by_user_value_.fetch_early(by_user_value_.key(user, value_[k]));
+  }
+
+  size_t waiting() const { return pending_.size(); }
+
+  // ---- Answers.
+
+  // A user at a moment.
+  struct Asked {
+    const User* user;
+    int32_t number;
+    int64_t moment;
+    Side side;
+    float off[2], recent_events, sketch_length, taste_length, last, last_dislike;
+  };
+
+  NEGFAST_INLINE void ask(Asked& asked, int32_t number, int64_t moment) {
+    const User* user = users_.find(number);
+    if (user == nullptr) {
+      unknown_user_.factors = first_factors(seed(user_key_[number], true));
+      user = &unknown_user_;
+    }
+    asked.user = user;
+    asked.number = number;
+    asked.moment = moment;
+    const Sums& sums = user->sums;
+    asked.side = side(sums, moment);
+    asked.off[0] = static_cast<float>(sums.dislike.absolute / (sums.count + 1));
+    asked.off[1] = static_cast<float>(sums.of_value.absolute / (sums.value_count + 1));
+    const float events =
+        sums.at == kNever ? 0 : std::max(sums.recent_events * left(moment - sums.at, kCountHalfLife), 0.0f);
+    asked.recent_events = static_cast<float>(logarithm(1 + static_cast<double>(events)));
+    asked.sketch_length = length(user->sketch);
+    asked.taste_length = length(user->taste);
+    asked.last = days(user->last, moment);
+    asked.last_dislike = days(user->last_dislike, moment);
+  }
+
+  NEGFAST_INLINE void answer(const Asked& asked, int32_t i, float* out) {
+    const User& user = *asked.user;
+    const Item* known = items_.find(i);
+    if (known == nullptr) {
+      unknown_item_.factors = first_factors(seed(item_key_[i], false));
+      known = &unknown_item_;
+    }
+    const Item& item = *known;
+    const Side of_user = asked.side, of_item = side(item.sums, asked.moment);
+    *out++ = of_item.logit_rate;
+    *out++ = of_user.logit_rate;
+    *out++ = of_item.log_count;
+    *out++ = of_user.log_count;
+    if (settings_.has_values) {
+      *out++ = of_item.mean_value;
+      *out++ = of_user.mean_value;
+      *out++ = of_user.spread;
+    }
+    out = of_attributes(asked.number, i, out);
+    for (size_t kind = 0; kind < 1 + settings_.has_values; ++kind) {
+      *out++ = of_user.deviation[kind];
+      *out++ = of_item.deviation[kind];
+      *out++ = of_user.deviation[kind] + of_item.deviation[kind];
+      *out++ = of_user.recent[kind];
+      *out++ = of_item.recent[kind];
+      *out++ = asked.off[kind];
+    }
+    *out++ = asked.recent_events;
+    by_pairs(dot(user.sketch, item.opinion), asked.sketch_length, length(item.opinion), item.weight, out);
+    by_pairs(dot(item.sketch, user.taste), length(item.sketch), asked.taste_length, user.weight, out + 3);
+    out[6] = sum(user.factors * item.factors);
+    const Text& text = text_[i];
+    float total = 0, weight = 0;
+    for (size_t k = 0; k < std::min<uint64_t>(user.judged, kRecent); ++k) {
+      const float cosine = std::max(dot(text, text_[user.item[k]]), 0.0f), kernel = cosine * cosine * cosine;
+      total += kernel * user.residual[k];
+      weight += kernel;
+    }
+    out[7] = total / (weight + kTextWeight);
+    out[8] = weight;
+    out[9] = sum(user.weights * twice(text)) / 2;
+    for (size_t level = 0; level < 2; ++level) {
+      const Cell& cell = cells_[cell_[i][level]];
+      out[10 + level] = static_cast<float>(cell.excess / (cell.count + kCellPseudoEvents));
+    }
+    out[12] = user.sums.lately;
+    out[13] = item.sums.lately;
+    out[14] = lately_;
+    out[15] = asked.last;
+    out[16] = asked.last_dislike;
+    out[17] = days(item.first, asked.moment);
+    if (settings_.has_values) out[18] = spread(item.sums);
+  }
+
+  const FeatureSettings& settings() const { return settings_; }
+  size_t width() const { return width_; }
+  size_t users() const { return users_.size(); }
+  size_t items() const { return items_.size(); }
+
+  size_t bytes() const {
+    const size_t of_items = item_key_.capacity() * (sizeof(uint64_t) + sizeof(Text) + sizeof(cell_[0])) +
+                            value_start_.capacity() * sizeof(int64_t) + value_.capacity() * sizeof(int32_t);
+    return users_.bytes() + items_.bytes() + said_.bytes() + by_user_value_.bytes() + of_items +
+           user_key_.capacity() * sizeof(uint64_t) + values_.capacity() * sizeof(Value) +
+           cells_.capacity() * sizeof(Cell);
+  }
+
+ private:
+  // The first numbers of a text vector, twice.
+  NEGFAST_INLINE static Lanes twice(const Text& text) {
+    const auto half = std::bit_cast<std::array<Half, 2>>(text.part[0]);
+    return std::bit_cast<Lanes>(std::array<Half, 2>{half[0], half[0]});
+  }
+
+  NEGFAST_INLINE Side side(const Sums& sums, int64_t moment) const {
+    const float kept = sums.at == kNever ? 0 : left(moment - sums.at, kHalfLife);
+    return {logit(mean(sums.dislikes, sums.count, settings_.prior_rate, kPseudoEvents)),
+            static_cast<float>(logarithm(1 + sums.count)),
+            static_cast<float>(mean(sums.value, sums.value_count, settings_.prior_value, kPseudoEvents)),
+            spread(sums),
+            {static_cast<float>(sums.dislike.excess / (sums.count + kPseudoEvents)),
+             static_cast<float>(sums.of_value.excess / (sums.value_count + kPseudoEvents))},
+            {recent(sums.dislike, kept), recent(sums.of_value, kept)}};
+  }
+
+  // Withdrawals of older events make a recent count negative.
+  NEGFAST_INLINE static float recent(const Deviation& deviation, float kept) {
+    const float count = std::max(deviation.recent_count * kept, 0.0f);
+    return deviation.recent_excess * kept / (count + static_cast<float>(kRecentPseudoEvents));
+  }
+
+  NEGFAST_INLINE float* of_attributes(int32_t user, int32_t item, float* out) const {
+    const size_t attributes = settings_.attributes.size();
+    for (size_t a = 0; a < attributes; ++a) {
+      const auto& attribute = settings_.attributes[a];
+      const int64_t first = value_start_[item * attributes + a], end = value_start_[item * attributes + a + 1];
+      std::fill(out + 2, out + 2 + attribute.columns, attribute.missing);
+      double by_user = 0, by_all = 0;
+      for (int64_t k = first; k < end; ++k) {
+        const Value& value = values_[value_[k]];
+        const size_t at = by_user_value_.place(by_user_value_.key(user, value_[k]));
+        const Counts mine = by_user_value_.is_empty(at) ? Counts{} : by_user_value_.rows[at];
+        by_user += mean(mine.dislikes, mine.count, settings_.prior_rate, kPseudoEvents);
+        by_all += mean(value.dislikes, value.count, settings_.prior_rate, kPseudoEvents);
+        if (value.column >= 0) out[2 + value.column] = value.content;
+      }
+      const auto count = static_cast<double>(end - first);
+      out[0] = first == end ? kUnknown : static_cast<float>(by_user / count);
+      out[1] = first == end ? kUnknown : static_cast<float>(by_all / count);
+      out += 2 + attribute.columns;
+    }
+    return out;
+  }
+
+  NEGFAST_INLINE static void by_pairs(float total, float a, float b, float weight, float* out) {
+    out[0] = total;
+    out[1] = total / (a * b + 1e-3f);
+    out[2] = total / (a * weight + kPairWeight);
+  }
+
+  NEGFAST_INLINE void learn_pending() {
+    const int64_t now = moment(pending_[0].time);
+    std::stable_sort(pending_.begin(), pending_.end(), [this](const Event& a, const Event& b) {
+      const uint64_t x = user_key_[a.user], y = user_key_[b.user];
+      return x != y ? x < y : a.time < b.time;
+    });
+    changes_.clear();
+    for (const Event& event : pending_) changes_.push_back(change(event));
+    for (size_t k = 0; k < pending_.size(); ++k) {
+      if (k + kAhead < pending_.size()) fetch_early(pending_[k + kAhead].user, pending_[k + kAhead].item);
+      learn(pending_[k], changes_[k], now);
+    }
+    pending_.clear();
+    learned_ = now;
+  }
+
+  // Takes note of what the pair says now; what is expected comes from the moments before.
+  NEGFAST_INLINE Change change(const Event& event) {
+    const size_t at = said_.make(said_.key(event.user, event.item));
+    const uint64_t before = said_.keys[at] >> 62;  // 0: nothing
+    said_.keys[at] = (said_.keys[at] & said_.kKey) | static_cast<uint64_t>(event.feedback) << 62;
+    const bool judged = event.feedback != kWithdrawn, judged_before = before != 0 && before != kWithdrawn;
+    Change out{};
+    out.judged = judged - judged_before;
+    out.dislikes = (event.feedback == kDislike) - (before == kDislike);
+    out.is_first = before == 0 && judged;
+    if (settings_.has_values) {
+      const float value = judged ? event.value : kUnknown, old = before == 0 ? kUnknown : said_.rows[at];
+      said_.rows[at] = value;
+      if (std::isfinite(value)) {
+        out.value_count += 1;
+        out.value += value;
+        out.value_square += static_cast<double>(value) * value;
+      }
+      if (std::isfinite(old)) {
+        out.value_count -= 1;
+        out.value -= old;
+        out.value_square -= static_cast<double>(old) * old;
+      }
+    }
+    const User* known_user = users_.find(event.user);
+    const Item* known_item = items_.find(event.item);
+    const Sums& user = known_user == nullptr ? unknown_user_.sums : known_user->sums;
+    const Sums& item = known_item == nullptr ? unknown_item_.sums : known_item->sums;
+    out.item_mean = mean(item.dislikes, item.count, settings_.prior_rate, kPseudoEvents);
+    out.user_mean = settings_.prior_rate + user.dislike.excess / (user.count + kPseudoEvents);
+    out.item_value = mean(item.value, item.value_count, settings_.prior_value, kPseudoEvents);
+    out.user_value = settings_.prior_value + user.of_value.excess / (user.value_count + kPseudoEvents);
+    // The probability of a dislike by both rates: their odds multiplied, over the prior's.
+    const double against = (user.dislikes + kPseudoEvents * prior_) * (item.dislikes + kPseudoEvents * prior_) *
+                           (1 - prior_);
+    const double in_favour = (user.count - user.dislikes + kPseudoEvents * (1 - prior_)) *
+                             (item.count - item.dislikes + kPseudoEvents * (1 - prior_)) * prior_;
+    const double expected = against / (against + in_favour);
+    out.residual = static_cast<float>(out.dislikes - expected * out.judged);
+    return out;
+  }
+
+  NEGFAST_INLINE static void deviate(Deviation& to, double total, double count, double expected) {
+    const double excess = total - count * expected;
+    to.excess += excess;
+    to.absolute += count * std::abs(excess);
+    to.recent_count += static_cast<float>(count);
+    to.recent_excess += static_cast<float>(excess);
+  }
+
+  NEGFAST_INLINE static void count(Sums& sums, const Change& change, int64_t now) {
+    if (sums.at != now && sums.at != kNever) {
+      const float kept = left(now - sums.at, kHalfLife);
+      for (Deviation* of : {&sums.dislike, &sums.of_value}) {
+        of->recent_count *= kept;
+        of->recent_excess *= kept;
+      }
+      sums.recent_events *= left(now - sums.at, kCountHalfLife);
+    }
+    sums.at = now;
+    sums.recent_events += static_cast<float>(change.judged);
+    sums.count += change.judged;
+    sums.dislikes += change.dislikes;
+    sums.value_count += change.value_count;
+    sums.value += change.value;
+    sums.value_square += change.value_square;
+  }
+
+  NEGFAST_INLINE void learn(const Event& event, const Change& change, int64_t now) {
+    User* known_user = users_.find(event.user);
+    if (known_user == nullptr) {
+      known_user = &users_.make(event.user, unknown_user_);
+      known_user->factors = first_factors(seed(user_key_[event.user], true));
+    }
+    Item* known_item = items_.find(event.item);
+    if (known_item == nullptr) {
+      known_item = &items_.make(event.item, unknown_item_);
+      known_item->factors = first_factors(seed(item_key_[event.item], false));
+    }
+    User& user = *known_user;
+    Item& item = *known_item;
+    const float r = change.residual;
+    item.weight += std::abs(r) * length(user.sketch);
+    user.weight += std::abs(r) * length(item.sketch);
+    negfast::add(item.opinion, r, user.sketch);
+    negfast::add(user.taste, r, item.sketch);
+    add_signs(user.sketch, r, seed(item_key_[event.item], false));
+    add_signs(item.sketch, r, seed(user_key_[event.user], true));
+    if (change.is_first) {
+      regress(user, twice(text_[event.item]), r);
+      factorise(user.factors, item.factors, r);
+    }
+    user.item[user.judged % kRecent] = event.item;
+    user.residual[user.judged++ % kRecent] = r;
+    count(user.sums, change, now);
+    count(item.sums, change, now);
+    deviate(user.sums.dislike, change.dislikes, change.judged, change.item_mean);
+    deviate(item.sums.dislike, change.dislikes, change.judged, change.user_mean);
+    if (settings_.has_values) {
+      deviate(user.sums.of_value, change.value, change.value_count, change.item_value);
+      deviate(item.sums.of_value, change.value, change.value_count, change.user_value);
+    }
+    for (const int32_t number : cell_[event.item]) {
+      Cell& cell = cells_[number];
+      cell.count += change.judged;
+      cell.excess += change.dislikes - prior_ * change.judged;
+    }
+    const size_t attributes = settings_.attributes.size();
+    for (int64_t k = value_start_[event.item * attributes]; k < value_start_[(event.item + 1) * attributes]; ++k) {
+      Counts& mine = by_user_value_.rows[by_user_value_.make(by_user_value_.key(event.user, value_[k]))];
+      Value& all = values_[value_[k]];
+      mine.count += change.judged;
+      mine.dislikes += change.dislikes;
+      all.count += change.judged;
+      all.dislikes += change.dislikes;
+    }
+    if (event.feedback == kWithdrawn) return;
+    const auto label = static_cast<float>(event.feedback == kDislike);
+    user.sums.lately += kLately * (label - user.sums.lately);
+    item.sums.lately += kLately * (label - item.sums.lately);
+    lately_ += kLatelyAll * (label - lately_);
+    user.last = now;
+    if (event.feedback == kDislike) user.last_dislike = now;
+    if (item.first == kNever) item.first = now;
+  }
+
+  // Recursive least squares: Sherman and Morrison's update of the inverse. `x` holds the numbers twice.
+  NEGFAST_INLINE static void regress(User& user, const Lanes& x, float residual) {
+    Lanes total = {};
+    for (size_t p = 0; p < kRidge / 2; ++p) total += user.inverse[p] * rows(x, p);
+    const auto half = std::bit_cast<std::array<Half, 2>>(total);
+    const Half both = half[0] + half[1];
+    const auto gain = std::bit_cast<Lanes>(std::array<Half, 2>{both, both});
+    const float scale = 1 / (1 + std::max(sum(gain * x) / 2, 0.0f));
+    for (size_t p = 0; p < kRidge / 2; ++p) user.inverse[p] -= rows(gain, p) * gain * scale;
+    user.weights += gain * (scale * (residual - sum(user.weights * x) / 2));
+  }
+
+  // Number 2p of `x` eight times, then number 2p + 1.
+  NEGFAST_INLINE static Lanes rows(const Lanes& x, size_t p) {
+    return std::bit_cast<Lanes>(std::array<Half, 2>{Half{} + x[2 * p], Half{} + x[2 * p + 1]});
+  }
+
+  // One implicit gradient step, which cannot overshoot (Kulis and Bartlett 2010).
+  NEGFAST_INLINE static void factorise(Lanes& p, Lanes& q, float residual) {
+    const float error = residual - sum(p * q), curvature = sum(p * p) + sum(q * q);
+    const float step = kStep * error / (1 + kStep * curvature);
+    const Lanes before = p;
+    p += step * q - kStep * kShrink * p;
+    q += step * before - kStep * kShrink * q;
+  }
+
+  const FeatureSettings settings_;
+  const double prior_;  // the rate, where its odds are needed
+  size_t width_;
+  std::vector<uint64_t> user_key_, item_key_;
+  States<User> users_;
+  States<Item> items_;
+  User unknown_user_;  // what is known of those without events; factors are those of the last one asked
+  Item unknown_item_;
+  std::vector<Text> text_;
+  std::vector<std::array<int32_t, 2>> cell_;  // of every item
+  std::vector<Cell> cells_;
+  std::vector<int64_t> value_start_{0};
+  std::vector<int32_t> value_;
+  std::vector<Value> values_;
+  Table<float> said_;             // of every (user, item): in the key the last feedback, its value
+  Table<Counts> by_user_value_;   // of every (user, attribute value)
+  float lately_;                  // running mean of all
+  std::vector<Event> pending_;    // of one moment, not yet learned
+  std::vector<Change> changes_;   // of these
+  int64_t learned_ = kNever;      // the last moment learned
+
+ public:
+  Asked asked_;
+};
+
+namespace {
+
+NEGFAST_CLONES void replay_events(FeatureState& state, const FeatureEvents& events, const FeatureQuestions& questions,
+                                  float* out) {
+  const size_t n = events.user.size(), asked = questions.user.size();
+  auto& user = state.asked_;
+  size_t next = 0;
+  const auto answer_until = [&](int64_t moment, bool all) __attribute__((always_inline)) {
+    for (bool same = false; next < asked && (all || questions.moment[next] <= moment); ++next) {
+      if (!same || user.number != questions.user[next] || user.moment != questions.moment[next]) {
+        state.learn_before(questions.moment[next]);
+        state.ask(user, questions.user[next], questions.moment[next]);
+        same = true;
+      }
+      if (next + kAhead < asked) state.fetch_early(questions.user[next + kAhead], questions.item[next + kAhead]);
+      state.answer(user, questions.item[next], out + next * state.width());
+    }
+  };
+  for (size_t k = 0; k < n; ++k) {
+    if (next < asked) answer_until(state.moment(events.time[k]), false);
+    if (state.waiting() < kAhead && k + kAhead < n) state.fetch_early(events.user[k + kAhead], events.item[k + kAhead]);
+    state.push({events.user[k], events.item[k], events.time[k], events.value.empty() ? kUnknown : events.value[k],
+                events.feedback[k]});
+  }
+  answer_until(0, true);
+}
+
+NEGFAST_CLONES void add_event(FeatureState& state, const Event& event) {
+  state.push(event);
+}
+
+NEGFAST_CLONES void answer_user(FeatureState& state, int32_t number, std::span<const int32_t> items, int64_t moment,
+                                float* out) {
+  state.learn_before(moment);
+  state.ask(state.asked_, number, moment);
+  for (size_t k = 0; k < items.size(); ++k) {
+    if (k + kAhead < items.size()) state.fetch_early(number, items[k + kAhead]);
+    state.answer(state.asked_, items[k], out + k * state.width());
+  }
+}
+
+}  // namespace
+
+Features::Features(const FeatureSettings& settings) : state_(std::make_unique<FeatureState>(settings)) {}
+Features::~Features() = default;
+
+size_t Features::width() const { return state_->width(); }
+size_t Features::attributes() const { return state_->settings().attributes.size(); }
+bool Features::has_values() const { return state_->settings().has_values; }
+size_t Features::users() const { return state_->users(); }
+size_t Features::items() const { return state_->items(); }
+size_t Features::bytes() const { return state_->bytes(); }
+
+void Features::add_users(std::span<const uint64_t> keys) { state_->add_users(keys); }
+void Features::add_values(std::span<const int32_t> column, std::span<const float> content) {
+  state_->add_values(column, content);
+}
+void Features::add_items(const FeatureItems& items) { state_->add_items(items); }
+
+void Features::replay(const FeatureEvents& events, const FeatureQuestions& questions, float* out) {
+  const size_t n = events.user.size(), asked = questions.user.size();
+  for (size_t k = 0; k < n; ++k) {
+    if (k == 0) state_->check_event(events.user[k], events.item[k], events.time[k], events.feedback[k]);
+    state_->check(events.user[k], events.item[k]);
+    if (events.feedback[k] > kWithdrawn) refuse("feedback " + std::to_string(events.feedback[k]) + ": expected 0 to 3");
+    if (k > 0 && state_->moment(events.time[k]) < state_->moment(events.time[k - 1]))
+      refuse("events: expected in order of moment");
+  }
+  for (size_t k = 0; k < asked; ++k) {
+    state_->check(questions.user[k], questions.item[k]);
+    if (k == 0) state_->check_moment(questions.moment[k]);
+    if (k > 0 && questions.moment[k] < questions.moment[k - 1]) refuse("questions: expected in order of moment");
+  }
+  replay_events(*state_, events, questions, out);
+}
+
+void Features::add(int32_t user, int32_t item, int64_t time, uint8_t feedback, float value) {
+  state_->check_event(user, item, time, feedback);
+  add_event(*state_, {user, item, time, value, feedback});
+}
+
+void Features::answer(int32_t user, std::span<const int32_t> items, int64_t moment, float* out) {
+  for (const int32_t item : items) state_->check(user, item);
+  state_->check_moment(moment);
+  if (!items.empty()) answer_user(*state_, user, items, moment, out);
+}
+
+}  // namespace negfast
