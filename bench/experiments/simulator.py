@@ -101,9 +101,7 @@ def filter_effects(simulation: Simulation, user_days: int = 4_000) -> Result:
     rows = np.flatnonzero(np.isin(key, chosen))
 
     everyone = np.arange(log.n_items)
-    starts = rows[
-        np.flatnonzero(np.diff(key[rows], prepend=-1))
-    ]  # of user-days, asked together: a call replays the log
+    starts = rows[np.flatnonzero(np.diff(key[rows], prepend=-1))]  # of user-days: a call replays the log
     of_day: Iterator[np.ndarray] = (
         scores
         for part in np.array_split(starts, -(-len(starts) // TOGETHER))

@@ -289,6 +289,7 @@ def test_live_answers_are_those_of_the_whole_log(seed: int, context: str, share:
     table = replace(
         items.take(range(known_items)), vectors=items.vectors[:known_items], codes=items.codes[:known_items]
     )
+    vectors, codes = items.vectors[known_items:], items.codes[known_items:]
     items = replace(items, original=known_items)
     few = replace(early, user_offsets=early.user_offsets[: known_users + 1], n_items=known_items)
     whole = HistoryFeatures(log, items, PRIOR, PRIOR_VALUE, context, names)
@@ -297,7 +298,7 @@ def test_live_answers_are_those_of_the_whole_log(seed: int, context: str, share:
     number = {int(u): u for u in range(known_users)} | {int(u): known_users + k for k, u in enumerate(new)}
     live.add_users([names[u] for u in new])
     rest = items.take(range(known_items, ITEMS))
-    live.add_items(replace(rest, vectors=items.vectors[known_items:], codes=items.codes[known_items:]))
+    live.add_items(replace(rest, vectors=vectors, codes=codes))
     shuffled = rng.permutation(late)
     shuffled = shuffled[np.argsort(moments[shuffled], kind="stable")]
     for row in shuffled.copy():  # of one user in order of time, as they were made
