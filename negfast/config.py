@@ -80,6 +80,7 @@ class History:
     positions: str = setting(
         "events", choices=("events", "codes"), help="events: one position an event; codes: its codes and feedback"
     )
+    text: bool = setting(False, help="positions carry the text vectors of their items beside the codes")
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,13 @@ from functools import cached_property
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from negfast import _core
 from negfast.config import History
+from negfast.data.dataset import Dataset
+from negfast.data.features import text_vectors
 from negfast.data.log import DAY, EventLog, events_before
 from negfast.data.shards import PackedHistories, Shard
 from negfast.model.layout import GroupLayout
@@ -41,6 +45,7 @@ class Histories:
     requests: np.ndarray  # int64 [R], places among the branches
     make_prior: Callable[[], RequestPrior] | None = None
     has_text: bool = False  # whether any token is the decoder's own
+    item_text: Tensor | None = None  # float16 [T, D], what each position carries of its item's text
 
     @classmethod
     def of_prompts(cls, prompts: Sequence[np.ndarray], gap: int, device: torch.device, has_text: bool) -> "Histories":
@@ -65,14 +70,16 @@ class Histories:
         """The same with nothing computed yet."""
         return replace(self, layout=self.layout.fresh())
 
-    def states(self, policy: Policy, branches: np.ndarray, tokens: Tensor) -> Tensor:
-        """Hidden states [N, n, d] of tokens [N, n, S] that continue ``branches`` int [N], ascending.
+    def states(self, policy: Policy, branches: np.ndarray, tokens: Tensor, item_text: Tensor | None = None) -> Tensor:
+        """Hidden states [N, n, d] of tokens [N, n, S] that continue ``branches`` int [N], ascending; ``item_text``
+        [N, n, D] is what these carry of their items' text.
 
         The first call computes the histories; later ones find their keys and values in the layout.
         """
         self.layout.ask(self.history[branches], self.prefix[branches])
         prompts = None if self.layout.keys else self.tokens
-        return policy.hidden(self.layout, prompts, tokens, self.has_text).view(*tokens.shape[:2], -1)
+        hidden = policy.hidden(self.layout, prompts, tokens, self.has_text, self.item_text, item_text)
+        return hidden.view(*tokens.shape[:2], -1)
 
     def start(self, policy: Policy, marker: str) -> Tensor:
         """Hidden states [R, d] of the requests' marker, from which `GroupLayout.branch` goes on."""
@@ -94,12 +101,17 @@ class HistoryBuilder:
         config: History,
         device: torch.device,
         threads: int,
+        text: np.ndarray | None = None,
     ) -> None:
+        """``text`` float16 [I, D]: vectors of `item_text`, where positions carry them."""
         self.shard, self.log, self.trie, self.vocabulary, self.prior = shard, log, trie, vocabulary, prior
         self.config, self.device, self.threads = config, device, threads
         self.item_tokens = vocabulary.item_tokens(trie.codes)  # int32 [I, L]
         none = np.full((1, trie.levels), vocabulary.marker("none"), dtype=np.int32)
         self.item_token_ids = put(np.concatenate([self.item_tokens, none]), device).long()  # the last: of no item
+        self.item_vectors = None
+        if text is not None:
+            self.item_vectors = put(np.concatenate([text, np.zeros_like(text[:1])]), device)
 
     def build(
         self,
@@ -134,19 +146,22 @@ class HistoryBuilder:
             days = moments[asked] // DAY - 1  # the last whole day before each moment: nothing of the moment's own day
             return self.prior.for_requests(days, SeenNodes.from_packed(packed, self.trie, self.device))
 
-        tokens, cu_seqlens, prefix = self._tokens(packed)
+        tokens, item_text, cu_seqlens, prefix = self._tokens(packed)
         gap = put(packed.branch_gap, self.device).long() + self.vocabulary.marker("gap-0")
         layout = GroupLayout.build(cu_seqlens, self.device)
-        return Histories(tokens, layout, history, prefix, gap, np.flatnonzero(asked), make_prior)
+        requests_at = np.flatnonzero(asked)
+        return Histories(tokens, layout, history, prefix, gap, requests_at, make_prior, item_text=item_text)
 
-    def _tokens(self, packed: PackedHistories) -> tuple[Tensor, np.ndarray, np.ndarray]:
-        """Tokens [T, S], their offsets [B + 1] and the branches' prefixes [A]."""
+    def _tokens(self, packed: PackedHistories) -> tuple[Tensor, Tensor | None, np.ndarray, np.ndarray]:
+        """Tokens [T, S], item texts [T, D], the offsets of both [B + 1] and the branches' prefixes [A]."""
         item, feedback, gap = (put(x, self.device).long() for x in (packed.item, packed.feedback, packed.gap))
         marks = [feedback + self.vocabulary.marker(FEEDBACK[0]), gap + self.vocabulary.marker("gap-0")]
         codes = self.item_token_ids[item]
-        prefix = packed.prefix.astype(np.int64)
+        prefix, text = packed.prefix.astype(np.int64), self.text_of(item)
+        if text is not None:
+            text = text.flatten(0, 1)
         if self.config.positions == "events":
-            return torch.cat([codes, torch.stack(marks, dim=-1)], dim=1), packed.cu_seqlens, prefix
+            return torch.cat([codes, torch.stack(marks, dim=-1)], dim=1), text, packed.cu_seqlens, prefix
         none = torch.full_like(codes, self.vocabulary.marker("none"))
         spelt = torch.cat([torch.stack([codes, none], dim=-1), torch.stack(marks, dim=-1).unsqueeze(1)], dim=1)
         a_position = self.trie.levels + 1  # codes, then the feedback; of a start the last alone
@@ -154,7 +169,16 @@ class HistoryBuilder:
         real[packed.item < 0, :-1] = False
         before = np.concatenate([[0], np.cumsum(real.sum(1))])
         rows = put(np.flatnonzero(real), self.device)
-        return spelt.flatten(0, 1)[rows], before[packed.cu_seqlens], 1 + (prefix - 1) * a_position
+        text = None if text is None else text[rows]
+        return spelt.flatten(0, 1)[rows], text, before[packed.cu_seqlens], 1 + (prefix - 1) * a_position
+
+    def text_of(self, items: Tensor) -> Tensor | None:
+        """What the positions of ``items`` int64 [E], -1 for none, carry of their text, float16 [E, n, D]: the vectors,
+        at an item's last position; None where texts are left out."""
+        if self.item_vectors is None:
+            return None
+        text = self.item_vectors[items].unsqueeze(1)
+        return text if self.config.positions == "events" else F.pad(text, (0, 0, self.trie.levels, 0))
 
     def candidate_tokens(self, items: Tensor, gap: Tensor) -> Tensor:
         """Tokens [E, n, S] that ask for a verdict on ``items`` int64 [E], ``gap`` int64 [E] their branches': one
@@ -177,6 +201,27 @@ def marked_codes(vocabulary: CodeVocabulary, markers: Tensor, gap: Tensor, codes
     second = torch.full_like(fed, vocabulary.marker("none"))
     second[:, 0] = gap
     return torch.stack([fed, second], dim=-1)
+
+
+def text_width(data: Dataset, config: History) -> int:
+    """Columns of `item_text` where the settings want it and items have a text or an embedding; else 0."""
+    return _core.EVIDENCE_TEXT if config.text and _of_text(data).any() else 0
+
+
+def item_text(data: Dataset) -> np.ndarray:
+    """Vectors of the items' texts and own embeddings: units along their principal axes, or zeros, float16 [I, D].
+
+    Co-occurrence, the third of what semantic IDs are made of, is left out: it was counted over all train days, so it
+    knows what comes after a moment of training (negfast's choice).
+    """
+    items = replace(data.items, vectors=data.embedding[:, _of_text(data)])
+    return text_vectors(items).astype(np.float16)
+
+
+def _of_text(data: Dataset) -> np.ndarray:
+    """Which columns of the data set's embedding come from texts or own embeddings, bool [D]."""
+    blocks = data.manifest["semantic_ids"]["report"]["blocks"]
+    return np.concatenate([np.full(width, name != "co-occurrence") for name, width in blocks.items()])
 
 
 def window_start(events: np.ndarray, window: int) -> np.ndarray:

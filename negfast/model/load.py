@@ -31,6 +31,7 @@ def build_policy(
     levels: int,
     codebook: int,
     verdict_features: int,
+    text_width: int = 0,
 ) -> tuple[Policy, PreTrainedTokenizerBase]:
     """A policy without adapters: from ``model_dir`` where given, else the built-in Qwen3 of ``config``.
 
@@ -50,7 +51,7 @@ def build_policy(
         except (OSError, ValueError) as error:
             raise InputError(f"{model_dir}: cannot be read as a decoder: {first_line(error)}") from error
     vocabulary = CodeVocabulary(len(embedding_rows(model)), levels, codebook)
-    return Policy(model, vocabulary, verdict_features), tokenizer
+    return Policy(model, vocabulary, verdict_features, text_width), tokenizer
 
 
 def check_model_folder(folder: Path) -> None:
@@ -66,7 +67,7 @@ def save_model_files(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder:
 
 
 def rebuild_policy(
-    folder: Path, adapters: Model, levels: int, codebook: int, verdict_features: int
+    folder: Path, adapters: Model, levels: int, codebook: int, verdict_features: int, text_width: int
 ) -> tuple[Policy, PreTrainedTokenizerBase]:
     """The policy of a run, with the ``adapters`` of its settings, from the folder that ``save_model_files`` wrote; its
     weights come from a checkpoint."""
@@ -74,7 +75,7 @@ def rebuild_policy(
     with torch.random.fork_rng(devices=[]):  # weights are replaced: leave the caller's stream of numbers alone
         model = AutoModelForCausalLM.from_config(config)
         vocabulary = CodeVocabulary(len(embedding_rows(model)), levels, codebook)
-        policy = Policy(model, vocabulary, verdict_features)
+        policy = Policy(model, vocabulary, verdict_features, text_width)
         add_adapters(policy, adapters)
     return policy, AutoTokenizer.from_pretrained(folder, local_files_only=True)
 

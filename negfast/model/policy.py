@@ -53,8 +53,15 @@ class Policy(nn.Module):
     copies: tuple[WeightCopies, ...] = ()  # once a step asked for them
     bare_layers: tuple[nn.ModuleList, ...] = ()  # where the decoder's are sharded, what they were made of, without data
 
-    def __init__(self, model: "PreTrainedModel | Qwen3", vocabulary: CodeVocabulary, verdict_features: int = 4) -> None:
-        """``verdict_features``: columns of `negfast.data.features.HistoryFeatures.rich`."""
+    def __init__(
+        self,
+        model: "PreTrainedModel | Qwen3",
+        vocabulary: CodeVocabulary,
+        verdict_features: int = 4,
+        text_width: int = 0,
+    ) -> None:
+        """``verdict_features``: columns of `negfast.data.features.HistoryFeatures.rich`; ``text_width``: of
+        `negfast.model.histories.item_text`, 0 without."""
         super().__init__()
         self.decoder: Any
         if isinstance(model, Qwen3):
@@ -72,16 +79,23 @@ class Policy(nn.Module):
         std = float(rows.detach().float().std())  # block rows as long as the decoder's own
         self.block = CodeBlock(vocabulary.size, rows.shape[1], std)
         self.verdict_prior = VerdictPrior(verdict_features)
+        # zero, so that a policy starts as it would without text
+        self.text_projection = nn.Parameter(torch.zeros(text_width, rows.shape[1])) if text_width else None
 
-    def embed(self, tokens: Tensor, has_text: bool = False) -> Tensor:
+    def embed(self, tokens: Tensor, has_text: bool = False, item_text: Tensor | None = None) -> Tensor:
         """Embeddings [N, d] of token ids [N], or of sums [N, S]: those of a row's tokens together, <|none|> nothing.
 
-        ``has_text`` says whether any is the decoder's own (no device sync); sums have none.
+        ``has_text`` says whether any is the decoder's own (no device sync); sums have none. ``item_text`` [N, D] of any
+        float type, vectors of items, is projected and added to sums.
         """
         base = self.vocabulary.base
         if tokens.ndim == 2:
             none = self.vocabulary.marker("none") - base
-            return F.embedding_bag(tokens - base, self.block.rows, mode="sum", padding_idx=none)
+            sums = F.embedding_bag(tokens - base, self.block.rows, mode="sum", padding_idx=none)
+            if item_text is None:
+                return sums
+            assert self.text_projection is not None
+            return sums + item_text.to(sums.dtype) @ self.text_projection
         codes = F.embedding((tokens - base).clamp_min(0), self.block.rows)
         if not has_text:
             return codes
@@ -94,10 +108,13 @@ class Policy(nn.Module):
         prompt_tokens: Tensor | None,
         completion_tokens: Tensor | None,
         has_text: bool = False,
+        prompt_item_text: Tensor | None = None,
+        completion_item_text: Tensor | None = None,
     ) -> Tensor:
         """Final hidden states of a call that adds prompts, completions, or both.
 
-        Tokens of prompts are [T], of completions [A, n], or sums [T, S] and [A, n, S] (see `embed`). The states are
+        Tokens of prompts are [T], of completions [A, n], or sums [T, S] and [A, n, S], to which item texts [T, D] and
+        [A, n, D] may be added (see `embed`). The states are
         those of the completions [A * n, d] where there are any, else of the prompts [T, d]. Keys and values of the call
         stay in the layout, with gradients where these are on.
         """
@@ -107,10 +124,11 @@ class Policy(nn.Module):
         embedded, positions = [], []
         if prompt_tokens is not None:
             layout.keys.clear()
-            embedded.append(self.embed(prompt_tokens, has_text))
+            embedded.append(self.embed(prompt_tokens, has_text, prompt_item_text))
             positions.append(layout.positions)
         if completion_tokens is not None:
-            embedded.append(self.embed(completion_tokens.flatten(0, 1), has_text))
+            text = None if completion_item_text is None else completion_item_text.flatten(0, 1)
+            embedded.append(self.embed(completion_tokens.flatten(0, 1), has_text, text))
             positions.append(layout.completion_positions())
         inputs = torch.cat(embedded)
         precision = torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.in_bfloat16)

@@ -16,7 +16,7 @@ from negfast.errors import InputError
 from negfast.memory import available_memory
 from negfast.model.choice import TrieChooser
 from negfast.model.fused_layers import fuse_layers
-from negfast.model.histories import HistoryBuilder
+from negfast.model.histories import HistoryBuilder, item_text
 from negfast.model.policy import Policy
 from negfast.sid.prior import TABLE_BYTES, DevicePrior, decayed_mass
 from negfast.sid.trie import Trie, build_trie
@@ -73,7 +73,8 @@ def build_engine(
         decayed_mass(log, kind, config.prior.half_life_days, first_day, last_day) for kind in (DISLIKE, LIKE)
     )
     prior = DevicePrior.build(trie, disliked, liked, first_day, config.prior.eps, device)
-    histories = HistoryBuilder(data.shard, log, trie, policy.vocabulary, prior, config.history, device, threads)
+    text = None if policy.text_projection is None else item_text(data)
+    histories = HistoryBuilder(data.shard, log, trie, policy.vocabulary, prior, config.history, device, threads, text)
     fuse_layers(policy.to(device), device)
     return Engine(
         config,

@@ -12,6 +12,7 @@ from negfast.config import Config, load_config
 from negfast.data.dataset import Dataset, date_of, day_of
 from negfast.errors import InputError
 from negfast.model import qwen3
+from negfast.model.histories import text_width
 from negfast.model.policy import Policy
 from negfast.runtime.checkpoint import STATE, load_weights, read_object, read_state
 from negfast.runtime.engine import Engine, build_engine
@@ -171,7 +172,8 @@ class RunFolder:
 
         shape = dataset.codes.shape[1], int(dataset.manifest["semantic_ids"]["codebook"])
         config = self.config
-        return rebuild_policy(self.model, config.model, *shape, self._entry("verdict_features", int))
+        widths = self._entry("verdict_features", int), text_width(dataset, config.history)
+        return rebuild_policy(self.model, config.model, *shape, *widths)
 
     def serving_policy(self, dataset: Dataset) -> Policy | None:
         """The run's policy without transformers, its weights still to be loaded; None for another decoder."""
@@ -182,7 +184,8 @@ class RunFolder:
         sids = dataset.codes.shape[1], int(dataset.manifest["semantic_ids"]["codebook"])
         vocabulary = CodeVocabulary(shape.vocab_size, *sids)
         with torch.random.fork_rng(devices=[]):
-            return Policy(qwen3.Qwen3(shape), vocabulary, self._entry("verdict_features", int))
+            widths = self._entry("verdict_features", int), text_width(dataset, config.history)
+            return Policy(qwen3.Qwen3(shape), vocabulary, *widths)
 
     def finished_engine(self, data: Path | None, serving: bool = False) -> Engine:
         """An engine with the run's final weights over ``data`` (default: the data it was trained on), for inference.

@@ -99,6 +99,7 @@ class VerdictInputs:
     histories: Histories
     branches: np.ndarray  # int64 [E], of each candidate
     tokens: Tensor  # int64 [E, n, S]
+    item_text: Tensor | None  # float16 [E, n, D]
     features: Tensor  # float32 [E, width], of the prior
 
 
@@ -123,13 +124,14 @@ def verdict_inputs(
     features = prior_features(engine, candidates) if features is None else features
     of_candidate = branches[candidates.group_of_item]
     gap = histories.gap[put(of_candidate, engine.device)]
-    tokens = engine.histories.candidate_tokens(put(candidates.items, engine.device).long(), gap)
-    return VerdictInputs(histories, of_candidate, tokens, _on_device(engine, features))
+    items = put(candidates.items, engine.device).long()
+    tokens, text = engine.histories.candidate_tokens(items, gap), engine.histories.text_of(items)
+    return VerdictInputs(histories, of_candidate, tokens, text, _on_device(engine, features))
 
 
 def verdict_logits(policy: Policy, inputs: VerdictInputs) -> Tensor:
     """Logit [E] of P(dislike) for every candidate."""
-    states = inputs.histories.states(policy, inputs.branches, inputs.tokens)
+    states = inputs.histories.states(policy, inputs.branches, inputs.tokens, inputs.item_text)
     return policy.verdict_logit(states[:, -1], inputs.features)
 
 

@@ -47,6 +47,8 @@ def export_run(run: Path, out: Path) -> None:
 
 
 def _write_export(folder: RunFolder, out: Path) -> None:
+    if folder.config.history.text:
+        raise InputError(f"{folder.path}: found history.text=true, whose vectors have no place in an export")
     engine = folder.finished_engine(None)
     merge_adapters(engine.policy)
     model = merged_model(engine.policy)

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -150,13 +151,13 @@ class Recorder:
     def __enter__(self) -> "Recorder":
         embed = self.policy.embed
 
-        def noted(tokens: Tensor, has_text: bool = False) -> Tensor:
+        def noted(tokens: Tensor, *rest: Any) -> Tensor:
             prefix = f"call{self.calls}."
             second = prefix + "tokens" in self.tensors  # after the histories' come those that branch off
             self.tensors[prefix + ("branch_tokens" if second else "tokens")] = tokens.clone()
-            return embed(tokens, has_text)
+            return embed(tokens, *rest)
 
-        self.policy.embed = noted  # type: ignore[method-assign]
+        self.policy.embed = noted  # type: ignore[method-assign,assignment]
         self.hooks = [self.policy.decoder.register_forward_pre_hook(self._note, with_kwargs=True)]
         for name, module in self.policy.named_modules():
             if name:

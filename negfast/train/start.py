@@ -12,6 +12,7 @@ from negfast.config import Config, Model, Sid, Train, load_config, to_toml
 from negfast.data.dataset import Dataset, date_of, refuse_data_folder
 from negfast.errors import InputError
 from negfast.files import atomic_file, check_output
+from negfast.model.histories import text_width
 from negfast.model.load import build_policy, check_model_folder, save_model_files
 from negfast.model.lora import add_adapters, merge_adapters
 from negfast.model.verdict_prior import VerdictPrior
@@ -116,10 +117,11 @@ def _start(run: RunFolder, settings: Config, options: TrainOptions) -> None:
     verdict_features = history_features(dataset, dataset.valid_day, settings.history.context).width
     if options.init is None:
         texts = [text for text in dataset.items.text if text.strip()]
-        policy, tokenizer = build_policy(settings.model, options.model, texts, *shape, verdict_features)
+        widths = verdict_features, text_width(dataset, settings.history)
+        policy, tokenizer = build_policy(settings.model, options.model, texts, *shape, *widths)
     else:
         source = RunFolder(options.init)
-        _check_init(source, dataset, options.model, verdict_features)
+        _check_init(source, dataset, options.model, verdict_features, settings.history.text)
         settings = _with_shape(settings, source.config.model)
         policy, tokenizer = source.load_policy(dataset)
         load_weights(source.final, policy)
@@ -157,7 +159,7 @@ def _check_quantizer(dataset: Dataset, wanted: str, embedded: bool) -> None:
         raise InputError(f"sid.quantizer: found {wanted}, but {dataset.path} was prepared with {found}")
 
 
-def _check_init(source: RunFolder, dataset: Dataset, model: Path | None, verdict_features: int) -> None:
+def _check_init(source: RunFolder, dataset: Dataset, model: Path | None, verdict_features: int, text: bool) -> None:
     """InputError where a run cannot start from the weights of ``source``."""
     source.require_finished()
     source.check_data(dataset)
@@ -166,6 +168,9 @@ def _check_init(source: RunFolder, dataset: Dataset, model: Path | None, verdict
     if source.read()["verdict_features"] != verdict_features:
         found = f"{source.read()['verdict_features']} features of users and items"
         raise InputError(f"--init {source.path}: was trained with {found}, expected the {verdict_features} of the data")
+    if (found_text := source.config.history.text) != text:
+        found, expected = (str(value).lower() for value in (found_text, text))
+        raise InputError(f"--init {source.path}: was trained with history.text={found}, expected {expected}")
     if source.learned_until > dataset.valid_day:
         until, start = date_of(source.learned_until), date_of(dataset.valid_day)
         raise InputError(f"--init {source.path}: learned from events before {until}, expected none from {start} on")

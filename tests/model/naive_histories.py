@@ -34,6 +34,8 @@ def naive_prefix(engine: Engine, user: int, moment: int, view: int = MIXED) -> t
 
 def spelt(engine: Engine, item: int, marks: Position) -> list[Position]:
     """An item and what is said of it: one position, or its codes and another."""
+    if engine.config.history.text:  # the text of item i counts as a token after those of the block
+        marks = [*marks, engine.policy.vocabulary.base + engine.policy.vocabulary.size + item]
     codes = engine.policy.vocabulary.item_tokens(engine.trie.codes[item : item + 1])[0].tolist()
     if engine.config.history.positions == "events":
         return [[*codes, *marks]]

@@ -16,6 +16,7 @@ from negfast.config import load_config
 from negfast.data.dataset import Dataset
 from negfast.data.log import DAY
 from negfast.kernels.trie_grpo_reference import group_advantage
+from negfast.model.histories import item_text
 from negfast.model.policy import Policy
 from negfast.runtime.engine import Engine, build_engine
 from negfast.runtime.run_folder import RunFolder
@@ -40,10 +41,13 @@ def make_engine(tiny_run, monkeypatch):
         config = load_config(tiny_run / "config.toml", None, ["history.window=8", *overrides])
         dataset = Dataset.open(run.data)
         torch.manual_seed(5)
+        monkeypatch.setattr(RunFolder, "config", config)
         policy, tokenizer = run.load_policy(dataset)
         engine = build_engine(config, dataset, policy, tokenizer, torch.device("cpu"))
         fit_prior(engine)
         torch.nn.init.normal_(policy.block.head.weight, std=0.3)
+        if policy.text_projection is not None:
+            torch.nn.init.normal_(policy.text_projection, std=0.3)
         take_norms_in_their_own_dtype(policy.decoder)
         policy.double()
         prior = engine.histories.prior
@@ -68,7 +72,11 @@ class OneAtATime:
         prefix, gap = naive_prefix(self.engine, user, moment, view)
         positions = prefix + own(gap)
         base = self.policy.vocabulary.base
-        embedded = torch.stack([self.policy.block.rows[torch.tensor(ids) - base].sum(0) for ids in positions])
+        rows: Tensor = self.policy.block.rows
+        if self.policy.text_projection is not None:
+            vectors = torch.from_numpy(item_text(self.engine.data)).double()
+            rows = torch.cat([rows, vectors @ self.policy.text_projection])
+        embedded = torch.stack([rows[torch.tensor(ids) - base].sum(0) for ids in positions])
         return self.decoder(inputs_embeds=embedded[None], use_cache=False).last_hidden_state[0, len(prefix) :]
 
     def verdict_logit(self, user: int, moment: int, view: int, item: int) -> Tensor:
@@ -127,6 +135,8 @@ class OneAtATime:
             **{f"decoder.{name}": p for name, p in self.decoder.named_parameters()},
             **{f"block.{name}": p for name, p in self.policy.block.named_parameters()},
         }
+        if self.policy.text_projection is not None:
+            parameters["text_projection"] = self.policy.text_projection
         found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         return dict(zip(parameters, found, strict=True))
 
@@ -173,9 +183,10 @@ def assert_same(policy: Policy, loss: Tensor, reference: OneAtATime, expected: T
 
 
 @pytest.mark.parametrize("positions", ["events", "codes"])
-@pytest.mark.parametrize("context", ["day", "event"])
-def test_an_sft_step_is_its_branches_one_at_a_time(make_engine, positions, context):
+@pytest.mark.parametrize(("context", "text"), [("day", "true"), ("event", "false"), ("event", "true")])
+def test_an_sft_step_is_its_branches_one_at_a_time(make_engine, positions, context, text):
     engine = make_engine(
+        f"history.text={text}",
         f"history.positions={positions}",
         f"history.context={context}",
         "sft.histories=12",
@@ -199,6 +210,7 @@ def test_an_sft_step_is_its_branches_one_at_a_time(make_engine, positions, conte
 def test_a_grpo_step_is_its_completions_one_at_a_time(make_engine, positions):
     engine = make_engine(
         f"history.positions={positions}",
+        "history.text=true",
         "grpo.histories=8",
         "grpo.set_size=2",
         "grpo.beta=0.2",
