@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from negfast.config import ENCODERS, QUANTIZERS
+from negfast.config import ENCODERS, QUANTIZERS, SAMPLES
 from negfast.errors import InputError, TrainingError
 from negfast.files import check_page, locked
 
@@ -190,6 +190,8 @@ def prepare(context: click.Context, files: tuple[Path, ...], out: Path, **option
     negfast prepare --recipe movielens ratings.csv movies.csv --out data
     negfast prepare --recipe movielens-dat ratings.dat movies.dat --out data
     negfast prepare --recipe movietweetings ratings.dat movies.dat --out data
+    negfast prepare --recipe polis votes.csv comments.csv --out data
+    negfast prepare --recipe community-notes notes-00000.tsv ratings-00000.tsv --out data
 
     With --like they are new events of a data set that is there, in the same format:
 
@@ -235,7 +237,8 @@ def inspect(path: Path, as_json: bool) -> None:
 TRAIN_OPTIONS = (
     click.argument("config", required=False, type=PATH),
     click.option("--preset", metavar="NAME", help="quickstart, smoke (the whole job in about a minute) or nightly."),
-    click.option("--data", type=PATH, help="Prepared data set; the built-in MovieTweetings by default."),
+    click.option("--data", type=PATH, help="Prepared data set; a built-in sample by default."),
+    click.option("--sample", type=click.Choice(SAMPLES), help="Which built-in sample; movietweetings by default."),
     click.option("--model", type=PATH, help="Local directory of any HF decoder; a small Qwen3 by default."),
     click.option("--init", type=PATH, metavar="RUN", help="Start from the weights of a finished run."),
     click.option("--out", type=PATH, metavar="RUN", help="Run directory; an unfinished one is continued."),

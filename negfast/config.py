@@ -18,6 +18,7 @@ from negfast.errors import InputError
 Tree = Mapping[str, Mapping[str, Any]]
 
 ENCODERS = ("auto", "minilm", "tfidf")  # of item texts
+SAMPLES = ("movietweetings", "polis")  # logs that the package carries
 QUANTIZERS = ("rq-kmeans", "balanced", "rq-vae", "random")  # of item embeddings
 
 
@@ -37,14 +38,14 @@ def setting(
 
 @dataclass(frozen=True)
 class Sample:
-    """The embedded MovieTweetings, prepared where no --data is given."""
+    """The embedded log, prepared where no --data is given; --sample says which."""
 
     encoder: str = setting("auto", choices=ENCODERS, help="of the item texts")
 
 
 @dataclass(frozen=True)
 class Sid:
-    """The semantic IDs of the embedded MovieTweetings; other data gets its own from `negfast prepare`."""
+    """The semantic IDs of the embedded log; other data gets its own from `negfast prepare`."""
 
     quantizer: str = setting(
         "rq-kmeans",

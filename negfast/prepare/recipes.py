@@ -148,6 +148,34 @@ RECIPES: dict[str, Recipe] = {
         _named("movies"),
         finish_items=_years,
     ),
+    "polis": Recipe(
+        "votes.csv and comments.csv of a conversation's export; -1 (disagree) is a dislike, 0 (pass) an exposure",
+        EventMapping(
+            dislike=_rules("vote==-1"),
+            like=_rules("vote==1"),
+            user="voter-id",
+            item="comment-id",
+            time="timestamp",
+            time_unit="s",
+        ),
+        ItemMapping(id="comment-id", text="comment-body"),
+        _has("timestamp", "comment-id", "voter-id", "vote"),
+        _has("comment-id", "comment-body"),
+    ),
+    "community-notes": Recipe(
+        "ratings-*.tsv and notes-*.tsv of X's downloads; NOT_HELPFUL is a dislike, SOMEWHAT_HELPFUL an exposure",
+        EventMapping(
+            dislike=_rules("helpfulnessLevel==NOT_HELPFUL"),
+            like=_rules("helpfulnessLevel==HELPFUL"),
+            user="raterParticipantId",
+            item="noteId",
+            time="createdAtMillis",
+            time_unit="ms",
+        ),
+        ItemMapping(id="noteId", text="summary", attributes=(("classification", ""),)),
+        _has("noteId", "raterParticipantId", "createdAtMillis", "helpfulnessLevel"),
+        _has("noteId", "summary", "classification"),
+    ),
 }
 
 

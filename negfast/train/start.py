@@ -17,7 +17,7 @@ from negfast.model.load import build_policy, check_model_folder, save_model_file
 from negfast.model.lora import add_adapters, merge_adapters
 from negfast.model.verdict_prior import VerdictPrior
 from negfast.prepare.build import SemanticIdSettings
-from negfast.prepare.samples import prepare_movietweetings
+from negfast.prepare.samples import SETTINGS, prepare_sample
 from negfast.runtime import distributed, sharding
 from negfast.runtime.checkpoint import load_weights, save_checkpoint
 from negfast.runtime.engine import Engine, build_engine, history_features
@@ -35,11 +35,12 @@ class TrainOptions:
 
     config: Path | None = None  # a TOML file
     preset: str | None = None
-    data: Path | None = None  # the embedded MovieTweetings by default
+    data: Path | None = None  # an embedded sample by default
     model: Path | None = None
     init: Path | None = None  # a finished run, for its weights
     out: Path | None = None
     overrides: tuple[str, ...] = ()
+    sample: str | None = None  # which, of `negfast.prepare.samples.SETTINGS`; MovieTweetings by default
 
 
 def settings_of(options: TrainOptions) -> tuple[RunFolder, Config]:
@@ -51,8 +52,10 @@ def settings_of(options: TrainOptions) -> tuple[RunFolder, Config]:
         settings = load_config(run.path / "config.toml", None, options.overrides)
     else:
         preset = options.preset or ("quickstart" if options.config is None else None)
-        settings = load_config(options.config, preset, options.overrides)
-        run = RunFolder(out or Path("runs") / (options.config.stem if options.config is not None else str(preset)))
+        of_sample = SETTINGS[options.sample] if options.sample else ()
+        settings = load_config(options.config, preset, (*of_sample, *options.overrides))
+        name = options.config.stem if options.config is not None else options.sample or str(preset)
+        run = RunFolder(out or Path("runs") / name)
     _refuse_unused(options)
     check_combinations(settings)
     check_tensorboard(settings.train.tensorboard)
@@ -62,7 +65,9 @@ def settings_of(options: TrainOptions) -> tuple[RunFolder, Config]:
 
 
 def _refuse_unused(options: TrainOptions) -> None:
-    """InputError where --set names a setting that another option makes meaningless."""
+    """InputError where an option makes --sample, or a setting that --set names, meaningless."""
+    if options.data is not None and options.sample is not None:
+        raise InputError(f"--sample {options.sample}: has no place beside --data {options.data}")
     rules = (
         ("--model", options.model, "model.", "brings its own shape"),
         ("--init", options.init, "model.", "brings its own shape"),
@@ -107,9 +112,10 @@ def _start(run: RunFolder, settings: Config, options: TrainOptions) -> None:
         check_model_folder(options.model)
     data_dir = options.data if options.data is not None else run.path / "data"
     if options.data is None and not data_dir.exists():
-        say("preparing the embedded MovieTweetings-100K")
+        sample = options.sample or "movietweetings"
+        say(f"preparing the embedded sample {sample}")
         semantic_ids = SemanticIdSettings(quantizer=settings.sid.quantizer, encoder=settings.sample.encoder)
-        prepare_movietweetings(data_dir, semantic_ids=semantic_ids, report=say)
+        prepare_sample(sample, data_dir, semantic_ids, report=say)
     dataset = Dataset.open(data_dir)
     _check_quantizer(dataset, settings.sid.quantizer, options.data is None)
     torch.manual_seed(settings.train.seed)

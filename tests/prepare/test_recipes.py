@@ -229,3 +229,55 @@ def test_bad_requests(tmp_path, yambda_files):
     odd = yambda_files["likes"].rename(tmp_path / "part-0.parquet")
     with pytest.raises(InputError, match=r"part-0.parquet: no column 'event_type'"):
         read_recipe("yambda", [odd], silent)
+
+
+def test_polis(tmp_path):
+    votes, comments = tmp_path / "votes.csv", tmp_path / "comments.csv"
+    votes.write_text(
+        "timestamp,datetime,comment-id,voter-id,vote\n"
+        "1403054214,Wed Jun 18 2014 01:16:54 GMT+0000 (Coordinated Universal Time),10,7,1\n"
+        "1403054218,Wed Jun 18 2014 01:16:58 GMT+0000 (Coordinated Universal Time),11,7,-1\n"
+        "1403054219,Wed Jun 18 2014 01:16:59 GMT+0000 (Coordinated Universal Time),12,7,0\n"
+    )
+    comments.write_text(
+        "timestamp,datetime,comment-id,author-id,agrees,disagrees,moderated,comment-body\n"
+        '1403054000,Wed Jun 18 2014,11,3,0,1,1,"Pay more, and\nsoon"\n'
+        "1403054001,Wed Jun 18 2014,10,3,1,0,1,Not sure I believe it\n"
+    )
+    rows, items = read("polis", comments, votes)
+    assert rows == [
+        ("7", "10", LIKE, 1403054214, None),
+        ("7", "11", DISLIKE, 1403054218, None),
+        ("7", "12", EXPOSED, 1403054219, None),
+    ]
+    assert dict(zip(items.ids, items.text, strict=True)) == {
+        "11": "Pay more, and\nsoon",
+        "10": "Not sure I believe it",
+        "12": "",
+    }
+
+
+def test_community_notes(tmp_path):
+    ratings, notes = tmp_path / "ratings-00000.tsv", tmp_path / "notes-00000.tsv"
+    ratings.write_text(
+        "noteId\traterParticipantId\tcreatedAtMillis\tversion\thelpfulnessLevel\tratedOnTweetId\n"
+        "1400247230330667008\tA1\t1700000000123\t2\tNOT_HELPFUL\t5\n"
+        "1400247230330667009\tA1\t1700000001999\t2\tHELPFUL\t6\n"
+        "1400247230330667008\tB2\t1700000002000\t2\tSOMEWHAT_HELPFUL\t5\n"
+        "1400247230330667009\tB2\t1700000003000\t1\t\t6\n"
+    )
+    notes.write_text(
+        "noteId\tnoteAuthorParticipantId\tcreatedAtMillis\ttweetId\tclassification\tsummary\n"
+        "1400247230330667008\tC3\t1699990000000\t5\tNOT_MISLEADING\tThis is satire.\n"
+        "1400247230330667009\tC3\t1699990000001\t6\tMISINFORMED_OR_POTENTIALLY_MISLEADING\tThe figure is old.\n"
+    )
+    rows, items = read("community-notes", ratings, notes)
+    first, second = items.ids
+    assert rows == [
+        ("A1", first, DISLIKE, 1700000000, None),
+        ("A1", second, LIKE, 1700000001, None),
+        ("B2", first, EXPOSED, 1700000002, None),
+        ("B2", second, EXPOSED, 1700000003, None),
+    ]
+    assert items.text == ["This is satire.", "The figure is old."]
+    assert items.attributes["classification"] == [("NOT_MISLEADING",), ("MISINFORMED_OR_POTENTIALLY_MISLEADING",)]
