@@ -91,7 +91,7 @@ def run(
         **budget,
         "rows": rows,
     }
-    kept = json.loads(out.read_text())["entries"] if out is not None and out.exists() else []
+    kept: list[dict[str, Any]] = json.loads(out.read_text())["entries"] if out is not None and out.exists() else []
     kept = [old for old in kept if (old["data"], old["seed"]) != (data.name, seed)]
     result = {**made_by, "entries": [*kept, entry]}
     if out is not None:
