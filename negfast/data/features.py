@@ -229,7 +229,7 @@ class _ItemSide:
         ]
         start = np.cumsum([0, *(len(values) for values in lists)], dtype=np.int64)
         flat = np.array([value for values in lists for value in values], np.int32)
-        return self._text(items), self._cells(items), start, flat
+        return _along(items, self.mean, self.axes), self._cells(items), start, flat
 
     def _value(self, attribute: str, value: str) -> int:
         known, columns = self.values[attribute], self.columns[attribute]
@@ -238,17 +238,6 @@ class _ItemSide:
             self.column_of.append(0 if columns is None else columns.get(value, -1))
             self.contents.append(_number(value) if columns is None else 1.0)
         return known[value]
-
-    def _text(self, items: ItemTable) -> np.ndarray:
-        """Unit vectors float32 [I, FEATURE_TEXT] along the axes; zeros without vectors."""
-        out = np.zeros((len(items), _core.FEATURE_TEXT), np.float32)
-        if items.vectors is None or self.axes.size == 0:
-            return out
-        known = np.linalg.norm(items.vectors, axis=1) > 0
-        along = (items.vectors - self.mean) @ self.axes
-        norm = np.linalg.norm(along, axis=1, keepdims=True)
-        out[:, : along.shape[1]] = np.divide(along, norm, out=np.zeros_like(along), where=known[:, None] & (norm > 0))
-        return out
 
     def _cells(self, items: ItemTable) -> np.ndarray:
         """Groups of items with the same first code and with the same first two, int32 [I, 2]; one without codes."""
@@ -269,14 +258,32 @@ def keys_of(ids: Sequence[str]) -> np.ndarray:
     return np.frombuffer(b"".join(blake2b(name.encode(), digest_size=8).digest() for name in ids), np.uint64)
 
 
+def text_vectors(items: ItemTable) -> np.ndarray:
+    """Unit vectors float32 [I, FEATURE_TEXT] along the principal axes of the original items; zeros without vectors."""
+    return _along(items, *_axes(items))
+
+
 def _axes(items: ItemTable) -> tuple[np.ndarray, np.ndarray]:
-    """Mean [D] and principal axes [D, at most FEATURE_TEXT] of the original items' vectors."""
+    """Mean [D] and principal axes [D, at most FEATURE_TEXT] of the original items' vectors. Of either sign of an axis
+    the one whose largest component is positive: what is trained on them outlives a library."""
     if items.vectors is None:
         return np.zeros(0), np.zeros((0, 0))
     fitted = items.vectors[: items.original][:FITTED].astype(np.float64)
     mean = fitted.mean(0)
-    axes = np.linalg.eigh((fitted - mean).T @ (fitted - mean)).eigenvectors
-    return mean, axes[:, ::-1][:, : _core.FEATURE_TEXT]
+    axes = np.linalg.eigh((fitted - mean).T @ (fitted - mean)).eigenvectors[:, ::-1][:, : _core.FEATURE_TEXT]
+    return mean, axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])])
+
+
+def _along(items: ItemTable, mean: np.ndarray, axes: np.ndarray) -> np.ndarray:
+    """Unit vectors float32 [I, FEATURE_TEXT] of the items along the axes; zeros without vectors."""
+    out = np.zeros((len(items), _core.FEATURE_TEXT), np.float32)
+    if items.vectors is None or axes.size == 0:
+        return out
+    known = np.linalg.norm(items.vectors, axis=1) > 0
+    along = (items.vectors - mean) @ axes
+    norm = np.linalg.norm(along, axis=1, keepdims=True)
+    out[:, : along.shape[1]] = np.divide(along, norm, out=np.zeros_like(along), where=known[:, None] & (norm > 0))
+    return out
 
 
 def _number(name: str) -> float:

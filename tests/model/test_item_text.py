@@ -9,7 +9,7 @@ import torch
 
 from negfast.config import History
 from negfast.data.dataset import Dataset
-from negfast.data.evidence import text_vectors
+from negfast.data.features import text_vectors
 from negfast.data.items import ItemTable
 from negfast.model.histories import item_text, text_width
 from negfast.runtime.run_folder import RunFolder
