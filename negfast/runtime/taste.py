@@ -1,11 +1,11 @@
 """Lists of a user's own dislikes: what they, rather than others, would dislike of what is shown to all.
 
-An item's score is log P(dislike) + lift - price. P(dislike) is the verdict's. The lift says how much more the user goes
-for items of this kind, those with the same first code, than everybody does: the policy's logit of that code as the next
-like, to which the community prior is only added. So of items that all meet alike, those come first that this user is
-most likely to meet and dislike. What nearly everybody dislikes would still be first for nearly everybody: its price is
-the least that keeps every item on no more than a share of the lists, see `CAPS` (negfast's choice; on MovieTweetings'
-valid pools neither a weight of the lift nor further codes do better, and the prices cost nothing there).
+An item's score is log P(dislike) + w * lift - price. P(dislike) is the verdict's. The lift says how much more the user
+goes for items of this kind, those with the same first code, than everybody does: the policy's logit of that code as the
+next like, to which the community prior is only added. So of items that all meet alike, those come first that this user
+is most likely to meet and dislike. What nearly everybody dislikes would still be first for nearly everybody: its price
+is the least that keeps every item on no more than a share of the lists, see `CAPS` (negfast's choice; on valid pools
+of MovieTweetings further codes do no better, and the prices cost nothing).
 """
 
 import numpy as np
@@ -17,6 +17,7 @@ from negfast.runtime.generation import REQUESTS_AT_ONCE
 from negfast.runtime.verdict import Candidates, candidate_logits
 from negfast.staging import put
 
+LIFT_WEIGHT = 0.5  # w; of .3 to 1 the best on MovieTweetings' valid pools, mean of three seeds
 POPULAR = 500  # items that are ranked for everybody
 CAPS = ((1, 0.05), (10, 0.2))  # of the first so many places an item has at most this share of the users'
 REFERENCE = 256  # users that prices are set by
@@ -58,14 +59,15 @@ class Taste:
         moments = np.full(len(users), self.moment, np.int64)
         asked = Candidates(users.astype(np.int32), moments, offsets, np.broadcast_to(self.shown, unseen.shape)[unseen])
         found = np.full(unseen.shape, -np.inf)
-        found[unseen] = taste_scores(self.engine, asked)
+        if unseen.any():
+            found[unseen] = taste_scores(self.engine, asked)
         return found - self.price
 
 
 def taste_scores(engine: Engine, candidates: Candidates) -> np.ndarray:
     """Scores without prices, float64 [E], comparable among the candidates of a user and moment."""
     logit = candidate_logits(engine, candidates)
-    return kind_lifts(engine, candidates) - np.logaddexp(0.0, -logit)
+    return LIFT_WEIGHT * kind_lifts(engine, candidates) - np.logaddexp(0.0, -logit)
 
 
 @torch.no_grad()
@@ -99,7 +101,8 @@ def list_prices(scores: np.ndarray) -> np.ndarray:
         for places, share in CAPS:
             first = min(places, n_items)
             listed = np.argpartition(price - scores, first - 1, axis=1)[:, :first]
-            lists = np.bincount(listed.ravel(), minlength=n_items) / n_users
+            real = np.isfinite(np.take_along_axis(scores, listed, 1))  # who has seen most items has a short list
+            lists = np.bincount(listed[real], minlength=n_items) / n_users
             excess = np.maximum(excess, lists - max(share, 2 * first / n_items))
         if not excess.any():
             break

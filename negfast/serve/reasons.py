@@ -1,11 +1,11 @@
 """What a user dislikes beyond what rates say: groups of items, each with its evidence and a name.
 
-The rates of a user and of an item lead to expect a dislike with the probability e, logit e = logit(user rate) +
-logit(item rate) + a constant. In a group of n items that the user judged, m is the mean of e: the dislike rate there of
-a user whose taste is all in the rates. The user's own is drawn from Beta(k m, k (1 - m)), so after d dislikes its
-posterior is Beta(k m + d, k (1 - m) + n - d). k is the one under which the dislikes of all users are most probable
-(empirical Bayes). Lift is the posterior mean over m, its interval the posterior's 2.5 and 97.5 percentiles over m
-(negfast's choice).
+The rates lead to expect a dislike of an item with the probability e, logit e = logit(item rate) + logit(user rate) + a
+constant; the item's without the user, the user's without the group. In a group of n items that the user judged, m is
+the mean of e. The user's own rate there is drawn from Beta(k m, k (1 - m)), so after d dislikes its posterior is
+Beta(k m + d, k (1 - m) + n - d). k is the one under which the dislikes of all users are most probable (empirical
+Bayes), so it also makes up for how little is known of m. Lift is the posterior mean over m, its interval the
+posterior's 2.5 and 97.5 percentiles over m (negfast's choice).
 """
 
 import re
@@ -24,6 +24,7 @@ from negfast.sid.quantize import encode
 
 CLUSTERS = 32  # of item vectors, as california's valid days chose among 8 to 64 and the first code
 STRENGTHS = np.geomspace(1.0, 500.0, 25)  # k is one of them
+NEWTON_STEPS = 20
 WORDS = 3  # of a name
 LEAST, MOST = 1e-4, 1 - 1e-4  # of any probability
 
@@ -37,6 +38,7 @@ class Evidence:
     items: np.ndarray  # float64 [P], judged
     dislikes: np.ndarray  # float64 [P]
     expected: np.ndarray  # float64 [P], dislikes that the rates lead to expect
+    elsewhere: np.ndarray  # float64 [P], logit of the user's dislike rate outside the group
 
     @property
     def mean(self) -> np.ndarray:
@@ -54,37 +56,35 @@ class Posterior:
     high: np.ndarray
 
 
-def expected_dislikes(disliked: sp.csr_matrix, liked: sp.csr_matrix) -> sp.csr_matrix:
-    """e of every judged pair, [U, I] with the pairs of both matrices [U, I] of 0 and 1.
+def gather(disliked: sp.csr_matrix, liked: sp.csr_matrix, of_item: sp.csr_matrix) -> Evidence:
+    """The evidence of groups from the items that users dislike and like, [U, I] of 0 and 1; ``of_item`` [I, C] of 0 and
+    1 says which item is in which group, several or none.
 
-    Rates leave the pair itself out and have `PSEUDO_EVENTS` at everyone's rate mixed in; the constant makes the e of
-    all pairs add up to their dislikes.
+    Rates have `PSEUDO_EVENTS` at everyone's rate mixed in; the constant makes expected dislikes add up to the found.
     """
-    judged = (disliked + liked).tocsr()
-    judged.sort_indices()
-    user, item = judged.nonzero()
-    bad = np.asarray(disliked[user, item]).ravel()
+    user, item = (disliked + liked).nonzero()
+    bad = np.asarray(disliked[user, item], dtype=np.float64).ravel()
     overall = np.clip(bad.mean(), LEAST, MOST) if len(bad) else 0.5
-    terms = np.zeros(len(bad))
-    for key in (user, item):
-        events, dislikes = np.bincount(key)[key] - 1, np.bincount(key, bad)[key] - bad
-        terms += logit(np.clip((dislikes + PSEUDO_EVENTS * overall) / (events + PSEUDO_EVENTS), LEAST, MOST))
-    constant = -logit(overall)
-    for _ in range(20):  # Newton's steps; the sum rises with the constant
+    counts = np.diff(of_item.indptr)[item]
+    row = np.repeat(np.arange(len(item)), counts)  # one for each group of an item that was judged
+    place = np.arange(len(row)) + np.repeat(of_item.indptr[item] - np.cumsum(counts) + counts, counts)
+    keys, pair = np.unique(user[row].astype(np.int64) * of_item.shape[1] + of_item.indices[place], return_inverse=True)
+    of_user, group = keys // of_item.shape[1], keys % of_item.shape[1]
+    n, d = np.bincount(pair, minlength=len(keys)), np.bincount(pair, bad[row], len(keys))
+    events, dislikes = np.bincount(user, minlength=disliked.shape[0]), np.bincount(user, bad, disliked.shape[0])
+    elsewhere = smoothed_logit(dislikes[of_user] - d, events[of_user] - n, overall)
+    alone = smoothed_logit(np.bincount(item, bad)[item] - bad, np.bincount(item)[item] - 1, overall)
+    terms, constant = elsewhere[pair] + alone[row], -logit(overall)
+    for _ in range(NEWTON_STEPS):
         e = expit(terms + constant)
-        constant += np.clip((bad.sum() - e.sum()) / max((e * (1 - e)).sum(), 1e-9), -1.0, 1.0)
-    e = np.clip(expit(terms + constant), LEAST, MOST)
-    return sp.csr_matrix((e, judged.indices, judged.indptr), judged.shape)
+        constant += np.clip((d.sum() - e.sum()) / max((e * (1 - e)).sum(), 1e-9), -1.0, 1.0)
+    expected = np.bincount(pair, expit(terms + constant), len(keys))
+    return Evidence(of_user, group, n.astype(np.float64), d, expected, elsewhere)
 
 
-def gather(disliked: sp.csr_matrix, liked: sp.csr_matrix, expected: sp.csr_matrix, of_item: sp.csr_matrix) -> Evidence:
-    """The evidence of groups; ``of_item`` [I, C] of 0 and 1 says which item is in which, several or none."""
-    judged = ((disliked + liked) @ of_item).tocsr()
-    judged.sort_indices()
-    user, group = judged.nonzero()
-    columns = ((matrix @ of_item)[user, group] for matrix in (disliked, expected))
-    bad, due = (np.asarray(column, dtype=np.float64).ravel() for column in columns)
-    return Evidence(user, group, judged.data.astype(np.float64), bad, due)
+def smoothed_logit(dislikes: np.ndarray, events: np.ndarray, overall: float) -> np.ndarray:
+    """logit of dislike rates with `PSEUDO_EVENTS` at the rate ``overall`` mixed in."""
+    return logit(np.clip((dislikes + PSEUDO_EVENTS * overall) / (events + PSEUDO_EVENTS), LEAST, MOST))
 
 
 def strength(evidence: Evidence) -> float:
