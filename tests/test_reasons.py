@@ -138,7 +138,7 @@ def test_items_of_like_vectors_share_a_cluster_and_give_it_its_name():
     vectors = np.eye(8, dtype=np.float32)[np.arange(400) % 4]
     vectors += np.random.default_rng(0).normal(0, 0.001, vectors.shape).astype(np.float32)
     text.append("nothing known")
-    genres = [("Film-Noir",) if i % 4 == 0 else ("Other", "Other") for i in range(400)] + [()]
+    genres: list[tuple[str, ...]] = [("Film-Noir",) if i % 4 == 0 else ("Other", "Other") for i in range(400)] + [()]
     items = ItemTable([str(i) for i in range(401)], text, {"genres": genres})
     of_item = item_clusters(np.concatenate([vectors, np.zeros((1, 8), np.float32)]))
     assert of_item.shape[0] == 401 and not of_item[400].nnz  # without a vector in none
