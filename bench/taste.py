@@ -72,8 +72,9 @@ def run(
         log, days = engine.log, (engine.data.valid_day, engine.data.test_day, engine.data.end_day)
         if not scores:
             parts = [draw(log, context, *between, asked, rng) for between in pairwise(days)]
-            scorers = fit_scorers(log, engine.data.items, days[0], context)
-            scores = {arm: [logits(scorers[arm](*part)) for part, _ in parts] for arm in ("boosted", RIVAL)}
+            features, scorers = fit_scorers(log, engine.data.items, days[0], context)
+            columns = [features.rich(*part) for part, _ in parts]
+            scores = {arm: [logits(scorers[arm](of_part)) for of_part in columns] for arm in ("boosted", RIVAL)}
         candidates = [one_by_one(part) for part, _ in parts]
         score = prior_logits if name == "prior" else candidate_logits
         scores[name if name == "prior" else f"decoder, {name}"] = [score(engine, of) for of in candidates]

@@ -205,7 +205,7 @@ def marked_codes(vocabulary: CodeVocabulary, markers: Tensor, gap: Tensor, codes
 
 def text_width(data: Dataset, config: History) -> int:
     """Columns of `item_text` where the settings want it and items have a text or an embedding; else 0."""
-    return _core.EVIDENCE_TEXT if config.text and _of_text(data).any() else 0
+    return _core.FEATURE_TEXT if config.text and _of_text(data).any() else 0
 
 
 def item_text(data: Dataset) -> np.ndarray:
