@@ -387,15 +387,21 @@ def serve_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--users", type=PATH, metavar="FILE", help="Only these users: a table with a column user.")
 @click.option("--items", type=PATH, metavar="FILE", help="List only these items: a table with a column item.")
 @click.option("--not-items", type=PATH, metavar="FILE", help="Never list these items, such as delisted ones.")
+@click.option(
+    "--rank", type=click.Choice(["likely", "taste"]), default="likely", show_default=True,
+    help="What comes first: what is most probably disliked, or what this user would dislike rather than others.",
+)  # fmt: skip
 @click.option("--out", required=True, type=PATH, help=".parquet or .csv file: user, rank, item, score.")
 def predict(run: Path, **options: Any) -> None:
     """Write what users are going to dislike. The same call resumes one that was killed.
 
-    The score is the probability of the item as the user's next dislike, among the unseen items that may be listed.
+    The score is the probability of the item as the user's next dislike, among the unseen items that may be listed. So
+    a list holds what everybody meets. --rank taste lists what is the user's own; its score orders the items of a user.
     FILE is Parquet, CSV, TSV or JSON Lines.
 
     \b
     negfast predict runs/quickstart --top 50 --out dislikes.parquet
+    negfast predict runs/quickstart --rank taste --out dislikes.parquet
     negfast predict runs/quickstart --at 2013-08-01 --out dislikes.csv
     negfast predict runs/quickstart --users today.csv --not-items delisted.csv --out dislikes.parquet
     """
@@ -434,13 +440,18 @@ def score(run: Path, candidates: Path, **options: Any) -> None:
 
 @main.command("user-profiles")
 @click.argument("run", type=PATH)
-@click.option("--attribute", required=True, metavar="NAME", help="Item attribute whose values are the categories.")
+@click.option(
+    "--attribute", metavar="NAME", help="Item attribute whose values are the categories; else clusters of item texts."
+)
 @serve_options
 @click.option("--out", required=True, type=PATH, help=".parquet or .csv file, a row for each user and category.")
-def user_profiles(run: Path, attribute: str, **options: Any) -> None:
-    """What kinds of items each user dislikes: counts, smoothed rate, lift, and the share expected next.
+def user_profiles(run: Path, attribute: str | None, **options: Any) -> None:
+    """What kinds of items each user dislikes beyond their own and the items' dislike rates.
+
+    Counts, lift with a 95 % interval, the share expected next, and items as examples.
 
     \b
+    negfast user-profiles runs/quickstart --out profiles.parquet
     negfast user-profiles runs/quickstart --attribute genres --out profiles.parquet
     """
     from negfast.serve.tables import profile_users

@@ -192,10 +192,11 @@ def fake(monkeypatch, module, function, behaviour):
                 "users": None,
                 "items": None,
                 "not_items": None,
+                "rank": "likely",
             },
         ),
         (
-            "predict r --users u --items i --not-items n --part 2/8 --out f",
+            "predict r --users u --items i --not-items n --rank taste --part 2/8 --out f",
             *("negfast.serve.tables", "predict_run"),
             {
                 0: Path("r"),
@@ -207,6 +208,7 @@ def fake(monkeypatch, module, function, behaviour):
                 "users": Path("u"),
                 "items": Path("i"),
                 "not_items": Path("n"),
+                "rank": "taste",
             },
         ),
         (

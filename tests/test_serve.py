@@ -32,7 +32,7 @@ from negfast.serve import predict, tables
 from negfast.serve.context import context_day, report_context_moment
 from negfast.serve.ids import column_of, index_of
 from negfast.serve.parts import Part, write_in_parts
-from negfast.serve.profiles import category_matrix, feedback_matrices
+from negfast.serve.profiles import Profiles, category_matrix, feedback_matrices
 from negfast.serve.run import Run
 from negfast.serve.score import FirstKnown
 from negfast.sid.trie import SeenNodes
@@ -292,19 +292,78 @@ def test_profiles_count_what_the_log_holds(tiny_run, tmp_path):
         counts[data.user_ids[u], genre[i]] = counts.get((data.user_ids[u], genre[i]), 0) + 1
     for key in bad.keys() | good.keys():
         assert (found[key]["dislikes"], found[key]["likes"]) == (bad.get(key, 0), good.get(key, 0))
+        row, n = found[key], bad.get(key, 0) + good.get(key, 0)
+        assert 0 < row["lift_low"] < row["lift"] < row["lift_high"]
+        assert row["lift"] == pytest.approx(row["dislike_rate"] / (row["expected"] / n), rel=1e-5)
+    assert sum(row["expected"] for row in found.values() if row["likes"] + row["dislikes"]) == pytest.approx(
+        sum(bad.values()), rel=1e-5
+    )
     everyone = sum(bad.values()) / (sum(bad.values()) + sum(good.values()))
-    user, category = next(iter(bad))
-    n_bad, n_good = (sum(v for (_, c), v in counts.items() if c == category) for counts in (bad, good))
-    of_all = (n_bad + 5 * everyone) / (n_bad + n_good + 5)
-    expected = (bad[user, category] + 5 * of_all) / (bad[user, category] + good.get((user, category), 0) + 5)
-    row = found[user, category]
-    assert row["dislike_rate"] == pytest.approx(expected, rel=1e-5) and row["lift"] == pytest.approx(expected / of_all)
+    for key in found.keys() - (bad.keys() | good.keys()):  # nothing but the expected share is known
+        row = found[key]
+        assert row["items"] == "[]" and np.isnan(row["expected"]) and row["lift"] == pytest.approx(1, rel=1e-6)
+        assert row["dislike_rate"] == pytest.approx(everyone, rel=1e-5)
     shares: dict[str, float] = {}
     for (name, _), row in found.items():
         shares[name] = shares.get(name, 0) + row["expected_share"]
     assert all(share == pytest.approx(1, abs=1e-4) for share in shares.values()) and len(shares) == log.n_users
     message = run_cli("user-profiles", str(tiny_run), "--attribute", "colour", "--out", str(out), code=2)
     assert "--attribute 'colour'" in message and "have genre" in message
+
+
+def test_examples_of_a_profile_are_disliked_items_that_others_dislike_least(tiny_run, tmp_path):
+    out = tmp_path / "profiles.parquet"
+    run_cli("user-profiles", str(tiny_run), "--attribute", "genre", "--out", str(out))
+    data = Dataset.open(RunFolder(tiny_run).data)
+    bad, good = (matrix.toarray() for matrix in feedback_matrices(data.log, int(data.log.day.max())))
+    rate = (bad.sum(0) + 5 * bad.sum() / (bad + good).sum()) / (bad.sum(0) + good.sum(0) + 5)
+    genre = np.array([values[0] for values in data.items.attributes["genre"]])
+    index = {name: user for user, name in enumerate(data.user_ids)}
+    checked = 0
+    for row in parquet.read_table(out).to_pylist():
+        own = np.flatnonzero((bad[index[row["user"]]] > 0) & (genre == row["category"]))
+        named = [data.items.ids.index(name) for name in json.loads(row["items"])]
+        assert set(named) <= set(own) and len(named) == min(3, len(own))
+        assert rate[named].tolist() == sorted(rate[own])[: len(named)]
+        checked += len(own) > 3
+    assert checked
+
+
+def test_profiles_without_an_attribute_are_of_clusters_of_texts(tiny_run, tmp_path):
+    out = tmp_path / "profiles.parquet"
+    run_cli("user-profiles", str(tiny_run), "--out", str(out))
+    rows = parquet.read_table(out).to_pylist()
+    data = Dataset.open(RunFolder(tiny_run).data)
+    assert {row["user"] for row in rows} == set(data.user_ids)
+    words = {"grim", "sweet", "wild", "quiet"}  # what the titles tell genres apart by
+    assert all(words & set(row["category"].partition(": ")[2].split(", ")) for row in rows)
+    judged = sum(row["dislikes"] + row["likes"] for row in rows)
+    assert judged == data.log.judged.sum()  # no pair twice, and every item is in one cluster
+
+
+def test_profiles_before_any_feedback_know_nothing(tiny_run):
+    engine = RunFolder(tiny_run).finished_engine(None)
+    day = int(engine.log.day.min()) - 1
+    users, ids = np.arange(3), pa.array(engine.data.user_ids, pa.string())
+    table = Profiles(engine, None, day).of(users, ids)
+    assert set(table["dislikes"].to_pylist()) == {0} and set(table["lift"].to_pylist()) == {1.0}
+
+
+def test_taste_lists_are_unseen_and_not_what_everybody_gets(tiny_run, tmp_path):
+    out = tmp_path / "lists.parquet"
+    for rank in ("likely", "taste"):
+        run_cli("predict", str(tiny_run), "--rank", rank, "--top", "5", "--out", str(out.with_stem(rank)))
+    tables = {rank: parquet.read_table(out.with_stem(rank)) for rank in ("likely", "taste")}
+    assert b"raised by what the user goes for" in tables["taste"].schema.field("score").metadata[b"description"]
+    data = Dataset.open(RunFolder(tiny_run).data)
+    seen = {(data.user_ids[u], data.items.ids[i]) for u, i in zip(data.log.user, data.log.item, strict=True)}
+    rows = tables["taste"].to_pylist()
+    assert not seen & {(row["user"], row["item"]) for row in rows}
+    assert [row["rank"] for row in rows] == [*range(1, 6)] * data.log.n_users
+    scores = np.array([row["score"] for row in rows]).reshape(-1, 5)
+    assert (np.diff(scores) <= 0).all()
+    first = [{row["item"] for row in table.to_pylist() if row["rank"] == 1} for table in tables.values()]
+    assert len(first[1]) > len(first[0])
 
 
 @pytest.fixture

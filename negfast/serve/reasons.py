@@ -62,8 +62,8 @@ def gather(disliked: sp.csr_matrix, liked: sp.csr_matrix, of_item: sp.csr_matrix
 
     Rates have `PSEUDO_EVENTS` at everyone's rate mixed in; the constant makes expected dislikes add up to the found.
     """
-    user, item = (disliked + liked).nonzero()
-    bad = np.asarray(disliked[user, item], dtype=np.float64).ravel()
+    user, item = (np.concatenate(both) for both in zip(disliked.nonzero(), liked.nonzero(), strict=True))
+    bad = (np.arange(len(user)) < disliked.nnz).astype(np.float64)
     overall = np.clip(bad.mean(), LEAST, MOST) if len(bad) else 0.5
     counts = np.diff(of_item.indptr)[item]
     row = np.repeat(np.arange(len(item)), counts)  # one for each group of an item that was judged

@@ -10,16 +10,18 @@ import pyarrow as pa
 from negfast.errors import InputError
 from negfast.serve.context import Moment, check_run, context_day, context_moment, quick_imports
 from negfast.serve.ids import Column, column_of, index_of
-from negfast.serve.predict import lists
+from negfast.serve.predict import likely_lists, list_table
 from negfast.serve.score import FirstKnown, Scores
 
 if TYPE_CHECKING:
     from negfast.runtime.engine import Engine
     from negfast.runtime.run_folder import RunFolder
+    from negfast.runtime.taste import Taste
     from negfast.runtime.verdict import Calibration
     from negfast.serve.profiles import Profiles
 
 Given = Literal["feedback", "shown"]
+Rank = Literal["likely", "taste"]
 
 
 class Run:
@@ -39,7 +41,9 @@ class Run:
     def __init__(self, path: Path, data: Path | None = None) -> None:
         check_run(path, data)
         self.path, self.data = path, data
-        self._profiles: tuple[tuple[str, int], Profiles] | None = None  # the last that were asked for
+        # the last that were asked for
+        self._profiles: tuple[tuple[str | None, int], Profiles] | None = None
+        self._taste: tuple[tuple[int, int, bytes], Taste] | None = None
 
     def __reduce__(self) -> tuple[type["Run"], tuple[Path, Path | None]]:
         return Run, (self.path.absolute(), None if self.data is None else self.data.absolute())
@@ -78,24 +82,39 @@ class Run:
         at: Moment | None = None,
         items: Column | None = None,
         not_items: Column | None = None,
+        rank: Rank = "likely",
     ) -> pa.Table:
-        """The ``top`` unseen items that each user will most probably dislike: a table of user (string), rank (int32,
-        from 1), item (string) and score (float32).
+        """The ``top`` unseen items that each user will dislike: a table of user (string), rank (int32, from 1), item
+        (string) and score (float32). Items that may be listed are all, or those of ``items``, without ``not_items``.
 
-        The score is the probability of the item as the user's next dislike, among the items that may be listed: all,
-        or those of ``items``, without those of ``not_items``. Users (by default all of the data set) come in its order,
-        each once; those that it does not have are left out. Raises `negfast.InputError` where no item may be listed,
-        for what is no id or no time, and for lists that do not fit into memory.
+        ``rank`` "likely" puts first what the user will most probably dislike, so what everybody meets; the score is the
+        probability of the item as the user's next dislike, among the items that may be listed. "taste" puts first what
+        this user would dislike rather than others, out of the 500 items (``top``, if more) with most events of late;
+        the score orders the items of a user (`negfast.runtime.taste`).
+
+        Users (by default all of the data set) come in its order, each once; those that it does not have are left out.
+        Raises `negfast.InputError` where no item may be listed, for what is no id or no time, and for lists that do not
+        fit into memory.
         """
         listed = self._listed(items, not_items)
         day = context_day(self._engine.log, at)
-        top = min(top, int(listed.sum()))
-        return lists(self._engine, self._known("user", users), day, top, listed, self._user_ids, self._item_ids)
+        top, excluded, of_users = min(top, int(listed.sum())), np.flatnonzero(~listed), self._known("user", users)
+        if rank == "likely":
+            found = likely_lists(self._engine, of_users.astype(np.int32), day, top, excluded)
+        elif rank == "taste":
+            found = self._ranker(day, top, excluded).lists(of_users, top)
+        else:
+            raise InputError(f"rank: found {rank!r}, expected likely or taste")
+        return list_table(rank, of_users, *found, self._user_ids, self._item_ids)
 
-    def profile(self, users: Column | None = None, *, attribute: str, at: Moment | None = None) -> pa.Table:
-        """What kinds of items each user dislikes: a row for every user and every value of the item attribute (the
-        category) with anything to say. Columns, as docs/serving.md explains them: user, category (string), dislikes,
-        likes (int32), dislike_rate, lift, expected_share (float32).
+    def profile(
+        self, users: Column | None = None, *, attribute: str | None = None, at: Moment | None = None
+    ) -> pa.Table:
+        """What kinds of items each user dislikes beyond their own and the items' dislike rates: a row for every user
+        and category with anything to say. A category is a value of the item attribute; without ``attribute``, a cluster
+        of items of like text, named by the words and attribute values most typical of it. Columns, as docs/serving.md
+        explains them: user, category (string), dislikes, likes (int32), expected, dislike_rate, lift, lift_low,
+        lift_high, expected_share (float32), items (string).
 
         Users as for `predict`. Raises `negfast.InputError` for an attribute that the items do not have.
         """
@@ -133,6 +152,14 @@ class Run:
         """The index of every id of users and of items."""
         ids = {"user": self._engine.data.user_ids, "item": self._engine.data.items.ids}
         return {column: dict(zip(of_column, range(len(of_column)), strict=True)) for column, of_column in ids.items()}
+
+    def _ranker(self, day: int, top: int, excluded: np.ndarray) -> "Taste":
+        from negfast.runtime.taste import Taste
+
+        key = day, top, excluded.tobytes()
+        if self._taste is None or self._taste[0] != key:
+            self._taste = key, Taste(self._engine, day, top, excluded)
+        return self._taste[1]
 
     def _calibration(self, given: Given) -> "Calibration":
         if given not in ("feedback", "shown"):

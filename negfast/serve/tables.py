@@ -14,8 +14,8 @@ from negfast.prepare.readers import BadRows, Source, check_columns, file_columns
 from negfast.serve.context import check_paths, report_context_day, report_context_moment, source_of
 from negfast.serve.ids import index_of
 from negfast.serve.parts import Part, write_in_parts
-from negfast.serve.predict import SCHEMA as LISTS
-from negfast.serve.run import Given, Run
+from negfast.serve.predict import list_schema
+from negfast.serve.run import Given, Rank, Run
 from negfast.serve.score import MEANING
 
 USERS_AT_ONCE = 4096
@@ -33,6 +33,7 @@ def predict_run(
     users: Path | None = None,
     items: Path | None = None,
     not_items: Path | None = None,
+    rank: Rank = "likely",
     part: str | None = None,
 ) -> None:
     """Writes `Run.predict` to ``out``; ``users``, ``items`` and ``not_items`` are files whose columns ``user`` and
@@ -56,17 +57,17 @@ def predict_run(
         day = report_context_day(asks._folder, engine.log, at)
 
         def batch(start: int, stop: int) -> pa.Table:
-            return asks.predict(of_users.slice(start, stop - start), top, at, **chosen)
+            return asks.predict(of_users.slice(start, stop - start), top, at, **chosen, rank=rank)
 
         at_once = max(1, min(USERS_AT_ONCE, ROWS_AT_ONCE // top))
         about: dict[str, Any] = {"what": "predict", **source_of(asks._folder, engine), "day": day, "top": top}
-        about |= {"users_at_once": at_once}
+        about |= {"users_at_once": at_once, "rank": rank}
         about |= {name: file_record(path)["sha256"] for name, path in asked.items()}
-        write_in_parts(out, LISTS, about, len(of_users), at_once, batch, ("predict", "users"), share)
+        write_in_parts(out, list_schema(rank), about, len(of_users), at_once, batch, ("predict", "users"), share)
 
 
 def profile_users(
-    run: Path, attribute: str, data: Path | None, at: str | None, out: Path, part: str | None = None
+    run: Path, attribute: str | None, data: Path | None, at: str | None, out: Path, part: str | None = None
 ) -> None:
     """Writes `Run.profile` of all users to ``out``. ``part`` "2/8" is the second eighth (`Part`). Raises InputError as
     `Run.profile`."""
