@@ -21,7 +21,7 @@ LIFT_WEIGHT = 0.5  # w; of .3 to 1 the best on MovieTweetings' valid pools, mean
 POPULAR = 500  # items that are ranked for everybody
 CAPS = ((1, 0.05), (10, 0.2))  # of the first so many places an item has at most this share of the users'
 REFERENCE = 256  # users that prices are set by
-PAIRS_AT_ONCE = 1 << 19  # of users and items, whose features are in memory together
+PAIRS_AT_ONCE = 1 << 18  # of users and items, whose features are in memory together
 PRICE_STEP, PRICE_STEPS = 0.5, 500  # of an item on too many lists, by the share too much
 
 
