@@ -36,7 +36,7 @@ constexpr uint8_t kExposed = 0, kDislike = 2, kWithdrawn = 3;
 constexpr int64_t kNever = std::numeric_limits<int64_t>::min();
 constexpr double kDay = 86'400;
 constexpr float kUnknown = std::numeric_limits<float>::quiet_NaN();
-constexpr double kPseudoEvents = 5, kRecentPseudoEvents = 3, kCellPseudoEvents = 3;  // as expected, mixed into a mean
+constexpr double kRecentPseudoEvents = 3, kCellPseudoEvents = 3;  // the same, of recent means and of cells
 constexpr double kHalfLife = 30 * kDay, kCountHalfLife = 2 * kDay;  // of recent deviations and of the recent count
 constexpr float kPairWeight = 0.5f, kTextWeight = 0.3f;             // added to the weights that a mean is divided by
 constexpr float kPenalty = 2;                                       // of the ridge regression

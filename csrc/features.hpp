@@ -15,7 +15,8 @@
 
 namespace negfast {
 
-constexpr size_t kText = 32;  // numbers of an item's text vector
+constexpr size_t kText = 32;         // numbers of an item's text vector
+constexpr int kPseudoEvents = 5;     // as expected, mixed into every rate and mean
 
 struct FeatureSettings {
   int64_t unit;        // seconds: a moment is a time rounded down to a multiple

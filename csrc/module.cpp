@@ -239,6 +239,7 @@ NB_MODULE(_core, m) {
         "users"_a, "items"_a, "time_unit"_a, "threads"_a);
 
   m.attr("FEATURE_TEXT") = kText;
+  m.attr("PSEUDO_EVENTS") = kPseudoEvents;
   nb::class_<Features>(m, "Features")
       .def(nb::new_(&make_features), "by_day"_a, "prior_rate"_a, "prior_value"_a, "has_values"_a, "attributes"_a)
       .def_prop_ro("width", &Features::width)

@@ -13,6 +13,7 @@ GAPS: int  # buckets of the time since the event before
 class ShardError(InputError): ...
 
 FEATURE_TEXT: int  # numbers of an item's text vector
+PSEUDO_EVENTS: int  # as expected, mixed into every rate and mean of features
 
 class Features:
     """What the past says of users, items and pairs (csrc/features.hpp); see `negfast.data.features`."""
