@@ -162,6 +162,7 @@ def train(
     *,
     preset: str | None = None,
     data: AnyPath | None = None,
+    sample: str | None = None,
     model: AnyPath | None = None,
     init: AnyPath | None = None,
     out: AnyPath | None = None,
@@ -172,10 +173,10 @@ def train(
     """Trains a run, or resumes one that is unfinished, and returns it: align, sft, grpo, then the table on test.
 
     Options are those of `negfast train` (``negfast train --help``): ``config`` a TOML file, ``preset`` "quickstart",
-    "smoke" or "nightly", ``overrides`` its ``--set``, such as ("grpo.steps=500",); with ``refit`` a finished run is
-    trained again on later events. Says on stdout and stderr how far it is, as the command does. Processes that torchrun
-    started train together. Raises `InputError` for options or data that cannot do, `negfast.errors.TrainingError` where
-    training fails.
+    "smoke" or "nightly", ``sample`` "movietweetings" or "polis", ``overrides`` its ``--set``, such as
+    ("grpo.steps=500",); with ``refit`` a finished run is trained again on later events. Says on stdout and stderr how
+    far it is, as the command does. Processes that torchrun started train together. Raises `InputError` for options or
+    data that cannot do, `negfast.errors.TrainingError` where training fails.
     """
     refuse_unused_of_train(_changed(train, dict(locals())))
     if refit is not None:
@@ -188,7 +189,10 @@ def train(
     from negfast.train.run import train as run
     from negfast.train.start import TrainOptions
 
-    options = TrainOptions(_path(config), preset, _path(data), _path(model), _path(init), _path(out), tuple(overrides))
+    paths = {"config": config, "data": data, "model": model, "init": init, "out": out}
+    options = TrainOptions(
+        **{name: _path(path) for name, path in paths.items()}, preset=preset, overrides=tuple(overrides), sample=sample
+    )
     return Run(run(options).path)
 
 

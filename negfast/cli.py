@@ -460,6 +460,30 @@ def user_profiles(run: Path, attribute: str | None, **options: Any) -> None:
 
 
 @main.command()
+@click.argument("run", type=PATH)
+@click.option("--data", type=PATH, help="Data set; by default the one that the run was trained on.")
+@click.option("--events", type=PATH, metavar="FILE", help="Keep events here, and read those of before at the start.")
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65_535))
+def serve(run: Path, data: Path | None, events: Path | None, host: str, port: int) -> None:
+    """Score over HTTP, with events of a moment ago.
+
+    POST /score, /predict and /events, GET /health, /metrics, and /docs for the rest. SIGHUP loads RUN anew; a link may
+    name another run by then. The environment variable NEGFAST_TOKEN is the bearer token that requests need; an
+    address that others can reach needs one. Installed with `pip install "negfast[serve]"`.
+
+    \b
+    negfast serve runs/mine --events events.jsonl
+    curl -d '{"user": "u1", "items": ["i1", "i2"]}' -H 'content-type: application/json' localhost:8000/score
+    """
+    try:
+        from negfast.serve.service import serve_run
+    except ModuleNotFoundError as error:
+        raise InputError(f"serve: needs {error.name}; pip install 'negfast[serve]' brings it") from error
+    serve_run(run, data, events, host, port)
+
+
+@main.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
 def doctor(as_json: bool) -> None:
     """Say what is installed, which kernels run here, and what is missing.

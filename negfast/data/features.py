@@ -271,7 +271,7 @@ def _axes(items: ItemTable) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros(0), np.zeros((0, 0))
     fitted = items.vectors[: items.original][:FITTED].astype(np.float64)
     mean = fitted.mean(0)
-    axes = np.linalg.eigh((fitted - mean).T @ (fitted - mean)).eigenvectors[:, ::-1][:, : _core.FEATURE_TEXT]
+    axes = np.linalg.eigh((fitted - mean).T @ (fitted - mean))[1][:, ::-1][:, : _core.FEATURE_TEXT]
     return mean, axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])])
 
 

@@ -309,6 +309,11 @@ def open_shard(path: str | os.PathLike[str]) -> Shard:
     return shard
 
 
+def gap_bucket(seconds: np.ndarray) -> np.ndarray:
+    """The bucket of a time between two events, int64 seconds >= 0, as the packer counts it: uint8 in [1, GAPS)."""
+    return np.minimum(GAPS - 1, 1 + np.frexp((seconds // 64).astype(np.float64))[1]).astype(np.uint8)
+
+
 def histories(
     shard: Shard, cuts: Cuts | None = None, users_at_once: int = 65_536
 ) -> Iterator[tuple[np.ndarray, EventLog]]:

@@ -154,23 +154,30 @@ class HistoryBuilder:
 
     def _tokens(self, packed: PackedHistories) -> tuple[Tensor, Tensor | None, np.ndarray, np.ndarray]:
         """Tokens [T, S], item texts [T, D], the offsets of both [B + 1] and the branches' prefixes [A]."""
-        item, feedback, gap = (put(x, self.device).long() for x in (packed.item, packed.feedback, packed.gap))
-        marks = [feedback + self.vocabulary.marker(FEEDBACK[0]), gap + self.vocabulary.marker("gap-0")]
-        codes = self.item_token_ids[item]
-        prefix, text = packed.prefix.astype(np.int64), self.text_of(item)
-        if text is not None:
-            text = text.flatten(0, 1)
+        tokens, text = self.tokens_of(packed.item, packed.feedback, packed.gap)
+        prefix = packed.prefix.astype(np.int64)
         if self.config.positions == "events":
-            return torch.cat([codes, torch.stack(marks, dim=-1)], dim=1), text, packed.cu_seqlens, prefix
+            return tokens, text, packed.cu_seqlens, prefix
+        starts = np.concatenate([[0], np.cumsum(packed.item < 0)])  # of which there is one position
+        an_event = self.trie.levels + 1  # codes, then the feedback; of a start the last alone
+        offsets = packed.cu_seqlens.astype(np.int64) * an_event - starts[packed.cu_seqlens] * self.trie.levels
+        return tokens, text, offsets, 1 + (prefix - 1) * an_event
+
+    def tokens_of(self, item: np.ndarray, feedback: np.ndarray, gap: np.ndarray) -> tuple[Tensor, Tensor | None]:
+        """Tokens [T, S] and item texts [T, D] of events and starts, columns of `PackedHistories`."""
+        is_start = item < 0
+        items, feedback_rows, gaps = (put(x, self.device).long() for x in (item, feedback, gap))
+        marks = [feedback_rows + self.vocabulary.marker(FEEDBACK[0]), gaps + self.vocabulary.marker("gap-0")]
+        codes, text = self.item_token_ids[items], self.text_of(items)
+        text = None if text is None else text.flatten(0, 1)
+        if self.config.positions == "events":
+            return torch.cat([codes, torch.stack(marks, dim=-1)], dim=1), text
         none = torch.full_like(codes, self.vocabulary.marker("none"))
         spelt = torch.cat([torch.stack([codes, none], dim=-1), torch.stack(marks, dim=-1).unsqueeze(1)], dim=1)
-        a_position = self.trie.levels + 1  # codes, then the feedback; of a start the last alone
-        real = np.ones((len(packed.item), a_position), dtype=bool)
-        real[packed.item < 0, :-1] = False
-        before = np.concatenate([[0], np.cumsum(real.sum(1))])
+        real = np.ones((len(item), self.trie.levels + 1), dtype=bool)
+        real[is_start, :-1] = False
         rows = put(np.flatnonzero(real), self.device)
-        text = None if text is None else text[rows]
-        return spelt.flatten(0, 1)[rows], text, before[packed.cu_seqlens], 1 + (prefix - 1) * a_position
+        return spelt.flatten(0, 1)[rows], None if text is None else text[rows]
 
     def text_of(self, items: Tensor) -> Tensor | None:
         """What the positions of ``items`` int64 [E], -1 for none, carry of their text, float16 [E, n, D]: the vectors,
@@ -179,6 +186,16 @@ class HistoryBuilder:
             return None
         text = self.item_vectors[items].unsqueeze(1)
         return text if self.config.positions == "events" else F.pad(text, (0, 0, self.trie.levels, 0))
+
+    def add_items(self, codes: np.ndarray, text: np.ndarray | None) -> None:
+        """Makes later items known, with codes uint16 [N, L] and, where positions carry texts, their vectors [N, D]:
+        histories and candidates may hold them. No list does, as the trie does not have them."""
+        tokens = put(self.vocabulary.item_tokens(codes), self.device).long()
+        self.item_token_ids = torch.cat([self.item_token_ids[:-1], tokens, self.item_token_ids[-1:]])
+        if self.item_vectors is not None:
+            assert text is not None
+            vectors = put(text, self.device).to(self.item_vectors.dtype)
+            self.item_vectors = torch.cat([self.item_vectors[:-1], vectors, self.item_vectors[-1:]])
 
     def candidate_tokens(self, items: Tensor, gap: Tensor) -> Tensor:
         """Tokens [E, n, S] that ask for a verdict on ``items`` int64 [E], ``gap`` int64 [E] their branches': one
@@ -208,14 +225,18 @@ def text_width(data: Dataset, config: History) -> int:
     return _core.FEATURE_TEXT if config.text and _of_text(data).any() else 0
 
 
-def item_text(data: Dataset) -> np.ndarray:
+def item_text(data: Dataset, later: np.ndarray | None = None) -> np.ndarray:
     """Vectors of the items' texts and own embeddings: units along their principal axes, or zeros, float16 [I, D].
 
     Co-occurrence, the third of what semantic IDs are made of, is left out: it was counted over all train days, so it
-    knows what comes after a moment of training (negfast's choice).
+    knows what comes after a moment of training (negfast's choice). ``later`` [N, E] are embeddings of items that come
+    after the data set's.
     """
-    items = replace(data.items, vectors=data.embedding[:, _of_text(data)])
-    return text_vectors(items).astype(np.float16)
+    items, embedding = data.items, data.embedding
+    if later is not None:
+        items = replace(items.extended([""] * len(later)), original=items.original or len(items))
+        embedding = np.concatenate([embedding, later])
+    return text_vectors(replace(items, vectors=embedding[:, _of_text(data)])).astype(np.float16)
 
 
 def _of_text(data: Dataset) -> np.ndarray:

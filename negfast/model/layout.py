@@ -222,6 +222,22 @@ class GroupLayout:
             layout._set(self._asked)
         return layout
 
+    def grown(self) -> "GroupLayout":
+        """The layout of a single prompt that its single completion continues: one prompt, all keys and values kept."""
+        assert self.prompts == len(self.completions) == 1
+        tokens = self.prompt_tokens + self.past_tokens + self.new_tokens
+        grown = GroupLayout.build(np.array([0, tokens]), self.lengths.device)
+        for number, layer in self.keys.items():
+            pairs = zip((layer.prompt_key, layer.prompt_value), layer.own(), strict=True)
+            key, value = (_joined(prompt, own) for (prompt,), own in pairs)
+            grown.keys[number] = LayerKeys([key], [value])
+        return grown
+
+    @property
+    def bytes(self) -> int:
+        """Of the prompts' keys and values."""
+        return sum(x.nbytes for layer in self.keys.values() for x in (*layer.prompt_key, *layer.prompt_value))
+
     def _set(self, completions: Completions) -> None:
         self._completions, self._offsets, self._tiles = completions, None, None
 
@@ -268,6 +284,12 @@ class GroupLayout:
         """Position of each completion token of the current call, int64 [A * n]: they follow the prefix."""
         step = torch.arange(self.past_tokens, self.past_tokens + self.new_tokens, device=self.lengths.device)
         return (self.completions.prefix[:, None] + step).reshape(-1)
+
+
+def _joined(prompt: Tensor, own: Tensor) -> Tensor:
+    """A prompt's keys or values, [1, Hk, P, D] or packed [P, Hk, D], and after them those of its completion
+    [1, n, Hk, D]."""
+    return torch.cat([prompt, own.transpose(1, 2)], dim=2) if prompt.ndim == 4 else torch.cat([prompt, own[0]])
 
 
 def _similar(rows: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:

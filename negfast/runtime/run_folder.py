@@ -23,7 +23,7 @@ from negfast.sid.tokens import CodeVocabulary
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 3  # of run.json and of what lies beside it
+FORMAT = 4  # of run.json and of what lies beside it
 
 T = TypeVar("T")
 
@@ -206,8 +206,8 @@ class RunFolder:
         policy = self.serving_policy(dataset) if serving and device.type == "cpu" else None
         if policy is None:
             policy, tokenizer = self.load_policy(dataset)
-        until = None if self.refit is None else self.refit.until
-        engine = build_engine(config, dataset, policy, tokenizer, device, until)
+        # rates are smoothed towards those of training, whatever days the data set has by now
+        engine = build_engine(config, dataset, policy, tokenizer, device, self.learned_until)
         load_weights(self.final, engine.policy)
         engine.policy.eval().requires_grad_(False)
         return engine

@@ -80,7 +80,7 @@ def context_moment(context: str, log: EventLog, at: Moment | None) -> int:
     `context_day`. Raises InputError as `context_day`."""
     if context == "day" or at is None:
         return (context_day(log, at) + 1) * DAY
-    moment = min(int(_time_of(at).timestamp()), (int(log.day.max()) + 1) * DAY)
+    moment = min(int(time_of(at).timestamp()), (int(log.day.max()) + 1) * DAY)
     if moment <= log.time.min():
         raise InputError(f"--at: found {at}, expected a time after the log's first event")
     return moment
@@ -92,13 +92,13 @@ def context_day(log: EventLog, at: Moment | None) -> int:
     first, last = int(log.time.min()) // DAY, int(log.time.max()) // DAY
     if at is None:
         return last
-    day = int(_time_of(at).timestamp()) // DAY - 1
+    day = int(time_of(at).timestamp()) // DAY - 1
     if day < first:
         raise InputError(f"--at: found {at}, expected a time after the log's first day {date_of(first)}")
     return min(day, last)
 
 
-def _time_of(at: Moment) -> datetime:
+def time_of(at: Moment) -> datetime:
     """In UTC. InputError for what is not a time."""
     try:
         text = str(at.astype("datetime64[us]")) if isinstance(at, np.datetime64) else str(at)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from negfast.runtime.run_folder import RunFolder
     from negfast.runtime.taste import Taste
     from negfast.runtime.verdict import Calibration
+    from negfast.serve.live import Live
     from negfast.serve.profiles import Profiles
 
 Given = Literal["feedback", "shown"]
@@ -124,6 +125,13 @@ class Run:
         if self._profiles is None or self._profiles[0] != key:
             self._profiles = key, Profiles(self._engine, *key)
         return self._profiles[1].of(self._known("user", users), self._user_ids)
+
+    def live(self) -> "Live":
+        """The run's state at its data set's end, to which events can be added; see `negfast.serve.live.Live`."""
+        from negfast.serve.live import Live
+
+        ids = self._index["user"], self._index["item"]
+        return Live(self._engine, self._calibration("feedback"), *ids, self._first_known)
 
     @cached_property
     def _folder(self) -> "RunFolder":

@@ -1,0 +1,154 @@
+"""A live run answers as a run over a data set of the same events does."""
+
+import numpy as np
+import pytest
+
+import negfast
+from negfast.data.log import DAY
+from negfast.errors import InputError
+from negfast.serve import live as live_module
+from tests.tiny import prepare_log, run_cli, train_arguments, write_log
+
+FIRST_DAYS = 60  # of 70 are what the run is trained on
+
+
+@pytest.fixture(scope="module", params=["day", "event"])
+def worlds(request, tmp_path_factory):
+    """A run over the log's first days, the same over the whole log, and the rows of the days between them: (user, item,
+    rating, time) in order of time, some of them changed and repeated feedback and of new users."""
+    folder = tmp_path_factory.mktemp("live")
+    events, items = write_log(folder)
+    header, *lines = events.read_text().splitlines()
+    rows = sorted((line.split(",") for line in lines), key=lambda row: int(row[3]))
+    cut = 1_600_000_000 // DAY * DAY + FIRST_DAYS * DAY
+    early, late = ([row for row in rows if (int(row[3]) < cut) == whether] for whether in (True, False))
+    rng = np.random.default_rng(1)
+    late += [[user, item, str(6 - int(rating)), str(int(time) + 50)] for user, item, rating, time in late[::5]]
+    late += [[f"new{rng.integers(3)}", item, rating, time] for _, item, rating, time in late[::7]]
+    late.sort(key=lambda row: int(row[3]))
+    files = []
+    for name, part in (("early", early), ("late", late)):
+        files.append(folder / f"{name}.csv")
+        files[-1].write_text("\n".join([header, *map(",".join, part)]) + "\n")
+    base = prepare_log(folder, files[0], items)
+    whole = folder / "whole"
+    run_cli("prepare", str(files[1]), "--like", str(base), "--out", str(whole))
+    run = folder / "run"
+    run_cli(*train_arguments(base, run, history__context=request.param))
+    return negfast.load(run), negfast.load(run, whole), [(u, i, int(r), int(t)) for u, i, r, t in late]
+
+
+def add(live, row):
+    user, item, rating, time = row
+    live.add(user, item, time, "dislike" if rating <= 2 else "like", float(rating))
+
+
+def test_live_equals_a_data_set_of_the_same_events(worlds):
+    run, whole, rows = worlds
+    live = run.live()
+    for row in rows:
+        add(live, row)
+    end = (whole._engine.log.time.max() // DAY + 1) * DAY
+    users = [*whole._engine.data.user_ids[::9], *whole._engine.data.user_ids[-3:], "nobody"]
+    items = [*whole._engine.data.items.ids[::4], "nothing"]
+    pairs = [(user, item) for user in users for item in items]
+    at = np.datetime64(int(end), "s")
+    found, expected = (one.score(*zip(*pairs, strict=True), at=at) for one in (live, whole))
+    assert np.array_equal(found.abstain, expected.abstain)
+    assert np.allclose(found.probability, expected.probability, rtol=0, atol=1e-6, equal_nan=True)
+    assert np.std(expected.probability[~expected.abstain]) > 1e-3
+
+
+def test_features_are_the_same_to_the_bit(worlds):
+    run, whole, rows = worlds
+    live = run.live()
+    for row in rows:
+        add(live, row)
+    log, engine = whole._engine.log, whole._engine
+    moment = int((log.time.max() // DAY + 1) * DAY)
+    items = np.arange(log.n_items, dtype=np.int32)
+    for user_id in engine.data.user_ids[::11]:
+        user = whole._index["user"][user_id]
+        expected = engine.features.rich(np.full(len(items), user), items, np.full(len(items), moment))
+        found = live.features.state.answer(live.users[user_id], items, moment)
+        assert np.array_equal(found, expected.astype(np.float32), equal_nan=True)
+
+
+def test_a_history_that_is_extended_is_one_that_is_run(worlds):
+    """Also where its window moves on: users have 48 events and more, a window 32."""
+    run, _, rows = worlds
+    grown, items = run.live(), run._engine.data.items.ids[:5]
+    busy = max({row[0] for row in rows}, key=lambda user: sum(row[0] == user for row in rows))
+    windows = set()
+    for number, row in enumerate(rows):
+        add(grown, row)
+        if row[0] != busy:
+            continue
+        at = np.datetime64(row[3] + 1, "s")
+        found = grown.score(busy, items, at=at)
+        fresh = run.live()
+        for earlier in rows[: number + 1]:
+            add(fresh, earlier)
+        assert np.allclose(found.probability, fresh.score(busy, items, at=at).probability, rtol=0, atol=1e-6)
+        windows.add(grown.histories[grown.users[busy]].first)
+    assert len(windows) > 1
+
+
+def test_what_is_kept_of_histories_is_bounded(worlds, monkeypatch):
+    run, _, rows = worlds
+    live, users, items = run.live(), run._engine.data.user_ids[:12], run._engine.data.items.ids[:7]
+    at = np.datetime64(rows[-1][3], "s")
+    expected = [live.score(user, items, at=at).probability for user in users]
+    one = live.histories[live.users[users[-1]]].layout.bytes
+    monkeypatch.setattr(live_module, "KEPT_BYTES", 4 * one)
+    for _ in range(2):
+        for user, before in zip(users, expected, strict=True):
+            assert np.array_equal(live.score(user, items, at=at).probability, before)
+        assert len(live.histories) <= 6
+        assert live.kept_bytes == sum(history.layout.bytes for history in live.histories.values()) <= 5 * one
+
+
+def test_users_and_items_become_known(worlds):
+    run, _, rows = worlds
+    live, time = run.live(), rows[-1][3]
+    at = np.datetime64(time + DAY, "s")
+    item = "a new one"
+    live.add("somebody", item, time, "dislike", 1.0, text="The grim story 12")
+    scores = live.score("somebody", [item, run._engine.data.items.ids[0], "nothing"], at=at)
+    assert scores.abstain.tolist() == [False, False, True]
+    assert not live.score("u1", [item], at=at).abstain[0]
+    known = run._engine.data.codes
+    assert not (known == live.codes[-1]).all(1).any()  # no other item's
+
+
+def test_an_answer_does_not_see_what_comes_after(worlds):
+    run, _, rows = worlds
+    live, time = run.live(), rows[0][3]
+    user, item = rows[0][0], rows[0][1]
+    at = np.datetime64(time, "s")
+    before = live.score(user, [item], at=at).probability
+    add(live, rows[0])
+    assert live.score(user, [item], at=at).probability == before
+    later = np.datetime64(time + DAY, "s")
+    assert live.score(user, [item], at=later).probability != before
+
+
+@pytest.mark.parametrize(
+    ("event", "message"),
+    [
+        (("u1", "i1", 1, "dislike"), "time: found 1, expected"),
+        (("u1", "i1", None, "hate"), "feedback: found 'hate', expected shown, like, dislike, withdrawn"),
+        (("u1", "unheard", None, "like"), "item 'unheard': is new, expected its text beside it"),
+    ],
+)
+def test_bad_events_change_nothing(worlds, event, message):
+    run, _, rows = worlds
+    live = run.live()
+    user, item, time, feedback = event
+    with pytest.raises(InputError, match=message):
+        live.add(user, item, rows[0][3] if time is None else time, feedback)
+    at = np.datetime64(rows[0][3], "s")
+    expected = run.live().score("u1", ["i1", "i2"], at=at).probability
+    assert np.array_equal(live.score("u1", ["i1", "i2"], at=at).probability, expected)
+    with pytest.raises(InputError, match="moments go forward"):
+        live.score("u1", ["i1"], at="2001-01-01")
