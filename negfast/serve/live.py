@@ -222,11 +222,11 @@ class _History:
         end = int(np.searchsorted(self.time, moment))
         first = int(window_start(np.array([end]), builder.config.window)[0])
         if self.layout is None or first != self.first:  # a new window: it starts anew
-            tokens, text = builder.tokens_of(*self._positions(first, first, end))
+            tokens, text = builder.tokens_of(*self._positions(first, first, end, begins=True))
             self.layout = GroupLayout.build(np.array([0, len(tokens)]), tokens.device)
             policy.hidden(self.layout, tokens, None, prompt_item_text=text)
         elif end > self.end:
-            tokens, text = builder.tokens_of(*self._positions(first, self.end, end))
+            tokens, text = builder.tokens_of(*self._positions(first, self.end, end, begins=False))
             self.layout.ask(np.zeros(1, np.int64))
             policy.hidden(self.layout, None, tokens[None], completion_item_text=None if text is None else text[None])
             self.layout = self.layout.grown()
@@ -239,12 +239,10 @@ class _History:
         before, self.kept_bytes = self.kept_bytes, self.layout.bytes
         return self.kept_bytes - before
 
-    def _positions(self, window: int, first: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Item, feedback and gap of the positions of events first to end; a start before them where the window begins
-        there."""
-        begins = int(first == window)
+    def _positions(self, window: int, first: int, end: int, begins: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Item, feedback and gap of the positions of events first to end, behind a start where the window begins."""
         gap = np.zeros(end - first, np.uint8)
-        gap[begins:] = gap_bucket(np.diff(self.time[max(first - 1, window) : end]))
+        gap[int(first == window) :] = gap_bucket(np.diff(self.time[max(first - 1, window) : end]))
         item, feedback = self.item[first:end], self.feedback[first:end]
         if begins:
             return np.insert(item, 0, -1), np.insert(feedback, 0, START), np.insert(gap, 0, 0)
