@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from negfast.config import Config, Model
-from negfast.data.log import DAY
+from negfast.data.log import DAY, DISLIKE, LIKE, EventLog
 from negfast.kernels.trie_grpo import GRPOObjective
 from negfast.model.choice import TrieChooser
 from negfast.model.fused_layers import fuse_layers
@@ -94,8 +94,10 @@ class Ours:
         )
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-6, fused=True)
         n_items = len(self.trie.leaf_item)
-        mass = rng.gamma(0.3, size=(2, 1, n_items))
-        self.prior = DevicePrior.build(self.trie, mass[0], mass[1], 0, 0.01, device)
+        items = rng.zipf(1.5, 4 * n_items).astype(np.int64) % n_items
+        judged = rng.integers(LIKE, DISLIKE + 1, len(items)).astype(np.uint8)
+        log = EventLog(np.array([0, len(items)]), items.astype(np.int32), judged, 0 * items, None, n_items)
+        self.prior = DevicePrior.build(self.trie, log, 4.0, 0.01, device)
         self.prefix = np.array(case.lengths) - 1
         histories = [max(self.prefix)] if case.shared else self.prefix
         self.cu_seqlens = np.cumsum([0, *histories])

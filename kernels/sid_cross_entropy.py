@@ -87,7 +87,7 @@ def _launch(
 ) -> None:
     if len(logits):
         sid_cross_entropy_kernel[(len(logits),)](
-            logits, code, nll, grad, dlogits, *rows, logits.shape[1], *rows.strides, prior_weight,
+            logits, code, nll, grad, dlogits, *rows, logits.shape[1], rows.words, prior_weight,
             **row_block(logits.shape[1]),
         )  # fmt: skip
 

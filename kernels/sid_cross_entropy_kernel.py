@@ -17,14 +17,13 @@ def sid_cross_entropy_kernel(
     word_first,
     log_mass,
     node,
-    mass_row,
+    mass_start,
     seen_begin,
     seen_end,
     seen_node,
     seen_log,
     codebook,
     words,
-    nodes,
     prior_weight,
     BLOCK_K: tl.constexpr,
 ):
@@ -35,8 +34,8 @@ def sid_cross_entropy_kernel(
     first_code = row.to(tl.int64) * codebook
     z = tl.load(logits + first_code + codes, mask=codes < codebook, other=0.0).to(tl.float32)
     valid, prior = load_log_mass(
-        row, codes, child_bits, word_first, log_mass, node, mass_row, seen_begin, seen_end, seen_node, seen_log,
-        words, nodes,
+        row, codes, child_bits, word_first, log_mass, node, mass_start, seen_begin, seen_end, seen_node, seen_log,
+        words,
     )  # fmt: skip
     log_p, p = log2_softmax_row((z + prior * prior_weight) / LN2, valid)
     target = tl.load(code + row)

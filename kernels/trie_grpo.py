@@ -214,7 +214,7 @@ def launch(
             set_shares_on(logits.device, torch.float32, group, given.set_size) if given.set_size > 1 else None,
             *inputs,
             codebook,
-            *inputs.strides,
+            inputs.words,
             prior_weight,
             1 / given.temperature,
             given.clip_low,

@@ -28,14 +28,13 @@ def trie_grpo_kernel(
     word_first,
     log_mass,
     node,
-    mass_row,
+    mass_start,
     seen_begin,
     seen_end,
     seen_node,
     seen_log,
     codebook,
     words,
-    nodes,
     prior_weight,
     inverse_temperature,
     clip_low,
@@ -75,8 +74,8 @@ def trie_grpo_kernel(
         return
     z = tl.load(logits + first_code + codes, mask=codes < codebook, other=0.0).to(tl.float32)
     valid, prior = load_log_mass(
-        row, codes, child_bits, word_first, log_mass, node, mass_row, seen_begin, seen_end, seen_node, seen_log,
-        words, nodes,
+        row, codes, child_bits, word_first, log_mass, node, mass_start, seen_begin, seen_end, seen_node, seen_log,
+        words,
     )  # fmt: skip
     scale = inverse_temperature / LN2
     prior *= prior_weight * scale

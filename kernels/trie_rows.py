@@ -1,9 +1,9 @@
 """The policy's choice at visited trie nodes, held compactly: which codes are valid at a row, and their prior.
 
 A row is one visited node of one request's trie. Its dense form, a mask and a log prior [R, K], costs 5 bytes a code;
-here a row is its node's id, and kernels rebuild the rest on chip from tables that all rows share: a bit a code, 4 bytes
-a child, and the short list of what the request has seen. Nodes of all levels are numbered in one sequence, level by
-level (root 0), so that the rows of all levels fit one launch.
+here a row is its node's id and 4 bytes a child, and kernels rebuild the rest on chip: of tables that all rows share, a
+bit a code, and of the short list of what the request has seen. Nodes of all levels are numbered in one sequence, level
+by level (root 0), so that the rows of all levels fit one launch.
 """
 
 from dataclasses import dataclass
@@ -18,14 +18,12 @@ from negfast.kernels.dispatch import check_tensors, runs_triton
 
 @dataclass(frozen=True)
 class TrieTables:
-    """The trie and its node masses; N nodes, of which the first N_inner have children.
+    """The trie; N nodes, of which the first N_inner have children.
 
     first_child  int32 [N_inner + 1]   children of node n are first_child[n] : first_child[n + 1]
     child_bits   int32 [N_inner, ceil(K / 32)]   bit c: code c exists; its child is first_child + number of bits below
     leaf_count   int32 [N]             leaves under a node, 1 for a leaf
     level_base   global id of the first node of each level
-    mass         [l - 1] float32 [D, n_l], l = 1..L, or None   prior mass of nodes, a row per day (and branch)
-    log_mass     float32 [D, N] or None   log(mass + epsilon * leaf_count): what a row without seen leaves reads
     weight       of the log prior: prior(child) = weight * log(max(mass - seen mass, 0) + epsilon * unseen leaves)
     """
 
@@ -34,8 +32,6 @@ class TrieTables:
     leaf_count: Tensor
     level_base: tuple[int, ...]
     codebook: int
-    mass: list[Tensor] | None = None
-    log_mass: Tensor | None = None
     weight: float = 1.0
     epsilon: float = 1e-2
 
@@ -46,13 +42,12 @@ class TrieTables:
         child_bits: list[Tensor],
         leaf_count: list[Tensor],
         codebook: int,
-        mass: list[Tensor] | None = None,
         weight: float = 1.0,
         epsilon: float = 1e-2,
     ) -> "TrieTables":
         """From per-level tables: first_child [l] int32 [n_l + 1] and child_bits [l] for levels 0..L-1, leaf_count [l]
-        and mass [l] float32 [D, n_l] for levels 1..L; ids of each level from 0. Made once a trie and mass table."""
-        if mass is not None and epsilon <= 0:
+        for levels 1..L; ids of each level from 0. Made once a trie."""
+        if epsilon <= 0:
             raise ValueError(f"epsilon: found {epsilon}, expected > 0, since unseen leaves without mass need a prior")
         counts = [len(first) - 1 for first in first_child] + [len(leaf_count[-1])]
         base = [0]
@@ -61,18 +56,12 @@ class TrieTables:
         first = [table[:-1] + base[level + 1] for level, table in enumerate(first_child)]
         end = first[0].new_tensor([base[-1] + counts[-1]])
         leaves = torch.cat([leaf_count[0].sum(0, keepdim=True).int(), *leaf_count]).int()
-        log_mass = None
-        if mass is not None and weight != 0:
-            joined = torch.cat([mass[0].sum(1, keepdim=True), *mass], dim=1)
-            log_mass = joined.add_(epsilon * leaves).log_()
         return cls(
             first_child=torch.cat([*first, end]).int(),
             child_bits=torch.cat(child_bits).contiguous(),
             leaf_count=leaves,
             level_base=tuple(base),
             codebook=codebook,
-            mass=None if log_mass is None else mass,
-            log_mass=log_mass,
             weight=weight,
             epsilon=epsilon,
         )
@@ -108,7 +97,9 @@ class TrieRows:
                 request's at the child level, or, faster, only those that do
     seen_node   int32 [M]   global ids of nodes above the requests' seen leaves, ascending within each row's range
     seen_log    float32 [M] ``TrieTables.seen_log_mass`` of them: -inf prunes the node
-    mass_row    int32 [R]   row of ``TrieTables.mass``; None without a prior
+    log_mass    float32 [P] log(mass + epsilon * leaf_count) of children, for those without seen leaves; None without a
+                prior
+    mass_start  int32 [R]   a child's place in ``log_mass`` is this plus its id; None without a prior
     """
 
     node: Tensor
@@ -116,7 +107,8 @@ class TrieRows:
     seen_end: Tensor
     seen_node: Tensor
     seen_log: Tensor
-    mass_row: Tensor | None = None
+    log_mass: Tensor | None = None
+    mass_start: Tensor | None = None
 
     @classmethod
     def from_levels(
@@ -126,47 +118,53 @@ class TrieRows:
         requests: list[Tensor],
         seen_key: list[Tensor],
         seen_count: list[Tensor],
-        seen_mass: list[Tensor] | None = None,
-        mass_row: Tensor | None = None,
+        unseen_mass: list[Tensor] | None = None,
+        child_mass: list[Tensor] | None = None,
     ) -> "TrieRows":
         """Rows of all levels, level by level, from ids that count from 0 within each level; no synchronisation.
 
         nodes, requests  [l] int64 [R_l], l = 0..L-1: the visited nodes of level l (-1: padding) and their requests
         seen_key    [l - 1] int64 [M_l], l = 1..L: request * n_l + node, ascending, of nodes above seen leaves; a
                     closing entry of the largest int64 is allowed
-        seen_count  [l - 1] int32 [M_l] seen leaves under it;  seen_mass  [l - 1] float32 [M_l] their mass
-        mass_row    int64 [B] row of ``tables.mass`` of each request
-        The last two are needed where the tables hold a prior.
+        seen_count  [l - 1] int32 [M_l] seen leaves under it
+        unseen_mass [l - 1] float32 [M_l] its mass without that of those leaves
+        child_mass  [l] float32 [R_l, F_l], l = 0..L-1: mass of the children of each visited node, in their order; what
+                    stands behind them is not read
+        The last two are those of a prior, None without one.
         """
-        if tables.mass is not None and (seen_mass is None or mass_row is None):
-            raise ValueError("seen_mass and mass_row: found None, expected tensors since the tables hold a prior")
         base = (*tables.level_base, len(tables.leaf_count))
         rows: list[tuple[Tensor, ...]] = []
         seen: list[tuple[Tensor, Tensor]] = []
-        offset = 0
+        log_mass: list[Tensor] = []
+        mass_start: list[Tensor] = []
+        offset = place = 0
         for level, (node, request, key) in enumerate(zip(nodes, requests, seen_key, strict=True)):
             size = base[level + 2] - base[level + 1]
             here = torch.where(node >= 0, node + base[level], -1)
             children = tables.first_child[here.clamp(min=0)[:, None] + torch.arange(2, device=node.device)].long()
             wanted = request[:, None] * size + children - base[level + 1]
             begin, end = (torch.searchsorted(key, wanted) + offset).unbind(1)
-            rows.append((here, begin, end, request))
-            entry = key % size  # of a closing entry, which lies in no row's range, anything
-            left = None
-            if tables.mass is not None and seen_mass is not None and mass_row is not None:
-                entry_row = mass_row[(key // size).clamp(max=len(mass_row) - 1)]
-                left = tables.mass[level][entry_row, entry] - seen_mass[level]
-            entry_node = entry + base[level + 1]
+            rows.append((here, begin, end))
+            entry_node = key % size + base[level + 1]  # of a closing entry, which lies in no row's range, anything
+            left = None if unseen_mass is None else unseen_mass[level]
             seen.append((entry_node, tables.seen_log_mass(entry_node, seen_count[level], left)))
             offset += len(key)
-        here, begin, end, request = (torch.cat(column) for column in zip(*rows, strict=True))
+            if child_mass is not None:
+                mass, first = child_mass[level], children[:, :1]
+                child = first + torch.arange(mass.shape[1], device=first.device)
+                leaves = tables.leaf_count[child.clamp(max=len(tables.leaf_count) - 1)]
+                log_mass.append((mass + tables.epsilon * leaves).log().flatten())
+                mass_start.append(torch.arange(len(mass), device=first.device) * mass.shape[1] + place - first[:, 0])
+                place += mass.numel()
+        here, begin, end = (torch.cat(column) for column in zip(*rows, strict=True))
         return cls(
             node=here.int(),
             seen_begin=begin.int(),
             seen_end=end.int(),
             seen_node=torch.cat([node for node, _ in seen]).int(),
             seen_log=torch.cat([log for _, log in seen]),
-            mass_row=None if mass_row is None else mass_row[request].int(),
+            log_mass=torch.cat(log_mass) if log_mass else None,
+            mass_start=torch.cat(mass_start).int() if mass_start else None,
         )
 
 
@@ -206,16 +204,16 @@ class RowInputs(NamedTuple):
     word_first: Tensor
     log_mass: Tensor | None
     node: Tensor
-    mass_row: Tensor | None
+    mass_start: Tensor | None
     seen_begin: Tensor
     seen_end: Tensor
     seen_node: Tensor
     seen_log: Tensor
 
     @property
-    def strides(self) -> tuple[int, int]:
-        """Words of a node's child bits, and nodes of a row of log_mass."""
-        return self.child_bits.shape[1], 0 if self.log_mass is None else self.log_mass.shape[1]
+    def words(self) -> int:
+        """Words of a node's child bits."""
+        return self.child_bits.shape[1]
 
 
 def row_inputs(logits: Tensor, tables: TrieTables, rows: TrieRows) -> RowInputs:
@@ -223,24 +221,24 @@ def row_inputs(logits: Tensor, tables: TrieTables, rows: TrieRows) -> RowInputs:
     count, codebook = logits.shape
     if runs_triton(logits.device, "trie_grpo") and logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"logits: found {logits.dtype}, expected float32, bfloat16 or float16")
-    if tables.log_mass is not None and rows.mass_row is None:
-        raise ValueError("mass_row: found None, expected a tensor since the tables hold a prior")
+    if (rows.log_mass is None) != (rows.mass_start is None):
+        raise ValueError("log_mass and mass_start: found one of them, expected both or none")
     inputs = RowInputs(
         tables.child_bits,
         tables.word_first,
-        tables.log_mass,
+        rows.log_mass,
         rows.node,
-        rows.mass_row,
+        rows.mass_start,
         rows.seen_begin,
         rows.seen_end,
         rows.seen_node,
         rows.seen_log,
     )
     bits = (len(tables.first_child) - 1, -(-codebook // 32))
-    days = 0 if tables.log_mass is None else len(tables.log_mass)
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("node", "mass_row", "seen_begin", "seen_end"), (count,))
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("node", "mass_start", "seen_begin", "seen_end"), (count,))
     shapes |= dict.fromkeys(("seen_node", "seen_log"), tuple(rows.seen_node.shape))
-    shapes |= {"child_bits": bits, "word_first": bits, "log_mass": (days, len(tables.leaf_count))}
+    places = 0 if rows.log_mass is None else rows.log_mass.numel()
+    shapes |= {"child_bits": bits, "word_first": bits, "log_mass": (places,)}
     floats = ("log_mass", "seen_log")
     expected = {
         name: (tensor, shapes[name], torch.float32 if name in floats else torch.int32)

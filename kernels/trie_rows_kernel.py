@@ -16,13 +16,12 @@ def load_log_mass(
     word_first,
     log_mass,
     node,
-    mass_row,
+    mass_start,
     seen_begin,
     seen_end,
     seen_node,
     seen_log,
     words,
-    nodes,
 ):
     """(valid, log mass) of one row over ``codes`` [BLOCK_K]; pointers as in TrieTables and TrieRows.
 
@@ -32,8 +31,8 @@ def load_log_mass(
     valid, child = load_children(here, child_bits, word_first, words, codes.shape[0])
     prior = tl.zeros(codes.shape, tl.float32)
     if log_mass is not None:
-        day = tl.load(mass_row + row).to(tl.int64)
-        prior = tl.load(log_mass + day * nodes + child, mask=valid, other=0.0)
+        start = tl.load(mass_start + row)
+        prior = tl.load(log_mass + start + child, mask=valid, other=0.0)
     begin = tl.load(seen_begin + row)
     end = tl.load(seen_end + row)
     if begin < end:

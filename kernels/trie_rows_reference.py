@@ -20,10 +20,11 @@ def dense_policy(
     child = torch.where(exists, tables.first_child[node].long()[:, None] + rank, 0)
 
     log_mass = torch.zeros_like(child, dtype=torch.float32)
-    if tables.log_mass is not None:
-        if rows.mass_row is None:
-            raise ValueError("mass_row: found None, expected a tensor since the tables hold a prior")
-        log_mass = tables.log_mass[rows.mass_row.long()[:, None], child]
+    if rows.log_mass is not None:
+        if rows.mass_start is None:
+            raise ValueError("log_mass and mass_start: found one of them, expected both or none")
+        place = rows.mass_start.long()[:, None] + child
+        log_mass = rows.log_mass[torch.where(exists, place, 0)]
     # every (row, entry) pair whose entry is a child of the row's node, put at the child's code
     sizes = (rows.seen_end - rows.seen_begin).long()
     pair_row = torch.repeat_interleave(torch.arange(len(node), device=device), sizes)
@@ -36,7 +37,7 @@ def dense_policy(
     seen_log = by_rank.gather(1, rank.clamp(max=tables.codebook - 1))
     log_mass = torch.where(seen_log.isnan(), log_mass, seen_log)
     valid = exists & (log_mass > -torch.inf)
-    if tables.log_mass is None:
+    if rows.log_mass is None:
         return valid, None
     return valid, torch.where(valid, tables.weight * log_mass.to(dtype), 0.0)
 

@@ -239,9 +239,14 @@ def test_histories_and_prior_do_not_see_the_future(tiny_run, tiny_data, tmp_path
         assert a.prior is not None and b.prior is not None
         for left, right in zip(a.prior.seen_mass, b.prior.seen_mass, strict=True):
             assert torch.equal(left, right)
-    for left, right in zip(engine.histories.prior.mass, other.histories.prior.mass, strict=True):
-        row = day - engine.histories.prior.first_day
-        assert torch.equal(left[:, : row + 1], right[:, : row + 1]) and not torch.equal(left, right)
+    prior, changed_prior = engine.histories.prior, other.histories.prior
+    rows = torch.arange(prior.levels[0].days)
+    up_to = day - prior.first_day + 1
+    for level in range(1, engine.trie.levels + 1):
+        for branch in (0, 1):
+            nodes = torch.arange(engine.trie.node_counts[level])[:, None]
+            left, right = (p.mass(level, branch, rows, nodes) for p in (prior, changed_prior))
+            assert torch.equal(left[:, :up_to], right[:, :up_to]) and not torch.equal(left, right)
     pairs = (users, np.zeros_like(users), moments)
     assert np.array_equal(engine.features.rich(*pairs), other.features.rich(*pairs), equal_nan=True)
 

@@ -109,10 +109,10 @@ def trie_inputs(codebook: int, dtype: torch.dtype, count: int = 1024) -> tuple[T
         leaf_count=empty(nodes),
         level_base=(0, 1, 300, inner),
         codebook=codebook,
-        log_mass=empty(400, nodes, dtype=torch.float32),
     )
     seen_log = empty(seen, dtype=torch.float32)
-    rows = TrieRows(empty(count), empty(count), empty(count), empty(seen), seen_log, mass_row=empty(count))
+    log_mass = empty(count * codebook, dtype=torch.float32)
+    rows = TrieRows(empty(count), empty(count), empty(count), empty(seen), seen_log, log_mass, empty(count))
     logits = empty(count, codebook, dtype=dtype)
     code, counted = empty(3, 16 * 32), empty(3, 16 * 32, dtype=torch.bool)
     return logits, tables, rows, RowTokens(empty(count + 1), empty(tokens), empty(tokens), empty(tokens), code, counted)

@@ -14,25 +14,25 @@ from negfast.sid.prior import NEXT_DISLIKE, NEXT_LIKE, RequestPrior
 
 
 def compact_tables(chooser: TrieChooser, prior: RequestPrior | None) -> TrieTables:
-    """Trie and masses (of both branches: row branch * D + day), made once for a chooser and prior."""
-    masses = None if prior is None else prior.prior
-    if (kept := chooser.compact.get(masses is None)) is not None and kept[0] is masses:
-        return kept[1]
+    """The trie, and what the rows of a prior need beside it; made once for a chooser and prior."""
+    epsilon = 1.0 if prior is None else prior.prior.eps
+    if (kept := chooser.compact.get(epsilon)) is not None:
+        return kept
     trie = chooser.trie
     tables = TrieTables.from_levels(
         first_child=trie.first_child,
         child_bits=[trie.child_bits(level) for level in range(trie.levels)],
         leaf_count=trie.leaf_count,
         codebook=trie.codebook,
-        mass=None if masses is None else [mass.flatten(0, 1) for mass in masses.mass],
         weight=chooser.prior_weight,
-        epsilon=1.0 if masses is None else masses.eps,
+        epsilon=epsilon,
     )
-    chooser.compact[masses is None] = masses, tables
+    chooser.compact[epsilon] = tables
     return tables
 
 
 def compact_rows(
+    chooser: TrieChooser,
     tables: TrieTables,
     prior: RequestPrior | None,
     branch: int | Tensor,
@@ -45,20 +45,28 @@ def compact_rows(
     """
     if prior is None:
         return _unpruned_rows(tables, nodes)
-    days = prior.prior.mass[0].shape[1]
     # a request under the second branch is one of its own, numbered after all under the first
     branches = [branch] if isinstance(branch, int) else [NEXT_DISLIKE, NEXT_LIKE]
-    count = len(prior.day_row)
-    if isinstance(branch, Tensor):
-        requests = [request + count * branch for request in requests]
-    keys, counts, masses = [], [], []
+    count, trie = len(prior.day_row), chooser.trie
+    numbered = list(requests) if isinstance(branch, int) else [request + count * branch for request in requests]
+    keys, counts = [], []
+    unseen_mass, child_mass = list[Tensor](), list[Tensor]()
     for level, (key, seen) in enumerate(zip(prior.seen.key, prior.seen.count, strict=True)):
-        nodes_here, real = prior.prior.mass[level].shape[2], slice(0, len(key) - 1)  # without the closing entry
-        keys.append(torch.cat([key[real] + number * count * nodes_here for number in range(len(branches))]))
+        n_nodes, real = trie.node_counts[level + 1], slice(0, len(key) - 1)  # without the closing entry
+        keys.append(torch.cat([key[real] + number * count * n_nodes for number in range(len(branches))]))
         counts.append(seen[real].repeat(len(branches)))
-        masses.append(torch.cat([prior.seen_mass[level][b, real] for b in branches]))
-    mass_row = torch.cat([prior.day_row + b * days for b in branches])
-    return TrieRows.from_levels(tables, list(nodes), list(requests), keys, counts, masses, mass_row)
+        if not chooser.prior_weight:
+            continue
+        day = prior.day_row[key[real] // n_nodes]
+        of_branch = [prior.prior.mass(level + 1, b, day, key[real] % n_nodes) for b in branches]
+        left = [mass - prior.seen_mass[level][b, real] for b, mass in zip(branches, of_branch, strict=True)]
+        unseen_mass.append(torch.cat(left))
+        child, _ = trie.child_slots(level, nodes[level].clamp(min=0))
+        of_row = branch if isinstance(branch, int) else branch[:, None]
+        row_day = prior.day_row[requests[level]][:, None]
+        child_mass.append(prior.prior.mass(level + 1, of_row, row_day, child.clamp(min=0)))
+    masses = (unseen_mass, child_mass) if chooser.prior_weight else (None, None)
+    return TrieRows.from_levels(tables, list(nodes), numbered, keys, counts, *masses)
 
 
 def _unpruned_rows(tables: TrieTables, nodes: Sequence[Tensor]) -> TrieRows:

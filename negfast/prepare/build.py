@@ -385,7 +385,6 @@ def report_log(facts: LogSummary, items: ItemTable, report: Report, dropped: boo
             f"repeats: {facts.repeats:,} events are the same as an earlier one, second and all; --drop-repeats drops "
             "them"
         )
-    _warn_of_memory(facts, report)
     if not any(items.text):
         report("items: no text")
 
@@ -395,15 +394,3 @@ def report_split(parts: dict[str, tuple[int, int]], report: Report) -> None:
         report(f"{name}: {requests:,} active user-days, {with_dislikes:,} with a dislike ahead")
         if with_dislikes < FEW:
             report(f"warning: {name} has {with_dislikes:,} user-days with a dislike ahead, fewer than {FEW}")
-
-
-def _warn_of_memory(facts: LogSummary, report: Report) -> None:
-    from negfast.sid.prior import TABLE_BYTES  # imports torch, which bad input need not wait for
-
-    n_days = len(facts.days.active) + 1
-    needed, there = TABLE_BYTES * n_days * facts.n_items, total_memory()
-    if needed > there:
-        report(
-            f"warning: training keeps tables of {n_days:,} days x {facts.n_items:,} items: about {needed / 2**30:.1f} "
-            f"GiB, this machine has {there / 2**30:.1f}; --from cuts days"
-        )

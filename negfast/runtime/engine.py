@@ -10,15 +10,13 @@ import torch
 from negfast.config import Config
 from negfast.data.dataset import Dataset
 from negfast.data.features import HistoryFeatures
-from negfast.data.log import DAY, DISLIKE, LIKE, EventLog
+from negfast.data.log import DAY, DISLIKE, EventLog
 from negfast.data.split import Requests, Split, all_requests
-from negfast.errors import InputError
-from negfast.memory import available_memory
 from negfast.model.choice import TrieChooser
 from negfast.model.fused_layers import fuse_layers
 from negfast.model.histories import HistoryBuilder, item_text
 from negfast.model.policy import Policy
-from negfast.sid.prior import TABLE_BYTES, DevicePrior, decayed_mass
+from negfast.sid.prior import DevicePrior
 from negfast.sid.trie import Trie, build_trie
 
 if TYPE_CHECKING:
@@ -67,12 +65,7 @@ def build_engine(
     policy.in_bfloat16 = config.train.dtype == "bfloat16" or (config.train.dtype == "auto" and device.type == "cuda")
     log, threads = data.log, torch.get_num_threads()
     trie = build_trie(data.codes, int(data.manifest["semantic_ids"]["codebook"]))
-    first_day, last_day = int(log.day.min()) - 1, int(log.day.max())
-    check_memory(last_day - first_day + 1, log.n_items)
-    disliked, liked = (
-        decayed_mass(log, kind, config.prior.half_life_days, first_day, last_day) for kind in (DISLIKE, LIKE)
-    )
-    prior = DevicePrior.build(trie, disliked, liked, first_day, config.prior.eps, device)
+    prior = DevicePrior.build(trie, log, config.prior.half_life_days, config.prior.eps, device)
     text = None if policy.text_projection is None else item_text(data)
     histories = HistoryBuilder(data.shard, log, trie, policy.vocabulary, prior, config.history, device, threads, text)
     fuse_layers(policy.to(device), device)
@@ -106,14 +99,3 @@ def history_features(data: Dataset, fit_until: int, context: str) -> HistoryFeat
     known = value[np.isfinite(value)]
     value_mean = float(known.mean()) if len(known) else 0.0
     return HistoryFeatures(log, data.items, rate, value_mean, context, data.user_ids)
-
-
-def check_memory(days: int, items: int) -> None:
-    """InputError where the tables of the community prior, which has a mass for every day and item, would not fit."""
-    needed = days * items * TABLE_BYTES
-    available = available_memory()
-    if needed > available:
-        raise InputError(
-            f"the community prior needs {needed / 2**30:.1f} GiB for {days:,} days x {items:,} items, but "
-            f"{available / 2**30:.1f} GiB are free; prepare a shorter log or fewer items"
-        )

@@ -55,7 +55,7 @@ def _log_probs(
         if runs_triton(states.device, "sid_cross_entropy"):
             logits = torch.cat([policy.code_logits(states[:, level], level + 1) for level in range(levels)])
             tables = compact_tables(engine.chooser, prior)
-            rows = compact_rows(tables, prior, branch, nodes, [requests] * levels)
+            rows = compact_rows(engine.chooser, tables, prior, branch, nodes, [requests] * levels)
             return -sid_cross_entropy(logits, tables, rows, torch.cat(chosen).int()).view(levels, -1).sum(0)
         total = torch.zeros(len(states), dtype=states.dtype, device=states.device)
         for level, (node, code) in enumerate(zip(nodes, chosen, strict=True)):

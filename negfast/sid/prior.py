@@ -1,40 +1,79 @@
 """The community prior on the trie: log mass of the unseen items under each child (negfast's choice).
 
 With code logits at zero and weight 1, a walk down the trie draws an unseen item with probability proportional to
-its mass + eps. The mass is that of its decayed dislikes (likes, for the next like). One table of node masses a day and
-branch lies on the device; what a request has seen is subtracted there.
+its mass + eps. The mass is that of its decayed dislikes (likes, for the next like). Masses are kept on the days they
+grow, so memory follows the events; what a request has seen is subtracted on the device.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
 
-from negfast.data.log import EventLog
+from negfast.data.log import DISLIKE, LIKE, EventLog
 from negfast.sid.trie import DeviceTrie, SeenNodes, Trie
 from negfast.staging import put
 
-NEXT_DISLIKE, NEXT_LIKE = 0, 1  # branches: rows of the mass tables
+NEXT_DISLIKE, NEXT_LIKE = 0, 1  # branches, in the order of their masses
+FEEDBACK_OF_BRANCH = (DISLIKE, LIKE)
 MARKERS = ("next-dislike", "next-like")  # that ask for them
-TABLE_BYTES = 64  # a day and item while the tables are built: two masses and their copies in the trie's order
 
 
-def decayed_mass(log: EventLog, feedback: int, half_life_days: float, first_day: int, last_day: int) -> np.ndarray:
-    """Mass of every item at the end of each day in first_day..last_day, float64 [D, I].
+@dataclass(frozen=True)
+class DecayedMass:
+    """Mass of G groups of events at the end of each of D days: an event of day d weighs 2^-((t - d) / half-life) at the
+    end of day t >= d and nothing before.
 
-    The events of all users with that feedback count; one of day d weighs 2^-((D - d) / half_life_days) at the end
-    of day D >= d and nothing before. Days are UTC days since 1970.
+    There is an entry for each (group, day) with an event, so memory grows with the events, not with G x D.
     """
-    n_days = last_day - first_day + 1
-    counted = (log.feedback == feedback) & (log.day <= last_day)
-    day, item = log.day[counted].astype(np.int64), log.item[counted].astype(np.int64)
-    row = np.maximum(day - first_day, 0)  # an earlier event enters on the first row, with what is left of it
-    weight = np.exp2(-np.maximum(first_day - day, 0) / half_life_days)
-    counts = np.bincount(row * log.n_items + item, weight, n_days * log.n_items)
-    mass = counts.astype(np.float64).reshape(n_days, log.n_items)  # without events numpy counts integers
-    for today in range(1, n_days):
-        mass[today] += mass[today - 1] * 2.0 ** (-1.0 / half_life_days)
+
+    days: int  # D; days are counted from 0
+    key: Tensor  # int64 [E + 1], group * D + day ascending; the first stands for no event
+    mass: Tensor  # float [E + 1], at the end of that day
+    decay: Tensor  # float [D + 1]: what an event weighs so many days later; the last is 0, for no event
+
+    @classmethod
+    def build(
+        cls,
+        keys: np.ndarray,
+        days: int,
+        half_life_days: float,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> "DecayedMass":
+        """Of events with ``keys`` int64 [N], group * ``days`` + day, in any order; the array is sorted in place.
+
+        Sums are made in float64 and stored as ``dtype``.
+        """
+        keys.sort()
+        first = np.flatnonzero(np.append(True, keys[1:] != keys[:-1])[: len(keys)])
+        count = np.diff(first, append=len(keys))
+        decay = np.append(np.exp2(-np.arange(days) / half_life_days), 0.0)
+        key = np.append(-days, keys[first])
+        mass = _accumulate(key, np.append(0.0, count), decay)
+        floats = (torch.as_tensor(values).to(device=device, dtype=dtype) for values in (mass, decay))
+        return cls(days, torch.as_tensor(key).to(device), *floats)
+
+    def at(self, group: Tensor, day: Tensor) -> Tensor:
+        """Mass at the end of ``day`` int64 in 0..D-1 for ``group`` int64, shapes broadcast together. No
+        synchronisation with the host."""
+        wanted = group * self.days + day
+        entry = torch.searchsorted(self.key, wanted, right=True) - 1
+        age = wanted - self.key[entry]
+        return self.mass[entry] * self.decay[torch.where(age <= day, age, self.days)]  # older: of another group
+
+
+@njit(cache=True)
+def _accumulate(key, count, decay):
+    """Mass at each entry: its count and what is left of the entry before in the same group; float64 [E]."""
+    days = len(decay) - 1
+    mass = np.empty(len(key), dtype=np.float64)
+    for entry in range(len(key)):
+        mass[entry] = count[entry]
+        if entry and key[entry] // days == key[entry - 1] // days:
+            mass[entry] += mass[entry - 1] * decay[key[entry] - key[entry - 1]]
     return mass
 
 
@@ -52,51 +91,62 @@ class RequestPrior:
 class DevicePrior:
     """Masses of every trie node at the end of each day, for both branches."""
 
-    first_day: int
+    first_day: int  # days since 1970: day row 0
     eps: float  # added per unseen leaf, > 0, so that every unseen item keeps some probability
-    mass: list[Tensor]  # [l - 1] float32 [2, D, n_l], l = 1..L; leaf order on the last
+    node_counts: list[int]  # n_0 .. n_L
+    levels: list[DecayedMass]  # [l - 1], l = 1..L: group branch * n_l + node
 
     @classmethod
     def build(
         cls,
         trie: Trie,
-        dislike_mass: np.ndarray,
-        like_mass: np.ndarray,
-        first_day: int,
+        log: EventLog,
+        half_life_days: float,
         eps: float,
         device: torch.device | str,
         dtype: torch.dtype = torch.float32,
     ) -> "DevicePrior":
-        """From the masses of items for the next dislike and the next like, float64 [D, I], row 0 at ``first_day``.
+        """From the likes and dislikes of all users; row 0 is the day before the log's first, on which nothing is known.
 
-        Sums over leaves are made in float64 and stored as ``dtype``.
+        Masses are summed in float64 and stored as ``dtype``.
         """
         if eps <= 0:
             raise ValueError(f"eps must be above 0, found {eps}")
-        nodes = np.stack([dislike_mass, like_mass])[..., trie.leaf_item]
-        levels = [nodes]
-        for first in trie.first_child[:0:-1]:  # from the leaves up to level 1
-            nodes = np.add.reduceat(nodes, first[:-1].astype(np.int64), axis=-1)
-            levels.append(nodes)
-        tensors = [torch.as_tensor(nodes).to(device=device, dtype=dtype) for nodes in reversed(levels)]
-        return cls(first_day, eps, tensors)
+        day = log.day
+        first_day = int(day.min()) - 1
+        days = int(day.max()) - first_day + 1
+        of_branch = [np.flatnonzero(log.feedback == feedback) for feedback in FEEDBACK_OF_BRANCH]
+        levels = []
+        for level in range(1, trie.levels + 1):
+            keys = []
+            for branch, rows in enumerate(of_branch):
+                node = trie.item_nodes[log.item[rows], level - 1] + np.int64(branch * trie.node_counts[level])
+                keys.append(node * days + (day[rows] - first_day))
+            levels.append(DecayedMass.build(np.concatenate(keys), days, half_life_days, device, dtype))
+        return cls(first_day, eps, trie.node_counts, levels)
+
+    def mass(self, level: int, branch: int | Tensor, day_row: Tensor, nodes: Tensor) -> Tensor:
+        """Mass of ``nodes`` int64 of a level in 1..L at the end of ``day_row`` int64, for ``branch``; shapes broadcast
+        together."""
+        return self.levels[level - 1].at(branch * self.node_counts[level] + nodes, day_row)
 
     def for_requests(self, days: np.ndarray, seen: SeenNodes) -> RequestPrior:
         """The prior of a batch whose request b ends on ``days[b]`` (int [B], days since 1970) and has seen ``seen``.
 
-        Raises ValueError for a day outside the table.
+        Raises ValueError for a day outside the log's.
         """
-        n_days = self.mass[0].shape[1]
+        n_days = self.levels[0].days
         rows = np.asarray(days, dtype=np.int64) - self.first_day
         if len(rows) and (rows.min() < 0 or rows.max() >= n_days):
             found = f"{rows.min() + self.first_day}..{rows.max() + self.first_day}"
             raise ValueError(f"days {found} are outside {self.first_day}..{self.first_day + n_days - 1}")
         day_row = put(rows, seen.leaf.device)
-        of_leaf = self.mass[-1][:, day_row[seen.request], seen.leaf].double()  # [2, S]
+        branch = torch.arange(2, device=seen.leaf.device)[:, None]
+        of_leaf = self.mass(len(self.levels), branch, day_row[seen.request], seen.leaf)  # [2, S]
         seen_mass = []
         for key, slot in zip(seen.key, seen.slot, strict=True):
             total = torch.zeros(2, len(key), dtype=torch.float64, device=key.device)
-            seen_mass.append(total.index_add_(1, slot, of_leaf).to(self.mass[0].dtype))
+            seen_mass.append(total.index_add_(1, slot, of_leaf.double()).to(of_leaf.dtype))
         return RequestPrior(self, seen, day_row, seen_mass)
 
 
@@ -106,7 +156,7 @@ def child_log_prior(
     """What may follow each node, and its log mass, for R completions in progress.
 
     ``nodes`` [R] are of a level in 0..L-1, ``request_rows`` [R] their requests, ``branch`` NEXT_DISLIKE or NEXT_LIKE,
-    one for all or int64 [R]. Returns (log_mass [R, K] in the table's dtype, valid bool [R, K]): a code is valid
+    one for all or int64 [R]. Returns (log_mass [R, K] in the masses' dtype, valid bool [R, K]): a code is valid
     if the child exists and has an unseen leaf; log_mass = log(max(mass - seen mass, 0) + eps * unseen leaves),
     and 0 where not valid. No synchronisation with the host.
     """
@@ -116,7 +166,7 @@ def child_log_prior(
     child = child.clamp(min=0)
     unseen = trie.leaf_count[level][child] - seen_count
     branches = branch if isinstance(branch, int) else branch[:, None]
-    mass = prior.prior.mass[level][branches, prior.day_row[request_rows][:, None], child]
+    mass = prior.prior.mass(level + 1, branches, prior.day_row[request_rows][:, None], child)
     mass = (mass - prior.seen_mass[level][branches, entry]).clamp(min=0) + prior.prior.eps * unseen.to(mass.dtype)
     valid = exists & (unseen > 0)
     log_mass = torch.where(valid, mass, 1).log()

@@ -40,17 +40,14 @@ class PlainTrie:
         index = {prefix: n for n, prefix in enumerate(prefix for level in prefixes for prefix in level)}
         return cls(codes, codebook, prefixes, index)
 
-    def tables(self, mass: np.ndarray | None, weight: float, device: torch.device) -> TrieTables:
-        """``mass`` float64 [D, I] of items."""
+    def tables(self, weight: float, device: torch.device) -> TrieTables:
         words = -(-self.codebook // 32)
-        first_child, child_bits, leaf_count, node_mass = [], [], [], []
+        first_child, child_bits, leaf_count = [], [], []
         for level, level_prefixes in enumerate(self.prefixes):
             local = {prefix: n for n, prefix in enumerate(level_prefixes)}
             if level:
                 owner = np.array([local[tuple(int(c) for c in row[:level])] for row in self.codes])
                 leaf_count.append(np.bincount(owner, minlength=len(local)).astype(np.int32))
-                if mass is not None:
-                    node_mass.append(np.stack([np.bincount(owner, m, len(local)) for m in mass]).astype(np.float32))
             if level < len(self.prefixes) - 1:
                 bits = np.zeros((len(local), words), dtype=np.uint32)
                 counts = np.zeros(len(local), dtype=np.int64)
@@ -68,10 +65,15 @@ class PlainTrie:
             put(child_bits),
             put(leaf_count),
             self.codebook,
-            put(node_mass) if mass is not None else None,
             weight,
             epsilon=0.05,
         )
+
+    def log_mass(self, mass: np.ndarray, tables: TrieTables) -> Tensor:
+        """Log mass of every node on every day, day by day, from ``mass`` float64 [D, I] of items."""
+        of_node = np.stack([[day[self.below[node]].sum() for node in range(len(self.index))] for day in mass])
+        device = tables.leaf_count.device
+        return (torch.from_numpy(of_node).float().to(device) + tables.epsilon * tables.leaf_count).log().flatten()
 
     @cached_property
     def below(self) -> dict[int, list[int]]:
@@ -136,7 +138,7 @@ def trie_case(
     trie = PlainTrie.random(random, items, levels, codebook)
     count = len(trie.codes)
     mass = random.exponential(1.0, (2, count)) * (random.random((2, count)) < 0.7) if with_prior else None
-    tables = trie.tables(mass, weight=0.8, device=device)
+    tables = trie.tables(weight=0.8, device=device)
     seen_sets, entries = [], []
     for _ in range(prompts):
         seen = {int(i) for i in random.choice(count, min(seen_items, count // 3), replace=False)}
@@ -198,7 +200,8 @@ def trie_case(
         seen_end=put(begin[requests + 1], torch.int32),
         seen_node=torch.from_numpy(seen_node).int().to(device),
         seen_log=seen_log,
-        mass_row=put(day[requests], torch.int32) if with_prior else None,
+        log_mass=trie.log_mass(mass, tables) if mass is not None else None,
+        mass_start=put(day[requests] * len(trie.index), torch.int32) if with_prior else None,
     )
     counts = torch.from_numpy(counted).to(device)
     generator = torch.Generator().manual_seed(seed)
@@ -374,7 +377,6 @@ def wide_trie_case(
         leaf_count=torch.ones(nodes, dtype=torch.int32, device=device),
         level_base=(0, inner),
         codebook=codebook,
-        log_mass=2 * uniform(4, nodes) - 1,
     )
     node = torch.randint(inner, (rows,), generator=generator, device=device)
     seen_node = first_child[:-1, None] + torch.arange(2, device=device)
@@ -386,7 +388,8 @@ def wide_trie_case(
         seen_end=(2 * node + 2 * has_seen).int(),
         seen_node=seen_node.flatten().int(),
         seen_log=seen_log.flatten(),
-        mass_row=torch.randint(4, (rows,), generator=generator, device=device).int(),
+        log_mass=2 * uniform(4 * nodes) - 1,
+        mass_start=nodes * torch.randint(4, (rows,), generator=generator, device=device).int(),
     )
     unseen = exists & (exists.cumsum(-1) > 2)
     code = torch.where(unseen[node], uniform(rows, codebook), -1.0).argmax(-1).int()[None]

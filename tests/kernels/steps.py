@@ -17,7 +17,7 @@ from negfast.sid.prior import DevicePrior, RequestPrior
 from negfast.sid.tokens import CodeVocabulary
 from negfast.sid.trie import SeenNodes, build_trie
 from negfast.train.grpo.stage import freeze
-from tests.sid.reference import random_codes, seen_nodes_reference
+from tests.sid.reference import random_codes, random_log, seen_nodes_reference
 
 TEXT, LEVELS, CODEBOOK, ITEMS, REQUESTS, GROUP = 7, 3, 20, 60, 3, 5
 DAYS = 4
@@ -73,8 +73,7 @@ def make_job(seed: int, device: torch.device, prior_weight: float = 0.7) -> Job:
     seen = [
         sorted(rng.choice(ITEMS, int(rng.integers(0, ITEMS // 2)), replace=False).tolist()) for _ in range(REQUESTS)
     ]
-    mass = rng.gamma(0.5, size=(2, DAYS, ITEMS))
-    prior = DevicePrior.build(trie, mass[0], mass[1], 100, 0.05, device)
+    prior = DevicePrior.build(trie, random_log(rng, ITEMS, 4 * ITEMS, 100, DAYS), 2.0, 0.05, device)
     packed = SeenNodes.from_packed(seen_nodes_reference(trie, seen), trie, device)
     cu_seqlens = np.cumsum([0, *rng.integers(1, 20, REQUESTS - 1)])
     tokens = torch.from_numpy(rng.integers(TEXT, TEXT + vocabulary.size, cu_seqlens[-1])).to(device)

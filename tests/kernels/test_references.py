@@ -35,8 +35,8 @@ def test_dense_policy_is_what_enumeration_finds(levels: int, codebook: int, item
         for code, unseen in case.trie.choices(prefix, case.request_seen[request]).items():
             expected_valid[row, code] = True
             if with_prior:
-                assert case.rows.mass_row is not None and case.mass is not None
-                day = int(case.rows.mass_row[row])
+                assert case.rows.mass_start is not None and case.mass is not None
+                day = int(case.rows.mass_start[row]) // len(case.trie.index)
                 mass = sum(case.mass[day, item] for item in unseen)
                 expected_prior[row, code] = 0.8 * np.log(mass + 0.05 * len(unseen))
     assert torch.equal(valid, expected_valid)
@@ -74,9 +74,9 @@ def test_cross_entropy_is_that_of_enumerated_choices_and_its_gradient_of_finite_
     rest = (case.tables, case.rows, torch.tensor(targets, dtype=torch.int32))
     logits = case.logits.clone().requires_grad_()
     found = sid_cross_entropy(case.logits, *rest)
-    assert case.rows.mass_row is not None and case.mass is not None
+    assert case.rows.mass_start is not None and case.mass is not None
     for row, (request, prefix) in enumerate(case.row_prefix):
-        day = int(case.rows.mass_row[row])
+        day = int(case.rows.mass_start[row]) // len(case.trie.index)
         scores = {
             code: float(case.logits[row, code]) + 0.8 * np.log(case.mass[day, unseen].sum() + 0.05 * len(unseen))
             for code, unseen in case.trie.choices(prefix, case.request_seen[request]).items()

@@ -251,13 +251,6 @@ def test_a_small_part_is_warned_of(sources, tmp_path):
     ]
 
 
-def test_memory_that_training_will_not_have_is_warned_of(sources, tmp_path, monkeypatch):
-    said: list[str] = []
-    monkeypatch.setattr("negfast.prepare.build.total_memory", lambda: 100_000)
-    run(sources, tmp_path / "data", report=said.append)
-    assert any(line.startswith("warning: training keeps tables of 61 days x 30 items: about 0.0 GiB") for line in said)
-
-
 @given(day=st.integers(0, 100_000))
 def test_dates_and_days(day):
     assert day_of(date_of(day)) == day

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from negfast.data.log import DAY, EventLog
+
 
 def random_codes(rng, n_items, levels, codebook):
     """Distinct code rows, clumped so that some nodes have many children and some one."""
@@ -17,6 +19,29 @@ def random_codes(rng, n_items, levels, codebook):
     rows = sorted(distinct)[:n_items]
     rng.shuffle(rows)
     return np.array(rows, dtype=np.uint16).reshape(n_items, levels)
+
+
+def dense_mass(log, feedback, half_life_days, first_day, last_day):
+    """Mass of every item at the end of each day in first_day..last_day, float64 [D, I], event by event."""
+    mass = np.zeros((last_day - first_day + 1, log.n_items))
+    for item, kind, time in zip(log.item, log.feedback, log.time, strict=True):
+        age = np.arange(first_day, last_day + 1) - time // 86_400
+        if kind == feedback:
+            mass[:, item] += np.where(age >= 0, 2.0 ** (-np.maximum(age, 0) / half_life_days), 0.0)
+    return mass
+
+
+def random_log(rng, n_items, n_events, first_day, days):
+    """Events of one user on random items, none on the day ``first_day`` and some on the last of ``days``."""
+    day = np.sort(np.append(rng.integers(1, days, n_events - 2), [1, days - 1]))
+    return EventLog(
+        user_offsets=np.array([0, n_events]),
+        item=rng.integers(0, n_items, n_events).astype(np.int32),
+        feedback=rng.integers(0, 3, n_events).astype(np.uint8),
+        time=(first_day + day) * DAY,
+        value=None,
+        n_items=n_items,
+    )
 
 
 def prefixes(codes, level):

@@ -5,10 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from negfast.data.log import DAY, DISLIKE, LIKE, EventLog
-from negfast.sid.prior import NEXT_DISLIKE, NEXT_LIKE, DevicePrior, child_log_prior, decayed_mass
+from negfast.sid.prior import DecayedMass, DevicePrior, child_log_prior
 from negfast.sid.trie import SeenNodes, build_trie
 
-from .reference import random_codes, seen_nodes_reference
+from .reference import dense_mass, random_codes, seen_nodes_reference
 
 FIRST = 15_764  # 2013-02-28
 
@@ -32,9 +32,9 @@ def make_case(rng, levels, dtype=torch.float64, device="cpu"):
     n_items = int(rng.integers(2, min(codebook**levels, 50) + 1))
     trie = build_trie(random_codes(rng, n_items, levels, codebook), codebook)
     log = random_log(rng, 6, n_items, 300, 10)
-    masses = [decayed_mass(log, feedback, 4.0, FIRST, FIRST + 9) for feedback in (DISLIKE, LIKE)]
-    prior = DevicePrior.build(trie, masses[0], masses[1], FIRST, 0.01, device, dtype)
-    return trie, masses, prior
+    prior = DevicePrior.build(trie, log, 4.0, 0.01, device, dtype)
+    days = prior.first_day, prior.first_day + prior.levels[0].days - 1
+    return trie, [dense_mass(log, feedback, 4.0, *days) for feedback in (DISLIKE, LIKE)], prior
 
 
 def seen_of(rng, trie, requests):
@@ -54,7 +54,7 @@ def test_walk_gives_each_unseen_item_its_share(seed, levels, single):
         under = np.flatnonzero(trie.item_nodes[:, 0] == node).tolist()
         if len(set(seen[0]) | set(under)) < len(trie.leaf_item):
             seen[0] = sorted(set(seen[0]) | set(under))
-    days = FIRST + rng.integers(0, 10, requests)
+    days = prior.first_day + rng.integers(0, prior.levels[0].days, requests)
     packed = seen_nodes_reference(trie, seen)
     batch = prior.for_requests(days, SeenNodes.from_packed(packed, trie, "cpu"))
     device = trie.to("cpu")
@@ -74,7 +74,7 @@ def test_walk_gives_each_unseen_item_its_share(seed, levels, single):
         # rows whose path is cut walk on below pruned nodes, where nothing may be valid
         nodes = torch.from_numpy(trie.item_nodes[:, level].astype(np.int64)).repeat(requests)
 
-    table = [masses[b][d - FIRST] + 0.01 for b in (0, 1) for d in days]
+    table = [masses[b][d - prior.first_day] + 0.01 for b in (0, 1) for d in days]
     for row in range(requests):
         weight = table[int(branch[row * n_items]) * requests + row].copy()
         weight[seen[row]] = 0
@@ -84,56 +84,70 @@ def test_walk_gives_each_unseen_item_its_share(seed, levels, single):
         assert alive[row * n_items : (row + 1) * n_items].tolist() == [i not in seen[row] for i in range(n_items)]
 
 
-def test_child_masses_sum_to_the_parents():
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_mass_of_every_node_on_every_day_is_the_dense_sum_over_its_leaves(dtype, rtol):
     rng = np.random.default_rng()
-    trie, masses, prior = make_case(rng, 3)
-    for branch in (NEXT_DISLIKE, NEXT_LIKE):
-        total = masses[branch].sum(1)
-        np.testing.assert_allclose(prior.mass[0][branch].sum(1), total, rtol=1e-12)
-    for level in (1, 2):
-        for node in range(trie.node_counts[level]):
-            begin, end = trie.first_child[level][node : node + 2]
-            np.testing.assert_allclose(
-                prior.mass[level][..., begin:end].sum(-1), prior.mass[level - 1][..., node], rtol=1e-12
-            )
+    trie, masses, prior = make_case(rng, 3, dtype)
+    rows = torch.arange(prior.levels[0].days)
+    for level in (1, 2, 3):
+        nodes = torch.arange(trie.node_counts[level])[:, None]
+        for branch, of_items in enumerate(masses):
+            expected = np.zeros((trie.node_counts[level], len(rows)))
+            np.add.at(expected, trie.item_nodes[:, level - 1], of_items.T)
+            np.testing.assert_allclose(prior.mass(level, branch, rows, nodes), expected, rtol, 0)
+            both = torch.full((len(nodes), 1), branch)
+            assert torch.equal(prior.mass(level, both, rows, nodes), prior.mass(level, branch, rows, nodes))
+
+
+def test_memory_follows_the_events_and_not_days_times_items():
+    rng = np.random.default_rng()
+    n_items = 20_000
+    trie = build_trie(random_codes(rng, n_items, 3, 64), 64)
+    prior = DevicePrior.build(trie, random_log(rng, 50, n_items, 3000, 2000), 4.0, 0.01, "cpu")
+    assert prior.levels[0].days > 1900
+    assert all(len(level.key) <= 3001 and len(level.mass) <= 3001 for level in prior.levels)
 
 
 def test_days_outside_the_table_and_eps_are_refused():
     rng = np.random.default_rng()
-    trie, masses, prior = make_case(rng, 2)
+    trie, _, prior = make_case(rng, 2)
     seen = SeenNodes.from_packed(seen_nodes_reference(trie, [[], [0]]), trie, "cpu")
-    for day in (FIRST - 1, FIRST + 10):
-        with pytest.raises(ValueError, match=f"are outside {FIRST}..{FIRST + 9}"):
-            prior.for_requests(np.array([FIRST, day]), seen)
+    first = prior.first_day
+    last = first + prior.levels[0].days - 1
+    for day in (first - 1, last + 1):
+        with pytest.raises(ValueError, match=f"are outside {first}..{last}"):
+            prior.for_requests(np.array([first, day]), seen)
     with pytest.raises(ValueError, match="eps"):
-        DevicePrior.build(trie, masses[0], masses[1], FIRST, 0.0, "cpu")
+        DevicePrior.build(trie, random_log(rng, 2, 5, 9, 3), 4.0, 0.0, "cpu")
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 2**32), half_life=st.floats(0.3, 30), start=st.integers(-3, 8))
-def test_mass_is_the_sum_over_events(seed, half_life, start):
+@given(seed=st.integers(0, 2**32), half_life=st.floats(0.3, 30))
+def test_mass_is_the_sum_over_events(seed, half_life):
     rng = np.random.default_rng(seed)
     log = random_log(rng, 5, 7, 60, 12)
-    first, last = FIRST + start, FIRST + start + int(rng.integers(0, 9))
-    mass = decayed_mass(log, LIKE, half_life, first, last)
-    assert mass.shape == (last - first + 1, 7) and mass.dtype == np.float64
-    for row, today in enumerate(range(first, last + 1)):
-        expected = np.zeros(7)
-        for item, feedback, time in zip(log.item, log.feedback, log.time, strict=True):
-            if feedback == LIKE and time < (today + 1) * DAY:
-                expected[item] += 2.0 ** (-(today - time // DAY) / half_life)
-        np.testing.assert_allclose(mass[row], expected, rtol=1e-12, atol=0)
+    first, last = FIRST - 1, FIRST + 11
+    liked = log.feedback == LIKE
+    keys = log.item[liked].astype(np.int64) * 13 + (log.day[liked] - first)
+    mass = DecayedMass.build(keys, 13, half_life, dtype=torch.float64)
+    found = mass.at(torch.arange(7), torch.arange(13)[:, None])
+    np.testing.assert_allclose(found, dense_mass(log, LIKE, half_life, first, last), rtol=1e-12, atol=0)
+
+
+def test_no_events_have_no_mass():
+    mass = DecayedMass.build(np.zeros(0, np.int64), 5, 4.0)
+    assert torch.equal(mass.at(torch.arange(3)[:, None], torch.arange(5)), torch.zeros(3, 5))
 
 
 def test_nothing_after_the_day_matters():
     rng = np.random.default_rng()
     log = random_log(rng, 6, 20, 400, 10)
-    later = log.time >= (FIRST + 6) * DAY
-    item, feedback = log.item.copy(), log.feedback.copy()
-    item[later] = rng.integers(0, 20, later.sum())
-    feedback[later] = DISLIKE
-    shifted = EventLog(log.user_offsets, item, feedback, log.time, None, 20)
-    before = decayed_mass(log, DISLIKE, 4.0, FIRST, FIRST + 9)
-    after = decayed_mass(shifted, DISLIKE, 4.0, FIRST, FIRST + 9)
-    assert np.array_equal(before[:6], after[:6])
-    assert not np.array_equal(before[6:], after[6:])
+    day = (log.day - FIRST + 1).astype(np.int64)
+    item = log.item.astype(np.int64)
+    changed = np.where(day > 6, rng.integers(0, 20, len(item)), item)
+    before, after = (
+        DecayedMass.build(keys * 11 + day, 11, 4.0).at(torch.arange(20)[:, None], torch.arange(11))
+        for keys in (item, changed)
+    )
+    assert torch.equal(before[:, :7], after[:, :7])
+    assert not torch.equal(before[:, 7:], after[:, 7:])

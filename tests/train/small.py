@@ -14,7 +14,7 @@ from negfast.model.policy import Policy
 from negfast.sid.prior import MARKERS, DevicePrior, RequestPrior, child_log_prior
 from negfast.sid.tokens import CodeVocabulary
 from negfast.sid.trie import SeenNodes, Trie, build_trie
-from tests.sid.reference import random_codes, seen_nodes_reference
+from tests.sid.reference import random_codes, random_log, seen_nodes_reference
 
 BASE = 7
 
@@ -96,8 +96,8 @@ def make_small(seed: int, items: int = 40, levels: int = 3, codebook: int = 6, p
     torch.nn.init.normal_(policy.block.head.weight, std=0.3)
     torch.nn.init.normal_(policy.block.rows, std=0.5)
     seen = [sorted(rng.choice(items, int(rng.integers(0, items // 2)), replace=False).tolist()) for _ in range(prompts)]
-    mass = rng.gamma(0.3, size=(2, 5, items))
-    prior = DevicePrior.build(trie, mass[0], mass[1], 100, 0.05, "cpu", torch.float64)
+    log = random_log(rng, items, 4 * items, 100, 5)
+    prior = DevicePrior.build(trie, log, 2.0, 0.05, "cpu", torch.float64)
     packed = seen_nodes_reference(trie, seen)
     request_prior = prior.for_requests(rng.integers(100, 105, prompts), SeenNodes.from_packed(packed, trie, "cpu"))
     lengths = rng.integers(1, 12, prompts)

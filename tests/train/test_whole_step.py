@@ -21,7 +21,7 @@ from negfast.model.policy import Policy
 from negfast.runtime.engine import Engine, build_engine
 from negfast.runtime.run_folder import RunFolder
 from negfast.runtime.verdict import fit_prior
-from negfast.sid.prior import MARKERS, NEXT_DISLIKE, child_log_prior
+from negfast.sid.prior import MARKERS, NEXT_DISLIKE, DecayedMass, child_log_prior
 from negfast.sid.trie import SeenNodes
 from negfast.train.grpo.stage import GrpoStage
 from negfast.train.histories import Drawn
@@ -51,10 +51,14 @@ def make_engine(tiny_run, monkeypatch):
         take_norms_in_their_own_dtype(policy.decoder)
         policy.double()
         prior = engine.histories.prior
-        engine.histories.prior = replace(prior, mass=[mass.double() for mass in prior.mass])
+        engine.histories.prior = replace(prior, levels=[in_double(level) for level in prior.levels])
         return engine
 
     return make
+
+
+def in_double(mass: DecayedMass) -> DecayedMass:
+    return replace(mass, mass=mass.mass.double(), decay=mass.decay.double())
 
 
 class OneAtATime:

@@ -18,7 +18,7 @@ from negfast.data.log import DISLIKE, EXPOSED, LIKE, EventLog, history_ends
 from negfast.evaluate.baselines.ranking import HALF_LIFE
 from negfast.evaluate.predictions import TOP, Predictions
 from negfast.evaluate.sets import EvalSet
-from negfast.sid.prior import decayed_mass
+from negfast.sid.prior import DecayedMass
 
 MASS_EPS = 0.01  # of an item without events lately, under the logarithm
 _BLOCK = 256  # prompts scored against all items at a time
@@ -72,8 +72,8 @@ class Sequences:
     offsets: np.ndarray  # int64 [U + 1]
     item: np.ndarray  # int32 [M]
     day: np.ndarray  # int32 [M]
-    mass: np.ndarray  # float32 [D, I], log decayed mass of the counted events at the end of each day
-    first_day: int  # of ``mass``: the day before the log's first
+    mass: DecayedMass  # of the counted events by item
+    first_day: int  # day 0 of ``mass``: the day before the log's first
     log: EventLog
     rows: np.ndarray  # int64 [M], of the events in ``log``
 
@@ -85,9 +85,17 @@ class Sequences:
         first.sort()
         rows, user = rows[first], user[first]
         offsets = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=log.n_users))])
-        low, high = int(log.day.min()) - 1, int(log.day.max())
-        mass = sum(decayed_mass(log, kind, HALF_LIFE, low, high) for kind in kinds)
-        return cls(offsets, log.item[rows], log.day[rows], np.log(mass + MASS_EPS).astype(np.float32), low, log, rows)
+        day = log.day
+        low, days = int(day.min()) - 1, int(day.max() - day.min()) + 2
+        counted = np.isin(log.feedback, kinds)
+        keys = log.item[counted].astype(np.int64) * days + (day[counted] - low)
+        mass = DecayedMass.build(keys, days, HALF_LIFE, dtype=torch.float64)
+        return cls(offsets, log.item[rows], day[rows], mass, low, log, rows)
+
+    def log_mass(self, item: Tensor, day: np.ndarray) -> Tensor:
+        """Log decayed mass of ``item`` int64 at the end of ``day`` (since 1970), shapes broadcast together, float32."""
+        row = torch.from_numpy(day.astype(np.int64) - self.first_day)
+        return (self.mass.at(item, row) + MASS_EPS).log().float()
 
     def known(self, fit_until: int) -> np.ndarray:
         """Which of the events may be learned from, bool [M]."""
@@ -133,7 +141,7 @@ def fit_sasrec(
     """Trains on the events of days before ``fit_until``. Deterministic for a seed and a number of threads."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = SasRec(sequences.mass.shape[1], settings)
+        model = SasRec(sequences.log.n_items, settings)
         optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, betas=(0.9, 0.98))
         windows = training_windows(sequences, fit_until, settings.length)
         for epoch in range(settings.epochs):
@@ -168,10 +176,9 @@ def train_epoch(model: SasRec, optimizer: torch.optim.Optimizer, sequences: Sequ
         positive = (hidden * model.items(target)).sum(1)
         negative = hidden @ model.items(drawn).T
         if settings.recency:
-            day = sequences.day[event[:, 1:][there]] - 1 - sequences.first_day  # known at the end of the day before
-            positive = positive + settings.recency * torch.from_numpy(sequences.mass[day, target.numpy()])
-            mass = sequences.mass[:, drawn.numpy()][day]
-            negative = negative + settings.recency * torch.from_numpy(mass)
+            day = sequences.day[event[:, 1:][there]] - 1  # known at the end of the day before
+            positive = positive + settings.recency * sequences.log_mass(target, day)
+            negative = negative + settings.recency * sequences.log_mass(drawn, day[:, None])
         negative = negative.masked_fill(drawn == target[:, None], -torch.inf)
         logits = torch.cat([positive[:, None], negative], dim=1)
         loss = F.cross_entropy(logits, torch.zeros(len(target), dtype=torch.long))
@@ -194,7 +201,7 @@ def padded(sequences: Sequences, start: np.ndarray, stop: np.ndarray, n_items: i
 def predict_sasrec(log: EventLog, sequences: Sequences, model: SasRec, evalset: EvalSet) -> Predictions:
     """The unseen items of highest score for every request (ties: lower index first), and the pools' scores."""
     requests, n_items = evalset.requests, model.n_items
-    user, row_of_day = requests.user, requests.day - sequences.first_day
+    user, every_item = requests.user, torch.arange(n_items)
     begin = sequences.offsets[user]
     counted_day = np.repeat(np.arange(log.n_users), np.diff(sequences.offsets)) * 2**32 + sequences.day
     stop = np.searchsorted(counted_day, user.astype(np.int64) * 2**32 + requests.day, side="right")
@@ -208,7 +215,7 @@ def predict_sasrec(log: EventLog, sequences: Sequences, model: SasRec, evalset: 
         hidden = model(torch.from_numpy(tokens))[np.arange(len(rows)), (stop - start)[rows]]
         score = (hidden @ model.items.weight[:n_items].T).numpy()
         if model.settings.recency:
-            score += model.settings.recency * sequences.mass[row_of_day[rows]]
+            score += model.settings.recency * sequences.log_mass(every_item, requests.day[rows][:, None]).numpy()
         pools = np.flatnonzero((evalset.pool_request >= rows[0]) & (evalset.pool_request <= rows[-1]))
         pool_score[pools] = score[evalset.pool_request[pools, None] - first, evalset.pool_items[pools]]
         for k, row in enumerate(rows):

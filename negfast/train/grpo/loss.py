@@ -165,7 +165,7 @@ class GroupLoss:
         terms = trie_grpo(
             logits,
             tables,
-            compact_rows(tables, prior, NEXT_DISLIKE, nodes, requests),
+            compact_rows(self.chooser, tables, prior, NEXT_DISLIKE, nodes, requests),
             RowTokens.build(row, code, counted, len(choice.logits)),
             rewards.to(real),
             self.objective,

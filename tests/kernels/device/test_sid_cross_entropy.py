@@ -91,8 +91,8 @@ def test_what_is_unsupported_raises(device: torch.device, seed: int):
         sid_cross_entropy(logits.double(), tables, rows, code)
     with pytest.raises(ValueError, match="code: found shape"):
         sid_cross_entropy(logits, tables, rows, code[1:])
-    with pytest.raises(ValueError, match="mass_row: found None"):
-        sid_cross_entropy(logits, tables, replace(rows, mass_row=None), code)
+    with pytest.raises(ValueError, match="log_mass and mass_start: found one"):
+        sid_cross_entropy(logits, tables, replace(rows, mass_start=None), code)
     wide = torch.zeros(len(logits), 8193, device=device)
     with pytest.raises(ValueError, match="child_bits: found shape"):
         sid_cross_entropy(wide, tables, rows, code)

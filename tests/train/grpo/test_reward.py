@@ -9,8 +9,8 @@ from negfast.data.log import DISLIKE, LIKE, EventLog, history_ends
 from negfast.data.neighbours import co_dislike_neighbours, content_neighbours, similarity_rows
 from negfast.data.split import split_requests
 from negfast.sid.embed import embed_tfidf, item_texts
-from negfast.sid.prior import decayed_mass
 from negfast.train.grpo.reward import TERMS, RewardSources, build_reward_table
+from tests.sid.reference import dense_mass
 
 CPU = torch.device("cpu")
 COLLAB = [term.name for term in TERMS].index("collab")
@@ -67,7 +67,7 @@ def test_copying_history_hubs_and_chance_earn_less_than_recency(movietweetings):
     rng = np.random.default_rng()
     size = 20
 
-    mass = decayed_mass(log, DISLIKE, 4.0, int(log.day.min()), valid)
+    mass = dense_mass(log, DISLIKE, 4.0, int(log.day.min()), valid)
     ends = history_ends(log, requests.user, requests.day)
     item_of_key = (table.key[:-1] % log.n_items).numpy()
     near_reward = np.bincount(item_of_key, table.terms[:-1, COLLAB].numpy(), log.n_items)
