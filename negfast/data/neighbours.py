@@ -18,6 +18,8 @@ from negfast.data.log import DISLIKE, EXPOSED, EventLog
 
 TOP = 50
 MIN_USERS = 2
+EXACT_ITEMS = 1 << 15
+CELLS_VISITED, CELL_ROUNDS, POINTS_PER_CELL = 8, 5, 40  # of the k-means cells of more items (negfast's choice)
 CONTENT_THRESHOLD = 0.8  # least cosine of content neighbours (negfast's choice)
 _COUNT_SHRINKAGE, _MARGIN_SHRINKAGE = 5.0, 3.0
 
@@ -73,15 +75,21 @@ def content_neighbours(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Items of cosine >= ``threshold``, best first: ids int32 [I, top] (-1 padded), cosine float32 [I, top] (0 padded).
 
-    Exact search, quadratic in I. An item with a zero embedding has no neighbours.
+    Exact search up to `EXACT_ITEMS` items, whose time is quadratic in them; among more only the nearest `CELLS_VISITED`
+    of k-means cells are searched, which misses some. An item with a zero embedding has no neighbours.
     """
     norm = np.linalg.norm(embedding, axis=1, keepdims=True)
     unit = np.ascontiguousarray(embedding / np.where(norm > 0, norm, 1), dtype=np.float32)
-    index = faiss.IndexFlatIP(unit.shape[1])
+    index: faiss.Index = faiss.IndexFlatIP(unit.shape[1])
+    if len(unit) > EXACT_ITEMS:
+        cells = faiss.IndexIVFFlat(index, unit.shape[1], 2 * int(len(unit) ** 0.5), faiss.METRIC_INNER_PRODUCT)
+        cells.cp.niter, cells.nprobe = CELL_ROUNDS, CELLS_VISITED
+        cells.train(unit[:: max(1, len(unit) // (POINTS_PER_CELL * cells.nlist))])
+        index = cells
     index.add(unit)
     cosine, ids = index.search(unit, min(top + 1, len(unit)))
     itself = ids == np.arange(len(unit))[:, None]
-    near = (cosine >= threshold) & (norm > 0) & (norm[ids, 0] > 0) & ~itself
+    near = (ids >= 0) & (cosine >= threshold) & (norm > 0) & (norm[ids, 0] > 0) & ~itself
     order = np.argsort(~near, axis=1, kind="stable")[:, :top]  # those that stay, in their order
     out_ids = np.full((len(unit), top), -1, dtype=np.int32)
     out_cosine = np.zeros((len(unit), top), dtype=np.float32)

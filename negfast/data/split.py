@@ -237,6 +237,20 @@ def first_feedback(log: EventLog) -> np.ndarray:
     return rows[np.sort(first)]
 
 
+def sample_pairs(user: np.ndarray, item: np.ndarray, most: int) -> np.ndarray:
+    """Places of at most ``most`` of the user-item pairs, int64 ascending: all, or those of least hash (splitmix64).
+
+    Whether a pair is drawn does not depend on the order of the pairs, and more pairs only push others out.
+    """
+    if len(user) <= most:
+        return np.arange(len(user))
+    mixed = (user.astype(np.uint64) << np.uint64(32)) | item.astype(np.uint64)
+    mixed += np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.sort(np.argpartition(mixed ^ (mixed >> np.uint64(31)), most)[:most])
+
+
 def first_dislike_events(log: EventLog, user: np.ndarray, item: np.ndarray) -> np.ndarray:
     """The event row of the first dislike of each (user, item), which must exist; of an item of F it is the one
     within the horizon, as nothing came before."""

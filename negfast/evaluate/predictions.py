@@ -7,12 +7,18 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 
 from negfast.data.log import EXPOSED, EventLog, history_ends
-from negfast.data.split import Requests
+from negfast.data.split import Requests, sample_pairs
 from negfast.evaluate.sets import POOL, EvalSet, check_choosable
 from negfast.model.histories import MIXED
 from negfast.runtime.engine import Engine
 from negfast.runtime.generation import generate
-from negfast.runtime.verdict import Calibration, candidate_logits, group_candidates, shown_candidates
+from negfast.runtime.verdict import (
+    MEASURED_AT_MOST,
+    Calibration,
+    candidate_logits,
+    group_candidates,
+    shown_candidates,
+)
 
 TOP = 50  # items generated for each request
 SHOWN_AT_MOST = 100_000  # events that P(dislike | shown) is calibrated on
@@ -41,10 +47,12 @@ def threshold_for_share(score: np.ndarray, share: float = 0.1) -> float:
     return float(values[::-1][np.argmin(np.abs(at_or_above[::-1] - share))])
 
 
-def filter_logits(engine: Engine, evalset: EvalSet, view: int = MIXED) -> np.ndarray:
-    """Verdict logits of the filter events, float64 [E]."""
-    order = np.lexsort((evalset.filter_moment, evalset.filter_user))
-    candidates = group_candidates(evalset.filter_user[order], evalset.filter_moment[order], evalset.filter_item[order])
+def filter_logits(engine: Engine, evalset: EvalSet, view: int = MIXED, rows: np.ndarray | None = None) -> np.ndarray:
+    """Verdict logits of the filter events, or of those at ``rows`` int64 [E] alone; float64 [E]."""
+    columns = (evalset.filter_user, evalset.filter_moment, evalset.filter_item)
+    user, moment, item = columns if rows is None else (column[rows] for column in columns)
+    order = np.lexsort((moment, user))
+    candidates = group_candidates(user[order], moment[order], item[order])
     out = np.empty(len(order))
     out[order] = candidate_logits(engine, candidates, view)
     return out
@@ -61,9 +69,11 @@ def pool_logits(engine: Engine, evalset: EvalSet) -> np.ndarray:
 
 
 def calibrate(engine: Engine, valid: EvalSet) -> Calibration:
-    """Fits the scaling and the threshold on the valid filter events; InputError where one kind is missing."""
+    """Fits the scaling and the threshold on the valid filter events, at most `MEASURED_AT_MOST` of them; InputError
+    where one kind is missing."""
     check_choosable(valid)
-    return platt_scaling(filter_logits(engine, valid), valid.filter_dislike)
+    drawn = sample_pairs(valid.filter_user, valid.filter_item, MEASURED_AT_MOST)
+    return platt_scaling(filter_logits(engine, valid, rows=drawn), valid.filter_dislike[drawn])
 
 
 def calibrate_shown(engine: Engine) -> Calibration | None:

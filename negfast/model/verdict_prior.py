@@ -9,6 +9,7 @@ BINS = 16  # quantile bins of a feature
 WIDTH = 128  # of the deep part's two layers
 DROPOUT = 0.5
 EPOCHS, BATCH, RATE, WEIGHT_DECAY = 8, 512, 2e-3, 0.1
+ROWS_ENCODED = 8192  # at once: encoding takes several times the memory of what it makes
 
 
 class VerdictPrior(nn.Module):
@@ -61,7 +62,11 @@ def fit(prior: VerdictPrior, features: np.ndarray, labels: np.ndarray, seed: int
     device = prior.edges.device
     prior.cpu().requires_grad_(True)
     prior.edges.copy_(torch.from_numpy(_quantiles(features)))
-    inputs, wanted = prior.encode(torch.from_numpy(features).float()), torch.from_numpy(labels).float()
+    parts = torch.from_numpy(features).float().split(ROWS_ENCODED)
+    inputs = torch.empty(len(features), prior.wide.in_features)
+    for rows, part in zip(inputs.split(ROWS_ENCODED), parts, strict=True):
+        rows.copy_(prior.encode(part))
+    wanted = torch.from_numpy(labels).float()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         optimizer = torch.optim.AdamW(prior.parameters(), lr=RATE, weight_decay=WEIGHT_DECAY)

@@ -11,6 +11,7 @@ from negfast.config import Config
 from negfast.data.dataset import Dataset
 from negfast.data.features import HistoryFeatures
 from negfast.data.log import DAY, DISLIKE, EventLog
+from negfast.data.neighbours import content_neighbours
 from negfast.data.split import Requests, Split, all_requests
 from negfast.model.choice import TrieChooser
 from negfast.model.fused_layers import fuse_layers
@@ -21,6 +22,8 @@ from negfast.sid.trie import Trie, build_trie
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+WIDTH_EVENTS = 100  # of the log are enough to count columns
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,11 @@ class Engine:
     features: HistoryFeatures
     device: torch.device
     fit_until: int  # days since 1970: what is learned or counted for training comes from events of days before
+
+    @cached_property
+    def content(self) -> tuple[np.ndarray, np.ndarray]:
+        """Items of like content, as `content_neighbours` finds them."""
+        return content_neighbours(self.data.embedding)
 
     @cached_property
     def split(self) -> Split:
@@ -82,6 +90,12 @@ def build_engine(
         device,
         fit_until,
     )
+
+
+def feature_width(data: Dataset) -> int:
+    """How many features the verdict has, as `history_features` makes them of any log with these columns and items."""
+    few = data.log.without(np.arange(len(data.log)) >= WIDTH_EVENTS)
+    return HistoryFeatures(few, data.items, 0.5, 0.0, "day").width
 
 
 def requests_before(data: Dataset, fit_until: int) -> Requests:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from negfast.data.log import DISLIKE, WITHDRAWN, EventLog
-from negfast.data.split import first_feedback
+from negfast.data.split import first_feedback, sample_pairs
 from negfast.model.histories import MIXED, Histories
 from negfast.model.policy import Policy
 from negfast.model.verdict_prior import fit
@@ -15,6 +15,8 @@ from negfast.runtime.engine import Engine
 from negfast.staging import put
 
 CANDIDATES_AT_ONCE = 4096
+PRIOR_EXAMPLES = 200_000  # that the verdict's prior is fitted to, at most (negfast's choice)
+MEASURED_AT_MOST = 100_000  # candidates that a calibration or an AUC of training is made of (negfast's choice)
 WARM_UP_DAYS = 30  # of the log are left out: rates mean little before (negfast's choice)
 
 
@@ -33,6 +35,13 @@ class Candidates:
     @property
     def group_of_item(self) -> np.ndarray:
         return np.repeat(np.arange(len(self)), np.diff(self.offsets))
+
+    def sample(self, most: int) -> tuple["Candidates", np.ndarray]:
+        """At most ``most`` of the candidates, by `sample_pairs`, and their places in ``items``."""
+        owner = self.group_of_item
+        places = sample_pairs(self.user[owner], self.items, most)
+        owner = owner[places]
+        return group_candidates(self.user[owner], self.moment[owner], self.items[places]), places
 
     def split(self, most: int) -> "Candidates":
         """The same with at most ``most`` candidates a group: longer ones are several of the same user and moment."""
@@ -151,13 +160,19 @@ def _on_device(engine: Engine, features: np.ndarray) -> Tensor:
     return put(features, engine.device)
 
 
-def fit_prior(engine: Engine) -> None:
-    """Fits the verdict's prior to the first feedback of the train days: where training starts from."""
+def fit_prior(engine: Engine) -> tuple[int, int]:
+    """Fits the verdict's prior to first feedback of the train days, where training starts from; of how many judgements,
+    and how many there are."""
     candidates, labels = first_feedback_candidates(
         engine.log, engine.config.history.context, verdict_start(engine.log, engine.fit_until), engine.fit_until
     )
-    if 0 < labels.sum() < len(labels):
-        fit(engine.policy.verdict_prior, prior_features(engine, candidates), labels, engine.config.train.seed)
+    there = len(labels)
+    candidates, places = candidates.sample(PRIOR_EXAMPLES)
+    labels = labels[places]
+    if not 0 < labels.sum() < len(labels):
+        return 0, there
+    fit(engine.policy.verdict_prior, prior_features(engine, candidates), labels, engine.config.train.seed)
+    return len(labels), there
 
 
 @torch.no_grad()

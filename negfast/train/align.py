@@ -23,7 +23,7 @@ from negfast.model.beam import beam_search
 from negfast.model.histories import Histories
 from negfast.runtime.engine import Engine
 from negfast.runtime.likelihood import Targets, code_ranks, target_log_probs
-from negfast.runtime.verdict import prior_logits
+from negfast.runtime.verdict import MEASURED_AT_MOST, candidate_logits, prior_logits
 from negfast.sid.prior import NEXT_DISLIKE
 from negfast.staging import put
 from negfast.train.order import epoch_rows, task_rng
@@ -183,12 +183,13 @@ class Verdicts(VerdictTask):
     def accuracy(self) -> dict[str, float]:
         """AUC of train-day verdicts on held-out items, disliked above liked, by the policy and by its prior alone. Both
         flatter, as the prior is fitted to these verdicts too; the difference is what the stage added."""
-        labels = self.held.labels
+        candidates, places = self.held.candidates.sample(MEASURED_AT_MOST)
+        labels = self.held.labels[places]
         if not 0 < labels.sum() < len(labels):
             return {}
         return {
-            "auc": float(roc_auc_score(labels, self.held.logits())),
-            "prior_auc": float(roc_auc_score(labels, prior_logits(self.engine, self.held.candidates))),
+            "auc": float(roc_auc_score(labels, candidate_logits(self.engine, candidates))),
+            "prior_auc": float(roc_auc_score(labels, prior_logits(self.engine, candidates))),
         }
 
 

@@ -1,6 +1,7 @@
 """`negfast train`: a run directory from nothing to its table, or on from where it stopped."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -33,7 +34,7 @@ from negfast.train.journal import Journal
 from negfast.train.loop import StopRequested, run_stage
 from negfast.train.refit import start_refit
 from negfast.train.sft import SCALES, SftStage
-from negfast.train.start import TrainOptions, open_run, say, settings_of
+from negfast.train.start import TrainOptions, open_run, say, settings_of, timed
 from negfast.train.step import Stage
 from negfast.train.validation import Validation
 
@@ -122,7 +123,9 @@ def _load_start(run: RunFolder, engine: Engine, done: list[str]) -> None:
     if done:
         load_weights(run.checkpoints / done[-1], engine.policy)
     else:  # also from another run's weights: the log has grown since
-        fit_prior(engine)
+        began = time.perf_counter()
+        fitted, there = fit_prior(engine)
+        say(f"verdict's prior: fitted on {fitted:,} of {there:,} judgements, {time.perf_counter() - began:.1f} s")
 
 
 def _show_table(run: RunFolder) -> None:
@@ -155,13 +158,14 @@ def _run_stages(run: RunFolder, engine: Engine) -> None:
     validations: dict[str, Validation] = {}
     every = {"sft": engine.config.sft.validate_every, "grpo": engine.config.grpo.validate_every}
     if refit is None:
-        valid = engine_set(engine, "valid")
-        check_choosable(valid)
-        validations = {"sft": Validation(engine, valid, SCALES), "grpo": Validation(engine, valid, by_reward=True)}
+        with timed("requests and the sample of valid"):
+            valid = engine_set(engine, "valid")
+            check_choosable(valid)
+            validations = {"sft": Validation(engine, valid, SCALES), "grpo": Validation(engine, valid, by_reward=True)}
     for number, name in enumerate(names):
         if name in done:
             continue
-        with sharding.gathered(engine.policy):
+        with sharding.gathered(engine.policy), timed(f"what {name} learns from"):
             stage = STAGES[name](engine)
         say(f"stage {number + 1} of {len(names)}: {name}, {steps[name]} steps")
         try:
@@ -188,7 +192,7 @@ def _run_stages(run: RunFolder, engine: Engine) -> None:
 def _finish(run: RunFolder, engine: Engine) -> None:
     if run.refit is None:
         valid = engine_set(engine, "valid")
-        with sharding.gathered(engine.policy):
+        with sharding.gathered(engine.policy), timed("calibration on valid"):
             state = distributed.from_first(lambda: _calibrations(calibrate(engine, valid), calibrate_shown(engine)))
     else:
         state = _calibrations(run.refit.calibration(list(STAGES)[-1]), run.refit.shown)

@@ -3,6 +3,9 @@
 import json
 import os
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +23,7 @@ from negfast.prepare.build import SemanticIdSettings
 from negfast.prepare.samples import SETTINGS, prepare_sample
 from negfast.runtime import distributed, sharding
 from negfast.runtime.checkpoint import load_weights, save_checkpoint
-from negfast.runtime.engine import Engine, build_engine, history_features
+from negfast.runtime.engine import Engine, build_engine, feature_width
 from negfast.runtime.machine import use_threads
 from negfast.runtime.run_folder import FORMAT, RunFolder
 from negfast.train.combinations import check_combinations
@@ -93,7 +96,9 @@ def open_run(run: RunFolder, settings: Config, options: TrainOptions, device: to
     dataset = _check_same(run, settings, options)
     policy, tokenizer = run.load_policy(dataset)
     until = None if run.refit is None else run.refit.until
-    engine = build_engine(settings, dataset, policy, tokenizer, device, until)
+    counts = dataset.manifest["counts"]
+    with timed(f"trie, community prior and features of {counts['events']:,} events, {counts['items']:,} items"):
+        engine = build_engine(settings, dataset, policy, tokenizer, device, until)
     load_weights(run.initial, engine.policy)
     if sharding.shard(engine.policy, settings, device):
         say(f"layers' weights are sharded over {distributed.size()} ranks")
@@ -104,6 +109,14 @@ def say(line: str) -> None:
     """A line on stderr, from the first rank alone."""
     if distributed.rank() == 0:
         print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Says on stderr how long ``what`` took."""
+    began = time.perf_counter()
+    yield
+    say(f"{what}: {time.perf_counter() - began:.1f} s")
 
 
 def _start(run: RunFolder, settings: Config, options: TrainOptions) -> None:
@@ -120,7 +133,7 @@ def _start(run: RunFolder, settings: Config, options: TrainOptions) -> None:
     _check_quantizer(dataset, settings.sid.quantizer, options.data is None)
     torch.manual_seed(settings.train.seed)
     shape = dataset.codes.shape[1], int(dataset.manifest["semantic_ids"]["codebook"])
-    verdict_features = history_features(dataset, dataset.valid_day, settings.history.context).width
+    verdict_features = feature_width(dataset)
     if options.init is None:
         texts = [text for text in dataset.items.text if text.strip()]
         widths = verdict_features, text_width(dataset, settings.history)

@@ -10,7 +10,6 @@ from negfast.model.histories import MIXED, Histories
 from negfast.runtime.engine import Engine
 from negfast.runtime.verdict import (
     VerdictInputs,
-    candidate_logits,
     first_feedback_candidates,
     verdict_inputs,
     verdict_logits,
@@ -66,10 +65,6 @@ class TrainVerdicts:
         """The micro-batch's part of the mean binary cross entropy over candidates."""
         logits = verdict_logits(self.engine.policy, batch.inputs)
         return F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="sum") / batch.candidates
-
-    def logits(self) -> np.ndarray:
-        """Logits [E] of all candidates, without gradients."""
-        return candidate_logits(self.engine, self.candidates)
 
 
 class VerdictTask(TrainVerdicts):

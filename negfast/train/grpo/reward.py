@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from negfast.config import Reward
-from negfast.data.neighbours import Neighbours, co_dislike_neighbours, content_neighbours, similarity_rows
+from negfast.data.neighbours import Neighbours, co_dislike_neighbours, similarity_rows
 from negfast.data.split import Requests
 from negfast.runtime.engine import Engine
 from negfast.staging import put
@@ -38,8 +38,7 @@ def reward_sources(engine: Engine, until: int, settings: Reward | None = None) -
     """Of an engine's log and items, co-dislikes counted before the day ``until``; ``settings``: the engine's."""
     settings = engine.config.reward if settings is None else settings
     neighbours = co_dislike_neighbours(engine.log, until)
-    content = content_neighbours(engine.data.embedding)
-    return RewardSources(settings, engine.log.n_items, neighbours, content)
+    return RewardSources(settings, engine.log.n_items, neighbours, engine.content)
 
 
 Entries = tuple[np.ndarray, np.ndarray]  # keys row * I + item int64 [M], each once, and values float32 [M]
