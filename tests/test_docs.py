@@ -22,7 +22,16 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUNNABLE = [page for page in PAGES if "```sh" in page.read_text()]
 HAS_DATA = {"daily.md": "data/yesterday", "configuration.md": "data"}  # where a page takes a data set for granted
-SHELL_ONLY = (".", ".venv/bin/pip", "pip", "git", "cd", "docker", "nsys")  # of a reader's shell, nothing to run here
+SHELL_ONLY = (
+    "curl",
+    ".",
+    ".venv/bin/pip",
+    "pip",
+    "git",
+    "cd",
+    "docker",
+    "nsys",
+)  # of a reader's shell, nothing to run here
 OF_QUICKSTART = ("1074638", "1853728", "1430132")
 SHORT = SETTINGS | {"grpo.steps": 2, "sft.steps": 2, "align.steps": 1}
 TINY_MODEL, TINY_STEPS = (
@@ -110,6 +119,9 @@ def follow(words: list[str], desk: Path) -> None:
             done = subprocess.run([sys.executable, ROOT / rest[0], *rest[1:]], cwd=desk, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
     elif program == "negfast":
+        if rest[0] == "serve":  # until it is stopped: tests/test_service.py runs it
+            run_cli(*rest, "--help")
+            return
         if rest[0] == "train" and "--refit" not in rest:
             assert "--init" not in rest or "nightly" in rest
             rest += TINY_STEPS if "--init" in rest else [*TINY_MODEL, *TINY_STEPS]
