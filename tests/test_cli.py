@@ -17,7 +17,7 @@ from negfast.data.dataset import Dataset
 from negfast.errors import InputError, TrainingError
 from negfast.runtime.run_folder import RunFolder
 
-TRAIN: dict[str, object] = dict.fromkeys(("config", "preset", "data", "model", "init", "out", "refit")) | {
+TRAIN: dict[str, object] = dict.fromkeys(("config", "preset", "data", "sample", "model", "init", "out", "refit")) | {
     "overrides": (),
     "whole_log": False,
 }
