@@ -94,7 +94,8 @@ class Ours:
         )
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-6, fused=True)
         n_items = len(self.trie.leaf_item)
-        items = rng.zipf(1.5, 4 * n_items).astype(np.int64) % n_items
+        weight = rng.gamma(0.3, size=n_items)
+        items = rng.choice(n_items, 4 * n_items, p=weight / weight.sum())
         judged = rng.integers(LIKE, DISLIKE + 1, len(items)).astype(np.uint8)
         log = EventLog(np.array([0, len(items)]), items.astype(np.int32), judged, 0 * items, None, n_items)
         self.prior = DevicePrior.build(self.trie, log, 4.0, 0.01, device)

@@ -11,7 +11,6 @@ from negfast.config import Config
 from negfast.data.dataset import Dataset
 from negfast.data.features import HistoryFeatures
 from negfast.data.log import DAY, DISLIKE, EventLog
-from negfast.data.neighbours import content_neighbours
 from negfast.data.split import Requests, Split, all_requests
 from negfast.model.choice import TrieChooser
 from negfast.model.fused_layers import fuse_layers
@@ -45,6 +44,8 @@ class Engine:
     @cached_property
     def content(self) -> tuple[np.ndarray, np.ndarray]:
         """Items of like content, as `content_neighbours` finds them."""
+        from negfast.data.neighbours import content_neighbours  # faiss and numba, which serving does without
+
         return content_neighbours(self.data.embedding)
 
     @cached_property
