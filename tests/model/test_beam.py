@@ -43,7 +43,9 @@ def test_without_a_policy_the_prior_is_searched():
     histories = small.histories()
     items, _ = beam_search(None, small.chooser, histories, histories.prior, NEXT_DISLIKE, 64, 8)
     for b in range(3):
-        assert items[b].tolist() == np.argsort(-expected[b], kind="stable")[:8].tolist()
+        found = items[b].tolist()
+        assert len(set(found)) == 8  # of items that are as probable, which does not matter
+        assert np.allclose(expected[b][found], -np.sort(-expected[b])[:8], rtol=1e-5)
 
 
 def test_stable_topk_breaks_ties_by_column():
