@@ -30,6 +30,7 @@ HEADS = {
     "pool_auc": "pool AUC",
     "cold": "cold item",
     "no_past_dislike": "no past dislike",
+    "nll": "nll",
     "reduction": "reduction %",
     "minus_truth_filled": "minus the truth",
     "true_probability": "true P(dislike) of the list",
@@ -51,6 +52,7 @@ RIVALS = (
     *("prior", "grpo-no-align", "sft"),
 )
 EFFECTS = ("mean_reward", "FHR@20", "filter_auc", "pool_auc")
+SHARPNESS = ("FHR@20", "mean_reward", "nll")
 LOWER_IS_BETTER = ("filter_likes_lost_per_dislike", "filter_ece")
 
 
@@ -131,6 +133,20 @@ def ablations_table(result: Figures) -> str:
     return _table(["change", "seed", "settings", *heads], lines)
 
 
+def sharpness_table(result: Figures) -> str:
+    """GRPO beside SFT as it is, and at GRPO's entropy, on each split."""
+    lines = []
+    for split, found in result.items():
+        gains = {(d["b"], d["metric"]): d for d in found["differences"]}
+        for row in found["rows"]:
+            figures = [f"{row['temperature']:.2f}", f"{row['entropy']:.2f}"]
+            figures += [_mean(row[metric], metric) for metric in SHARPNESS]
+            figures += [_difference(gains.get((row["name"], metric)), metric) for metric in SHARPNESS]
+            lines.append([split, f"`{row['name']}`", *figures])
+    heads = [*map(_head, SHARPNESS), *(f"GRPO minus it, {_head(metric)}" for metric in SHARPNESS)]
+    return _table(["split", "", "temperature", "entropy", *heads], lines)
+
+
 def simulated_filter_table(result: Figures) -> str:
     """The effect of a filter, true and estimated."""
     metrics = ("reduction", "minus_truth_filled")
@@ -156,6 +172,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "seeds": ("quality.json", seeds_table),
     "refit": ("quality.json", refit_table),
     "ablations": ("ablations.json", ablations_table),
+    "sharpness": ("sharpness.json", sharpness_table),
     "simulated-filter": ("simulator.json", simulated_filter_table),
     "recovery": ("simulator.json", recovery_table),
 }

@@ -75,6 +75,18 @@ def test_ablations(results: Path) -> None:
     assert made.count("**+.0052** [+.0021, +.0084]") == 2  # of both stages, not of the default
 
 
+def test_sharpness(results: Path) -> None:
+    rows = [
+        {"name": name, "temperature": 0.85, "entropy": 4.657, "FHR@20": HALF, "mean_reward": HALF, "nll": HALF}
+        for name in ("sft", "grpo")
+    ]
+    gain = difference(a="grpo", b="sft", metric="FHR@20")
+    write_result(results / "sharpness.json", {"test": {"rows": rows, "differences": [gain]}})
+    sft, grpo = cells(written("sharpness", results))[2:]
+    assert sft == ["test", "`sft`", "0.85", "4.66", ".500", ".50000", ".500", "**+.005** [+.002, +.008]", "", ""]
+    assert grpo[1] == "`grpo`" and grpo[-3:] == ["", "", ""]
+
+
 def test_the_simulator(results: Path) -> None:
     found = {"rows": [{"name": name, "true_probability": HALF} for name in ("window", "window minus next")]}
     effects = [{"name": "IPS", "reduction": HALF, "minus_truth_filled": HALF | {"low": -0.25}}]
