@@ -95,6 +95,26 @@ def test_a_history_that_is_extended_is_one_that_is_run(worlds):
     assert len(windows) > 1
 
 
+def test_events_of_a_moment_may_come_in_any_order(worlds):
+    """In context "day" those of a day: two of a user count in the order of their times."""
+    run, _, rows = worlds
+    user, items = rows[0][0], run._engine.data.items.ids[:9]
+    first = rows[-1][3] // DAY * DAY + DAY
+    apart = 3600 if run._engine.config.history.context == "day" else 0
+    told = [(items[n], first + n * apart, feedback) for n, feedback in enumerate(("like", "dislike", "like"))]
+    histories = []
+    for order in ([0, 1, 2], [2, 0, 1] if apart else [0, 1, 2]):
+        live = run.live()
+        for n in order:
+            live.add(user, *told[n])
+        scores = live.score(user, items, at=np.datetime64(first + DAY, "s"))
+        history = live.histories[live.users[user]]
+        assert (np.diff(history.time) >= 0).all()
+        histories.append((scores.probability, history.item, history.feedback))
+    for one, other in zip(*histories, strict=True):
+        assert np.array_equal(one, other)
+
+
 def test_what_is_kept_of_histories_is_bounded(worlds, monkeypatch):
     run, _, rows = worlds
     live, users, items = run.live(), run._engine.data.user_ids[:12], run._engine.data.items.ids[:7]

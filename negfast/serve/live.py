@@ -209,12 +209,15 @@ class _History:
     kept_bytes: int = 0
 
     def add(self, events: list[tuple[int, int, int]]) -> None:
-        """Later events, as item, feedback and time."""
+        """Events as item, feedback and time. Those of the newest moment may come in any order: they are put in that of
+        time, as a log is sorted."""
         if events:
             item, feedback, time = zip(*events, strict=True)
-            self.item = np.append(self.item, np.array(item, np.int32))
-            self.feedback = np.append(self.feedback, np.array(feedback, np.uint8))
             self.time = np.append(self.time, np.array(time, np.int64))
+            order = np.argsort(self.time, kind="stable")
+            self.time = self.time[order]
+            self.item = np.append(self.item, np.array(item, np.int32))[order]
+            self.feedback = np.append(self.feedback, np.array(feedback, np.uint8))[order]
 
     def before(self, moment: int, policy: Policy, builder: HistoryBuilder) -> tuple[GroupLayout, int]:
         """The layout of one prompt, the positions of the events before ``moment``, no earlier than the last; and the
