@@ -770,7 +770,7 @@ def test_score_imports_what_it_needs(tiny_run, pairs, tmp_path):
         "try: main()\n"
         "except SystemExit as end: print('code', end.code, sorted(HEAVY & set(sys.modules)))\n"
     )
-    heavy = {"transformers", "sklearn", "faiss", "sympy", "torch._dynamo", "torch.distributed.tensor"}
+    heavy = {"transformers", "numba", "sklearn", "faiss", "sympy", "torch._dynamo", "torch.distributed.tensor", "scipy"}
     command = ["score", str(tiny_run), str(pairs), "--out", str(tmp_path / "x.parquet")]
     code = f"HEAVY = {heavy}\n{code}"
     done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)

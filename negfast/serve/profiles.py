@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import scipy.sparse as sp
 
+from negfast.data.features import PSEUDO_EVENTS
 from negfast.data.log import DISLIKE, EXPOSED, LIKE, EventLog
 from negfast.errors import InputError
 from negfast.serve.predict import requests_at
@@ -16,7 +17,6 @@ from negfast.serve.reasons import LEAST, MOST, cluster_names, gather, item_clust
 if TYPE_CHECKING:
     from negfast.runtime.engine import Engine
 
-PSEUDO_EVENTS = 5  # at everyone's rate of the category, mixed into a rate
 TOP = 50  # most probable next dislikes that the expected share is taken over
 EXAMPLES = 3
 SCHEMA = pa.schema(

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from negfast.data.log import DISLIKE, LIKE, EventLog
@@ -65,15 +64,20 @@ class DecayedMass:
         return self.mass[entry] * self.decay[torch.where(age <= day, age, self.days)]  # older: of another group
 
 
-@njit(cache=True)
-def _accumulate(key, count, decay):
-    """Mass at each entry: its count and what is left of the entry before in the same group; float64 [E]."""
-    days = len(decay) - 1
-    mass = np.empty(len(key), dtype=np.float64)
-    for entry in range(len(key)):
-        mass[entry] = count[entry]
-        if entry and key[entry] // days == key[entry - 1] // days:
-            mass[entry] += mass[entry - 1] * decay[key[entry] - key[entry - 1]]
+def _accumulate(key: np.ndarray, count: np.ndarray, decay: np.ndarray) -> np.ndarray:
+    """Mass at each entry: its count and what is left of the entry before in the same group; float64 [E].
+
+    The first entries of all groups, then the second ones, ...: numpy, as numba takes half a second to import, for which
+    `negfast score` would wait.
+    """
+    mass = count.astype(np.float64)
+    begins = np.flatnonzero(np.diff(key // (len(decay) - 1), prepend=np.iinfo(np.int64).min))
+    lengths = np.diff(begins, append=len(key))
+    order = np.argsort(-lengths, kind="stable")
+    begins, lengths = begins[order], lengths[order]  # longest first: a prefix of them has an entry of any number
+    for place in range(1, int(lengths.max(initial=0))):
+        at = begins[: np.searchsorted(-lengths, -place)] + place
+        mass[at] += mass[at - 1] * decay[key[at] - key[at - 1]]
     return mass
 
 
