@@ -192,6 +192,10 @@ def prepare(context: click.Context, files: tuple[Path, ...], out: Path, **option
     negfast prepare --recipe movietweetings ratings.dat movies.dat --out data
     negfast prepare --recipe polis votes.csv comments.csv --out data
     negfast prepare --recipe community-notes notes-00000.tsv ratings-00000.tsv --out data
+    negfast prepare --recipe vk-lsvd week_*.parquet items_metadata.parquet item_embeddings.npz --out data
+    negfast prepare --recipe scholar-inbox rated_papers.csv implicit_interactions.csv --skip-bad-rows --out data
+    negfast prepare --recipe piki piki_dataset.csv --out data
+    negfast prepare --recipe voteview HS117_votes.csv HS117_rollcalls.csv --out data
 
     With --like they are new events of a data set that is there, in the same format:
 

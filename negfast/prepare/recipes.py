@@ -13,18 +13,23 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as parquet
 
 from negfast.data.dataset import Dataset, file_record
 from negfast.data.items import ItemTable
-from negfast.data.log import DISLIKE, EXPOSED, LIKE, WITHDRAWN, EventLog
+from negfast.data.log import DAY, DISLIKE, EXPOSED, LIKE, WITHDRAWN, EventLog
 from negfast.errors import InputError
 from negfast.prepare.build import SemanticIdSettings, SplitSettings, build, check_replaceable
 from negfast.prepare.events import EventMapping, Events, ItemMapping, Report, Selection, event_columns, read_items
-from negfast.prepare.readers import BadRows, Source, encode, file_columns, read_blocks
+from negfast.prepare.readers import BadRows, Source, encode, file_columns, read_blocks, read_table, to_strings
 from negfast.prepare.reading import LogReader, ReadFile, log_files, read_file, scratch_sorter, sort_log
 from negfast.prepare.rules import Rule, matches, parse_rule
 
 UNDO = {"undislike": DISLIKE, "unlike": LIKE}  # Yambda's event types that take another back
+ROLL_CALL = ("congress", "chamber", "rollnumber")  # Voteview's columns that name a roll call
+
+Derived = dict[str, Callable[[Source], pa.Array]]  # columns that a file may lack, each from a block of its rows
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,11 @@ class Recipe:
     is_events: Callable[[Path, Sequence[str]], bool]  # (file, its columns)
     is_items: Callable[[Path, Sequence[str]], bool]
     encoding: str = "utf-8"  # of the item file
-    event_type: bool = False  # the file's name tells what its events are (Yambda's flat files)
-    finish_items: Callable[[ItemTable], ItemTable] = field(default=lambda items: items)
+    derived: Callable[[Sequence[Path]], Derived] | None = None  # columns that events lack, given the item files
+    derived_from: tuple[str, ...] = ()  # the events' columns that those are made of
+    embedding: str | None = None  # a file of this name holds the items' embeddings
+    takes_back: bool = False  # some events take back others
+    read_items: Callable[[Path, "Recipe"], ItemTable] = field(default=lambda path, recipe: _items(path, recipe))
 
 
 def _rules(*rules: str) -> tuple[Rule, ...]:
@@ -53,11 +61,62 @@ def _named(*stems: str) -> Callable[[Path, Sequence[str]], bool]:
     return lambda path, columns: path.name.startswith(stems)
 
 
-def _years(items: ItemTable) -> ItemTable:
+def _items(path: Path, recipe: Recipe) -> ItemTable:
+    assert recipe.items is not None
+    return read_items(path, recipe.items, encoding=recipe.encoding)
+
+
+def _films(path: Path, recipe: Recipe) -> ItemTable:
     """The year at the end of a film's title as an attribute; "(no genres listed)" is no genre."""
+    items = _items(path, recipe)
     years = [tuple(re.findall(r"\((\d{4})\)\s*$", title)) for title in items.text]
     genres = [tuple(g for g in of_item if g != "(no genres listed)") for of_item in items.attributes["genres"]]
     return replace(items, attributes={"genres": genres, "year": years})
+
+
+def _event_types(block: Source) -> pa.Array:
+    """The type of all events of one of Yambda's flat files, which its name tells."""
+    word = _event_word(block.path)
+    if word not in ("listen", "like", "dislike", *UNDO):
+        raise InputError(f"{block.path}: no column 'event_type', and the name is not likes, dislikes, undislikes, ...")
+    return pa.array([word] * block.table.num_rows, pa.string())
+
+
+def _week_seconds(block: Source) -> pa.Array:
+    """VK-LSVD has no times, but a file a week with its rows in their order: the rows of a week are spread evenly over
+    it (negfast's choice), in seconds since the first week."""
+    week = re.search(r"week_(\d+)", block.path.name)
+    if week is None:
+        raise InputError(f"{block.path}: the name tells no week, expected week_NN.parquet")
+    rows = block.before + np.arange(block.table.num_rows)
+    return pa.array(int(week[1]) * 7 * DAY + rows * 7 * DAY // parquet.read_metadata(block.path).num_rows)
+
+
+def _roll_call(block: Source) -> pa.Array:
+    """The name of each row's roll call, such as 117-House-42."""
+    parts = [to_strings(encode(block, name)).take(pa.array(encode(block, name).codes)) for name in ROLL_CALL]
+    return pc.binary_join_element_wise(*parts, "-")
+
+
+def _roll_call_dates(item_files: Sequence[Path]) -> Derived:
+    """Voteview's votes have no date; the file of roll calls has it."""
+    if not item_files:
+        raise InputError("--recipe voteview: found no roll calls among the files, expected HS117_rollcalls.csv")
+    source = read_table(item_files[0], [*ROLL_CALL, "date"], multiline=True)
+    names, dates = _roll_call(source), source.table["date"].combine_chunks()
+
+    def date(block: Source) -> pa.Array:
+        return dates.take(pc.index_in(_roll_call(block), names))
+
+    return {"roll call": _roll_call, "date": date}
+
+
+def _roll_calls(path: Path, recipe: Recipe) -> ItemTable:
+    """A roll call's question and description as its text."""
+    source = read_table(path, [*ROLL_CALL, "vote_question", "vote_desc", "dtl_desc"], multiline=True)
+    columns = [source.table[name].to_pylist() for name in ("vote_question", "vote_desc", "dtl_desc")]
+    text = [": ".join(filter(None, parts)) for parts in zip(*columns, strict=True)]
+    return ItemTable(_roll_call(source).to_pylist(), text, {"question": [(q,) if q else () for q in columns[0]]})
 
 
 RECIPES: dict[str, Recipe] = {
@@ -88,7 +147,8 @@ RECIPES: dict[str, Recipe] = {
         None,
         _has("uid", "timestamp", "item_id"),
         lambda path, columns: False,
-        event_type=True,
+        derived=lambda item_files: {"event_type": _event_types},
+        takes_back=True,
     ),
     "amazon-reviews-2023": Recipe(
         "CATEGORY.jsonl.gz, 1-2 stars are dislikes; meta_CATEGORY.jsonl.gz gives titles, categories and stores",
@@ -117,7 +177,7 @@ RECIPES: dict[str, Recipe] = {
         ItemMapping(id="movieId", text="title", attributes=(("genres", "|"),)),
         _has("userId", "movieId", "rating", "timestamp"),
         _has("movieId", "title", "genres"),
-        finish_items=_years,
+        read_items=_films,
     ),
     "movielens-dat": Recipe(
         "ratings.dat and movies.dat of MovieLens 1M and 10M; at most 2 of 5 stars is a dislike",
@@ -132,7 +192,7 @@ RECIPES: dict[str, Recipe] = {
         _named("ratings"),
         _named("movies"),
         encoding="latin-1",
-        finish_items=_years,
+        read_items=_films,
     ),
     "movietweetings": Recipe(
         "ratings.dat and movies.dat; at most 5 of 10 is a dislike",
@@ -146,7 +206,7 @@ RECIPES: dict[str, Recipe] = {
         ItemMapping(text="title", attributes=(("genres", "|"),), columns=("item", "title", "genres"), separator="::"),
         _named("ratings"),
         _named("movies"),
-        finish_items=_years,
+        read_items=_films,
     ),
     "polis": Recipe(
         "votes.csv and comments.csv of a conversation's export; -1 (disagree) is a dislike, 0 (pass) an exposure",
@@ -175,6 +235,67 @@ RECIPES: dict[str, Recipe] = {
         ItemMapping(id="noteId", text="summary", attributes=(("classification", ""),)),
         _has("noteId", "raterParticipantId", "createdAtMillis", "helpfulnessLevel"),
         _has("noteId", "summary", "classification"),
+    ),
+    "vk-lsvd": Recipe(
+        "week_NN.parquet, which stand in order but without times; items_metadata.parquet and item_embeddings.npz",
+        EventMapping(
+            dislike=_rules("dislike==true"),
+            like=_rules("like==true"),
+            user="user_id",
+            item="item_id",
+            time="second",
+            time_unit="s",
+        ),
+        ItemMapping(id="item_id", attributes=(("author_id", ""),)),
+        _has("user_id", "item_id", "like", "dislike", "timespent"),
+        _has("item_id", "author_id", "duration"),
+        derived=lambda item_files: {"second": _week_seconds},
+        embedding="item_embeddings.npz",
+    ),
+    "scholar-inbox": Recipe(
+        "rated_papers.csv, -1 is a dislike; implicit_interactions.csv gives exposures",
+        EventMapping(
+            dislike=_rules("rating==-1"),
+            like=_rules("rating==1"),
+            user="user_id",
+            item="arxiv_id",
+            time="time",
+            time_unit="iso",
+        ),
+        None,
+        _has("arxiv_id", "user_id", "time"),
+        lambda path, columns: False,
+        derived=lambda item_files: {"rating": lambda block: pa.array([""] * block.table.num_rows)},
+    ),
+    "piki": Recipe(
+        "piki_dataset.csv; liked is 0 for a dislike, 1 for a like and 2 for a superlike",
+        EventMapping(
+            dislike=_rules("liked==0"),
+            like=_rules("liked>=1"),
+            user="user_id",
+            item="song_id",
+            time="timestamp",
+        ),
+        None,
+        _has("timestamp", "user_id", "song_id", "liked"),
+        lambda path, columns: False,
+    ),
+    "voteview": Recipe(
+        "HS117_votes.csv and HS117_rollcalls.csv; nay (also paired, announced) is a dislike, an abstention an exposure",
+        EventMapping(
+            dislike=_rules("cast_code==4", "cast_code==5", "cast_code==6"),
+            like=_rules("cast_code==1", "cast_code==2", "cast_code==3"),
+            user="icpsr",
+            item="roll call",
+            time="date",
+            time_unit="iso",
+        ),
+        ItemMapping(),
+        _has(*ROLL_CALL, "icpsr", "cast_code"),
+        _has(*ROLL_CALL, "date", "vote_question", "vote_desc", "dtl_desc"),
+        derived=_roll_call_dates,
+        derived_from=ROLL_CALL,
+        read_items=_roll_calls,
     ),
 }
 
@@ -225,22 +346,24 @@ def recipe_reader(
     if name not in RECIPES:
         raise InputError(f"--recipe {name!r}: expected one of {', '.join(RECIPES)}")
     recipe = RECIPES[name]
-    event_files, item_files = _sort_files(name, recipe, files)
+    embedding = next((path for path in files if path.name == recipe.embedding), None)
+    event_files, item_files = _sort_files(name, recipe, [path for path in files if path != embedding])
     mapping = replace(recipe.mapping, dislike=tuple(dislike)) if dislike else recipe.mapping
     event_files.sort(key=lambda path: _event_word(path) in UNDO)  # of equal times, what is taken back comes first
-    items = None
-    if item_files and recipe.items is not None:
-        items = recipe.finish_items(read_items(item_files[0], recipe.items, encoding=recipe.encoding))
+    items = recipe.read_items(item_files[0], recipe) if item_files else None
+    if embedding is not None:
+        items = _with_embedding(items, embedding)
+    derived = recipe.derived(item_files) if recipe.derived else None
     reader = LogReader(
         event_files,
-        _typed_events(mapping) if recipe.event_type else read_file(mapping),
+        read_file(mapping) if derived is None else _read_derived(mapping, derived, recipe.derived_from),
         mapping,
         report,
         selection or Selection(),
         time.time(),
         dislike if whole else (),
         whole,
-        _takes_back if recipe.event_type else None,
+        _takes_back if recipe.takes_back else None,
     )
     return reader, items
 
@@ -321,20 +444,35 @@ def _sort_files(name: str, recipe: Recipe, files: Sequence[Path]) -> tuple[list[
     return event_files, item_files
 
 
-def _typed_events(mapping: EventMapping) -> ReadFile:
-    """How files are read whose name tells the type of their events, unless a column does."""
+def _with_embedding(items: ItemTable | None, path: Path) -> ItemTable:
+    """The items with the embeddings of a .npz of VK-LSVD's form: item_id [N] and embedding [N, D]; 0 where it has
+    none of an item."""
+    if items is None:
+        raise InputError(f"{path}: an item embedding needs the item table, items_metadata.parquet")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            ids, rows = arrays["item_id"], arrays["embedding"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: cannot be read as item embeddings: {error}, expected item_id, embedding") from error
+    if rows.ndim != 2 or ids.shape != rows.shape[:1]:
+        raise InputError(f"{path}: found item_id {ids.shape} and embedding {rows.shape}, expected [N] and [N, D]")
+    place = {str(item): row for row, item in enumerate(ids.tolist())}
+    of_item = np.array([place.get(item, -1) for item in items.ids])
+    return replace(items, embedding=np.where(of_item[:, None] < 0, 0, rows[of_item]).astype(np.float32))
+
+
+def _read_derived(mapping: EventMapping, derived: Derived, derived_from: Sequence[str]) -> ReadFile:
+    """How event files are read that may lack the columns of ``derived``."""
     columns = event_columns(mapping)
 
     def read(path: Path, bad: BadRows) -> Iterator[tuple[Source, int]]:
-        if "event_type" in file_columns(path):
-            yield from read_blocks(path, columns, bad=bad)
-            return
-        word = _event_word(path)
-        if word not in ("listen", "like", "dislike", *UNDO):
-            raise InputError(f"{path}: no column 'event_type', and the name is not likes, dislikes, undislikes, ...")
-        for block, done in read_blocks(path, [name for name in columns if name != "event_type"], bad=bad):
-            words = pa.array([word] * block.table.num_rows, pa.string())
-            yield replace(block, table=block.table.append_column("event_type", words)), done
+        present = file_columns(path)
+        missing = [name for name in derived if name not in present]
+        read_columns = [*(name for name in columns if name not in missing), *derived_from]
+        for block, done in read_blocks(path, read_columns, bad=bad):
+            for name in missing:
+                block = replace(block, table=block.table.append_column(name, derived[name](block)))
+            yield block, done
 
     return read
 

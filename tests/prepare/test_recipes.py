@@ -10,6 +10,7 @@ import pytest
 
 from negfast.data.log import DAY, DISLIKE, EXPOSED, LIKE, WITHDRAWN
 from negfast.errors import InputError
+from negfast.prepare.events import Selection
 from negfast.prepare.recipes import RECIPES, read_recipe, withdraw
 from negfast.prepare.rules import parse_rule
 
@@ -281,3 +282,109 @@ def test_community_notes(tmp_path):
     ]
     assert items.text == ["This is satire.", "The figure is old."]
     assert items.attributes["classification"] == [("NOT_MISLEADING",), ("MISINFORMED_OR_POTENTIALLY_MISLEADING",)]
+
+
+def vk_lsvd_week(path, rows):
+    names = ("user_id", "item_id", "timespent", "like", "dislike")
+    columns = dict(zip(names, zip(*rows, strict=True), strict=True))
+    types = (pa.uint32(), pa.uint32(), pa.uint8(), pa.bool_(), pa.bool_())
+    parquet.write_table(pa.table({n: pa.array(columns[n], t) for n, t in zip(names, types, strict=True)}), path)
+    return path
+
+
+def test_vk_lsvd(tmp_path):
+    weeks = [
+        vk_lsvd_week(tmp_path / "week_01.parquet", [(7, 50, 3, False, True), (8, 51, 9, True, False)]),
+        vk_lsvd_week(tmp_path / "week_00.parquet", [(8, 50, 1, False, False)]),
+    ]
+    items = tmp_path / "items_metadata.parquet"
+    parquet.write_table(pa.table({"item_id": [51, 50], "author_id": [4, 5], "duration": [9, 8]}), items)
+    embedding = tmp_path / "item_embeddings.npz"
+    np.savez(embedding, item_id=np.array([50, 99]), embedding=np.array([[1, 2], [3, 4]], np.float16))
+    rows, table = read("vk-lsvd", *weeks, items, embedding)
+    assert rows == [
+        ("7", "50", DISLIKE, 7 * DAY, None),
+        ("8", "50", EXPOSED, 0, None),
+        ("8", "51", LIKE, 7 * DAY + 7 * DAY // 2, None),
+    ]
+    assert table.attributes["author_id"] == [("4",), ("5",)]
+    assert table.embedding.tolist() == [[0, 0], [1, 2]]
+    with pytest.raises(InputError, match="embedding needs the item table"):
+        read("vk-lsvd", *weeks, embedding)
+    np.savez(embedding, item_id=np.array([50]), embedding=np.array([[1, 2], [3, 4]]))
+    with pytest.raises(InputError, match=r"item_embeddings.npz: found item_id \(1,\) and embedding \(2, 2\)"):
+        read("vk-lsvd", *weeks, items, embedding)
+    np.savez(embedding, rows=np.zeros((2, 2)))
+    with pytest.raises(InputError, match=r"item_embeddings.npz: cannot be read as item embeddings"):
+        read("vk-lsvd", *weeks, items, embedding)
+    with pytest.raises(InputError, match=r"part.parquet: the name tells no week"):
+        read("vk-lsvd", weeks[0].rename(tmp_path / "part.parquet"))
+
+
+def test_scholar_inbox(tmp_path):
+    rated, implicit = tmp_path / "rated_papers.csv", tmp_path / "implicit_interactions.csv"
+    rated.write_text(
+        "arxiv_id,user_id,rating,time\n"
+        "2401.00001,3,-1,2024-01-02 08:00:00\n"
+        "2401.10000,3,1,2024-01-02 08:00:01.250000\n"
+        "2401.00003,3,1,\n"
+    )
+    implicit.write_text("arxiv_id,user_id,time\n2401.00001,4,2024-01-03 00:00:10\n")
+    with pytest.raises(InputError, match=r"rated_papers.csv, line 4: time '' is no time"):
+        read("scholar-inbox", rated)
+    rows, items = read("scholar-inbox", rated, implicit, selection=Selection(skip_bad_rows=True))
+    assert rows == [
+        ("3", "2401.00001", DISLIKE, 1704182400, None),
+        ("3", "2401.10000", LIKE, 1704182401, None),
+        ("4", "2401.00001", EXPOSED, 1704240010, None),
+    ]
+    assert items is None
+
+
+def test_piki(tmp_path):
+    ratings = tmp_path / "piki_dataset.csv"
+    ratings.write_text(
+        "timestamp,user_id,song_id,liked,personalized,spotify_popularity,treatment_group\n"
+        "2021-01-03 10:00:00,5,11,0,1,60,0\n"
+        "2021-01-03 10:00:20,5,12,1,0,20,0\n"
+        "2021-01-03 10:00:40,6,11,2,2,60,0\n"
+    )
+    rows, _ = read("piki", ratings)
+    assert rows == [
+        ("5", "11", DISLIKE, 1609668000, None),
+        ("5", "12", LIKE, 1609668020, None),
+        ("6", "11", LIKE, 1609668040, None),
+    ]
+
+
+def test_voteview(tmp_path):
+    votes, calls = tmp_path / "HS117_votes.csv", tmp_path / "HS117_rollcalls.csv"
+    votes.write_text(
+        "congress,chamber,rollnumber,icpsr,cast_code,prob\n"
+        "117,House,1,20301,1,99.0\n"
+        "117,House,2,20301,6,100.0\n"
+        "117,Senate,1,20301,9,100.0\n"
+    )
+    calls.write_text(
+        "congress,chamber,rollnumber,date,session,clerk_rollnumber,yea_count,nay_count,bill_number,vote_result,"
+        "vote_desc,vote_question,dtl_desc\n"
+        '117,House,1,2021-01-03,1,2,1,0,,Passed,,Call by States,"A quorum, by states"\n'
+        "117,House,2,2021-01-04,1,3,0,1,HRES5,Passed,Rules of the House,On Passage,\n"
+        "117,Senate,1,2021-01-06,1,1,0,0,,Rejected,,On the Objection,\n"
+    )
+    rows, items = read("voteview", votes, calls)
+    assert rows == [
+        ("20301", "117-House-1", LIKE, 1609632000, None),
+        ("20301", "117-House-2", DISLIKE, 1609718400, None),
+        ("20301", "117-Senate-1", EXPOSED, 1609891200, None),
+    ]
+    assert items.text == [
+        "Call by States: A quorum, by states",
+        "On Passage: Rules of the House",
+        "On the Objection",
+    ]
+    with pytest.raises(InputError, match="found no roll calls among the files"):
+        read("voteview", votes)
+    calls.write_text("".join(calls.read_text().splitlines(keepends=True)[:2]))
+    with pytest.raises(InputError, match=r"HS117_votes.csv, line 3: no date"):
+        read("voteview", votes, calls)
