@@ -4,10 +4,13 @@
 #include <array>
 #include <bit>
 #include <cmath>
+#include <cstddef>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 // The same bits on every CPU: always 16 lanes, in however many registers, sums in one order, no fused multiply-add
 // (CMakeLists.txt), and log and exp2 of our own, as those of libm depend on the CPU.
@@ -75,8 +78,8 @@ struct User {
   Lanes inverse[kRidge / 2];
   Lanes weights = {};
   Lanes factors;  // p_u
-  int32_t item[kRecent];
-  float residual[kRecent];
+  int32_t item[kRecent] = {};
+  float residual[kRecent] = {};
   uint64_t judged = 0;  // `item` and `residual` hold the last of so many
   float weight = 0;     // sum |r_uj| |sketch of j|
   Sums sums;
@@ -107,6 +110,45 @@ struct Event {
   float value;
   uint8_t feedback;
 };
+
+// A field of a row, as a table shows it; vectors are floats.
+struct Field {
+  const char* name;
+  char type;
+  size_t width, offset, bytes;
+};
+
+template <class T>
+constexpr Field field(const char* name, size_t offset) {
+  using Number = std::remove_all_extents_t<T>;
+  if constexpr (std::is_same_v<Number, double>) return {name, 'd', sizeof(T) / sizeof(double), offset, sizeof(T)};
+  if constexpr (std::is_same_v<Number, int32_t>) return {name, 'i', sizeof(T) / sizeof(int32_t), offset, sizeof(T)};
+  if constexpr (std::is_integral_v<Number>) return {name, 'q', sizeof(T) / sizeof(int64_t), offset, sizeof(T)};
+  return {name, 'f', sizeof(T) / sizeof(float), offset, sizeof(T)};
+}
+
+#define NEGFAST_FIELD(Row, path) \
+  field<std::remove_reference_t<decltype((std::declval<Row&>().path))>>(#path, offsetof(Row, path))
+#define NEGFAST_DEVIATION(Row, path)                                        \
+  NEGFAST_FIELD(Row, path.excess), NEGFAST_FIELD(Row, path.absolute),       \
+      NEGFAST_FIELD(Row, path.recent_count), NEGFAST_FIELD(Row, path.recent_excess)
+#define NEGFAST_SUMS(Row)                                                                                        \
+  NEGFAST_FIELD(Row, sums.count), NEGFAST_FIELD(Row, sums.dislikes), NEGFAST_FIELD(Row, sums.value_count),      \
+      NEGFAST_FIELD(Row, sums.value), NEGFAST_FIELD(Row, sums.value_square), NEGFAST_DEVIATION(Row, sums.dislike), \
+      NEGFAST_DEVIATION(Row, sums.of_value), NEGFAST_FIELD(Row, sums.recent_events),                            \
+      NEGFAST_FIELD(Row, sums.lately), NEGFAST_FIELD(Row, sums.at)
+
+constexpr Field kUserFields[] = {
+    NEGFAST_FIELD(User, sketch),   NEGFAST_FIELD(User, taste),  NEGFAST_FIELD(User, inverse),
+    NEGFAST_FIELD(User, weights),  NEGFAST_FIELD(User, factors), NEGFAST_FIELD(User, item),
+    NEGFAST_FIELD(User, residual), NEGFAST_FIELD(User, judged), NEGFAST_FIELD(User, weight),
+    NEGFAST_SUMS(User),            NEGFAST_FIELD(User, last),   NEGFAST_FIELD(User, last_dislike)};
+constexpr Field kItemFields[] = {NEGFAST_FIELD(Item, sketch), NEGFAST_FIELD(Item, opinion),
+                                 NEGFAST_FIELD(Item, factors), NEGFAST_FIELD(Item, weight),
+                                 NEGFAST_SUMS(Item),           NEGFAST_FIELD(Item, first)};
+constexpr Field kCellFields[] = {NEGFAST_FIELD(Cell, count), NEGFAST_FIELD(Cell, excess)};
+constexpr Field kValueFields[] = {NEGFAST_FIELD(Value, count), NEGFAST_FIELD(Value, dislikes),
+                                  NEGFAST_FIELD(Value, column), NEGFAST_FIELD(Value, content)};
 
 // What an event says, as a change to what its user's earlier event on the item said, and what was expected of it.
 struct Change {
@@ -435,11 +477,7 @@ class FeatureState {
   };
 
   NEGFAST_INLINE void ask(Asked& asked, int32_t number, int64_t moment) {
-    const User* user = users_.find(number);
-    if (user == nullptr) {
-      unknown_user_.factors = first_factors(seed(user_key_[number], true));
-      user = &unknown_user_;
-    }
+    const User* user = &known_user(number);
     asked.user = user;
     asked.number = number;
     asked.moment = moment;
@@ -458,12 +496,7 @@ class FeatureState {
 
   NEGFAST_INLINE void answer(const Asked& asked, int32_t i, float* out) {
     const User& user = *asked.user;
-    const Item* known = items_.find(i);
-    if (known == nullptr) {
-      unknown_item_.factors = first_factors(seed(item_key_[i], false));
-      known = &unknown_item_;
-    }
-    const Item& item = *known;
+    const Item& item = known_item(i);
     const Side of_user = asked.side, of_item = side(item.sums, asked.moment);
     *out++ = of_item.logit_rate;
     *out++ = of_user.logit_rate;
@@ -523,7 +556,42 @@ class FeatureState {
            cells_.capacity() * sizeof(Cell);
   }
 
+  // ---- The state as tables.
+
+  void tables(const std::function<void*(const FeatureTable&)>& place) {
+    if (!pending_.empty()) learn_pending();
+    copy("user.", kUserFields, users(), place, [this](size_t k) { return &known_user(static_cast<int32_t>(k)); });
+    copy("item.", kItemFields, items(), place, [this](size_t k) { return &known_item(static_cast<int32_t>(k)); });
+    copy("cell.", kCellFields, cells_.size(), place, [this](size_t k) { return &cells_[k]; });
+    copy("value.", kValueFields, values_.size(), place, [this](size_t k) { return &values_[k]; });
+    std::memcpy(place({"lately", 'f', 1, 1}), &lately_, sizeof lately_);
+    std::memcpy(place({"learned", 'q', 1, 1}), &learned_, sizeof learned_);
+  }
+
  private:
+  // With what is known of one without events, where there are none.
+  NEGFAST_INLINE const User& known_user(int32_t number) {
+    if (const User* known = users_.find(number)) return *known;
+    unknown_user_.factors = first_factors(seed(user_key_[number], true));
+    return unknown_user_;
+  }
+
+  NEGFAST_INLINE const Item& known_item(int32_t number) {
+    if (const Item* known = items_.find(number)) return *known;
+    unknown_item_.factors = first_factors(seed(item_key_[number], false));
+    return unknown_item_;
+  }
+
+  template <size_t n, class Row>
+  static void copy(const std::string& prefix, const Field (&fields)[n], size_t rows,
+                   const std::function<void*(const FeatureTable&)>& place, const Row& row) {
+    for (const Field& field : fields) {
+      auto* out = static_cast<std::byte*>(place({prefix + field.name, field.type, rows, field.width}));
+      for (size_t k = 0; k < rows; ++k, out += field.bytes)
+        std::memcpy(out, reinterpret_cast<const std::byte*>(row(k)) + field.offset, field.bytes);
+    }
+  }
+
   // The first numbers of a text vector, twice.
   NEGFAST_INLINE static Lanes twice(const Text& text) {
     const auto half = std::bit_cast<std::array<Half, 2>>(text.part[0]);
@@ -812,6 +880,22 @@ NEGFAST_CLONES void answer_user(FeatureState& state, int32_t number, std::span<c
 
 }  // namespace
 
+std::vector<std::pair<std::string, double>> feature_constants() {
+  return {{"pseudo_events", kPseudoEvents},
+          {"recent_pseudo_events", kRecentPseudoEvents},
+          {"cell_pseudo_events", kCellPseudoEvents},
+          {"half_life", kHalfLife},
+          {"count_half_life", kCountHalfLife},
+          {"pair_weight", kPairWeight},
+          {"text_weight", kTextWeight},
+          {"penalty", kPenalty},
+          {"step", kStep},
+          {"shrink", kShrink},
+          {"start", kStart},
+          {"lately", kLately},
+          {"lately_all", kLatelyAll}};
+}
+
 Features::Features(const FeatureSettings& settings) : state_(std::make_unique<FeatureState>(settings)) {}
 Features::~Features() = default;
 
@@ -821,6 +905,7 @@ bool Features::has_values() const { return state_->settings().has_values; }
 size_t Features::users() const { return state_->users(); }
 size_t Features::items() const { return state_->items(); }
 size_t Features::bytes() const { return state_->bytes(); }
+void Features::tables(const std::function<void*(const FeatureTable&)>& place) { state_->tables(place); }
 
 void Features::add_users(std::span<const uint64_t> keys) { state_->add_users(keys); }
 void Features::add_values(std::span<const int32_t> column, std::span<const float> content) {

@@ -9,8 +9,11 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
+#include <string>
+#include <utility>
 #include <vector>
 
 namespace negfast {
@@ -52,6 +55,16 @@ struct FeatureQuestions {
   std::span<const int64_t> moment;  // seconds
 };
 
+// A part of the state: `width` numbers of every user, item, cell or attribute value, such as "user.sketch".
+struct FeatureTable {
+  std::string name;
+  char type;  // as numpy names it: f float, d double, i int32_t, q int64_t
+  size_t rows, width;
+};
+
+// What formulas need beside the state, by name; times in seconds.
+std::vector<std::pair<std::string, double>> feature_constants();
+
 class FeatureState;
 
 // Wrong arguments raise std::invalid_argument and change nothing.
@@ -81,6 +94,9 @@ class Features {
   void answer(int32_t user, std::span<const int32_t> items, int64_t moment, float* out);
 
   size_t bytes() const;  // of the state
+
+  // Learns what waits, and copies every table of the state to where `place` wants it.
+  void tables(const std::function<void*(const FeatureTable&)>& place);
 
  private:
   std::unique_ptr<FeatureState> state_;

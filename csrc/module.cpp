@@ -104,6 +104,23 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> answer_features(Features& features, i
   return {data, {items.size(), features.width()}, owner};
 }
 
+// The state by name: [rows] or [rows, width].
+nb::dict feature_tables(Features& features) {
+  nb::dict out;
+  features.tables([&out](const FeatureTable& table) -> void* {
+    const size_t bytes = table.type == 'f' || table.type == 'i' ? 4 : 8, shape[] = {table.rows, table.width};
+    const bool is_integer = table.type == 'i' || table.type == 'q';
+    const auto code = static_cast<uint8_t>(is_integer ? nb::dlpack::dtype_code::Int : nb::dlpack::dtype_code::Float);
+    auto* data = new char[std::max<size_t>(table.rows * table.width * bytes, 1)];
+    nb::capsule owner(data, [](void* held) noexcept { delete[] static_cast<char*>(held); });
+    const nb::dlpack::dtype type{code, static_cast<uint8_t>(8 * bytes), 1};
+    nb::ndarray<nb::numpy> array(data, table.width == 1 ? 1 : 2, shape, owner, nullptr, type);
+    out[table.name.c_str()] = nb::cast(array);
+    return data;
+  });
+  return out;
+}
+
 void add_events(SortingSource& source, Column<int32_t> user, Column<int32_t> item, Column<uint8_t> feedback,
                 Column<int64_t> time) {
   same_length(item.size(), user.size(), "item");
@@ -239,7 +256,9 @@ NB_MODULE(_core, m) {
         "users"_a, "items"_a, "time_unit"_a, "threads"_a);
 
   m.attr("FEATURE_TEXT") = kText;
-  m.attr("PSEUDO_EVENTS") = kPseudoEvents;
+  nb::dict constants;
+  for (const auto& [name, value] : feature_constants()) constants[name.c_str()] = value;
+  m.attr("FEATURE_CONSTANTS") = constants;
   nb::class_<Features>(m, "Features")
       .def(nb::new_(&make_features), "by_day"_a, "prior_rate"_a, "prior_value"_a, "has_values"_a, "attributes"_a)
       .def_prop_ro("width", &Features::width)
@@ -253,7 +272,8 @@ NB_MODULE(_core, m) {
            "asked_item"_a, "moment"_a, "out"_a)
       .def("add", &Features::add, "user"_a, "item"_a, "time"_a, "feedback"_a,
            "value"_a = std::numeric_limits<float>::quiet_NaN())
-      .def("answer", &answer_features, "user"_a, "items"_a, "moment"_a);
+      .def("answer", &answer_features, "user"_a, "items"_a, "moment"_a)
+      .def("tables", &feature_tables);
 
   nb::class_<SortingSource>(m, "EventSorter")
       .def(nb::init<std::string, uint64_t, uint64_t, uint64_t>(), "folder"_a, "users"_a, "items"_a, "memory_bytes"_a)

@@ -13,7 +13,7 @@ GAPS: int  # buckets of the time since the event before
 class ShardError(InputError): ...
 
 FEATURE_TEXT: int  # numbers of an item's text vector
-PSEUDO_EVENTS: int  # as expected, mixed into every rate and mean of features
+FEATURE_CONSTANTS: dict[str, float]  # of the features' formulas; times in seconds
 
 class Features:
     """What the past says of users, items and pairs (csrc/features.hpp); see `negfast.data.features`."""
@@ -54,6 +54,7 @@ class Features:
     ) -> None: ...
     def add(self, user: int, item: int, time: int, feedback: int, value: float = ...) -> None: ...
     def answer(self, user: int, items: NDArray[np.int32], moment: int) -> NDArray[np.float32]: ...
+    def tables(self) -> dict[str, NDArray[Any]]: ...
 
 class EventSorter:
     """Takes events in any order and keeps at most ``memory_bytes`` of them in memory."""

@@ -42,7 +42,8 @@ from negfast import _core
 from negfast.data.items import ItemTable
 from negfast.data.log import EXPOSED, WITHDRAWN, EventLog
 
-PSEUDO_EVENTS = _core.PSEUDO_EVENTS  # of the prior rate, mixed into every rate
+CONSTANTS: dict[str, float] = _core.FEATURE_CONSTANTS  # of the formulas in csrc/features.cpp; times in seconds
+PSEUDO_EVENTS = CONSTANTS["pseudo_events"]  # of the prior rate, mixed into every rate
 FITTED = 20_000  # items at most, the first, that the axes of the text vectors are fitted to
 _INDICATORS = 32  # most frequent values of an attribute that get a column each
 _SIMPLE = ["item_logit_rate", "user_logit_rate", "item_log_events", "user_log_events"]

@@ -1,20 +1,36 @@
-"""Features against a plain reading of their definitions in float64, and live answers against those of a whole log."""
+"""Features against the reference in numpy and float64, and live answers against those of a whole log."""
 
-from collections.abc import Callable
 from dataclasses import replace
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from negfast.data.features import HistoryFeatures, keys_of
+from examples.features import Features, key_of
+from negfast.data.features import HistoryFeatures
 from negfast.data.items import ItemTable
 from negfast.data.log import DAY, DISLIKE, EXPOSED, LIKE, WITHDRAWN, EventLog
 
 USERS, ITEMS, EVENTS, PRIOR, PRIOR_VALUE = 12, 15, 500, 0.3, 5.0
-SKETCH, TEXT, RIDGE, RECENT = 128, 32, 8, 32
-HALF_LIFE, COUNT_HALF_LIFE = 30 * DAY, 2 * DAY
+SKETCH, TEXT = 128, 32
+CONSTANTS = {
+    "pseudo_events": 5,
+    "recent_pseudo_events": 3,
+    "cell_pseudo_events": 3,
+    "half_life": 30 * DAY,
+    "count_half_life": 2 * DAY,
+    "pair_weight": 0.5,
+    "text_weight": 0.3,
+    "penalty": 2,
+    "step": 0.4,
+    "shrink": 0.003,
+    "start": 0.2,
+    "lately": 0.15,
+    "lately_all": 0.005,
+}
 
 
 def random_log(seed: int, users: int = USERS, items: int = ITEMS, events: int = EVENTS) -> EventLog:
@@ -40,29 +56,6 @@ def random_items(seed: int, items: int = ITEMS) -> ItemTable:
     return ItemTable(ids, [""] * items, {"genres": genres, "year": years}, vectors=vectors, codes=codes)
 
 
-def mixed(x: int) -> int:
-    """SplitMix64."""
-    x = (x + 0x9E3779B97F4A7C15) % 2**64
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
-    return x ^ (x >> 31)
-
-
-def signs(key: int) -> np.ndarray:
-    """The random signs of 2 * the item's key, or of 2 * the user's + 1."""
-    seed, out = mixed(key % 2**64), []
-    for part in range(SKETCH // 16):
-        bits = mixed((seed + part) % 2**64) >> 32
-        out += [-1.0 if bits >> lane & 1 else 1.0 for lane in range(16)]
-    return np.array(out) / np.sqrt(SKETCH)
-
-
-def first_factors(key: int) -> np.ndarray:
-    seed = mixed(key % 2**64)
-    mixes = [mixed(2**64 - 1 - (seed + lane) % 2**64) for lane in range(16)]
-    return np.array([0.2 * ((x >> 40) / 2**24 - 0.5) for x in mixes])
-
-
 def text_vectors(items: ItemTable) -> np.ndarray:
     assert items.vectors is not None
     centred = items.vectors[: items.original].astype(float)
@@ -73,147 +66,73 @@ def text_vectors(items: ItemTable) -> np.ndarray:
     return np.where(items.vectors.any(1, keepdims=True), along, 0)
 
 
-def smoothed(found: list[float], prior: float) -> float:
-    return (sum(found) + 5 * prior) / (len(found) + 5)
-
-
 def logit(p: float) -> float:
     return float(np.log(p / (1 - p)))
 
 
-class Reading:
-    """What is known after some events, in float64 and as it is defined, with no thought of speed."""
+def reading(of_log: HistoryFeatures) -> Features:
+    """The reference before the first event, in float64; it takes the columns' names and the shapes of the state from
+    the engine."""
+    items = of_log.items
+    assert items.codes is not None
+    cells: dict[bytes, int] = {}
+    groups = [[cells.setdefault(code[:level].tobytes(), len(cells)) for level in (1, 2)] for code in items.codes]
+    kinds = [name.removeprefix("genres=") for name in of_log.names if name.startswith("genres=")]
+    years = [name for of_item in items.attributes["year"] for name in of_item]
+    values = {value: number for number, value in enumerate([*kinds, *years])}
+    lists = [[values[v] for v in of_item] for both in zip(*items.attributes.values(), strict=True) for of_item in both]
+    tables: dict[str, np.ndarray] = {
+        name: np.zeros(table.shape, float if table.dtype.kind == "f" else table.dtype)
+        for name, table in of_log._start().state.tables().items()
+        if name.startswith(("user.", "item."))
+    }
+    tables |= {
+        "item.text": text_vectors(items),
+        "item.cell": np.array(groups),
+        "cell.count": np.zeros(len(cells)),
+        "cell.excess": np.zeros(len(cells)),
+        "value.count": np.zeros(len(values)),
+        "value.dislikes": np.zeros(len(values)),
+        "value.column": np.array([*range(len(kinds)), *(0 for _ in years)]),
+        "value.content": np.array([*(1.0 for _ in kinds), *map(float, years)]),
+        "values_of.start": np.cumsum([0, *map(len, lists)]),
+        "values_of.value": np.array([value for of_item in lists for value in of_item]),
+        "lately": np.array([PRIOR]),
+        "learned": np.array([-1]),
+    }
+    spec = {
+        "names": of_log.names,
+        "prior_rate": PRIOR,
+        "prior_value": PRIOR_VALUE,
+        "constants": CONSTANTS,
+        "attributes": [
+            {"name": "genres", "columns": len(kinds), "missing": 0.0},
+            {"name": "year", "columns": 1, "missing": None},
+        ],
+    }
+    item_keys = [key_of(name) for name in items.ids]
+    out = Features(spec, tables, range(USERS), item_keys)
+    seeds = (out.user, [2 * user + 1 for user in range(USERS)]), (out.item, [2 * key for key in item_keys])
+    for table, of_row in seeds:
+        without = {name: column for name, column in table.items() if name not in ("text", "cell")}
+        for row, seed in enumerate(of_row):
+            for name, value in out.unknown(without, seed).items():
+                table[name][row] = value
+    return out
 
-    def __init__(self, log: EventLog, items: ItemTable) -> None:
-        assert items.codes is not None
-        self.items, self.text, self.codes = items, text_vectors(items), items.codes
-        self.user_key, self.item_key = list(range(log.n_users)), [int(key) for key in keys_of(items.ids)]
-        self.events: list[tuple[int, int, int, int, float]] = []  # user, item, moment, feedback, value
-        self.said: dict[tuple[int, int], tuple[int, float]] = {}  # last feedback and value of a pair
-        self.sketch_u, self.taste = np.zeros((2, log.n_users, SKETCH))
-        self.sketch_i, self.opinion = np.zeros((2, log.n_items, SKETCH))
-        self.weight_u, self.weight_i = np.zeros(log.n_users), np.zeros(log.n_items)
-        self.changes: list[tuple[int, int, float]] = []
-        self.regressed: list[tuple[int, int, float]] = []
-        self.factors_u = np.array([first_factors(2 * key + 1) for key in self.user_key])
-        self.factors_i = np.array([first_factors(2 * key) for key in self.item_key])
-        # (user, item, moment, change of count, excess of the user, excess of the item) of dislikes and of values
-        self.excess: tuple[list[tuple[int, int, int, float, float, float]], ...] = ([], [])
 
-    def labels(self, chosen: Callable[[int, int], bool]) -> list[float]:
-        return [float(f == DISLIKE) for (u, i), (f, _) in self.said.items() if chosen(u, i) and f != WITHDRAWN]
-
-    def values(self, chosen: Callable[[int, int], bool]) -> list[float]:
-        return [v for (u, i), (f, v) in self.said.items() if chosen(u, i) and f != WITHDRAWN and np.isfinite(v)]
-
-    def deviation(self, kind: int, side: int, number: int) -> float:
-        count = sum(e[3] for e in self.excess[kind] if e[side] == number)
-        return sum(e[4 + side] for e in self.excess[kind] if e[side] == number) / (count + 5)
-
-    def recent(self, kind: int, side: int, number: int, moment: int) -> float:
-        mine = [
-            (e[3], e[4 + side], 0.5 ** ((moment - e[2]) / HALF_LIFE)) for e in self.excess[kind] if e[side] == number
-        ]
-        return sum(x * w for _, x, w in mine) / (max(sum(n * w for n, _, w in mine), 0.0) + 3)
-
-    def moment(self, events: list[tuple[int, int, int, int, float]]) -> None:
-        learned, said = [], dict(self.said)
-        for u, i, _, feedback, value in events:
-            f, v = said.get((u, i), (WITHDRAWN, np.nan))
-            is_first = (u, i) not in said and feedback != WITHDRAWN
-            value = np.nan if feedback == WITHDRAWN else value
-            said[u, i] = feedback, value
-            judged = (feedback != WITHDRAWN) - (f != WITHDRAWN)
-            disliked = (feedback == DISLIKE) - (f == DISLIKE)
-            valued = float(np.isfinite(value)) - float(np.isfinite(v))
-            total = float(np.nan_to_num(value) - np.nan_to_num(v))
-            of_user, of_item = self.labels(lambda a, b: a == u), self.labels(lambda a, b: b == i)  # noqa: B023
-            z = logit(smoothed(of_user, PRIOR)) + logit(smoothed(of_item, PRIOR)) - logit(PRIOR)
-            r = disliked - judged / (1 + np.exp(-z))
-            means = smoothed(of_item, PRIOR), smoothed(self.values(lambda a, b: b == i), PRIOR_VALUE)  # noqa: B023
-            users = PRIOR + self.deviation(0, 0, u), PRIOR_VALUE + self.deviation(1, 0, u)
-            learned.append((judged, disliked, valued, total, is_first, r, means, users))
-        for (u, i, moment, feedback, value), change in zip(events, learned, strict=True):
-            judged, disliked, valued, total, is_first, r, means, users = change
-            for kind, (count, amount) in enumerate(((judged, disliked), (valued, total))):
-                excess = amount - count * means[kind], amount - count * users[kind]
-                self.excess[kind].append((u, i, moment, float(count), *excess))
-            self.weight_i[i] += abs(r) * np.linalg.norm(self.sketch_u[u])
-            self.weight_u[u] += abs(r) * np.linalg.norm(self.sketch_i[i])
-            self.opinion[i] += r * self.sketch_u[u]
-            self.taste[u] += r * self.sketch_i[i]
-            self.sketch_u[u] += r * signs(2 * self.item_key[i])
-            self.sketch_i[i] += r * signs(2 * self.user_key[u] + 1)
-            self.changes.append((u, i, r))
-            if is_first:
-                self.regressed.append((u, i, r))
-                p, q = self.factors_u[u].copy(), self.factors_i[i].copy()
-                step = 0.4 * (r - p @ q) / (1 + 0.4 * (p @ p + q @ q))
-                self.factors_u[u] += step * q - 0.4 * 0.003 * p
-                self.factors_i[i] += step * p - 0.4 * 0.003 * q
-            self.said[u, i] = feedback, np.nan if feedback == WITHDRAWN else value
-            self.events.append((u, i, moment, feedback, value))
-
-    def columns(self, u: int, i: int, moment: int) -> list[float]:
-        of_user, of_item = self.labels(lambda a, b: a == u), self.labels(lambda a, b: b == i)
-        values, item_values = self.values(lambda a, b: a == u), self.values(lambda a, b: b == i)
-        out = [logit(smoothed(of_item, PRIOR)), logit(smoothed(of_user, PRIOR))]
-        out += [np.log1p(len(of_item)), np.log1p(len(of_user))]
-        out += [smoothed(item_values, PRIOR_VALUE), smoothed(values, PRIOR_VALUE)]
-        out.append(float(np.std(values)) if len(values) > 1 else np.nan)
-        for name, static in (("genres", None), ("year", [np.nan])):
-            of_all = self.items.attributes[name]
-            for whose in (lambda a: a == u, lambda a: True):
-                rates = [
-                    smoothed(self.labels(lambda a, b: whose(a) and value in of_all[b]), PRIOR)  # noqa: B023
-                    for value in of_all[i]
-                ]
-                out.append(float(np.mean(rates)) if rates else np.nan)
-            if static is None:
-                names = sorted({"x", "y", "z"}, key=lambda x: (-sum(x in g for g in of_all), x))
-                out += [float(genre in of_all[i]) for genre in names]
-            else:
-                out += [float(x) for x in of_all[i]] or static
-        for kind in (0, 1):
-            by_user, by_item = self.deviation(kind, 0, u), self.deviation(kind, 1, i)
-            mine = [(n, abs(x) * n) for user, _, _, n, x, _ in self.excess[kind] if user == u]
-            off = sum(x for _, x in mine) / (sum(n for n, _ in mine) + 1)
-            lately = self.recent(kind, 0, u, moment), self.recent(kind, 1, i, moment)
-            out += [by_user, by_item, by_user + by_item, *lately, off]
-        decayed = sum(e[3] * 0.5 ** ((moment - e[2]) / COUNT_HALF_LIFE) for e in self.excess[0] if e[0] == u)
-        out.append(np.log1p(max(decayed, 0.0)))
-        spread = np.std(item_values) if len(item_values) > 1 else np.nan
-        return [*out, *self.answer(u, i, moment), float(spread)]
-
-    def answer(self, u: int, i: int, moment: int) -> list[float]:
-        out: list[float] = []
-        for a, b, weight in (
-            (self.sketch_u[u], self.opinion[i], self.weight_i[i]),
-            (self.sketch_i[i], self.taste[u], self.weight_u[u]),
-        ):
-            length = np.linalg.norm(a)
-            out += [a @ b, a @ b / (length * np.linalg.norm(b) + 1e-3), a @ b / (length * weight + 0.5)]
-        out.append(float(self.factors_u[u] @ self.factors_i[i]))
-        mine = [(j, change) for v, j, change in self.changes if v == u][-RECENT:]
-        kernel = [max(self.text[i] @ self.text[j], 0) ** 3 for j, _ in mine]
-        out += [sum(k * change for k, (_, change) in zip(kernel, mine, strict=True)) / (sum(kernel) + 0.3), sum(kernel)]
-        rows = [(j, r) for v, j, r in self.regressed if v == u]
-        x, y = self.text[[j for j, _ in rows]][:, :RIDGE], np.array([r for _, r in rows])
-        out.append(float(np.linalg.solve(x.T @ x + 2 * np.eye(RIDGE), x.T @ y) @ self.text[i, :RIDGE]))
-        for level in (1, 2):
-            labels = self.labels(lambda _, j: (self.codes[j, :level] == self.codes[i, :level]).all())  # noqa: B023
-            out.append(sum(x - PRIOR for x in labels) / (len(labels) + 3))
-        for number in (lambda e: e[0] == u, lambda e: e[1] == i, lambda e: True):
-            mean, share = PRIOR, 0.005 if number((-1, -1)) else 0.15
-            for event in self.events:
-                if number(event) and event[3] != WITHDRAWN:
-                    mean += share * ((event[3] == DISLIKE) - mean)
-            out.append(mean)
-        judged = [e for e in self.events if e[3] != WITHDRAWN]
-        last = max((e[2] for e in judged if e[0] == u), default=None)
-        disliked = max((e[2] for e in judged if e[0] == u and e[3] == DISLIKE), default=None)
-        first = min((e[2] for e in judged if e[1] == i), default=None)
-        return out + [np.nan if since is None else (moment - since) / DAY for since in (last, disliked, first)]
+def reread(log: EventLog, known: Features, context: str, before: int) -> list[tuple[int, list]]:
+    """The reference learns the likes, dislikes and withdrawals of moments before ``before``, which are returned."""
+    assert log.value is not None
+    moments = log.moments(context)
+    rows = [row for row in np.argsort(moments, kind="stable") if log.feedback[row] != EXPOSED and moments[row] < before]
+    columns = (column[rows].tolist() for column in (log.user, log.item, log.feedback, log.value))
+    events = zip(moments[rows].tolist(), *columns, strict=True)
+    of_moments = [(moment, [event[1:] for event in some]) for moment, some in groupby(events, itemgetter(0))]
+    for moment, some in of_moments:
+        if moment > known.learned:
+            known.learn(moment, some)
+    return of_moments
 
 
 def features(log: EventLog, items: ItemTable, context: str = "event") -> HistoryFeatures:
@@ -232,19 +151,59 @@ def test_columns_are_those_of_a_loop_over_the_events(seed: int, context: str) ->
     of_log = features(log, items, context)
     got = of_log.rich(user, item, moment)
     assert got.shape == (100, of_log.width) and len(set(of_log.names)) == of_log.width
-    assert log.value is not None
-    rows = [row for row in np.argsort(moments, kind="stable") if log.feedback[row] != EXPOSED]
-    columns = (log.user[rows], log.item[rows], moments[rows], log.feedback[rows], log.value[rows])
-    events = list(zip(*(column.tolist() for column in columns), strict=True))
-    reading, done = Reading(log, items), 0
+    known = reading(of_log)
     for q in np.argsort(moment, kind="stable"):
-        while done < len(events) and events[done][2] < moment[q]:
-            end = next((k for k in range(done, len(events)) if events[k][2] != events[done][2]), len(events))
-            reading.moment(events[done:end])
-            done = end
-        expected = np.array(reading.columns(int(user[q]), int(item[q]), int(moment[q])))
-        np.testing.assert_allclose(got[q], expected, rtol=2e-4, atol=2e-5)
-    assert done > 0.8 * len(events) and np.nanmax(np.abs(got), axis=0).min() > 0.01
+        done = reread(log, known, context, int(moment[q]))
+        expected = known.columns(int(user[q]), item[q : q + 1], int(moment[q]))
+        np.testing.assert_allclose(got[q], expected[0], rtol=2e-4, atol=2e-5)
+    assert len(done) > 0.8 * len(np.unique(moments)) and np.nanmax(np.abs(got), axis=0).min() > 0.01
+
+
+def test_the_reference_keeps_what_its_judgements_define() -> None:
+    """Running sums are the sums over all pairs' last feedback and over all changes; the ridge regression solves its
+    equations; and moments that come late leave the same sums of weights."""
+    log, items = random_log(8), random_items(8)
+    changes: list[tuple[int, int, int, dict]] = []
+
+    class Recorded(Features):
+        def _learn(self, user: int, item: int, feedback: int, moment: int, change: dict) -> None:
+            changes.append((user, item, moment, change))
+            super()._learn(user, item, feedback, moment, change)
+
+    known = reading(features(log, items))
+    known.__class__ = Recorded
+    reread(log, known, "event", int(log.time.max()) + 1)
+    said = {(u, i): said for u, of_user in known.said.items() for i, said in of_user.items() if said[0] != WITHDRAWN}
+    for table, side, expected in ((known.user, 0, "of_item"), (known.item, 1, "of_user")):
+        for row in range(len(table["weight"])):
+            labels = [feedback == DISLIKE for pair, (feedback, _) in said.items() if pair[side] == row]
+            values = [value for pair, (_, value) in said.items() if pair[side] == row and np.isfinite(value)]
+            assert (table["sums.count"][row], table["sums.dislikes"][row]) == (len(labels), sum(labels))
+            sums = len(values), sum(values), sum(value**2 for value in values)
+            names = "sums.value_count", "sums.value", "sums.value_square"
+            np.testing.assert_allclose([table[name][row] for name in names], sums, rtol=1e-9, atol=1e-9)
+            mine = [(moment, change) for *pair, moment, change in changes if pair[side] == row]
+            for kind, (name, of) in enumerate((("sums.dislike", "dislike"), ("sums.of_value", "value"))):
+                excess = [change[of][1] - change[of][0] * change[expected][kind] for _, change in mine]
+                left = [0.5 ** ((table["sums.at"][row] - moment) / CONSTANTS["half_life"]) for moment, _ in mine]
+                assert table[f"{name}.excess"][row] == pytest.approx(sum(excess), abs=1e-9)
+                assert table[f"{name}.recent_excess"][row] == pytest.approx(np.dot(excess, left), abs=1e-9)
+    for level, code in enumerate(known.item["cell"].T):
+        for cell in np.unique(code):
+            labels = [feedback == DISLIKE for (_, i), (feedback, _) in said.items() if code[i] == cell]
+            assert known.cell["count"][cell] == len(labels), level
+            assert known.cell["excess"][cell] == pytest.approx(sum(labels) - PRIOR * len(labels))
+    for user in range(USERS):
+        rows = [(i, change["residual"]) for u, i, _, change in changes if u == user and change["is_first"]]
+        x, y = known.item["text"][[i for i, _ in rows], :8], [r for _, r in rows]
+        np.testing.assert_allclose(
+            known.user["weights"][user, :8], np.linalg.solve(x.T @ x + 2 * np.eye(8), x.T @ y), rtol=1e-9, atol=1e-12
+        )
+    late = reading(features(log, items))
+    for _, item, moment, change in sorted(changes, key=lambda change: -change[2]):
+        late._count(late.item, item, moment, change, change["of_user"])
+    for name in ("recent_events", "dislike.recent_count", "of_value.recent_excess"):
+        np.testing.assert_allclose(late.item[f"sums.{name}"], known.item[f"sums.{name}"], rtol=1e-9, atol=1e-9)
 
 
 def test_nothing_of_the_second_itself_or_later_counts_and_how_it_is_asked_does_not_matter() -> None:
