@@ -1,81 +1,118 @@
-"""What a user will dislike, by vLLM: beam search on the trie of `negfast export`, a level a call.
+"""What users will dislike, by vLLM: the lists of `negfast predict`, a level of semantic IDs a call.
 
-Needs `pip install vllm` and a GPU. **It was never run**: nobody had a GPU when it was written. It was read against the
-documentation of vLLM 0.20 to 0.22 (LLM, SamplingParams, prompt embeddings, the sampler's order of steps); the trie and
-the positions are those of transformers_constrained.py, which a test runs.
+Needs `pip install vllm` and a GPU. It is written for the V1 engine of vLLM 0.14 to 0.22; a test runs it on a stub of
+that interface, nobody has run it on vLLM itself.
 
     negfast export runs/quickstart --out exported
-    python examples/vllm_constrained.py exported examples/events.csv --at 1370200000 --top 10
+    python examples/vllm_constrained.py exported examples/events.csv --top 10
 
-Each level asks for one token among the codes that exist (`allowed_token_ids`). A position of a history is a sum of
+A logits processor keeps the codes that may come next and adds the community prior. A position of a history is a sum of
 embeddings, so prompts are given as embeddings.
 """
 
 import argparse
+import csv
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow.parquet as parquet
 import torch
+from exported import Export, Walk
 from transformers import AutoModelForCausalLM
-from transformers_constrained import Trie, history_sums, read_about, read_events
 from vllm import LLM, SamplingParams
+from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 
-def beam_search(
-    model: LLM, rows: torch.Tensor, trie: Trie, start: torch.Tensor, beams: int
-) -> list[tuple[float, list[int]]]:
-    """(log-probability, completion tokens), best first; probabilities are over the codes that exist.
+class OnTrie(AdapterLogitsProcessor):
+    """Log-probabilities over the codes that may come next, the community prior added.
 
-    ``start`` [P, d] are the embeddings of the prompt, ``rows`` [V, d] those of tokens.
+    A request asks for it by ``extra_args``: {"seen": rows of items that must not come out, "completion": the tokens of a
+    completion that its prompt ends with}.
     """
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        super().__init__(vllm_config, device, is_pin_memory)
+        self.export = Export(Path(vllm_config.model_config.model))
+        self.walks: dict[tuple[int, ...], Walk] = {}  # the last user's
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def new_req_logits_processor(self, params: SamplingParams) -> Callable[..., torch.Tensor] | None:
+        extra = params.extra_args or {}
+        if "seen" not in extra:
+            return None
+        seen, completion = tuple(extra["seen"]), list(extra["completion"])
+        if seen not in self.walks:
+            self.walks = {seen: Walk(self.export, set(seen))}
+        walk = self.walks[seen]
+
+        def only_codes(output: list[int], logits: torch.Tensor) -> torch.Tensor:
+            codes, log_prior = (torch.from_numpy(x).to(logits.device) for x in walk.next([*completion, *output]))
+            kept = logits[codes] + log_prior.to(logits)
+            return logits.fill_(-torch.inf).index_copy_(0, codes, kept.log_softmax(0))
+
+        return only_codes
+
+
+def listed(
+    model: LLM, rows: torch.Tensor, start: torch.Tensor, walk: Walk, seen: list[int], beams: int, top: int
+) -> list[tuple[float, int]]:
+    """(probability, item), best first, by beam search; ``start`` [P, d] are the embeddings of the prompt, ``rows``
+    [V, d] those of tokens."""
     alive: list[tuple[float, list[int]]] = [(0.0, [])]
-    for _ in range(trie.levels):
-        allowed = [trie.children(tokens)[0].tolist() for _, tokens in alive]
-        sampling = [
-            SamplingParams(max_tokens=1, temperature=0.0, allowed_token_ids=codes, logprobs=min(len(codes), beams))
-            for codes in allowed
+    for level in range(walk.levels):
+        keep = beams if level < walk.levels - 1 else top
+        params = [
+            SamplingParams(
+                max_tokens=1,
+                temperature=0.0,
+                logprobs=min(beams, walk.codebook),
+                extra_args={"seen": seen, "completion": completion},
+            )
+            for _, completion in alive
         ]
-        prompts = [{"prompt_embeds": torch.cat([start, rows[tokens]])} for _, tokens in alive]
-        outputs = model.generate(prompts, sampling, use_tqdm=False)
+        prompts = [{"prompt_embeds": torch.cat([start, rows[completion]])} for _, completion in alive]
+        outputs = model.generate(prompts, params, use_tqdm=False)
         grown = [
-            (score + entry.logprob, [*tokens, token])
-            for (score, tokens), codes, output in zip(alive, allowed, outputs, strict=True)
+            (score + entry.logprob, [*completion, token])
+            for (score, completion), output in zip(alive, outputs, strict=True)
             for token, entry in output.outputs[0].logprobs[0].items()
-            if token in codes
+            if entry.logprob > -1e8
         ]
-        alive = sorted(grown, key=lambda beam: -beam[0])[:beams]
-    return alive
+        alive = sorted(grown, key=lambda beam: -beam[0])[:keep]
+    return [(float(np.exp(score)), walk.item(completion)) for score, completion in alive]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="what `negfast export` wrote")
-    parser.add_argument("events", type=Path, help="CSV of one user: item, feedback (like, dislike, shown), time (s)")
-    parser.add_argument("--at", type=int, required=True, help="the second that is asked about; events before it count")
+    parser.add_argument("events", type=Path, help="CSV of users' events: user, item, time (s), feedback")
     parser.add_argument("--top", type=int, default=10)
     options = parser.parse_args()
 
-    about = read_about(options.folder)
-    table = parquet.read_table(options.folder / "sid_table.parquet")
-    items, texts = table["item"].to_pylist(), table["text"].to_pylist()
-    codes = dict(zip(items, table["tokens"].to_pylist(), strict=True))
-    events = read_events(options.events, codes, options.at)
-    seen = {item for item, _, _ in events}
-    trie = Trie(options.folder, about, [row for row, item in enumerate(items) if item in seen])
-    with torch.no_grad():
-        rows = AutoModelForCausalLM.from_pretrained(options.folder).get_input_embeddings().weight
-        start = rows[torch.tensor(history_sums(about, codes, events, options.at))].sum(1)
-    beams = max(2 * options.top, 20)
+    export, out = Export(options.folder), csv.writer(sys.stdout)
+    export.read_events(options.events)
+    moment, beams = export.moment(None, of_lists=True), max(export.about["beam"], options.top)
+    rows = AutoModelForCausalLM.from_pretrained(options.folder).get_input_embeddings().weight.detach()
     model = LLM(
         model=str(options.folder),
         enable_prompt_embeds=True,
-        max_logprobs=beams,
-        logprobs_mode="processed_logprobs",  # after the codes that do not exist were struck out
+        logits_processors=[OnTrie],
+        max_logprobs=min(beams, export.about["codebook"]),
+        logprobs_mode="processed_logprobs",  # of what the processor left
     )
-    for score, completion in beam_search(model, rows, trie, start, beams)[: options.top]:
-        row = trie.item(completion)
-        print(f"{np.exp(score):.5f}  {items[row]}  {texts[row]}")
+    out.writerow(["user", "rank", "item", "score", "text"])
+    for user in list(export.events):
+        sums, gap = export.positions(user, moment)
+        sums.append(export.padded([export.tokens["next-dislike"], gap]))
+        seen = sorted({event.item for event in export.before(user, moment)})
+        start = rows[torch.tensor(sums)].sum(1)
+        lists = listed(model, rows, start, Walk(export, set(seen)), seen, beams, options.top)
+        for rank, (score, item) in enumerate(lists, start=1):
+            out.writerow([user, rank, export.items[item], f"{score:.9f}", export.texts[item]])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """negfast: LLM recommenders that know what users will dislike.
 
-`load` opens a finished run; `prepare`, `train` and `evaluate` are the commands of these names. `negfast.api` has them
+`load` opens a finished run; `prepare`, `train`, `evaluate` and `export` are the commands. `negfast.api` has them
 all. They are imported when they are first asked for: ``import negfast`` alone takes no time.
 """
 
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from negfast.errors import InputError
 
 if TYPE_CHECKING:
-    from negfast.api import Run, Scores, evaluate, load, prepare, train
+    from negfast.api import Run, Scores, evaluate, export, load, prepare, train
 
-__all__ = ["InputError", "Run", "Scores", "__version__", "evaluate", "load", "prepare", "train"]
+__all__ = ["InputError", "Run", "Scores", "__version__", "evaluate", "export", "load", "prepare", "train"]
 __version__ = version("negfast")
 
 CALLABLE = ("evaluate", "prepare", "train")  # packages that are also functions

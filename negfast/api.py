@@ -1,4 +1,4 @@
-"""The Python API: `load` a run and ask it, or `prepare`, `train` and `evaluate` as the commands of these names do.
+"""The Python API: `load` a run and ask it, or `prepare`, `train`, `evaluate` and `export` as the commands do.
 
 What the command line refuses, these refuse too: `InputError` has the message of the command.
 """
@@ -14,7 +14,7 @@ from negfast.serve.context import Moment
 from negfast.serve.run import Column, Given, Run
 from negfast.serve.score import Scores
 
-__all__ = ["Column", "Given", "InputError", "Moment", "Run", "Scores", "evaluate", "load", "prepare", "train"]
+__all__ = ["Column", "Given", "InputError", "Moment", "Run", "Scores", "evaluate", "export", "load", "prepare", "train"]
 
 AnyPath = str | os.PathLike[str]
 FLAGS = {"overrides": "--set", "first_day": "--from", "last_day": "--until"}  # of options with another name
@@ -224,6 +224,17 @@ def evaluate(
         cost_dislike=cost_dislike,
         cost_like=cost_like,
     )
+
+
+def export(run: AnyPath, out: AnyPath) -> None:
+    """Writes a finished run to the directory ``out`` for transformers and vLLM, with all that its lists and scores need
+    (docs/serving.md); an export that is there is replaced.
+
+    Raises `InputError` for an unfinished run, one with ``history.text``, and where ``out`` is something else.
+    """
+    from negfast.serve.export import export_run
+
+    export_run(Path(run), out=Path(out))
 
 
 def refuse_unused_of_prepare(given: Collection[str]) -> None:

@@ -511,11 +511,11 @@ def doctor(as_json: bool) -> None:
 @click.argument("run", type=PATH)
 @click.option("--out", required=True, type=PATH, help="Directory to write.")
 def export(run: Path, out: Path) -> None:
-    """Write a run as a HF directory: safetensors, tokenizer, SID table, trie.
+    """Write a run as a HF directory, with all that lists and scores need without negfast.
 
     \b
     negfast export runs/quickstart --out exported
     """
-    from negfast.serve.export import export_run
+    from negfast import api
 
-    export_run(run, out=out)
+    api.export(run, out)

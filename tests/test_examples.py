@@ -1,69 +1,100 @@
-"""The plain-transformers example finds what an exhaustive search over the export finds."""
+"""The examples: an export answers as negfast does, where negfast is not."""
 
-import copy
+import csv
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
+import negfast
 from negfast.data.dataset import Dataset
-from negfast.data.log import EventLog
-from negfast.data.shards import open_shard, write_shard
 from negfast.runtime.run_folder import RunFolder
-from tests.tiny import run_cli
+from negfast.sid.tokens import FEEDBACK
+from tests.tiny import run_cli, train_arguments
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def test_constrained_generation_ranks_every_unseen_item(tiny_run: Path, tmp_path: Path, monkeypatch) -> None:
-    out = tmp_path / "exported"
-    run_cli("export", str(tiny_run), "--out", str(out))
-    seen, at = ["i1", "i2", "i3"], 1_600_400_000
-    events = tmp_path / "events.csv"
-    lines = [f"{seen[2]},dislike,1600090000", f"{seen[0]},like,1600000000", f"{seen[1]},like,1600000070"]
-    later = f"i4,like,{at}"  # at the second that is asked about
-    events.write_text("\n".join(["item,feedback,time", *lines, later]) + "\n")
-    command = [sys.executable, str(EXAMPLES / "transformers_constrained.py"), str(out), str(events), "--at", str(at)]
-    done = subprocess.run([*command, "--top", "50"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = [line.split("  ")[:2] for line in done.stdout.splitlines()]
-    assert len({item for _, item in found}) == len(found) == 50 and not {item for _, item in found} & set(seen)
+@pytest.fixture(scope="module", params=["day", "event"])
+def run(request: pytest.FixtureRequest, tiny_run: Path, tiny_data: Path, tmp_path_factory) -> Path:
+    """Finished runs of both contexts."""
+    if request.param == "day":
+        return tiny_run
+    out = tmp_path_factory.mktemp("event") / "run"
+    run_cli(*train_arguments(tiny_data, out, history__context="event", grpo__steps=1))
+    return out
 
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    from transformers_constrained import Trie, history_sums, read_about, read_events
 
-    rows = parquet.read_table(out / "sid_table.parquet").to_pylist()
-    tokens = {row["item"]: row["tokens"] for row in rows}
-    items = [row["item"] for row in rows]
-    about = read_about(out)
-    trie = Trie(out, about, [items.index(item) for item in seen])
-    sums = history_sums(about, tokens, read_events(events, tokens, at), at)
-    model = AutoModelForCausalLM.from_pretrained(out).eval()
-    embed = model.get_input_embeddings()
-    start = embed(torch.tensor(sums)).sum(1)
-    assert_the_positions_are_those_of_training(tiny_run, sums)
-    exact = {}
-    for item in set(items) - set(seen):
-        with torch.no_grad():
-            inputs = torch.cat([start, embed(torch.tensor(tokens[item]))])
-            logits = model(inputs_embeds=inputs[None]).logits[0, len(start) - 1 : -1]
-        allowed = [trie.children(tokens[item][:level])[0].tolist() for level in range(trie.levels)]
-        parts = [
-            row[codes].log_softmax(0)[codes.index(t)]
-            for row, codes, t in zip(logits, allowed, tokens[item], strict=True)
-        ]
-        exact[item] = float(torch.stack(parts).sum().exp())
-    assert sum(exact.values()) == pytest.approx(1, abs=1e-4)
-    for score, item in found:
-        assert float(score) == pytest.approx(exact[item], abs=2e-5)
-    assert min(float(score) for score, _ in found) >= sorted(exact.values())[-50] - 2e-5
+@pytest.fixture(scope="module")
+def exported(run: Path) -> Path:
+    out = run.parent / "exported"
+    negfast.export(run, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def users(run: Path) -> list[str]:
+    return Dataset.open(RunFolder(run).data).user_ids[5:17]
+
+
+def example(name: str, *arguments: object, stubs: Path = EXAMPLES, code: int = 0) -> list[dict[str, str]]:
+    """The CSV that an example prints, or its last line of errors; it runs where negfast cannot be imported."""
+    start = "import runpy, sys; sys.modules['negfast'] = None; sys.path.remove(sys.argv[1]); "  # transformers would
+    start += "sys.path[:0] = sys.argv[2:4]; del sys.argv[:4]; "  # take the repository's kernels for a package it knows
+    start += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    paths = EXAMPLES.parent, stubs, EXAMPLES, EXAMPLES / name
+    command = [sys.executable, "-P", "-c", start, *map(str, (*paths, *arguments))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    return list(csv.DictReader(done.stdout.splitlines())) if code == 0 else [{"said": done.stderr.splitlines()[-1]}]
+
+
+def write_events(path: Path, run: Path, users: list[str], later: list[tuple] = ()) -> Path:
+    """Users' events as a data set has them, and ``later`` ones."""
+    data = Dataset.open(RunFolder(run).data)
+    log, rows = data.log, []
+    for user in users:
+        row = data.user_ids.index(user)
+        for k in range(log.user_offsets[row], log.user_offsets[row + 1]):
+            value = "" if log.value is None else float(log.value[k])
+            rows.append((user, data.items.ids[log.item[k]], int(log.time[k]), FEEDBACK[log.feedback[k]], value))
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("user", "item", "time", "feedback", "value"), *rows, *later])
+    return path
+
+
+def test_transformers_lists_what_negfast_predicts(run: Path, exported: Path, users: list[str], tmp_path: Path) -> None:
+    events = write_events(tmp_path / "events.csv", run, users)
+    found = example("transformers_constrained.py", exported, events, "--top", 40)
+    expected = negfast.load(run).predict(users, top=40).to_pylist()
+    assert len(expected) == 40 * len(users)
+    for name in ("user", "rank", "item"):
+        assert [row[name] for row in found] == [str(row[name]) for row in expected]
+    scores = [float(row["score"]) for row in found]
+    np.testing.assert_allclose(scores, [row["score"] for row in expected], rtol=0, atol=1e-5)
+    assert max(scores) > 0.05  # so that the tolerance means something
+
+
+def test_transformers_scores_what_negfast_scores(run: Path, exported: Path, users: list[str], tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    items = Dataset.open(RunFolder(run).data).items.ids
+    pairs = list(
+        zip(rng.choice([*users, "nobody"], 400).tolist(), rng.choice([*items, "no"], 400).tolist(), strict=True)
+    )
+    with (candidates := tmp_path / "candidates.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("user", "item"), *pairs])
+    events = write_events(tmp_path / "events.csv", run, users)
+    found = example("transformers_constrained.py", exported, events, "--candidates", candidates)
+    scores = negfast.load(run).score(*zip(*pairs, strict=True))
+    assert [(row["user"], row["item"]) for row in found] == pairs
+    assert [row["score"] == "" for row in found] == scores.abstain.tolist() and 10 < scores.abstain.sum() < 100
+    got = [float(row["score"] or "nan") for row in found]
+    np.testing.assert_allclose(got, scores.probability, rtol=0, atol=1e-5)
+    assert np.nanstd(got) > 0.02
 
 
 def test_ray_scores_what_the_command_scores(tiny_run: Path, tmp_path: Path) -> None:
@@ -80,22 +111,3 @@ def test_ray_scores_what_the_command_scores(tiny_run: Path, tmp_path: Path) -> N
     found, whole = parquet.read_table(tmp_path / "scored").sort_by("n"), parquet.read_table(tmp_path / "whole.parquet")
     assert found.drop(["score"]).equals(whole.drop(["score"]))
     np.testing.assert_allclose(found["score"].to_numpy(), whole["score"].to_numpy(), rtol=1e-5)
-
-
-def assert_the_positions_are_those_of_training(run: Path, sums: list[list[int]]) -> None:
-    """For the same three events in a log, `HistoryBuilder` gives the same tokens, whatever their order in a sum."""
-    engine = RunFolder(run).finished_engine(None)
-    index = [engine.data.items.ids.index(item) for item in ("i1", "i2", "i3")]
-    times = np.array([1_600_000_000, 1_600_000_070, 1_600_090_000])
-    log = EventLog(
-        np.array([0, 3]), np.array(index, np.int32), np.array([1, 1, 2], np.uint8), times, None, engine.log.n_items
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        write_shard(Path(folder) / "events.nfs", log)
-        builder = copy.copy(engine.histories)
-        builder.shard, builder.log = open_shard(Path(folder) / "events.nfs"), log
-        histories = builder.build(np.zeros(1, np.int32), np.array([1_600_400_000]), requests=np.zeros(1, bool))
-    none = engine.policy.vocabulary.marker("none")
-    expected = [sorted(token for token in row if token != none) for row in histories.tokens.tolist()]
-    assert [sorted(token for token in row if token != none) for row in sums[:-1]] == expected
-    assert histories.gap.item() in sums[-1]

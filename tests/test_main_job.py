@@ -268,7 +268,7 @@ def test_exported_model_opens_in_transformers_and_gives_the_policys_logits(tiny_
         embedded = model.get_input_embeddings()(torch.cat([histories.tokens, marker])).sum(1)
         logits = model(inputs_embeds=embedded[None]).logits[0, -1]
     assert torch.allclose(logits, engine.policy.full_logits(hidden)[0], atol=1e-4)
-    assert parquet.read_table(out / "sid_table.parquet").num_rows == len(engine.data.items)
+    assert json.loads((out / "items.json").read_text())["id"] == engine.data.items.ids
 
 
 def test_generated_items_are_those_of_a_wider_beam(tiny_run):

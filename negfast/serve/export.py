@@ -1,12 +1,11 @@
-"""`negfast export`: a run as a Hugging Face directory that opens in transformers, with its SID table and trie."""
+"""`negfast export`: a run as a Hugging Face directory, with all that predicting and scoring need without negfast."""
 
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as parquet
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
@@ -14,26 +13,33 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from negfast.data.dataset import refuse_data_folder
+from negfast.data.features import CONSTANTS, HistoryFeatures
+from negfast.data.log import DAY
 from negfast.data.shards import GAPS
 from negfast.errors import InputError
 from negfast.files import atomic_directory, check_output, locked
+from negfast.model.histories import MIXED
 from negfast.model.lora import merge_adapters
 from negfast.model.policy import Policy
+from negfast.runtime.checkpoint import read_state
+from negfast.runtime.engine import Engine
 from negfast.runtime.run_folder import RunFolder
-from negfast.sid.prior import MARKERS
+from negfast.sid.prior import MARKERS, DevicePrior
 from negfast.sid.tokens import FEEDBACK
 from negfast.sid.trie import Trie
 
 DESCRIPTION = "negfast.json"
-FORMAT = 2  # of an export: one position an event
+FORMAT = 3  # of an export
 
 
 def export_run(run: Path, out: Path) -> None:
-    """Writes model, tokenizer, sid_table.parquet, trie.safetensors and negfast.json to the directory ``out``.
+    """Writes a run as it stands at its data set's end to the directory ``out``, as docs/serving.md describes it:
+    safetensors and JSON.
 
     The code block is merged into the model's vocabulary: input rows are the block's (that of <|none|> is zero), output
     rows those seen through its head, so logits are the policy's before the community prior. An export that is there is
-    replaced. Raises InputError where ``out`` holds anything else, and as `RunFolder.finished_engine`.
+    replaced. Raises InputError where ``out`` holds anything else, for a run with ``history.text``, whose vectors have
+    no place in a stock decoder, and as `RunFolder.finished_engine`.
     """
     check_output(out)
     if out.exists() and not (out / DESCRIPTION).is_file() and not (out.is_dir() and not any(out.iterdir())):
@@ -53,31 +59,72 @@ def _write_export(folder: RunFolder, out: Path) -> None:
     merge_adapters(engine.policy)
     model = merged_model(engine.policy)
     tokenizer = merged_tokenizer(engine.policy, engine.tokenizer)
+    verdict = {name: value.cpu().numpy() for name, value in engine.policy.verdict_prior.state_dict().items()}
+    tensors = {"trie": trie_tensors(engine.trie, engine.histories.prior), "verdict": verdict}
+    tensors["trie"]["tokens"] = engine.histories.item_tokens
+    tensors["features"] = feature_tensors(engine.features)
+    ids = {
+        "items": {"id": engine.data.items.ids, "text": engine.data.items.text},
+        "users": {"id": engine.data.user_ids},
+        DESCRIPTION.removesuffix(".json"): description(folder, engine),
+    }
     with atomic_directory(out) as temporary:
         disable_progress_bar()
         model.save_pretrained(temporary, safe_serialization=True)
         enable_progress_bar()
         tokenizer.save_pretrained(temporary)
-        tokens = engine.histories.item_tokens
-        columns = {
-            "item": pa.array(engine.data.items.ids, pa.string()),
-            "text": pa.array(engine.data.items.text, pa.string()),
-            "tokens": pa.FixedSizeListArray.from_arrays(pa.array(tokens.reshape(-1)), tokens.shape[1]),
-        }
-        parquet.write_table(pa.table(columns), temporary / "sid_table.parquet", compression="zstd")
-        save_file(trie_tensors(engine.trie), temporary / "trie.safetensors")
-        vocabulary = engine.policy.vocabulary
-        names = ("none", *FEEDBACK, "gap-0", *MARKERS, "verdict")
-        description = {
-            "format": FORMAT,
-            "base": vocabulary.base,
-            "levels": vocabulary.levels,
-            "codebook": vocabulary.codebook,
-            "tokens": {name: vocabulary.marker(name) for name in names} | {"codes": vocabulary.code_base(1)},
-            "gaps": GAPS,
-            "history": asdict(engine.config.history),
-        }
-        (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
+        for name, arrays in tensors.items():
+            save_file(
+                {key: np.ascontiguousarray(array) for key, array in arrays.items()}, temporary / f"{name}.safetensors"
+            )
+        for name, content in ids.items():
+            (temporary / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def description(folder: RunFolder, engine: Engine) -> dict[str, Any]:
+    """What negfast.json says."""
+    vocabulary, config = engine.policy.vocabulary, engine.config
+    names = ("none", *FEEDBACK, "gap-0", *MARKERS, "verdict", "yes", "no")
+    shown = folder.shown_calibration if read_state(folder.final).get("shown_calibration") else None
+    return {
+        "format": FORMAT,
+        "layout": config.history.positions,
+        "moment": (int(engine.log.time.max()) // DAY + 1) * DAY,
+        "base": vocabulary.base,
+        "levels": vocabulary.levels,
+        "codebook": vocabulary.codebook,
+        "tokens": {name: vocabulary.marker(name) for name in names} | {"codes": vocabulary.code_base(1)},
+        "history": {"context": config.history.context, "window": config.history.window, "view": MIXED, "gaps": GAPS},
+        "prior": asdict(config.prior),
+        "beam": config.eval.beam,
+        "calibration": {
+            "feedback": asdict(folder.calibration),
+            "shown": None if shown is None else asdict(shown),
+        },
+        "features": feature_spec(engine.features),
+    }
+
+
+def feature_spec(features: HistoryFeatures) -> dict[str, Any]:
+    """What the features' columns are called, and what their formulas need beside `feature_tensors`."""
+    shapes = zip(features.items.attributes, features.item_side.shapes, strict=True)
+    return {
+        "names": features.names,
+        "prior_rate": features.prior_rate,
+        "prior_value": features.prior_value,
+        "constants": CONSTANTS,
+        "attributes": [
+            {"name": name, "columns": columns, "missing": None if np.isnan(missing) else missing}
+            for name, (columns, missing) in shapes
+        ],
+    }
+
+
+def feature_tensors(features: HistoryFeatures) -> dict[str, np.ndarray]:
+    """The state of the features at the log's end, and what they know of items beside events."""
+    _, text, cell, start, value = features.item_columns
+    of_items = {"item.text": text, "item.cell": cell, "values_of.start": start, "values_of.value": value}
+    return features.live().state.tables() | of_items
 
 
 @torch.no_grad()
@@ -106,10 +153,16 @@ def merged_tokenizer(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> PreT
     return tokenizer
 
 
-def trie_tensors(trie: Trie) -> dict[str, np.ndarray]:
-    """The trie as named arrays; level 0 is the root. See `negfast.sid.trie.Trie` for their meaning."""
+def trie_tensors(trie: Trie, prior: DevicePrior) -> dict[str, np.ndarray]:
+    """The trie as named arrays, and ``mass.l`` [2, n_l] of the nodes of level l at the end of the prior's last day, for
+    both branches; level 0 is the root. See `negfast.sid.trie.Trie` for their meaning."""
     tensors = {"leaf_item": trie.leaf_item, "item_nodes": trie.item_nodes}
     for level, (first, bits) in enumerate(zip(trie.first_child, trie.child_bits, strict=True)):
         tensors[f"first_child.{level}"] = first
         tensors[f"child_bits.{level}"] = bits
-    return {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    device = prior.levels[0].mass.device
+    last_day = torch.tensor(prior.levels[0].days - 1, device=device)
+    for level, count in enumerate(trie.node_counts[1:], start=1):
+        nodes = torch.arange(count, device=device)
+        tensors[f"mass.{level}"] = torch.stack([prior.mass(level, b, last_day, nodes) for b in (0, 1)]).cpu().numpy()
+    return tensors
