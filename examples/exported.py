@@ -104,7 +104,9 @@ class Export:
                 said = state.said[rows[user]] = {event.item: (event.feedback, event.value) for event in old}
                 found = sum(feedback != WITHDRAWN for feedback, _ in said.values())
                 if found != (expected := state.user["sums.count"][rows[user]]):
-                    raise SystemExit(f"events of {user}: found {found} judged items, expected {expected:.0f}")
+                    raise SystemExit(
+                        f"events of {user} in the log: found {found} judged items, expected {expected:.0f}"
+                    )
                 events = events[len(old) :]
             else:
                 rows[user] = state.add_user(key_of(user))

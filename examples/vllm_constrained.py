@@ -26,10 +26,10 @@ from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 
 class OnTrie(AdapterLogitsProcessor):
-    """Log-probabilities over the codes that may come next, the community prior added.
+    """Leaves the codes that may come next, and adds the community prior to their logits.
 
-    A request asks for it by ``extra_args``: {"seen": rows of items that must not come out, "completion": the tokens of a
-    completion that its prompt ends with}.
+    A request asks for it by ``extra_args``: "seen" are rows of items that must not come out, "completion" the tokens of
+    an item that its prompt ends with.
     """
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
@@ -52,7 +52,7 @@ class OnTrie(AdapterLogitsProcessor):
         def only_codes(output: list[int], logits: torch.Tensor) -> torch.Tensor:
             codes, log_prior = (torch.from_numpy(x).to(logits.device) for x in walk.next([*completion, *output]))
             kept = logits[codes] + log_prior.to(logits)
-            return logits.fill_(-torch.inf).index_copy_(0, codes, kept.log_softmax(0))
+            return logits.fill_(-torch.inf).index_copy_(0, codes, kept)
 
         return only_codes
 
@@ -99,6 +99,7 @@ def main() -> None:
     rows = AutoModelForCausalLM.from_pretrained(options.folder).get_input_embeddings().weight.detach()
     model = LLM(
         model=str(options.folder),
+        dtype="float32",
         enable_prompt_embeds=True,
         logits_processors=[OnTrie],
         max_logprobs=min(beams, export.about["codebook"]),
