@@ -106,7 +106,7 @@ def test_transformers_scores_what_negfast_scores(run: Path, exported: Path, user
     candidates = write_pairs(tmp_path / "candidates.csv", pairs)
     events = write_events(tmp_path / "events.csv", run, users)
     found = example("transformers_constrained.py", exported, events, "--candidates", candidates)
-    scores = negfast.load(run).score(*zip(*pairs, strict=True))
+    scores = negfast.load(run).score([user for user, _ in pairs], [item for _, item in pairs])
     assert [(row["user"], row["item"]) for row in found] == pairs
     assert [row["score"] == "" for row in found] == scores.abstain.tolist() and 10 < scores.abstain.sum() < 100
     got = [float(row["score"] or "nan") for row in found]
@@ -124,15 +124,15 @@ def test_new_users_and_later_events_count_as_in_a_live_run(
     for step in range(40):
         user, item = str(rng.choice([users[0], "new", "other"])), str(rng.choice(data.items.ids))
         feedback = str(rng.choice(FEEDBACK[:4], p=[0.1, 0.4, 0.4, 0.1]))
-        value = "" if feedback in ("shown", "withdrawn") else int(rng.integers(1, 6))
+        value = None if feedback in ("shown", "withdrawn") else float(rng.integers(1, 6))
         later.append((user, item, end + step * 9_000, feedback, value))
-        live.add(*later[-1][:4], value=value or None)
+        live.add(*later[-1][:4], value=value)
     at = end + 40 * 9_000 + 500
     pairs = [(user, item) for user in (users[0], "new", "other", users[1]) for item in data.items.ids]
     events = write_events(tmp_path / "events.csv", run, users[:2], later)
     candidates = write_pairs(tmp_path / "candidates.csv", pairs)
     found = example("transformers_constrained.py", exported, events, "--candidates", candidates, "--at", at)
-    scores = live.score(*zip(*pairs, strict=True), at=datetime.fromtimestamp(at, UTC))
+    scores = live.score([user for user, _ in pairs], [item for _, item in pairs], datetime.fromtimestamp(at, UTC))
     np.testing.assert_allclose([float(row["score"]) for row in found], scores.probability, rtol=0, atol=1e-5)
 
 
