@@ -157,7 +157,7 @@ def test_the_items_of_the_examples_are_the_quickstarts(movietweetings) -> None:
     _, items = movietweetings
     assert set(OF_QUICKSTART) <= set(items.ids)
     events = (ROOT / "examples" / "events.csv").read_text().splitlines()[1:]
-    assert {line.split(",")[0] for line in events} == set(OF_QUICKSTART)
+    assert {line.split(",")[1] for line in events} == set(OF_QUICKSTART)
 
 
 def test_links_and_files_exist() -> None:
