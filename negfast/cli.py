@@ -473,8 +473,9 @@ def serve(run: Path, data: Path | None, events: Path | None, host: str, port: in
     """Score over HTTP, with events of a moment ago.
 
     POST /score, /predict and /events, GET /health, /metrics, and /docs for the rest. SIGHUP loads RUN anew; a link may
-    name another run by then. The environment variable NEGFAST_TOKEN is the bearer token that requests need; an
-    address that others can reach needs one. Installed with `pip install "negfast[serve]"`.
+    name another run by then. SIGUSR2 restarts the process without losing a request. The environment variable
+    NEGFAST_TOKEN is the bearer token that requests need; an address that others can reach needs one. Installed with
+    `pip install "negfast[serve]"`.
 
     \b
     negfast serve runs/mine --events events.jsonl

@@ -1,10 +1,12 @@
 """`negfast serve` over HTTP: what it answers, what it refuses, and what is left after a kill."""
 
+import http.client
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -167,6 +169,137 @@ def test_acknowledged_events_survive_a_kill(tiny_run, tmp_path):
         assert score(client, f"visitor{acknowledged + 1}", ["i3"]) == [None]
         second = run_cli("serve", str(tiny_run), "--events", str(file), code=2)
         assert "is being written by process" in second
+
+
+def connected(client: httpx.Client) -> http.client.HTTPConnection:
+    """A connection that is not made again once it is lost."""
+    assert client.base_url.port is not None
+    connection = http.client.HTTPConnection("127.0.0.1", client.base_url.port, timeout=60)
+    connection.connect()
+    connection.auto_open = 0
+    return connection
+
+
+def post(connection: http.client.HTTPConnection, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
+    reply = connection.getresponse()
+    text = reply.read()
+    assert reply.status == 200, text
+    return json.loads(text)
+
+
+def loaded(client: httpx.Client) -> str:
+    """When the process loaded its run."""
+    lines = client.get("/metrics").text.splitlines()
+    return next(line for line in lines if line.startswith("negfast_run_loaded_timestamp_seconds "))
+
+
+class Half:
+    """A request of which the client has sent one half."""
+
+    def __init__(self, client: httpx.Client) -> None:
+        body = json.dumps({"user": "u1", "items": ["i1"]}).encode()
+        head = b"POST /score HTTP/1.1\r\nhost: here\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+        whole = head % len(body) + body
+        self.connection, self.rest = connected(client), whole[-10:]
+        self.connection.sock.sendall(whole[:-10])
+
+    def answer(self) -> http.client.HTTPResponse:
+        """That of the whole request."""
+        self.connection.sock.sendall(self.rest)
+        reply = http.client.HTTPResponse(self.connection.sock, method="POST")
+        reply.begin()
+        return reply
+
+
+def test_a_restart_loses_no_request_and_no_connection(tiny_run, tmp_path):
+    file, counts, failed, stop = tmp_path / "events.jsonl", [0] * 6, [], threading.Event()
+    with served(tiny_run, "--events", str(file)) as (client, process):
+        idle, half, begun = connected(client), Half(client), loaded(client)
+
+        def ask(number: int) -> None:
+            connection = connected(client)
+            try:
+                while not stop.is_set():
+                    if number % 2:
+                        reply = post(connection, "/score", {"user": "u5", "items": ["i1", "i2"]})
+                        assert None not in reply["scores"]
+                    else:
+                        event = told(f"v{number}-{counts[number]}", "i1", key=f"{number}-{counts[number]}")
+                        reply = post(connection, "/events", {"events": [event]})
+                        assert (reply["accepted"], reply["known"]) == (1, 0)
+                    counts[number] += 1
+            except Exception as error:
+                failed.append(error)
+
+        asking = [threading.Thread(target=ask, args=[number]) for number in range(len(counts))]
+        for thread in asking:
+            thread.start()
+        process.send_signal(signal.SIGUSR2)
+        assert half.answer().status == 200
+        deadline = time.time() + 60
+        while loaded(client) == begun and time.time() < deadline:
+            time.sleep(0.05)
+        assert loaded(client) != begun
+        seen = list(counts)
+        while not failed and min(now - before for now, before in zip(counts, seen, strict=True)) < 3:
+            time.sleep(0.01)  # each has asked the new process
+        stop.set()
+        for thread in asking:
+            thread.join()
+        assert not failed
+        assert post(idle, "/score", {"user": "u5", "items": ["i1"]})["scores"] != [None]
+    users = [json.loads(line)["user"] for line in file.read_text().splitlines()]
+    assert sorted(users) == sorted(f"v{number}-{n}" for number in (0, 2, 4) for n in range(counts[number]))
+
+
+def test_a_stop_answers_what_has_arrived(tiny_run):
+    with served(tiny_run) as (client, process):
+        half = Half(client)
+        process.send_signal(signal.SIGTERM)
+        while True:
+            try:
+                connected(client).close()
+            except OSError:  # nobody listens any more
+                break
+        reply = half.answer()
+        assert reply.status == 200 and reply.headers["connection"] == "close"
+        assert json.loads(reply.read())["scores"] != [None]
+        assert process.wait(timeout=60) == -signal.SIGTERM
+
+
+def test_a_socket_that_listens_is_taken(tiny_run):
+    """As systemd passes it; what arrived before the start is answered."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        passing = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ |= dict(LISTEN_PID=str(os.getpid()), "
+        passing += "LISTEN_FDS='1'); os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
+        command = [sys.executable, "-c", passing, str(listener.fileno()), "-m", "negfast", "serve", str(tiny_run)]
+        process = subprocess.Popen(command, pass_fds=[listener.fileno()], stderr=subprocess.DEVNULL)
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=60) as client:
+                assert score(client, "u1", ["i1"]) != [None]
+        finally:
+            process.kill()
+            process.wait()
+
+
+def test_an_event_that_is_sent_again_counts_once(tiny_run, tmp_path):
+    file = tmp_path / "events.jsonl"
+    events = [told("newcomer", f"i{n}", time=NOW - 86_400, key=f"key {n}") for n in range(3)]
+    for start in range(2):
+        with served(tiny_run, "--events", str(file)) as (client, process):
+            reply = client.post("/events", json={"events": events[:2]}).json()
+            assert (reply["accepted"], reply["known"]) == (2, 2 * start)
+            reply = client.post("/events", json={"events": [events[2], *events]}).json()
+            assert (reply["accepted"], reply["known"]) == (4, 3 + start)
+            process.kill()
+    assert [json.loads(line)["item"] for line in file.read_text().splitlines()] == ["i0", "i1", "i2"]
+
+
+def test_an_address_that_is_taken_is_refused(tiny_run):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        said = run_cli("serve", str(tiny_run), "--port", str(listener.getsockname()[1]), code=2)
+    assert "cannot listen there: Address already in use" in said
 
 
 def test_a_damaged_event_file_is_refused(tiny_run, tmp_path):

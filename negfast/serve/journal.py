@@ -32,6 +32,7 @@ class Event:
     feedback: str  # "shown", "like", "dislike" or "withdrawn"
     value: float | None = None  # a rating or the like
     text: str | None = None  # of the item, where it may not be known yet
+    key: str | None = None  # the client's name of the event
 
 
 class Journal:

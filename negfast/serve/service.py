@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -30,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from negfast.errors import InputError
 from negfast.serve.journal import Event, Journal
 from negfast.serve.live import Live
+from negfast.serve.restart import SIGNALS, Server, sockets_of, start_again
 from negfast.serve.run import Run
 
 TOKEN = "NEGFAST_TOKEN"  # the environment variable of the bearer token
@@ -39,6 +39,7 @@ CANDIDATES = 10_000  # of a request, at most
 EVENTS = 1000  # of a request, at most
 AT_ONCE = 4096  # candidates, or events, after which a batch takes no more requests
 AHEAD = 300  # seconds by which a client's clock may go fast
+KEYS = 100_000  # of the last events that had one are known
 WAITING = 1024  # requests in a queue; more are told to come again
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)  # buckets of the latency histogram
 
@@ -84,6 +85,7 @@ class NewEvent(Body):
     time: Annotated[int | None, Field(ge=0, le=1 << 40)] = None  # seconds since 1970; that of arrival by default
     value: Annotated[float | None, Field(allow_inf_nan=False)] = None
     text: Annotated[str | None, Field(max_length=10_000)] = None  # of an item that may be new
+    key: Id | None = None  # the client's name of the event: sent again, it counts once
 
 
 class EventsRequest(Body):
@@ -96,10 +98,11 @@ class Refused(BaseModel):
 
 
 class EventsReply(BaseModel):
-    """How many events are kept, on the disk and in the answers to come; how many of them came late and count from now
-    on; and which are not kept."""
+    """How many events are kept, on the disk and in the answers to come; how many of them were kept before, by their
+    keys; how many came late and count from now on; and which are not kept."""
 
     accepted: int
+    known: int
     late: int
     refused: list[Refused]
 
@@ -134,6 +137,9 @@ class Service:
         self.news: asyncio.Queue[tuple[list[Event], asyncio.Future]] = asyncio.Queue(WAITING)
         self.adding = asyncio.Lock()  # held while events are added, and while a new run takes the old one's place
         self.pending: int | None = None  # moment of the first event that was checked and is not learned yet
+        self.keys: dict[str, None] = {}  # of events that are kept, the newest last
+        if journal is not None:
+            self._remember(journal.read(max(0, journal.events - KEYS)))
         self.run, self.live = self._open()
 
     async def score(self, request: ScoreRequest) -> list[float | None]:
@@ -222,9 +228,13 @@ class Service:
         """The events that are kept, late ones moved to the present, and what is replied."""
         live, kept, replies = self.live, [], []
         since, soon = live.since, int(time.time()) + AHEAD
+        new: set[str] = set()
         for events in batch:
-            late, refused = 0, []
+            known, late, refused = 0, 0, []
             for index, event in enumerate(events):
+                if event.key in self.keys or event.key in new:
+                    known += 1
+                    continue
                 moved = event
                 if live.data_until < event.time and live.moment(event.time) < since:
                     moved = replace(event, time=since)
@@ -232,9 +242,11 @@ class Service:
                     refused.append(Refused(index=index, reason=reason))
                     continue
                 kept.append(moved)
+                if event.key is not None:
+                    new.add(event.key)
                 late += moved is not event
                 since = max(since, live.moment(moved.time))
-            replies.append(EventsReply(accepted=len(events) - len(refused), late=late, refused=refused))
+            replies.append(EventsReply(accepted=len(events) - len(refused), known=known, late=late, refused=refused))
         self.pending = live.moment(kept[0].time) if kept else None
         return kept, replies
 
@@ -246,6 +258,13 @@ class Service:
     def _learn(self, events: list[Event]) -> None:
         for event in events:
             self.live.add(event.user, event.item, event.time, event.feedback, event.value, event.text)
+        self._remember(events)
+
+    def _remember(self, events: Iterable[Event]) -> None:
+        """Knows the events' keys from now on, and forgets the oldest."""
+        self.keys.update((event.key, None) for event in events if event.key is not None)
+        for key in list(islice(self.keys, max(0, len(self.keys) - KEYS))):
+            del self.keys[key]
 
     async def _on(self, thread: ThreadPoolExecutor, function: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(thread, function, *arguments)
@@ -383,30 +402,35 @@ def create_app(service: Service, token: str | None) -> FastAPI:
 
 
 def serve_run(run: Path, data: Path | None, events: Path | None, host: str, port: int) -> None:
-    """Serves ``run`` over HTTP until SIGTERM or SIGINT; SIGHUP loads it anew.
+    """Serves ``run`` over HTTP until SIGTERM or SIGINT; SIGHUP loads it anew, SIGUSR2 restarts the process.
 
     ``data`` as in `negfast.load`. ``events`` is the event file (`negfast.serve.journal`), made where there is none.
     Beyond the loopback a token is needed: it is read from the environment variable NEGFAST_TOKEN. Raises InputError for
-    what is no run, an event file that is damaged or used by another process, and an address beyond the loopback
-    without a token.
+    what is no run, an event file that is damaged or used by another process, an address that is taken, and one beyond
+    the loopback without a token.
     """
     token = os.environ.get(TOKEN) or None
     if token is None and host not in LOOPBACK:
         raise InputError(f"--host {host}: others can reach it, but {TOKEN} is not set; expected a token there")
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    sockets = sockets_of(host, port)
     journal = None if events is None else Journal(events)
     service = Service(lambda: Run(run.resolve(), data), journal)  # a link may name another run by then
-    config = uvicorn.Config(
-        create_app(service, token), host=host, port=port, access_log=False, timeout_graceful_shutdown=30
-    )
-    asyncio.run(_serve(service, uvicorn.Server(config)))
+    server = Server(create_app(service, token), sockets)
+    asyncio.run(_serve(service, server))
+    if server.passed:
+        start_again(server.passed)
 
 
-async def _serve(service: Service, server: uvicorn.Server) -> None:
+async def _serve(service: Service, server: Server) -> None:
     reloads: set[asyncio.Task] = set()  # a task that nobody holds may be collected
 
     def reload() -> None:
         reloads.add(task := asyncio.create_task(service.reload()))
         task.add_done_callback(reloads.discard)
 
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, reload)
+    loop.add_signal_handler(signal.SIGUSR2, server.restart)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     await server.serve()
