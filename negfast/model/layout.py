@@ -201,9 +201,12 @@ class GroupLayout:
             float(prefix.sum()),
         )
         self._set(self._asked)
-        self.past_tokens = self.new_tokens = 0
-        for layer in self.keys.values():
-            layer.own_key = layer.own_value = None
+        self._drop_own()
+
+    def forget(self) -> None:
+        """Drops the completions and what was computed of them; the prompts' keys and values stay."""
+        self._asked = self._completions = self._offsets = self._tiles = None
+        self._drop_own()
 
     def branch(self, parents: Tensor, times: int, rows: Tensor | None = None) -> None:
         """Completions that continue the present ones at ``parents`` int64 [A']: of ``times`` of each that was asked for
@@ -237,6 +240,11 @@ class GroupLayout:
     def bytes(self) -> int:
         """Of the prompts' keys and values."""
         return sum(x.nbytes for layer in self.keys.values() for x in (*layer.prompt_key, *layer.prompt_value))
+
+    def _drop_own(self) -> None:
+        self.past_tokens = self.new_tokens = 0
+        for layer in self.keys.values():
+            layer.own_key = layer.own_value = None
 
     def _set(self, completions: Completions) -> None:
         self._completions, self._offsets, self._tiles = completions, None, None

@@ -59,7 +59,7 @@ class Live:
         self.histories: OrderedDict[int, _History] = OrderedDict()  # the last one that was asked about is last
         self.kept_bytes = 0
         self.codes = self.engine.data.codes
-        self.added: dict[int, list[tuple[int, int, int]]] = {}  # users' events since: item, feedback, time
+        self.added = _Added(len(self.users))
         self.data_until = int(self.engine.log.time.max())
         self.since = self.moment(self.data_until)  # what has an earlier moment comes too late
 
@@ -83,10 +83,11 @@ class Live:
         if user not in self.users:
             self.users[user] = len(self.users)
             self.user_since.append(NEVER)
+            self.added.add_user()
             self.features.add_users([user])
         u, i, code = self.users[user], self.items[item], FEEDBACK[feedback]
         self.features.state.add(u, i, time, code, np.nan if value is None else value)
-        self.added.setdefault(u, []).append((i, code, time))
+        self.added.add(u, i, code, time)
         if (history := self.histories.get(u)) is not None:
             history.add([(i, code, time)])
         self.user_since[u] = min(self.user_since[u], time)
@@ -166,7 +167,7 @@ class Live:
             stored = user < self.builder.shard.n_users
             _, item, feedback, time = self.builder.shard.get_many(np.array([user] if stored else [], np.int32))
             history = self.histories[user] = _History(item, feedback, time)
-            history.add(self.added.get(user, []))
+            history.add(self.added.of(user))
         self.histories.move_to_end(user)
         return history
 
@@ -194,6 +195,32 @@ class Live:
         self.features.add_items(new)
         self.items[item] = len(self.items)
         self.item_since.append(NEVER)
+
+
+class _Added:
+    """Users' events since the data set's end, 17 bytes each and 4 a user."""
+
+    def __init__(self, users: int) -> None:
+        self.newest = array("i", [-1]) * users  # of each user, the place of the last event
+        self.item, self.feedback, self.time, self.before = array("i"), array("B"), array("q"), array("i")
+
+    def add_user(self) -> None:
+        self.newest.append(-1)
+
+    def add(self, user: int, item: int, feedback: int, time: int) -> None:
+        self.before.append(self.newest[user])
+        self.newest[user] = len(self.item)
+        self.item.append(item)
+        self.feedback.append(feedback)
+        self.time.append(time)
+
+    def of(self, user: int) -> list[tuple[int, int, int]]:
+        """A user's item, feedback and time, in the order in which they were added."""
+        events, place = [], self.newest[user]
+        while place >= 0:
+            events.append((self.item[place], self.feedback[place], self.time[place]))
+            place = self.before[place]
+        return events[::-1]
 
 
 @dataclass
@@ -239,6 +266,7 @@ class _History:
     def measure(self) -> int:
         """How many bytes more the keys and values take than when they were measured last."""
         assert self.layout is not None
+        self.layout.forget()
         before, self.kept_bytes = self.kept_bytes, self.layout.bytes
         return self.kept_bytes - before
 
