@@ -121,9 +121,8 @@ def max_at_k_advantage(rewards: Tensor, k: int) -> Tensor:
     # below completion i leave it anything to add.
     ordered, order = rewards.sort(dim=-1)
     share = set_shares_on(rewards.device, rewards.dtype, size, k)
-    share_below = share.cumsum(0) - share
-    best_below = (share * ordered).cumsum(-1) - share * ordered
-    return torch.empty_like(rewards).scatter_(-1, order, share_below * ordered - best_below)
+    below = share[:, None].expand(size, size).triu(1)  # of m < i, in column i; a product, as CUDA's cumsum is unordered
+    return torch.empty_like(rewards).scatter_(-1, order, below.sum(0) * ordered - ordered @ below)
 
 
 def set_shares(size: int, k: int) -> list[float]:
@@ -216,5 +215,6 @@ def token_weight(
         return counted / (completions * levels)
     if objective.loss == "dapo":
         return counted / counted.sum().clamp_min(1e-12)
-    length = torch.zeros(completions, dtype=dtype, device=counted.device).index_add(0, tokens.completion, counted)
+    length = torch.zeros(completions, dtype=dtype, device=counted.device)
+    length.index_put_((tokens.completion,), counted, accumulate=True)
     return counted / (length.clamp_min(1)[tokens.completion] * completions)

@@ -47,11 +47,11 @@ class TrieChooser:
         Without a policy its logits are zero and the prior alone chooses; without ``prior`` (item-level tasks) every
         child counts, unpruned and without mass.
         """
-        children = self.trie.children(level, nodes)
         if prior is None:
+            children = self.trie.children(level, nodes)
             valid, log_prior = children >= 0, None
         else:
-            log_mass, valid = child_log_prior(self.trie, prior, branch, level, nodes, request_rows)
+            log_mass, valid, children = child_log_prior(self.trie, prior, branch, level, nodes, request_rows)
             log_prior = log_mass * self.prior_weight if self.prior_weight else None
         if policy is None or hidden is None:
             logits = torch.zeros(children.shape, device=children.device)

@@ -60,7 +60,8 @@ def completion_attention(kept: LayerKeys, layout: GroupLayout, query: Tensor, sc
     # all queries of a kv head and completion together, [C, Hk, rep * n, D]
     queries = query.unflatten(0, (count, new)).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
     own = (x.transpose(1, 2) for x in (own_key, own_value))  # [C, Hk, m, D]
-    out = OverPrefixAndOwn.apply(layout, scale, queries, *own, *kept.prompt_key, *kept.prompt_value)
+    with torch.autocast(query.device.type, enabled=False):  # whose sums on CUDA are float32, which no backward expects
+        out = OverPrefixAndOwn.apply(layout, scale, queries, *own, *kept.prompt_key, *kept.prompt_value)
     return out.unflatten(2, (-1, new)).permute(0, 3, 1, 2, 4).reshape(query.shape)
 
 
@@ -122,10 +123,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tupl
     log-sum-exp [b, Hk, Q], of no meaning where all is hidden."""
     if q.device.type == "cpu":
         return _flash(q, k, v, attn_mask=mask, scale=scale)
-    scores = q @ k.transpose(-1, -2) * scale + mask
+    scores = _scores(q, k, mask, scale)
     lse = scores.logsumexp(-1, keepdim=True)
-    weights = (scores - lse.masked_fill(lse.isinf(), 0.0)).exp()
+    weights = (scores - lse.masked_fill(lse.isinf(), 0.0)).exp().to(v.dtype)
     return weights @ v, lse.squeeze(-1)
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """[b, Hk, Q, P] in float32, or float64 where q is."""
+    return (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * scale + mask
 
 
 def _attend_backward(
@@ -134,7 +140,7 @@ def _attend_backward(
     """Gradients of q, k and v; ``out`` and ``lse`` may be those of more keys than these."""
     if q.device.type == "cpu":
         return _flash_backward(grad, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale)
-    weights = (q @ k.transpose(-1, -2) * scale + mask - lse.unsqueeze(-1)).exp().to(q.dtype)
+    weights = (_scores(q, k, mask, scale) - lse.unsqueeze(-1)).exp().to(q.dtype)
     score_grad = weights * (grad @ v.transpose(-1, -2) - (grad * out).sum(-1, keepdim=True)) * scale
     return score_grad @ k, score_grad.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ grad
 

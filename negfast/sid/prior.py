@@ -61,7 +61,7 @@ class DecayedMass:
         wanted = group * self.days + day
         entry = torch.searchsorted(self.key, wanted, right=True) - 1
         age = wanted - self.key[entry]
-        return self.mass[entry] * self.decay[torch.where(age <= day, age, self.days)]  # older: of another group
+        return self.mass[entry] * self.decay[age.masked_fill_(age > day, self.days)]  # older: of another group
 
 
 def _accumulate(key: np.ndarray, count: np.ndarray, decay: np.ndarray) -> np.ndarray:
@@ -147,31 +147,31 @@ class DevicePrior:
         day_row = put(rows, seen.leaf.device)
         branch = torch.arange(2, device=seen.leaf.device)[:, None]
         of_leaf = self.mass(len(self.levels), branch, day_row[seen.request], seen.leaf)  # [2, S]
-        seen_mass = []
+        wide, seen_mass = of_leaf.double().T, []
         for key, slot in zip(seen.key, seen.slot, strict=True):
-            total = torch.zeros(2, len(key), dtype=torch.float64, device=key.device)
-            seen_mass.append(total.index_add_(1, slot, of_leaf.double()).to(of_leaf.dtype))
+            total = torch.zeros(len(key), 2, dtype=torch.float64, device=key.device)
+            total.index_put_((slot,), wide, accumulate=True)  # on CUDA in order, where index_add_ adds atomically
+            seen_mass.append(total.T.to(of_leaf.dtype))
         return RequestPrior(self, seen, day_row, seen_mass)
 
 
 def child_log_prior(
     trie: DeviceTrie, prior: RequestPrior, branch: int | Tensor, level: int, nodes: Tensor, request_rows: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """What may follow each node, and its log mass, for R completions in progress.
 
     ``nodes`` [R] are of a level in 0..L-1, ``request_rows`` [R] their requests, ``branch`` NEXT_DISLIKE or NEXT_LIKE,
-    one for all or int64 [R]. Returns (log_mass [R, K] in the masses' dtype, valid bool [R, K]): a code is valid
-    if the child exists and has an unseen leaf; log_mass = log(max(mass - seen mass, 0) + eps * unseen leaves),
-    and 0 where not valid. No synchronisation with the host.
+    one for all or int64 [R]. Returns (log_mass [R, K] in the masses' dtype, valid bool [R, K], children int64 [R, K] as
+    `DeviceTrie.children`): a code is valid if the child exists and has an unseen leaf; log_mass = log(max(mass - seen
+    mass, 0) + eps * unseen leaves), and 0 where not valid. No synchronisation with the host.
     """
-    child, code = trie.child_slots(level, nodes)
-    entry, seen_count = prior.seen.find(level + 1, request_rows, child, trie.node_counts[level + 1])
-    exists = child >= 0
-    child = child.clamp(min=0)
+    slots, code = trie.child_slots(level, nodes)
+    entry, seen_count = prior.seen.find(level + 1, request_rows, slots, trie.node_counts[level + 1])
+    child = slots.clamp(min=0)
     unseen = trie.leaf_count[level][child] - seen_count
     branches = branch if isinstance(branch, int) else branch[:, None]
     mass = prior.prior.mass(level + 1, branches, prior.day_row[request_rows][:, None], child)
     mass = (mass - prior.seen_mass[level][branches, entry]).clamp(min=0) + prior.prior.eps * unseen.to(mass.dtype)
-    valid = exists & (unseen > 0)
-    log_mass = torch.where(valid, mass, 1).log()
-    return trie.spread(code, log_mass, 0.0), trie.spread(code, valid, False)
+    valid = (slots >= 0) & (unseen > 0)
+    log_mass = mass.masked_fill(~valid, 1).log()
+    return trie.spread(code, log_mass, 0.0), trie.spread(code, valid, False), trie.spread(code, slots, -1)

@@ -139,11 +139,11 @@ class DeviceTrie:
         """
         first = self.first_child[level]
         nodes = nodes.long()
-        begin, end = first[nodes].long(), first[nodes + 1].long()
+        begin, end = first[nodes].long(), first[nodes + 1]
         child = begin[:, None] + torch.arange(self.fan_out[level], device=first.device)
-        exists = child < end[:, None]
-        child = torch.where(exists, child, -1)
-        code = torch.where(exists, self.node_code[level].long()[child.clamp(min=0)], self.codebook)
+        none = child >= end[:, None]
+        child.masked_fill_(none, -1)
+        code = self.node_code[level][child.clamp(min=0)].long().masked_fill_(none, self.codebook)
         return child, code
 
     def spread(self, code: Tensor, values: Tensor, fill: float | int | bool) -> Tensor:
@@ -186,12 +186,11 @@ class SeenNodes:
         request_of_item = np.repeat(np.arange(len(n_seen), dtype=np.int64), n_seen)
         leaf = trie.item_nodes[packed.seen_item, -1].astype(np.int64)
 
-        def put(array: np.ndarray) -> Tensor:
-            return staging.put(array, device)
+        def put(arrays: list[np.ndarray]) -> list[Tensor]:
+            """By one copy."""
+            return list(staging.put(np.concatenate(arrays), device).split([len(array) for array in arrays]))
 
-        return cls(
-            [put(a) for a in key], [put(a) for a in count], [put(a) for a in slot], put(leaf), put(request_of_item)
-        )
+        return cls(put(key), put(count), put(slot), *put([leaf, request_of_item]))
 
     def find(self, level: int, request_rows: Tensor, nodes: Tensor, n_nodes: int) -> tuple[Tensor, Tensor]:
         """Entry of (request_rows [R], nodes [R, F]) at a level in 1..L, and the seen leaves there.

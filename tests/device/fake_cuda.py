@@ -42,6 +42,9 @@ WAIT = {
     torch.ops.aten._unique2.default,
 }
 ANSWERED = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default}
+# Operators that add floating-point numbers on CUDA in any order: results differ from run to run. ("index_put" with
+# accumulate sorts first.)
+UNORDERED = {"index_add", "index_reduce", "scatter_add", "scatter_reduce", "cumsum", "bincount", "histc", "put"}
 # Operators that launch nothing: views and allocations.
 NO_LAUNCH = {
     *("view", "_unsafe_view", "_reshape_alias", "t", "transpose", "permute", "slice", "select", "expand", "squeeze"),
@@ -54,8 +57,8 @@ class Trace(TorchDispatchMode):
     """Counts what a step dispatches to the device. Enter it within `fake_cuda`.
 
     ``launches`` counts operators that launch kernels, ``captured`` those that CUDA graphs replay, ``waits`` those for
-    which the host waits for the device, by the function of the project that asked; ``casts`` the elements of each
-    parameter (by id) that were cast to bfloat16.
+    which the host waits for the device, by the function of the project that asked; ``unordered`` those of `UNORDERED`;
+    ``casts`` the elements of each parameter (by id) that were cast to bfloat16.
     """
 
     def __init__(self) -> None:
@@ -66,6 +69,7 @@ class Trace(TorchDispatchMode):
         self.launches: Counter[str] = Counter()
         self.captured: Counter[str] = Counter()
         self.waits: Counter[tuple[str, str]] = Counter()
+        self.unordered: Counter[tuple[str, str, str]] = Counter()
         self.casts: Counter[int] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -84,6 +88,8 @@ class Trace(TorchDispatchMode):
             self.waits[_caller()] += 1
         if (on_device or str(kwargs.get("device", "")).startswith("cuda")) and name not in NO_LAUNCH:
             self.launches[name] += 1
+        if name.rstrip("_") in UNORDERED and any(x.is_floating_point() for x in on_device):
+            self.unordered[(*_caller(), name)] += 1
         if func in ANSWERED and isinstance(args[0], FakeTensor):
             return 1  # any number, so that the trace goes on
         return func(*args, **kwargs)

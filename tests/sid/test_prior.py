@@ -66,7 +66,8 @@ def test_walk_gives_each_unseen_item_its_share(seed, levels, single):
     alive = torch.ones(len(rows), dtype=torch.bool)
     nodes = torch.zeros(len(rows), dtype=torch.int64)
     for level in range(levels):
-        log_mass, valid = child_log_prior(device, batch, branch, level, nodes, rows)
+        log_mass, valid, children = child_log_prior(device, batch, branch, level, nodes, rows)
+        assert torch.equal(children, device.children(level, nodes))
         assert torch.isfinite(log_mass).all() and log_mass.shape == valid.shape == (len(rows), trie.codebook)
         code = torch.from_numpy(trie.codes[:, level].astype(np.int64)).repeat(requests)[:, None]
         alive &= valid.gather(1, code)[:, 0]

@@ -70,7 +70,7 @@ class Small:
         layout.ask(np.zeros(1, dtype=int))
         hidden = self.policy.hidden(layout, prompt, fed)[-1:]
         node = torch.tensor([0 if level == 0 else int(self.trie.item_nodes[item, level - 1])])
-        log_mass, valid = child_log_prior(self.chooser.trie, self.prior, branch, level, node, torch.tensor([b]))
+        log_mass, valid, _ = child_log_prior(self.chooser.trie, self.prior, branch, level, node, torch.tensor([b]))
         logits = self.policy.code_logits(hidden, level + 1) + self.chooser.prior_weight * log_mass
         return logits.masked_fill(~valid, -torch.inf).log_softmax(-1)[0].numpy()
 

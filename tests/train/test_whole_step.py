@@ -107,7 +107,7 @@ class OneAtATime:
         prior = engine.histories.prior.for_requests(np.array([day]), SeenNodes.from_packed(seen, engine.trie, "cpu"))
         for level, code in enumerate(codes):
             node, row = torch.tensor([nodes[level]]), torch.tensor([0])
-            mass, valid = child_log_prior(engine.chooser.trie, prior, branch, level, node, row)
+            mass, valid, _ = child_log_prior(engine.chooser.trie, prior, branch, level, node, row)
             logits = self.policy.code_logits(states[level : level + 1], level + 1)
             logits = logits + engine.chooser.prior_weight * mass
             yield logits.masked_fill(~valid, -torch.inf).log_softmax(-1)[0], valid[0], code

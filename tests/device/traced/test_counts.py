@@ -44,7 +44,7 @@ def test_grpo_step(trace):
     assert trace.launches["graph"] == CASE.levels + 1  # the marker, three levels and the reference policy
     assert captured > 2000 and not trace.captured  # which eager code would launch at each step
     assert copies(trace, ours.policy) == 1 and copies(trace, ours.reference) == 0
-    assert not trace.waits
+    assert not trace.waits and not trace.unordered
 
 
 def test_grpo_step_without_graphs(trace):

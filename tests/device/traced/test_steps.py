@@ -46,24 +46,23 @@ def trace_steps(job, name: str, count: int) -> None:
     assert all(p.device == CUDA and p.grad is None for p in engine.policy.parameters())
 
 
-def check_waits(job, steps: int) -> None:
+def check_trace(job, steps: int) -> None:
     assert set(job.trace.waits) <= set(WAITS)
     assert job.trace.waits[FIGURES] == steps
+    assert not job.trace.unordered
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stages(stage, open_job):
     job = open_job()
     trace_steps(job, stage, 1)
-    check_waits(job, 1)
+    check_trace(job, 1)
 
 
 @pytest.mark.parametrize(
     ("stage", "variant"),
     [
         ("sft", {"train__accumulate": 2}),
-        ("sft", {"model__head_dim": 16}),  # which the attention kernels do not take
-        ("grpo", {"model__head_dim": 16}),
         ("grpo", {"model__lora_rank": 2}),
         ("grpo", {"train__dtype": "float32"}),
     ],
@@ -72,7 +71,19 @@ def test_stages(stage, open_job):
 def test_execution(stage, variant, open_job):
     job = open_job(**variant)
     trace_steps(job, stage, 1)
-    check_waits(job, 1)
+    check_trace(job, 1)
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_execution_of_heads_that_the_kernels_do_not_take(stage, open_job, monkeypatch):
+    for module in ("kernels.dispatch", "train.grpo.graphs"):
+        monkeypatch.setattr(f"negfast.{module}.HEAD_DIMS", (64, 128))
+    job = open_job()
+    trace_steps(job, stage, 1)
+    assert not any("attention" in name for name in job.trace.launches)
+    assert dict(job.trace.waits) == {FIGURES: 1}
+    # of index_select: rows that are distinct, but for those of padding, which are zeros
+    assert {name for *_, name in job.trace.unordered} == {"index_add"}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -99,14 +110,14 @@ def test_stages_without_liger(stage, open_job):
 def test_objectives(variant, open_job):
     job = open_job(**variant)
     trace_steps(job, "grpo", 2)
-    check_waits(job, 2)
+    check_trace(job, 2)
 
 
 def test_full_objective_without_liger(open_job):
     with mock.patch("negfast.kernels.dispatch.find_spec", lambda _: None):
         job = open_job(**FULL)
         trace_steps(job, "grpo", 1)
-    assert dict(job.trace.waits) == {FIGURES: 1}
+    check_trace(job, 1)
 
 
 def test_resumed(checkpoint, open_job, monkeypatch):
@@ -175,6 +186,11 @@ MISTAKES = {
         also(lambda _, policy, hidden, level, nodes, *rest: torch.as_tensor(level, device=nodes.device)),
     ),
     "a mask's rows": (rollout, "keyed_rows", also(lambda _, step, ids, *rest: (ids > 0).nonzero())),
+    "an unordered sum": (
+        TrieChooser,
+        "choose",
+        also(lambda _, policy, hidden, *rest: torch.zeros_like(hidden).index_add_(0, rest[2], hidden)),
+    ),
     "a copy that blocks": (NextItems, "read", also(lambda *_: torch.from_numpy(np.arange(3)).to(CUDA))),
 }
 
@@ -191,4 +207,4 @@ def test_mistakes_are_caught(mistake, open_job, monkeypatch):
     except (AssertionError, RuntimeError) as error:
         assert "cpu" in str(error).lower()
     else:
-        assert set(job.trace.waits) - set(WAITS)
+        assert job.trace.unordered if mistake == "an unordered sum" else set(job.trace.waits) - set(WAITS)
