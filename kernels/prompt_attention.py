@@ -139,13 +139,17 @@ def forward_blocks(dim: int, dtype: torch.dtype, target: int) -> dict[str, int]:
 def query_blocks(dim: int, dtype: torch.dtype, target: int) -> dict[str, int]:
     if dtype == torch.float32:
         return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1, "maxnreg": 255}
-    rows = 64 if target == 90 else 32
-    return {"BLOCK_M": rows, "BLOCK_N": 64, "num_warps": 8 if dim == 128 else 4, "num_stages": 2}
+    if target == 90:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8 if dim == 128 else 4, "num_stages": 2}
 
 
 def key_blocks(dim: int, dtype: torch.dtype, target: int) -> dict[str, int]:
-    """Of the kernel that holds dk and dv of a block of keys."""
+    """Of the kernel that holds dk and dv of a block of keys. On sm_90 a warpgroup multiplies 64 rows of a block at
+    once: 128 keys give each of two warpgroups whole rows, so that no product is narrower than 32 columns."""
     if dtype == torch.float32:
         return query_blocks(dim, dtype, target)
-    rows, warps = (64, 8) if target == 100 and dim < 128 else (32, 8 if target == 90 or dim == 128 else 4)
+    if target == 90:
+        return {"BLOCK_M": 32 if dim == 128 else 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
+    rows, warps = (64, 8) if target == 100 and dim < 128 else (32, 8 if dim == 128 else 4)
     return {"BLOCK_M": rows, "BLOCK_N": 64, "num_warps": warps, "num_stages": 2}

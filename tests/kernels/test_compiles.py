@@ -57,6 +57,13 @@ def test_compiles(kernel: str, target: str, resources: dict[str, list[dict]]):
         assert MATRIX_UNIT[target] in {r["tensor_core"] for r in found}
 
 
+def test_products_of_prompt_attention_fill_a_warpgroup(resources: dict[str, list[dict]]):
+    """On sm_90 a product narrower than 32 columns leaves most of the matrix unit idle."""
+    found = [r for r in resources["sm_90"] if r["family"] == "prompt_attention" and r["kernel"] != "row_dots_kernel"]
+    assert len(found) == 2 * 3  # heads of 64 and 128 dimensions
+    assert min(r["narrowest"] for r in found) >= 32, found
+
+
 def test_every_kernel_is_compiled():
     """No kernel that is launched is missing from the tool."""
     spec = importlib.util.spec_from_file_location("compile_kernels", TOOL)
