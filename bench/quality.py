@@ -7,7 +7,6 @@ is for the end. The frozen table holds what was fitted before T_valid; the refit
 before T_test, with their paired differences from the frozen ones.
 """
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from bench.command import numbers
 from bench.machine import device_name, versions, write_result
 from bench.predictions import predictions_of
-from bench.runs import branch, data_of, refitted, trained
+from bench.runs import branch, data_of, equal_compute, refitted, trained
 from negfast.config import load_config
 from negfast.evaluate.bootstrap import interval
 from negfast.evaluate.eval import baselines_of, check_predictions, similarity_of
@@ -103,19 +102,6 @@ def train_unaligned(
         trained(runs / f"no-align-{seed}", config, preset, done.data, (f"train.seed={seed}", "align.steps=0"))
         for seed, done in zip(seeds, finished, strict=True)
     ]
-
-
-def equal_compute(done: RunFolder) -> int:
-    """The steps of SFT that take as long as the run's steps of SFT and GRPO, by the median time of each."""
-    seconds: dict[str, list[float]] = {"sft": [], "grpo": []}
-    for line in (done.path / "speed.jsonl").read_text().splitlines():
-        step = json.loads(line)
-        if step["stage"] in seconds:
-            seconds[step["stage"]].append(step["seconds"])
-    if not all(seconds.values()):
-        return done.config.sft.steps
-    of_grpo = np.median(seconds["grpo"]) / np.median(seconds["sft"])
-    return done.config.sft.steps + round(done.config.grpo.steps * of_grpo)
 
 
 def model_rows(

@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from negfast.config import Config, load_config, to_toml
 from negfast.data.dataset import Dataset
 from negfast.errors import InputError
@@ -68,3 +70,16 @@ def branch(source: RunFolder, folder: Path, settings: Config, stages: Sequence[s
 def data_of(runs: list[RunFolder]) -> Path | None:
     """The data set of the first run, for the others; None before there is one, which has the embedded one prepared."""
     return runs[0].data if runs else None
+
+
+def equal_compute(done: RunFolder) -> int:
+    """The steps of SFT that take as long as the run's steps of SFT and GRPO, by the median time of each."""
+    seconds: dict[str, list[float]] = {"sft": [], "grpo": []}
+    for line in (done.path / "speed.jsonl").read_text().splitlines():
+        step = json.loads(line)
+        if step["stage"] in seconds:
+            seconds[step["stage"]].append(step["seconds"])
+    if not all(seconds.values()):
+        return done.config.sft.steps
+    of_grpo = np.median(seconds["grpo"]) / np.median(seconds["sft"])
+    return done.config.sft.steps + round(done.config.grpo.steps * of_grpo)

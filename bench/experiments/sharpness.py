@@ -1,10 +1,10 @@
 """``python -m bench.experiments.sharpness --data DATA``: is GRPO more than a sharper SFT?
 
 Expected reward rises when a policy merely trusts itself more. So SFT is sharpened until its completions have the
-entropy of GRPO's: all logits, the prior's too, are divided by a temperature. Neither stage trains verdicts, which no
-figure here reads, and both keep their last weights. Expected rewards and likelihoods are exact; entropies come from
-sampled completions, with the exact entropy of each choice. Runs are kept, so the command can be stopped and called
-again.
+entropy of GRPO's: all logits, the prior's too, are divided by a temperature. The same is done with SFT that trains for
+as long as SFT and GRPO took together. No stage trains verdicts, which no figure here reads, and all keep their last
+weights. Expected rewards and likelihoods are exact; entropies come from sampled completions, with the exact entropy of
+each choice. Runs are kept, so the command can be stopped and called again.
 """
 
 import json
@@ -19,6 +19,7 @@ import torch
 
 from bench.command import Experiment, numbers
 from bench.machine import write_result
+from bench.runs import equal_compute
 from negfast.config import load_config
 from negfast.data.split import Requests
 from negfast.errors import InputError
@@ -39,7 +40,7 @@ from negfast.train.run import STAGES
 from negfast.train.start import TrainOptions, open_run
 
 RESULT = Path(__file__).parents[1] / "results" / "sharpness.json"
-SHARPENED = "sft, sharpened"
+SHARPENED = ", sharpened"
 METRICS = ("FHR@20", "mean_reward", "nll")
 TEMPERATURES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)  # SFT's entropy is interpolated between these
 WALKS, WALKED = 16, 128  # completions a request, and requests, that tell an entropy
@@ -64,16 +65,23 @@ def main(
     resamples: int,
     out: Path,
 ) -> None:
-    """Trains SFT and GRPO for each seed, measures them at equal entropy and keeps the split's rows in the result."""
-    found: dict[str, list[dict[str, Any]]] = {"sft": [], "grpo": [], SHARPENED: []}
+    """Trains SFT, GRPO and longer SFT for each seed, measures them at equal entropy and keeps the split's rows in the
+    result."""
+    rivals = [name + sharp for name in ("sft", "sft, as long") for sharp in ("", SHARPENED)]
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in ("grpo", *rivals)}
+    long_steps = 0
     for seed in numbers(seeds, "--seeds"):
         run, engine = trained_stages(runs / f"seed-{seed}", data, (*overrides, f"train.seed={seed}"))
+        long_steps = long_steps or equal_compute(run)
+        longer = (*overrides, f"train.seed={seed}", f"sft.steps={long_steps}", "grpo.steps=0")
+        long, _ = trained_stages(runs / f"long-{seed}", data, longer)
         measured = Measured(engine, split, requests)
-        sft, grpo = run.checkpoints / "sft", run.checkpoints / "grpo"
-        found["grpo"].append(measured.figures(grpo, 1.0))
-        found["sft"].append(measured.figures(sft, 1.0))
-        temperature = measured.temperature(sft, found["grpo"][-1]["entropy"])
-        found[SHARPENED].append(measured.figures(sft, temperature))
+        found["grpo"].append(measured.figures(run.checkpoints / "grpo", 1.0))
+        for name, trained in (("sft", run), ("sft, as long", long)):
+            sft = trained.checkpoints / "sft"
+            found[name].append(measured.figures(sft, 1.0))
+            temperature = measured.temperature(sft, found["grpo"][-1]["entropy"])
+            found[name + SHARPENED].append(measured.figures(sft, temperature))
     users, user = np.unique(measured.requests.user, return_inverse=True)
     weights = resample_users(len(users), resamples, 0)
     samples = {name: metric_samples(entries, weights, user) for name, entries in found.items()}
@@ -81,13 +89,14 @@ def main(
     results[split] = {
         "data": data.name,
         "settings": list(overrides),
+        "long_steps": long_steps,
         "seeds": numbers(seeds, "--seeds"),
         "requests": len(user),
         "users": len(users),
         "rows": [row(name, entries, samples[name]) for name, entries in found.items()],
         "differences": [
             {"a": "grpo", "b": b, "metric": metric, **interval(samples["grpo"][metric] - samples[b][metric])}
-            for b in ("sft", SHARPENED)
+            for b in rivals
             for metric in METRICS
         ],
     }
@@ -97,11 +106,11 @@ def main(
 
 
 def trained_stages(path: Path, data: Path, overrides: Sequence[str]) -> tuple[RunFolder, Engine]:
-    """The run of a seed with the last weights of SFT and GRPO, each trained where it has not been yet."""
+    """The run of a seed with the last weights of SFT and GRPO, each trained where it has not been yet and has steps."""
     settings = ("align.steps=0", "sft.verdict_weight=0", "grpo.verdict_weight=0", *overrides)
     run, config = RunFolder(path), load_config(None, "quickstart", settings)
     engine = open_run(run, config, TrainOptions(data=data.resolve()), choose_device(config.train.device))
-    steps = {"sft": config.sft.steps, "grpo": config.grpo.steps}
+    steps = {name: count for name, count in (("sft", config.sft.steps), ("grpo", config.grpo.steps)) if count}
     done = [name for name in steps if (run.checkpoints / name).is_dir()]
     if done:
         load_weights(run.checkpoints / done[-1], engine.policy)

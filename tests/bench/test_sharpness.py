@@ -63,8 +63,13 @@ def test_rows_and_differences(tiny_data: Path, tmp_path: Path) -> None:
         grpo, sft, sharpened = (rows[name] for name in ("grpo", "sft", "sft, sharpened"))
         assert np.isclose(sharpened["entropy"], grpo["entropy"], rtol=0.01) and grpo["entropy"] != sft["entropy"]
         assert sharpened["temperature"] != 1.0 and sft["by_seed"]["nll"] == [sft["nll"]["mean"]]
+        long, long_sharpened = rows["sft, as long"], rows["sft, as long, sharpened"]
+        assert np.isclose(long_sharpened["entropy"], grpo["entropy"], rtol=0.01) and long["nll"] != sft["nll"]
         by_pair = {(d["b"], d["metric"]): d["mean"] for d in found["differences"]}
         for metric in METRICS:
             assert np.isclose(by_pair["sft", metric], grpo[metric]["mean"] - sft[metric]["mean"], atol=1e-12)
     steps = [json.loads(line) for line in (tmp_path / "runs" / "seed-0" / "metrics.jsonl").open()]
     assert [line["stage"] for line in steps] == ["sft"] * SETTINGS["sft.steps"] + ["grpo"] * SETTINGS["grpo.steps"]
+    steps = [json.loads(line) for line in (tmp_path / "runs" / "long-0" / "metrics.jsonl").open()]
+    assert [line["stage"] for line in steps] == ["sft"] * results["test"]["long_steps"]
+    assert results["test"]["long_steps"] == results["valid"]["long_steps"] > SETTINGS["sft.steps"]
