@@ -29,6 +29,7 @@ from negfast.errors import InputError
 from negfast.evaluate.baselines.rates import fit_scorers
 from negfast.evaluate.bootstrap import interval, ranked_totals, resample_users
 from negfast.files import atomic_file
+from negfast.runtime.engine import Engine
 from negfast.runtime.verdict import Candidates, candidate_logits, prior_logits, verdict_start
 
 RIVAL, PRIOR = "boosted-plus", "verdict prior"
@@ -37,6 +38,7 @@ LANGUAGE = "language model"
 NONE, SWAPPED = ", no history", ", another's history"
 
 Scores = dict[str, list[np.ndarray]]  # logits of valid and of test
+Columns = tuple[np.ndarray, np.ndarray, np.ndarray]  # users, items, moments
 
 
 def run(
@@ -48,17 +50,18 @@ def run(
     preset: str = "quickstart",
     context: str = "event",
     seeds: str = "0,1,2",
+    model_seeds: str = "0",
     judgements: int = 3000,
     epochs: int = 2,
     layers: int = 6,
     asked: int = 3000,
     resamples: int = 1000,
 ) -> dict[str, Any]:
-    """Puts the arms' rows of one data set and context beside those that ``out`` holds.
+    """Puts the arms' rows of one data set, context and number of questions beside those that ``out`` holds.
 
     About ``asked`` first judgements of test and half as many of valid are drawn, the same for all arms and seeds. The
-    language model trains its top ``layers`` for ``epochs`` on windows with ``judgements`` first judgements. What is
-    trained is kept in ``runs`` and not trained again.
+    language model, which costs most, trains its top ``layers`` for ``epochs`` on windows with ``judgements`` first
+    judgements, for ``model_seeds`` of the ``seeds`` alone. What is trained is kept in ``runs`` and not trained again.
     """
     if data is None:
         raise InputError("taste: expected --data DIR, a prepared data set")
@@ -71,37 +74,30 @@ def run(
     ]
     events = [questions(part) for part in parts]
     chosen = numbers(seeds, "--seeds")
-    scores: list[Scores] = [{} for _ in chosen]
+    language: dict[int, Scores] = {}
+    told = numbers(model_seeds, "--model-seeds") if model is not None else []
     if model is not None:
         learned = draw_windows(log, verdict_start(log, days[0]), days[0], judgements, rng)
         sizes = f"{judgements}-{epochs}-{layers}-{asked}"
-        files = {seed: runs / f"language-{context}-{sizes}-{seed}.safetensors" for seed in chosen}
+        files = {seed: runs / f"language-{context}-{sizes}-{seed}.safetensors" for seed in told}
         language = language_scores(opened, context, model, learned, parts, epochs, layers, files)
-        for of_seed, seed in zip(scores, chosen, strict=True):
-            of_seed |= language[seed]
     moments = log.moments(context)
     columns = [(log.user[rows], log.item[rows], moments[rows]) for rows in events]
     features, scorers = fit_scorers(log, opened.items, days[0], context)
     of_features = [features.rich(*part) for part in columns]
     boosted = {name: [clipped(scorers[name](part)) for part in of_features] for name in ("boosted", RIVAL)}
-    candidates = [Candidates(user, moment, np.arange(len(user) + 1), item) for user, item, moment in columns]
     others = [of_another(log.user[rows], log.item[rows], np.random.default_rng(1)) for rows in events]
-    for of_seed, seed in zip(scores, chosen, strict=True):
-        if model is not None:
-            of_seed[LANGUAGE + SWAPPED] = swap(of_seed[LANGUAGE], others)
+    scores: list[Scores] = []
+    for seed in chosen:
+        fixed = (f"train.seed={seed}", f"history.context={context}", "align.steps=0", "grpo.steps=0")
         decoders: Scores = {}
         for name, changed in RUNS.items():
-            fixed = (f"train.seed={seed}", f"history.context={context}", "align.steps=0", "grpo.steps=0")
             done = trained(runs / f"{name}-{context}-{seed}", config, preset, data, (*fixed, *changed))
-            engine = done.finished_engine(None)
-            prior = [prior_logits(engine, part).astype(np.float64) for part in candidates]
-            decoders[name] = prior
-            if name != PRIOR:
-                decoders[name] = [candidate_logits(engine, part) for part in candidates]
-                said = [whole - own for whole, own in zip(decoders[name], prior, strict=True)]
-                mixed = zip(prior, swap(said, others), strict=True)
-                decoders[name + SWAPPED] = [own + other for own, other in mixed]
-        of_seed |= boosted | decoders
+            decoders |= decoder_scores(name, done.finished_engine(None), columns, others)
+        of_language = language.get(seed, {})
+        if of_language:
+            of_language |= {LANGUAGE + SWAPPED: swap(of_language[LANGUAGE], others)}
+        scores.append(boosted | decoders | of_language)
     labels = [log.feedback[rows] == DISLIKE for rows in events]
     entry: dict[str, Any] = {
         "data": data.name,
@@ -113,11 +109,12 @@ def run(
         "sft_steps": done.config.sft.steps,
         "window": done.config.history.window,
         "with_another": float(np.mean(others[1] != np.arange(len(others[1])))),
-        **({"judgements": judgements, "epochs": epochs, "layers": layers} if model is not None else {}),
+        **({"judgements": judgements, "epochs": epochs, "layers": layers} if told else {}),
         "rows": compare(scores, labels, log.user[events[1]], resamples),
     }
     kept: list[dict[str, Any]] = json.loads(out.read_text())["entries"] if out is not None and out.exists() else []
-    kept = [old for old in kept if (old["data"], old["context"]) != (data.name, context)]
+    same = ("data", "context", "test")
+    kept = [old for old in kept if any(old[key] != entry[key] for key in same)]
     made_by = {"device": device_name(), "versions": versions("negfast", "torch", "transformers", "scikit-learn")}
     result = {**made_by, "entries": [*kept, entry]}
     if out is not None:
@@ -146,6 +143,17 @@ def of_another(user: np.ndarray, item: np.ndarray, rng: np.random.Generator) -> 
 def swap(scores: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> list[np.ndarray]:
     """What was said of the questions ``others``: of the same candidates, by histories of other users."""
     return [score[other] for score, other in zip(scores, others, strict=True)]
+
+
+def decoder_scores(name: str, engine: Engine, columns: Sequence[Columns], others: Sequence[np.ndarray]) -> Scores:
+    """Verdict logits of a run, or its prior's alone; also the prior with what the decoder says of others' histories."""
+    candidates = [Candidates(user, moment, np.arange(len(user) + 1), item) for user, item, moment in columns]
+    prior = [prior_logits(engine, part).astype(np.float64) for part in candidates]
+    if name == PRIOR:
+        return {name: prior}
+    whole = [candidate_logits(engine, part) for part in candidates]
+    said = swap([both - own for both, own in zip(whole, prior, strict=True)], others)
+    return {name: whole, name + SWAPPED: [own + other for own, other in zip(prior, said, strict=True)]}
 
 
 def language_scores(
@@ -192,8 +200,8 @@ def one_an_item(log: EventLog, windows: Sequence[Window]) -> list[Window]:
 def compare(
     scores: Sequence[Scores], labels: Sequence[np.ndarray], user: np.ndarray, resamples: int
 ) -> list[dict[str, Any]]:
-    """A row an arm: AUC on test alone and stacked with the rival, the mean over seeds, and what both have above the
-    rival; stacked also above the stacked prior."""
+    """A row an arm: AUC on test alone and stacked with the rival, the mean over the seeds that have it, and what both
+    have above the rival; stacked also above the stacked prior."""
     present, column = np.unique(user, return_inverse=True)
     weights = resample_users(len(present), resamples, 0)
 
@@ -201,13 +209,14 @@ def compare(
         return ranked_totals(weights, column, score, labels[1], 0.1).auc
 
     rival, rows = auc(scores[0][RIVAL][1]), []
-    alone = {name: [auc(of_seed[name][1]) for of_seed in scores] for name in scores[0]}
-    fits = {name: [stacked(of_seed, name, labels[0]) for of_seed in scores] for name in scores[0] if name != RIVAL}
+    having = {name: [of_seed for of_seed in scores if name in of_seed] for name in scores[0]}
+    alone = {name: [auc(of_seed[name][1]) for of_seed in having[name]] for name in having}
+    fits = {name: [stacked(of_seed, name, labels[0]) for of_seed in having[name]] for name in having if name != RIVAL}
     both = {name: [auc(score) for score, _ in of_seeds] for name, of_seeds in fits.items()}
-    for name, of_seeds in alone.items():
-        mean = np.mean(of_seeds, axis=0)
+    for name, samples_by_seed in alone.items():
+        mean = np.mean(samples_by_seed, axis=0)
         row: dict[str, Any] = {"name": name, "auc": interval(mean), "minus_rival": interval(mean - rival)}
-        row["by_seed"] = [float(samples[0]) for samples in of_seeds]
+        row["by_seed"] = [float(samples[0]) for samples in samples_by_seed]
         if name in both:
             mean = np.mean(both[name], axis=0)
             row |= {"stacked_auc": interval(mean), "stacked_minus_rival": interval(mean - rival)}

@@ -29,7 +29,7 @@ HEADS = {
     "pool_hr@10": "pool HR@10",
     "pool_auc": "pool AUC",
     "cold": "cold item",
-    "no_past_dislike": "no past dislike",
+    "cold_user": "cold user",
     "nll": "nll",
     "reduction": "reduction %",
     "minus_truth_filled": "minus the truth",
@@ -38,22 +38,16 @@ HEADS = {
     "verdict_rank_correlation": "rank correlation of verdicts",
 }
 FILTER = (
-    *("filter_auc", "filter_auc/cold", "filter_auc/no_past_dislike"),
-    *("filter_reduction", "filter_likes_lost_per_dislike", "filter_ece", "pool_hr@10", "pool_auc"),
+    *("filter_auc", "filter_auc/cold", "filter_auc/cold_user"),
+    *("filter_reduction", "filter_likes_lost_per_dislike", "filter_ece", "pool_hr@10"),
 )
-GENERATION = (
-    *("mean_reward", "FHR@20", "FHR@20/cold", "FHR@20/no_past_dislike"),
-    *("known_hit_dislike_share@20", "pool_hr@10", "pool_auc"),
-)
-REFIT = ("sasrec-dislikes", "logistic", "boosted", "boosted-plus", "sft", "grpo")
-COMPARED = ("mean_reward", "FHR@20", "filter_auc", "filter_reduction", "pool_hr@10", "pool_auc")
-RIVALS = (
-    *("decay-4d", "item-rate", "logistic", "boosted", "boosted-plus", "sasrec-dislikes"),
-    *("prior", "grpo-no-align", "sft"),
-)
-EFFECTS = ("mean_reward", "FHR@20", "filter_auc", "pool_auc")
+FILTERS = ("item-rate", "boosted", "boosted-plus", "verdict prior", "grpo")
+LISTS = ("popularity", "recent-14d", "decay-4d", "knn-dislikes", "prior", "sft", "grpo")
+GENERATION = ("mean_reward", "FHR@20", "FHR@20/cold", "known_hit_dislike_share@20")
+COMPARED = ("filter_auc", "filter_reduction", "pool_hr@10", "pool_auc")
+LISTED = ("mean_reward", "FHR@20")
+TASTE = ("auc", "minus_rival", "stacked_minus_rival", "stacked_minus_prior")
 SHARPNESS = ("FHR@20", "mean_reward", "nll")
-LOWER_IS_BETTER = ("filter_likes_lost_per_dislike", "filter_ece")
 
 
 @click.command(cls=Experiment)
@@ -78,59 +72,45 @@ def written(name: str, results: Path) -> str:
 
 
 def filter_table(result: Figures) -> str:
-    return _rows_table([row for row in result["rows"] if "filter_auc" in row], FILTER)
+    """Filters of every log and context, with intervals."""
+    lines = []
+    for entry in result["entries"]:
+        for row in _chosen(entry, FILTERS, "filter_auc"):
+            figures = [_with_interval(row.get(metric), metric) for metric in FILTER]
+            lines.append([_log(entry), _name(row), *figures])
+    return _table(["log", "", *map(_head, FILTER)], lines)
+
+
+def filter_gains_table(result: Figures) -> str:
+    """The verdict's prior minus each rival, and the shipped filter minus the strongest and the prior."""
+    pairs = [("verdict prior", rival) for rival in ("item-rate", "boosted", "boosted-plus")]
+    return _gains(result, [*pairs, ("grpo", "boosted"), ("grpo", "boosted-plus"), ("grpo", "verdict prior")], COMPARED)
 
 
 def lists_table(result: Figures) -> str:
-    return _rows_table([row for row in result["rows"] if "FHR@20" in row], GENERATION)
-
-
-def differences_table(result: Figures) -> str:
-    """The final model minus each rival."""
-    found = {(d["b"], d["metric"]): d for d in result["differences"]}
-    lines = [
-        [f"`{rival}`", *(_difference(found.get((rival, metric)), metric) for metric in COMPARED)]
-        for rival in RIVALS
-        if any(b == rival for b, _ in found)
-    ]
-    return _table(["`grpo` minus", *map(_head, COMPARED)], lines)
-
-
-def seeds_table(result: Figures) -> str:
-    """GRPO against SFT, seed by seed."""
+    """Lists of every log that has a trained run."""
     lines = []
-    for prefix, name in (("", "`sft`"), ("vs_long_", "`sft-long`")):
-        for entry in result["grpo_minus_sft"]:
-            if prefix + "filter_auc" in entry:
-                shown = (_difference(entry.get(prefix + metric), metric) for metric in EFFECTS)
-                lines.append([name, str(entry["seed"]), *shown])
-    return _table(["`grpo` minus", "seed", *map(_head, EFFECTS)], lines)
+    for entry in result["entries"]:
+        for row in _chosen(entry, LISTS, "FHR@20") if entry["seeds"] else ():
+            lines.append([_log(entry), _name(row), *(_with_interval(row.get(m), m) for m in GENERATION)])
+    return _table(["log", "", *map(_head, GENERATION)], lines)
 
 
-def refit_table(result: Figures) -> str:
-    """What the strongest rows gain by the refit."""
-    gains = {(gain["name"], gain["metric"]): gain for gain in result["refit"]["minus_frozen"]}
+def list_gains_table(result: Figures) -> str:
+    """The lists of the final policy minus those of each rival."""
+    return _gains(result, [("grpo", rival) for rival in ("decay-4d", "prior", "sft")], LISTED)
+
+
+def taste_table(result: Figures) -> str:
+    """What each arm adds to the rival."""
     lines = []
-    for row in result["refit"]["rows"]:
-        if row["name"] in REFIT:
-            shown = (_difference(gains.get((row["name"], metric)), metric) for metric in COMPARED)
-            lines.append([_name(row), _mean(row.get("filter_auc"), "filter_auc"), *shown])
-    return _table(["refit minus frozen", "AUC after the refit", *map(_head, COMPARED)], lines)
-
-
-def ablations_table(result: Figures) -> str:
-    """What each change does, after SFT and at the end."""
-    lines = []
-    for row in result["rows"]:
-        found = {(d["a"], d["metric"]): d for d in row["differences"]}
-        if row["name"] == "default":
-            shown = [_mean(row[stage][metric], metric) for stage in ("sft", "grpo") for metric in EFFECTS]
-        else:
-            shown = [_difference(found.get((stage, m)), m) for stage in ("sft", "grpo") for m in EFFECTS]
-        settings = ", ".join(f"`{key}`" for key in row["changed"])
-        lines.append([row["name"], str(row["seed"]), settings, *shown])
-    heads = [f"{_head(metric)}, {stage}" for stage in ("sft", "grpo") for metric in EFFECTS]
-    return _table(["change", "seed", "settings", *heads], lines)
+    for entry in result["entries"]:
+        for row in entry["rows"]:
+            shown = [_with_interval(row["auc"], "filter_auc")]
+            shown += [_difference(row.get(figure), "filter_auc") for figure in TASTE[1:]]
+            lines.append([f"{entry['data']}, {entry['test']:,}", _name(row), str(len(row["by_seed"])), *shown])
+    heads = ["AUC", "minus the rival", "stacked, minus the rival", "stacked, minus the stacked prior"]
+    return _table(["log, questions", "arm", "seeds", *heads], lines)
 
 
 def sharpness_table(result: Figures) -> str:
@@ -167,11 +147,10 @@ def recovery_table(result: Figures) -> str:
 
 TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "filter": ("quality.json", filter_table),
+    "filter-gains": ("quality.json", filter_gains_table),
     "lists": ("quality.json", lists_table),
-    "differences": ("quality.json", differences_table),
-    "seeds": ("quality.json", seeds_table),
-    "refit": ("quality.json", refit_table),
-    "ablations": ("ablations.json", ablations_table),
+    "list-gains": ("quality.json", list_gains_table),
+    "taste": ("taste.json", taste_table),
     "sharpness": ("sharpness.json", sharpness_table),
     "simulated-filter": ("simulator.json", simulated_filter_table),
     "recovery": ("simulator.json", recovery_table),
@@ -183,14 +162,24 @@ def _head(metric: str) -> str:
     return f"{HEADS[name]}, {HEADS[stratum]}" if stratum else HEADS[name]
 
 
-def _rows_table(rows: Sequence[Figures], metrics: Sequence[str]) -> str:
-    """The rows, the best of each column in bold."""
-    best = {}
-    for metric in metrics:
-        means = [row[metric]["mean"] for row in rows if metric in row and row[metric]["mean"] is not None]
-        best[metric] = (min if metric in LOWER_IS_BETTER else max)(means, default=None)
-    lines = [[_name(row), *(_best(row.get(metric), metric, best[metric]) for metric in metrics)] for row in rows]
-    return _table(["", *map(_head, metrics)], lines)
+def _log(entry: Figures) -> str:
+    return f"{entry['data']}, {entry['filter_context']}"
+
+
+def _chosen(entry: Figures, names: Sequence[str], metric: str) -> list[Figures]:
+    rows = {row["name"]: row for row in entry["rows"] if metric in row}
+    return [rows[name] for name in names if name in rows]
+
+
+def _gains(result: Figures, pairs: Sequence[tuple[str, str]], metrics: Sequence[str]) -> str:
+    lines = []
+    for entry in result["entries"]:
+        found = {(d["a"], d["b"], d["metric"]): d for d in entry["differences"]}
+        for a, b in pairs:
+            if (a, b, metrics[0]) in found or (a, b, metrics[-1]) in found:
+                shown = (_difference(found.get((a, b, metric)), metric) for metric in metrics)
+                lines.append([_log(entry), f"`{a}` - `{b}`", *shown])
+    return _table(["log", "", *map(_head, metrics)], lines)
 
 
 def _table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -202,17 +191,14 @@ def _name(row: Figures) -> str:
     return f"`{row['name']}`"
 
 
-def _best(value: Figures | None, metric: str, best: float | None) -> str:
-    shown = _mean(value, metric)
-    return f"**{shown}**" if value is not None and value["mean"] is not None and value["mean"] == best else shown
-
-
 def _mean(value: Figures | None, metric: str) -> str:
     return "" if value is None or value["mean"] is None else _number(value["mean"] * _scale(metric), _digits(metric))
 
 
 def _with_interval(value: Figures | None, metric: str) -> str:
-    return "" if value is None else f"{_mean(value, metric)} {_interval(value, metric, sign=False)}"
+    if value is None or value["mean"] is None or value["low"] is None:
+        return _mean(value, metric)
+    return f"{_mean(value, metric)} {_interval(value, metric, sign=False)}"
 
 
 def _difference(value: Figures | None, metric: str) -> str:

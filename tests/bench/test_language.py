@@ -17,10 +17,17 @@ from negfast.model.load import train_tokenizer
 
 def tiny_language_model(folder: Path) -> Path:
     tokenizer = train_tokenizer(["The grim story: dislike\nThe quiet story: like\n"] * 3, 300)
-    shape = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3}
-    kind = {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.3}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer) + 5,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.3,
+    )
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer) + 5, **shape, **kind)).save_pretrained(folder)
+    LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

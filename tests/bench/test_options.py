@@ -43,8 +43,8 @@ def test_an_experiment_exits_with_2_in_a_line(tmp_path):
 
 
 def test_the_command_exits_with_2(capsys):
-    assert main(["quality", "--long", "maybe"]) == 2
-    assert capsys.readouterr().err == "bench quality: --long: found 'maybe', expected yes or no\n"
+    assert main(["quality", "--sasrec", "maybe"]) == 2
+    assert capsys.readouterr().err == "bench quality: --sasrec: found 'maybe', expected yes or no\n"
     assert main(["quality", "--seeds", "0,one"]) == 2
     assert "--seeds: found '0,one', expected whole numbers" in capsys.readouterr().err
     assert main(["nothing"]) == 2

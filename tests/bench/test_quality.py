@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from bench.predictions import predictions_of
-from bench.quality import METRICS, SHOWN, compared, equal_compute, grpo_minus_sft, run, table_rows
-from bench.runs import branch, trained
+from bench.quality import COLD_USER, METRICS, SHOWN, VERDICT_PRIOR, WITHOUT_STEPS, run, table_rows, verdict_prior
+from bench.runs import branch, equal_compute, trained
 from negfast.config import Reward, load_config
 from negfast.data.dataset import Dataset
 from negfast.errors import InputError
-from negfast.evaluate.predictions import Predictions
-from negfast.evaluate.sets import EvalSet, evaluation_set
+from negfast.evaluate.predictions import Predictions, calibrate, predict_set
+from negfast.evaluate.sets import EvalSet, engine_set, evaluation_set
 from negfast.evaluate.table import metric_samples, paired_differences
 from negfast.runtime.run_folder import RunFolder
 from tests.tiny import SETTINGS
@@ -57,66 +57,66 @@ def test_a_row_is_the_mean_over_seeds_under_the_same_resamples(evalset: EvalSet)
     assert sft["filter_auc"]["mean"] == pytest.approx(np.mean(by_seed))
     width = {name: row["filter_auc"]["high"] - row["filter_auc"]["low"] for name, row in zip("ab", rows, strict=True)}
     assert width["b"] < width["a"]  # three random scores vary less than one
-    assert compared(averaged | {"grpo": averaged["sft"]}) == [("grpo", "boosted"), ("grpo", "sft")]
     (difference,) = paired_differences(averaged, [("sft", "boosted")], ("filter_auc",))
     assert difference["mean"] == pytest.approx(np.mean(by_seed) - rows[0]["filter_auc"]["mean"])
 
 
-def test_grpo_minus_sft_is_a_seed_each(evalset: EvalSet) -> None:
-    predictions = {f"{name}#{seed}": random_predictions(evalset, seed) for seed in (0, 1) for name in ("sft", "grpo")}
-    predictions["grpo#1"] = predictions["sft-long#1"] = random_predictions(evalset, 9)
-    samples = metric_samples(evalset, predictions, resamples=20)
-    first, second = grpo_minus_sft([0, 1], samples)
-    assert (first["seed"], first["mean_reward"]["mean"], first["filter_auc"]["mean"]) == (0, 0.0, 0.0)
-    for metric in ("filter_auc", "mean_reward"):
-        expected = samples["grpo#1"][metric] - samples["sft#1"][metric]
-        assert second[metric]["mean"] == pytest.approx(expected[0]) and expected[0] != 0
-        assert second[metric]["low"] <= second[metric]["mean"] <= second[metric]["high"]
-    assert second["vs_long_filter_auc"]["mean"] == 0 and "vs_long_filter_auc" not in first
-
-
 def test_the_table_of_finished_runs(tiny_run: Path, tmp_path: Path) -> None:
-    """Finds a run that is there, trains the longer SFT and the refit, and writes the shape of the result."""
+    """Finds a run that is there, trains those without a step, and keeps an entry a context."""
     runs = tmp_path / "runs"
-    runs.mkdir()
-    (runs / "seed-0").symlink_to(tiny_run)
+    (runs / "movietweetings").mkdir(parents=True)
+    (runs / "movietweetings" / "day-0").symlink_to(tiny_run)
     settings = toml(tmp_path)
     before = (tiny_run / "metrics.jsonl").read_bytes()
     out = tmp_path / "quality.json"
-    result = run(out, "0", runs, settings, "smoke", None, "test", True, True, True, False, 20)
-    assert json.loads(out.read_text()) == result
+    run(out, None, "day", "0", "0,1", runs, settings, "smoke", "test", False, 20)
     assert (tiny_run / "metrics.jsonl").read_bytes() == before
-    assert (result["split"], result["seeds"], result["frozen_at"]) == ("test", [0], "valid")
-    rows = {row["name"]: row for row in result["rows"]}
-    models = ["sft-no-align", "grpo-no-align", "sft", "grpo", "sft-long"]
-    assert list(rows)[-6:] == ["prior", *models] and rows["grpo"]["kind"] == "model"
+    data = RunFolder(tiny_run).data
+    result = run(out, data, "event", "none", "0", runs, settings, "smoke", "test", False, 20)
+    assert json.loads(out.read_text()) == result
+    day, event = result["entries"]
+    assert (day["data"], day["filter_context"], day["seeds"], day["prior_seeds"]) == (
+        "movietweetings",
+        "day",
+        [0],
+        [0, 1],
+    )
+    assert (event["data"], event["filter_context"], event["seeds"]) == (data.name, "event", [])
+    rows = {row["name"]: row for row in day["rows"]}
+    assert list(rows)[-4:] == ["prior", VERDICT_PRIOR, "sft", "grpo"] and rows["grpo"]["kind"] == "model"
     assert {"boosted", "item-rate", "decay-4d"} <= set(rows)
-    assert all(rows[name]["mean_reward"]["mean"] is not None for name in ("prior", *models))
-    pairs = {(d["a"], d["b"], d["metric"]) for d in result["differences"]}
+    assert all(rows[name]["mean_reward"]["mean"] is not None for name in ("prior", "sft", "grpo"))
+    assert (
+        all(COLD_USER in rows[name] for name in ("boosted", VERDICT_PRIOR, "grpo")) and COLD_USER not in rows["prior"]
+    )
+    pairs = {(d["a"], d["b"], d["metric"]) for d in day["differences"]}
     assert {("grpo", "sft", "mean_reward"), ("grpo", "boosted", "filter_auc"), ("grpo", "decay-4d", "FHR@20")} <= pairs
-    assert {metric for _, _, metric in pairs} <= set(METRICS)
+    assert (VERDICT_PRIOR, "boosted-plus", "pool_hr@10") in pairs and {metric for *_, metric in pairs} <= set(METRICS)
     assert set(SHOWN) <= set(rows["grpo"]) and set(rows["grpo"]["by_seed"]) == set(METRICS)
-    (entry,) = result["grpo_minus_sft"]
-    means = [rows[name]["mean_reward"]["mean"] for name in ("grpo", "sft", "sft-long")]
-    assert entry["mean_reward"]["mean"] == pytest.approx(means[0] - means[1])
-    assert entry["vs_long_mean_reward"]["mean"] == pytest.approx(means[0] - means[2])
+    assert "sft" not in {row["name"] for row in event["rows"]}
+    assert {d["a"] for d in event["differences"]} == {VERDICT_PRIOR}
 
+
+def test_the_verdict_s_prior_is_what_a_run_without_a_step_says(tiny_run: Path, tmp_path: Path) -> None:
+    settings = (*(f"{key}={value}" for key, value in SETTINGS.items()), *WITHOUT_STEPS)
+    done = trained(tmp_path / "run", None, "smoke", RunFolder(tiny_run).data, settings)
+    engine = done.finished_engine(None)
+    valid, test = engine_set(engine, "valid"), engine_set(engine, "test")
+    found, expected = verdict_prior(engine, test, valid), predict_set(engine, test, calibrate(engine, valid))
+    assert found.filter_score is not None and expected.filter_score is not None
+    assert found.pool_score is not None and expected.pool_score is not None
+    np.testing.assert_allclose(found.filter_score, expected.filter_score, rtol=1e-5)
+    np.testing.assert_allclose(found.pool_score, expected.pool_score, rtol=1e-4, atol=1e-5)
+
+
+def test_equal_compute_is_longer_than_sft(tiny_run: Path) -> None:
+    seconds: dict[str, list[float]] = {}
+    for line in (tiny_run / "speed.jsonl").read_text().splitlines():
+        step = json.loads(line)
+        seconds.setdefault(step["stage"], []).append(step["seconds"])
+    ratio = np.median(seconds["grpo"]) / np.median(seconds["sft"])
     steps = equal_compute(RunFolder(tiny_run))
-    assert result["sft_long_steps"] == steps > SETTINGS["sft.steps"]
-    stages = [json.loads(line)["stage"] for line in (runs / "long-0" / "metrics.jsonl").read_text().splitlines()]
-    assert stages == ["sft"] * steps  # align is the finished run's
-    stages = [json.loads(line)["stage"] for line in (runs / "no-align-0" / "metrics.jsonl").read_text().splitlines()]
-    assert set(stages) == {"sft", "grpo"}
-
-    again = result["refit"]
-    assert again["frozen_at"] == "test"
-    refit = {row["name"]: row for row in again["rows"]}
-    assert set(refit) == set(rows) - {"sft-long", "sft-no-align", "grpo-no-align"}
-    for name, metric in (("boosted", "filter_auc"), ("grpo", "mean_reward")):
-        (gain,) = [g for g in again["minus_frozen"] if (g["name"], g["metric"]) == (name, metric)]
-        assert gain["mean"] == pytest.approx(refit[name][metric]["mean"] - rows[name][metric]["mean"])
-        assert gain["mean"] != 0
-    assert refit["decay-4d"]["FHR@20"] == rows["decay-4d"]["FHR@20"]  # nothing is fitted
+    assert steps == SETTINGS["sft.steps"] + round(SETTINGS["grpo.steps"] * ratio) > SETTINGS["sft.steps"]
 
 
 def test_predictions_are_made_once(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

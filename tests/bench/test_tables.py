@@ -20,17 +20,17 @@ def difference(**keys: object) -> dict:
 def quality() -> dict:
     row = {"name": "boosted", "filter_auc": HALF, "filter_ece": HALF}
     model = {"name": "grpo", "filter_auc": HALF | {"mean": 0.8024}, "filter_reduction": HALF, "FHR@20": HALF}
-    model |= {"filter_ece": HALF | {"mean": 0.75}}
     missing = {"mean": None, "low": None, "high": None}
-    return {
-        "rows": [row | {"FHR@20": missing}, model],
-        "differences": [
-            difference(a="grpo", b="boosted", metric="filter_auc"),
-            difference(a="grpo", b="boosted", metric="FHR@20", low=-0.001),
-        ],
-        "grpo_minus_sft": [{"seed": 3, "filter_auc": HALF, "vs_long_filter_auc": HALF | {"low": -0.1}}],
-        "refit": {"rows": [model], "minus_frozen": [difference(name="grpo", metric="filter_auc")]},
-    }
+    model |= {"filter_auc/cold_user": missing}
+    differences = [
+        difference(a="grpo", b="boosted", metric="filter_auc"),
+        difference(a="grpo", b="boosted", metric="pool_auc", low=-0.001),
+        difference(a="grpo", b="decay-4d", metric="FHR@20"),
+    ]
+    entry = {"data": "a", "filter_context": "day", "seeds": [0], "rows": [row, model], "differences": differences}
+    untrained = {"data": "b", "filter_context": "event", "seeds": [], "differences": [], "rows": []}
+    untrained |= {"rows": [row | {"FHR@20": HALF}]}
+    return {"entries": [entry, untrained]}
 
 
 @pytest.fixture
@@ -45,34 +45,25 @@ def cells(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines() if line[:1] == "|"]
 
 
-def test_tables_of_the_final_result(results: Path) -> None:
+def test_tables_of_filters_and_lists(results: Path) -> None:
     rows = cells(written("filter", results))
-    assert [row[0] for row in rows] == ["", "---", "`boosted`", "`grpo`"]
-    auc, ece = rows[0].index("filter AUC"), rows[0].index("ECE")
-    assert (rows[2][auc], rows[3][auc]) == (".5000", "**.8024**")
-    assert (rows[2][ece], rows[3][ece]) == ("**.5000**", ".7500")  # lower is better
-    assert rows[3][rows[0].index("reduction %")] == "**50.0**"
-    rows = cells(written("lists", results))
-    assert [row[rows[0].index("FHR@20")] for row in rows[2:]] == ["", "**.500**"]
-    rows = cells(written("differences", results))
-    assert rows[2][0] == "`boosted`" and rows[2][rows[0].index("filter AUC")] == "**+.0052** [+.0021, +.0084]"
-    assert rows[2][rows[0].index("FHR@20")] == "+.005 [-.001, +.008]"  # not clear of zero
-    assert [row[:2] for row in cells(written("seeds", results))[2:]] == [["`sft`", "3"], ["`sft-long`", "3"]]
-    assert cells(written("refit", results))[2][:2] == ["`grpo`", ".8024"]
-
-
-def test_ablations(results: Path) -> None:
-    found = [difference(a=a, b=f"default {a}", metric="filter_auc") for a in ("sft", "grpo")]
-    figures = {metric: HALF for metric in ("mean_reward", "FHR@20", "filter_auc", "pool_auc")}
-    stages = {stage: figures for stage in ("sft", "grpo")}
-    rows = [
-        {"name": name, "seed": 0, "changed": changed, **stages, "differences": found}
-        for name, changed in (("default", []), ("window-64", ["history.window=64"]))
+    assert [row[:2] for row in rows[2:]] == [["a, day", "`boosted`"], ["a, day", "`grpo`"], ["b, event", "`boosted`"]]
+    place = {name: rows[0].index(name) for name in ("filter AUC", "filter AUC, cold user", "reduction %", "ECE")}
+    assert rows[3][place["filter AUC"]] == ".8024 [.2500, .7500]" and rows[3][place["filter AUC, cold user"]] == ""
+    assert rows[3][place["reduction %"]] == "50.0 [25.0, 75.0]" and rows[2][place["ECE"]] == ".5000 [.2500, .7500]"
+    rows = cells(written("filter-gains", results))
+    assert rows[2:] == [
+        ["a, day", "`grpo` - `boosted`", "**+.0052** [+.0021, +.0084]", "", "", "+.0052 [-.0010, +.0084]"]
     ]
-    write_result(results / "ablations.json", {"rows": rows})
-    made = written("ablations", results)
-    assert "`history.window=64`" in made
-    assert made.count("**+.0052** [+.0021, +.0084]") == 2  # of both stages, not of the default
+    assert [row[:2] for row in cells(written("lists", results))[2:]] == [["a, day", "`grpo`"]]  # a trained run's alone
+    assert cells(written("list-gains", results))[2][-1] == "**+.005** [+.002, +.008]"
+
+
+def test_taste(results: Path) -> None:
+    row = {"name": "decoder", "auc": HALF, "by_seed": [0.5, 0.5], "minus_rival": difference(low=-0.001)}
+    write_result(results / "taste.json", {"entries": [{"data": "a", "test": 1200, "rows": [row]}]})
+    expected = ["a, 1,200", "`decoder`", "2", ".5000 [.2500, .7500]", "+.0052 [-.0010, +.0084]", "", ""]
+    assert cells(written("taste", results))[2] == expected
 
 
 def test_sharpness(results: Path) -> None:
