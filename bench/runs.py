@@ -12,9 +12,14 @@ from negfast.config import Config, load_config, to_toml
 from negfast.data.dataset import Dataset
 from negfast.errors import InputError
 from negfast.files import atomic_directory
+from negfast.runtime.checkpoint import load_weights
+from negfast.runtime.engine import Engine
+from negfast.runtime.machine import choose_device
 from negfast.runtime.run_folder import RunFolder
-from negfast.train.run import refit, train
-from negfast.train.start import TrainOptions
+from negfast.train.journal import Journal
+from negfast.train.loop import run_stage
+from negfast.train.run import STAGES, train
+from negfast.train.start import TrainOptions, open_run
 
 
 def trained(
@@ -43,10 +48,26 @@ def trained(
     return run
 
 
-def refitted(out: Path, source: RunFolder) -> RunFolder:
-    """The finished refit ``out`` of ``source``; trained, or resumed, where it is not finished yet."""
-    refit(source, out, table=False)
-    return RunFolder(out)
+def trained_stages(
+    path: Path, data: Path, overrides: Sequence[str], config: Path | None = None, preset: str = "quickstart"
+) -> tuple[RunFolder, Engine]:
+    """The run with the last weights of SFT and GRPO, each trained where it has not been yet and has steps.
+
+    Nothing is fitted or chosen beside: the verdict's prior says nothing, and no weights are chosen on valid.
+    """
+    run, settings = RunFolder(path), load_config(config, preset, overrides)
+    engine = open_run(run, settings, TrainOptions(data=data.resolve()), choose_device(settings.train.device))
+    steps = {name: count for name, count in (("sft", settings.sft.steps), ("grpo", settings.grpo.steps)) if count}
+    done = [name for name in steps if (run.checkpoints / name).is_dir()]
+    if done:
+        load_weights(run.checkpoints / done[-1], engine.policy)
+    if len(done) < len(steps):
+        behind = {"stage": done[-1], "step": steps[done[-1]]} if done else None
+        journal = Journal(path, steps, behind, False)
+        for number, name in enumerate(steps, 1):
+            if name not in done:
+                run_stage(STAGES[name](engine), number, engine.policy, path, settings.train, journal, None, None, 1)
+    return run, engine
 
 
 def branch(source: RunFolder, folder: Path, settings: Config, stages: Sequence[str]) -> None:

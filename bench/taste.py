@@ -1,15 +1,17 @@
 """``python -m bench taste --data DIR``: what a language model adds to evidence and trees, on one prepared data set.
 
 Arms score the same first likes and dislikes of valid and test, each before its moment: two boosted rankers, of which
-the second, with all features, is the rival; the verdict's prior; the decoder on codes, and on codes with item texts;
-with ``--model`` a local language model that reads likes and dislikes in words (`bench.language`). Each stands alone and
-stacked with the rival, by a logistic regression on both logits that is fitted on valid. What comes of a history is also
-asked with that of another user who judged the same item, and of the language model without any. Figures are means over
-seeds of training, all under the same resamples of test users: paired 95 % intervals.
+the second, with all features, is the rival; the verdict's prior; the prior with a decoder on codes, and on codes with
+item texts; that decoder alone, trained without the prior, which leaves it nothing to say; with ``--model`` a local
+language model that reads likes and dislikes in words (`bench.language`). Each stands alone and stacked with the rival,
+by a logistic regression on both logits that is fitted on valid. What comes of a history is also asked with that of
+another user who judged the same item, and of the language model without any. Figures are means over seeds of training,
+all under the same resamples of test users: paired 95 % intervals.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,12 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 from scipy.special import logit
 from sklearn.linear_model import LogisticRegression
+from torch import Tensor
 
 from bench.command import numbers
 from bench.language import Reader, Window, asked_logits, draw_windows, fine_tuned, questions
 from bench.machine import device_name, versions, write_result
-from bench.runs import trained
+from bench.runs import trained, trained_stages
 from negfast.data.dataset import Dataset
 from negfast.data.log import DISLIKE, EventLog
 from negfast.errors import InputError
@@ -33,8 +36,9 @@ from negfast.runtime.engine import Engine
 from negfast.runtime.verdict import Candidates, candidate_logits, prior_logits, verdict_start
 
 RIVAL, PRIOR = "boosted-plus", "verdict prior"
-RUNS = {PRIOR: ("sft.steps=0",), "decoder, codes": (), "decoder, text": ("history.text=true",)}
-LANGUAGE = "language model"
+SEES_TEXT = ("history.text=true",)
+RUNS = {PRIOR: ("sft.steps=0",), "decoder, codes": (), "decoder, text": SEES_TEXT}
+ALONE, LANGUAGE = "decoder alone, text", "language model"
 NONE, SWAPPED = ", no history", ", another's history"
 
 Scores = dict[str, list[np.ndarray]]  # logits of valid and of test
@@ -94,6 +98,10 @@ def run(
         for name, changed in RUNS.items():
             done = trained(runs / f"{name}-{context}-{seed}", config, preset, data, (*fixed, *changed))
             decoders |= decoder_scores(name, done.finished_engine(None), columns, others)
+        file = runs / f"{ALONE}-{context}-{asked}-{seed}.safetensors"
+        alone = kept_logits(file, partial(alone_logits, file.with_suffix(""), data, fixed, config, preset, columns))
+        decoders[ALONE] = [alone["valid"], alone["test"]]
+        decoders[ALONE + SWAPPED] = swap(decoders[ALONE], others)
         of_language = language.get(seed, {})
         if of_language:
             of_language |= {LANGUAGE + SWAPPED: swap(of_language[LANGUAGE], others)}
@@ -156,6 +164,21 @@ def decoder_scores(name: str, engine: Engine, columns: Sequence[Columns], others
     return {name: whole, name + SWAPPED: [own + other for own, other in zip(prior, said, strict=True)]}
 
 
+def alone_logits(
+    path: Path,
+    data: Path,
+    settings: Sequence[str],
+    config: Path | None,
+    preset: str,
+    columns: Sequence[Columns],
+) -> dict[str, np.ndarray]:
+    """Verdict logits of valid and test by a decoder that sees item texts, but no features of the prior."""
+    _, engine = trained_stages(path, data, (*settings, *SEES_TEXT), config, preset)
+    engine.policy.eval()
+    asked = (Candidates(user, moment, np.arange(len(user) + 1), item) for user, item, moment in columns)
+    return dict(zip(("valid", "test"), (candidate_logits(engine, part) for part in asked), strict=True))
+
+
 def language_scores(
     data: Dataset,
     context: str,
@@ -167,27 +190,36 @@ def language_scores(
     files: dict[int, Path],
 ) -> dict[int, Scores]:
     """The language model's logits by seed; each seed's are kept in its file and read from there."""
-    missing = [seed for seed, file in files.items() if not file.exists()]
-    if missing:
-        reader, log = Reader(model, layers), data.log
-        bare = [one_an_item(log, part) for part in parts]
-        windows = {"learned": learned, "valid": parts[0], "test": parts[1], "bare valid": bare[0], "bare test": bare[1]}
-        packs = {name: reader.packs(log, data.items, context, part) for name, part in windows.items()}
-        states = {name: reader.states(part) for name, part in packs.items()}
-        for seed in missing:
-            judge = fine_tuned(reader, packs["learned"], states["learned"], epochs, seed)
-            found = {name: asked_logits(judge, packs[name], states[name]) for name in packs if name != "learned"}
-            files[seed].parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(files[seed]) as temporary:
-                save_file(found, temporary)
-    out = {}
+    reader, log = Reader(model, layers), data.log
+    bare = [one_an_item(log, part) for part in parts]
+    windows = {"learned": learned, "valid": parts[0], "test": parts[1], "bare valid": bare[0], "bare test": bare[1]}
+    packs = {name: reader.packs(log, data.items, context, part) for name, part in windows.items()}
+    states: dict[str, list[Tensor]] = {}
+
+    def make(seed: int) -> dict[str, np.ndarray]:
+        if not states:
+            states.update((name, reader.states(part)) for name, part in packs.items())
+        judge = fine_tuned(reader, packs["learned"], states["learned"], epochs, seed)
+        return {name: asked_logits(judge, packs[name], states[name]) for name in packs if name != "learned"}
+
+    out: dict[int, Scores] = {}
     for seed, file in files.items():
-        found = load_file(file)
+        found = kept_logits(file, partial(make, seed))
         out[seed] = {LANGUAGE: [found["valid"], found["test"]], LANGUAGE + NONE: []}
         for part, name in zip(parts, ("bare valid", "bare test"), strict=True):
             of_item = np.unique(data.log.item[questions(part)], return_inverse=True)[1]
             out[seed][LANGUAGE + NONE].append(found[name][of_item])
     return out
+
+
+def kept_logits(file: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """What ``file`` holds; what ``make`` finds, then kept there, where it is not there yet."""
+    if not file.exists():
+        found = make()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(file) as temporary:
+            save_file(found, temporary)
+    return load_file(file)
 
 
 def one_an_item(log: EventLog, windows: Sequence[Window]) -> list[Window]:

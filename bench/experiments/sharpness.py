@@ -19,8 +19,7 @@ import torch
 
 from bench.command import Experiment, numbers
 from bench.machine import write_result
-from bench.runs import equal_compute
-from negfast.config import load_config
+from bench.runs import equal_compute, trained_stages
 from negfast.data.split import Requests
 from negfast.errors import InputError
 from negfast.evaluate.bootstrap import interval, ratio, resample_users, weighted_sums
@@ -29,18 +28,13 @@ from negfast.model.choice import TrieChooser
 from negfast.runtime.checkpoint import load_weights
 from negfast.runtime.engine import Engine
 from negfast.runtime.generation import generate
-from negfast.runtime.machine import choose_device
-from negfast.runtime.run_folder import RunFolder
 from negfast.sid.prior import NEXT_DISLIKE
 from negfast.train.expected import expected_rewards, item_log_probs, reward_table
 from negfast.train.grpo.rollout import rollout
-from negfast.train.journal import Journal
-from negfast.train.loop import run_stage
-from negfast.train.run import STAGES
-from negfast.train.start import TrainOptions, open_run
 
 RESULT = Path(__file__).parents[1] / "results" / "sharpness.json"
 SHARPENED = ", sharpened"
+WITHOUT_VERDICTS = ("align.steps=0", "sft.verdict_weight=0", "grpo.verdict_weight=0")
 METRICS = ("FHR@20", "mean_reward", "nll")
 TEMPERATURES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)  # SFT's entropy is interpolated between these
 WALKS, WALKED = 16, 128  # completions a request, and requests, that tell an entropy
@@ -71,9 +65,10 @@ def main(
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in ("grpo", *rivals)}
     long_steps = 0
     for seed in numbers(seeds, "--seeds"):
-        run, engine = trained_stages(runs / f"seed-{seed}", data, (*overrides, f"train.seed={seed}"))
+        settings = (*WITHOUT_VERDICTS, *overrides, f"train.seed={seed}")
+        run, engine = trained_stages(runs / f"seed-{seed}", data, settings)
         long_steps = long_steps or equal_compute(run)
-        longer = (*overrides, f"train.seed={seed}", f"sft.steps={long_steps}", "grpo.steps=0")
+        longer = (*settings, f"sft.steps={long_steps}", "grpo.steps=0")
         long, _ = trained_stages(runs / f"long-{seed}", data, longer)
         measured = Measured(engine, split, requests)
         found["grpo"].append(measured.figures(run.checkpoints / "grpo", 1.0))
@@ -103,24 +98,6 @@ def main(
     for line in (*results[split]["rows"], *results[split]["differences"]):
         print(json.dumps(line), flush=True)
     write_result(out, results)
-
-
-def trained_stages(path: Path, data: Path, overrides: Sequence[str]) -> tuple[RunFolder, Engine]:
-    """The run of a seed with the last weights of SFT and GRPO, each trained where it has not been yet and has steps."""
-    settings = ("align.steps=0", "sft.verdict_weight=0", "grpo.verdict_weight=0", *overrides)
-    run, config = RunFolder(path), load_config(None, "quickstart", settings)
-    engine = open_run(run, config, TrainOptions(data=data.resolve()), choose_device(config.train.device))
-    steps = {name: count for name, count in (("sft", config.sft.steps), ("grpo", config.grpo.steps)) if count}
-    done = [name for name in steps if (run.checkpoints / name).is_dir()]
-    if done:
-        load_weights(run.checkpoints / done[-1], engine.policy)
-    if len(done) < len(steps):
-        behind = {"stage": done[-1], "step": steps[done[-1]]} if done else None
-        journal = Journal(path, steps, behind, False)
-        for number, name in enumerate(steps, 1):
-            if name not in done:
-                run_stage(STAGES[name](engine), number, engine.policy, path, config.train, journal, None, None, 1)
-    return run, engine
 
 
 class Measured:

@@ -28,8 +28,8 @@ def quality() -> dict:
         difference(a="grpo", b="decay-4d", metric="FHR@20"),
     ]
     entry = {"data": "a", "filter_context": "day", "seeds": [0], "rows": [row, model], "differences": differences}
-    untrained = {"data": "b", "filter_context": "event", "seeds": [], "differences": [], "rows": []}
-    untrained |= {"rows": [row | {"FHR@20": HALF}]}
+    rows = [row | {"FHR@20": HALF}]
+    untrained = {"data": "b", "filter_context": "event", "seeds": [], "differences": [], "rows": rows}
     return {"entries": [entry, untrained]}
 
 

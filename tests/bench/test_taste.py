@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.taste import LANGUAGE, NONE, PRIOR, RIVAL, SWAPPED, compare, of_another, run
+from bench.taste import ALONE, LANGUAGE, NONE, PRIOR, RIVAL, SWAPPED, compare, of_another, run
 from negfast.errors import InputError
 from tests.bench.test_language import tiny_language_model
 from tests.tiny import SETTINGS
@@ -27,7 +27,15 @@ def test_every_arm_has_a_row_alone_and_stacked_and_what_is_trained_is_kept(tiny_
     entries = json.loads(out.read_text())["entries"]
     assert [entry["context"] for entry in entries] == ["event", "day"]
     decoders = [f"decoder, {name}{end}" for name in ("codes", "text") for end in ("", SWAPPED)]
-    names = {"boosted", RIVAL, PRIOR, *decoders, *(LANGUAGE + end for end in ("", NONE, SWAPPED))}
+    names = {
+        "boosted",
+        RIVAL,
+        PRIOR,
+        ALONE,
+        ALONE + SWAPPED,
+        *decoders,
+        *(LANGUAGE + end for end in ("", NONE, SWAPPED)),
+    }
     for entry in entries:
         rows = {row["name"]: row for row in entry["rows"]}
         assert set(rows) == names and entry["test"] >= 60 and 0 < entry["with_another"] <= 1
@@ -37,7 +45,8 @@ def test_every_arm_has_a_row_alone_and_stacked_and_what_is_trained_is_kept(tiny_
             assert len(row["by_seed"]) == (1 if name.startswith(LANGUAGE) else 2)
         assert rows[PRIOR]["stacked_minus_prior"]["mean"] == 0
         assert len({rows[LANGUAGE + end]["auc"]["mean"] for end in ("", NONE, SWAPPED)}) == 3
-    monkeypatch.setattr("bench.taste.Reader", None)
+    monkeypatch.setattr("bench.taste.fine_tuned", None)
+    monkeypatch.setattr("bench.taste.trained_stages", None)
     monkeypatch.setattr("bench.runs.train", None)
     assert run(context="day", **budget)["entries"] == entries
 
