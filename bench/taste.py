@@ -98,8 +98,9 @@ def run(
         for name, changed in RUNS.items():
             done = trained(runs / f"{name}-{context}-{seed}", config, preset, data, (*fixed, *changed))
             decoders |= decoder_scores(name, done.finished_engine(None), columns, others)
-        file = runs / f"{ALONE}-{context}-{asked}-{seed}.safetensors"
-        alone = kept_logits(file, partial(alone_logits, file.with_suffix(""), data, fixed, config, preset, columns))
+        path = runs / f"{ALONE}-{context}-{seed}"
+        make = partial(alone_logits, path, data, fixed, config, preset, columns)
+        alone = kept_logits(Path(f"{path}-{asked}.safetensors"), make)
         decoders[ALONE] = [alone["valid"], alone["test"]]
         decoders[ALONE + SWAPPED] = swap(decoders[ALONE], others)
         of_language = language.get(seed, {})
