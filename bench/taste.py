@@ -11,7 +11,7 @@ all under the same resamples of test users: paired 95 % intervals.
 
 import json
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from torch import Tensor
 from bench.command import numbers
 from bench.language import Reader, Window, asked_logits, draw_windows, fine_tuned, questions
 from bench.machine import device_name, versions, write_result
-from bench.runs import trained, trained_stages
+from bench.runs import trained_stages
+from negfast.config import load_config
 from negfast.data.dataset import Dataset
 from negfast.data.log import DISLIKE, EventLog
 from negfast.errors import InputError
@@ -33,12 +34,12 @@ from negfast.evaluate.baselines.rates import fit_scorers
 from negfast.evaluate.bootstrap import interval, ranked_totals, resample_users
 from negfast.files import atomic_file
 from negfast.runtime.engine import Engine
-from negfast.runtime.verdict import Candidates, candidate_logits, prior_logits, verdict_start
+from negfast.runtime.verdict import Candidates, candidate_logits, fit_prior, prior_logits, verdict_start
 
 RIVAL, PRIOR = "boosted-plus", "verdict prior"
 SEES_TEXT = ("history.text=true",)
-RUNS = {PRIOR: ("sft.steps=0",), "decoder, codes": (), "decoder, text": SEES_TEXT}
 ALONE, LANGUAGE = "decoder alone, text", "language model"
+DECODERS = {"decoder, codes": (), "decoder, text": SEES_TEXT, ALONE: SEES_TEXT}
 NONE, SWAPPED = ", no history", ", another's history"
 
 Scores = dict[str, list[np.ndarray]]  # logits of valid and of test
@@ -69,6 +70,7 @@ def run(
     """
     if data is None:
         raise InputError("taste: expected --data DIR, a prepared data set")
+    settings = load_config(config, preset)
     opened, runs = Dataset.open(data), runs / data.name
     log, days = opened.log, (opened.valid_day, opened.test_day, opened.end_day)
     rng = np.random.default_rng(0)
@@ -94,15 +96,8 @@ def run(
     scores: list[Scores] = []
     for seed in chosen:
         fixed = (f"train.seed={seed}", f"history.context={context}", "align.steps=0", "grpo.steps=0")
-        decoders: Scores = {}
-        for name, changed in RUNS.items():
-            done = trained(runs / f"{name}-{context}-{seed}", config, preset, data, (*fixed, *changed))
-            decoders |= decoder_scores(name, done.finished_engine(None), columns, others)
-        path = runs / f"{ALONE}-{context}-{seed}"
-        make = partial(alone_logits, path, data, fixed, config, preset, columns)
-        alone = kept_logits(Path(f"{path}-{asked}.safetensors"), make)
-        decoders[ALONE] = [alone["valid"], alone["test"]]
-        decoders[ALONE + SWAPPED] = swap(decoders[ALONE], others)
+        folder = runs / f"{context}-{seed}"
+        decoders = decoder_scores(folder, data, fixed, config, preset, columns, others)
         of_language = language.get(seed, {})
         if of_language:
             of_language |= {LANGUAGE + SWAPPED: swap(of_language[LANGUAGE], others)}
@@ -115,8 +110,8 @@ def run(
         "valid": len(events[0]),
         "test": len(events[1]),
         "users": len(np.unique(log.user[events[1]])),
-        "sft_steps": done.config.sft.steps,
-        "window": done.config.history.window,
+        "sft_steps": settings.sft.steps,
+        "window": settings.history.window,
         "with_another": float(np.mean(others[1] != np.arange(len(others[1])))),
         **({"judgements": judgements, "epochs": epochs, "layers": layers} if told else {}),
         "rows": compare(scores, labels, log.user[events[1]], resamples),
@@ -154,30 +149,48 @@ def swap(scores: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> list[np.
     return [score[other] for score, other in zip(scores, others, strict=True)]
 
 
-def decoder_scores(name: str, engine: Engine, columns: Sequence[Columns], others: Sequence[np.ndarray]) -> Scores:
-    """Verdict logits of a run, or its prior's alone; also the prior with what the decoder says of others' histories."""
-    candidates = [Candidates(user, moment, np.arange(len(user) + 1), item) for user, item, moment in columns]
-    prior = [prior_logits(engine, part).astype(np.float64) for part in candidates]
-    if name == PRIOR:
-        return {name: prior}
-    whole = [candidate_logits(engine, part) for part in candidates]
-    said = swap([both - own for both, own in zip(whole, prior, strict=True)], others)
-    return {name: whole, name + SWAPPED: [own + other for own, other in zip(prior, said, strict=True)]}
-
-
-def alone_logits(
-    path: Path,
+def decoder_scores(
+    folder: Path,
     data: Path,
     settings: Sequence[str],
     config: Path | None,
     preset: str,
     columns: Sequence[Columns],
-) -> dict[str, np.ndarray]:
-    """Verdict logits of valid and test by a decoder that sees item texts, but no features of the prior."""
-    _, engine = trained_stages(path, data, (*settings, *SEES_TEXT), config, preset)
-    engine.policy.eval()
-    asked = (Candidates(user, moment, np.arange(len(user) + 1), item) for user, item, moment in columns)
-    return dict(zip(("valid", "test"), (candidate_logits(engine, part) for part in asked), strict=True))
+    others: Sequence[np.ndarray],
+) -> Scores:
+    """Logits of the verdict's prior, and of decoders with it and alone; also what decoders say of others' histories.
+
+    Runs and logits are kept in ``folder``: delete it after a change of features or of evaluation.
+    """
+    candidates = [Candidates(user, moment, np.arange(len(user) + 1), item) for user, item, moment in columns]
+    size = len(columns[1][0])
+
+    @cache
+    def fitted() -> Engine:
+        _, engine = trained_stages(folder / PRIOR, data, (*settings, "sft.steps=0"), config, preset)
+        fit_prior(engine)
+        return engine
+
+    def logits(name: str) -> dict[str, np.ndarray]:
+        if name == PRIOR:
+            found = [prior_logits(fitted(), part).astype(np.float64) for part in candidates]
+        else:
+            prior = None if name == ALONE else fitted().policy.verdict_prior
+            _, engine = trained_stages(folder / name, data, (*settings, *DECODERS[name]), config, preset, prior)
+            engine.policy.eval()
+            found = [candidate_logits(engine, part) for part in candidates]
+        return dict(zip(("valid", "test"), found, strict=True))
+
+    scores: Scores = {}
+    for name in (PRIOR, *DECODERS):
+        kept = kept_logits(folder / f"{name}-{size}.safetensors", partial(logits, name))
+        scores[name] = [kept["valid"], kept["test"]]
+        if name == ALONE:
+            scores[name + SWAPPED] = swap(scores[name], others)
+        elif name != PRIOR:
+            said = swap([both - own for both, own in zip(scores[name], scores[PRIOR], strict=True)], others)
+            scores[name + SWAPPED] = [own + other for own, other in zip(scores[PRIOR], said, strict=True)]
+    return scores
 
 
 def language_scores(
