@@ -3,12 +3,15 @@ time and no more: wall and CPU seconds, peak resident memory, and disk.
 
 Each run is a process of its own, the systems take turns, and figures are medians. The log has integer ids and no item
 table, so items lie where co-occurrence puts them. "negfast events" is `prepare` up to the written histories, without
-semantic IDs and the libraries that these need.
+semantic IDs and the libraries that these need. "first step" is `train --preset smoke` on the data set up to its first
+step, with the seconds of each part that it tells.
 """
 
 import importlib.util
 import os
+import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -49,6 +52,7 @@ with scratch_sorter(out, {bytes} - (512 << 20)) as sorter:
     write_log(out, sort_log(reader, sorter)[0], horizon=7)
 """
 POLL_SECONDS = 0.05
+PART = re.compile(r"^(.+?): (?:.*, )?([\d.]+) s$", re.MULTILINE)  # of what `train` says before its first step
 
 
 def run(events: str = "100000,1000000", memory: str = "4GB", runs: int = 3, folder: Path | None = None) -> dict:
@@ -63,10 +67,12 @@ def run(events: str = "100000,1000000", memory: str = "4GB", runs: int = 3, fold
         for size in sizes:
             log = write_log(Path(scratch) / "log", size)
             commands = _commands(log, Path(scratch) / "out", limit)
-            found: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
+            found: dict[str, list[dict[str, float]]] = {name: [] for name in (*commands, "first step")}
             for _ in range(runs):
                 for name, command in commands.items():
                     found[name].append(_measure(command, Path(scratch) / "out"))
+                    if name == "negfast":
+                        found["first step"].append(_first_step(Path(scratch) / "out"))
             rows += [{"events": size, "system": name, **_medians(figures)} for name, figures in found.items()]
             _print(rows[-len(found) :])
             shutil.rmtree(log)
@@ -88,8 +94,19 @@ def _commands(log: Path, out: Path, memory: int) -> dict[str, list[str]]:
     return commands
 
 
-def _measure(command: list[str], out: Path) -> dict[str, float]:
-    """A process's seconds, its peak memory and the most disk that it took; InputError where it fails."""
+def _first_step(data: Path) -> dict[str, float]:
+    """What it takes up to the first step of a smoke run on ``data``, and the parts before it."""
+    run = data.with_name("run")
+    command = [sys.executable, "-m", "negfast", "train", "--preset", "smoke", "--data", str(data), "--out", str(run)]
+    figures = _measure(command, run, until=run / "metrics.jsonl")
+    parts = PART.findall(data.with_name("said.txt").read_text("utf-8"))
+    shutil.rmtree(run)
+    return figures | {f"{part}, s": float(seconds) for part, seconds in parts}
+
+
+def _measure(command: list[str], out: Path, until: Path | None = None) -> dict[str, float]:
+    """A process's seconds, its peak memory and the most disk that it took; InputError where it fails. It is interrupted
+    when the file ``until`` has something in it, if given."""
     shutil.rmtree(out, ignore_errors=True)
     if command[1] == "-c":
         out.mkdir()
@@ -97,14 +114,14 @@ def _measure(command: list[str], out: Path) -> dict[str, float]:
     with out.with_name("said.txt").open("w+") as said:
         began = time.perf_counter()
         process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
-        watch = threading.Thread(target=_watch, args=(out, process.pid, most, ended))
+        watch = threading.Thread(target=_watch, args=(out, process.pid, most, ended, until))
         watch.start()
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - began
         process.returncode = os.waitstatus_to_exitcode(status)
         ended.set()
         watch.join()
-        if process.returncode:
+        if process.returncode and not (until is not None and until.is_file()):
             said.seek(0)
             raise InputError(f"{command[1:3]} failed: {' '.join(said.read().split())[-500:]}")
     figures = {
@@ -114,16 +131,19 @@ def _measure(command: list[str], out: Path) -> dict[str, float]:
         "peak_disk_mib": max(most[1], _size(out)) / 2**20,
         "disk_mib": _size(out) / 2**20,
     }
-    if command[1] == "-m":
+    if "prepare" in command:
         made = Dataset.open(out).manifest["semantic_ids"]["report"]
         figures["semantic_ids_s"] = made["embed_seconds"] + made["quantize_seconds"]
     return figures
 
 
-def _watch(out: Path, process: int, most: list[int], ended: threading.Event) -> None:
+def _watch(out: Path, process: int, most: list[int], ended: threading.Event, until: Path | None) -> None:
     """Keeps the most memory, KiB, that the process takes, and the most bytes of ``out`` or what is to become it. (What
-    `wait4` tells of memory is at least this process's own.)"""
+    `wait4` tells of memory is at least this process's own.) Interrupts it when ``until`` has something in it."""
     while not ended.wait(POLL_SECONDS):
+        if until is not None and until.is_file() and until.stat().st_size:
+            os.kill(process, signal.SIGINT)
+            until = None
         with suppress(OSError):
             status = Path(f"/proc/{process}/status").read_text("utf-8")
             most[0] = max([most[0], *(int(line.split()[1]) for line in status.splitlines() if line[:6] == "VmHWM:")])

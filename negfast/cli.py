@@ -158,8 +158,10 @@ def main() -> None:
     help="A column of the items or events: split each of its communities by its own time, the last quarter of the "
     "events for valid and test. No user and no item may be in two.",
 )  # fmt: skip
-@click.option("--levels", default=3, show_default=True, type=click.IntRange(min=1), help="Levels of the semantic IDs.")
-@click.option("--codebook", default=256, show_default=True, type=click.IntRange(2, 65_536), help="Codes a level.")
+@click.option(
+    "--levels", type=click.IntRange(min=1), help="Levels of the semantic IDs; 3, or more for millions of items."
+)
+@click.option("--codebook", type=click.IntRange(2, 65_536), help="Codes a level; 256, or more where --levels are few.")
 @click.option(
     "--quantizer", default="rq-kmeans", show_default=True,
     type=click.Choice(QUANTIZERS), help="Of semantic IDs; random is a control.",

@@ -31,20 +31,24 @@ choice). `HistoryFeatures.names` names them:
 NaN where a column is not known.
 """
 
+import os
 from collections.abc import Sequence
 from copy import deepcopy
 from functools import cached_property
 from hashlib import blake2b
+from tempfile import TemporaryFile
 
 import numpy as np
 
 from negfast import _core
 from negfast.data.items import ItemTable
-from negfast.data.log import EXPOSED, WITHDRAWN, EventLog
+from negfast.data.log import DAY, EXPOSED, WITHDRAWN, EventLog
 
 CONSTANTS: dict[str, float] = _core.FEATURE_CONSTANTS  # of the formulas in csrc/features.cpp; times in seconds
 PSEUDO_EVENTS = CONSTANTS["pseudo_events"]  # of the prior rate, mixed into every rate
 FITTED = 20_000  # items at most, the first, that the axes of the text vectors are fitted to
+REPLAYED_AT_ONCE = 1 << 18  # events
+IN_MEMORY = 1 << 28  # bytes of answers that are kept there; more lie in a nameless file of the temporary directory
 _INDICATORS = 32  # most frequent values of an attribute that get a column each
 _SIMPLE = ["item_logit_rate", "user_logit_rate", "item_log_events", "user_log_events"]
 _VALUES = ["item_mean_value", "user_mean_value", "user_spread"]
@@ -111,9 +115,11 @@ class HistoryFeatures:
         if len(self.first):
             own = (self.first_pairs[place] == self._pairs(user, item)) & (self.first_moments[place] == moment)
             if own.any():
-                out[own] = self._of_first[place[own]]
+                found, row = self._of_first
+                out[own] = found[row[place[own]]]
         if not own.all():
-            out[~own] = self._answer(user[~own], item[~own], moment[~own])
+            found, row = self._answer(user[~own], item[~own], moment[~own])
+            out[~own] = found[row]
         return out
 
     def live(self) -> "LiveFeatures":
@@ -123,18 +129,36 @@ class HistoryFeatures:
         return live
 
     @cached_property
-    def _of_first(self) -> np.ndarray:
-        """Answers float32 [F, width] to each pair's first feedback at its moment."""
+    def _of_first(self) -> tuple["np.ndarray | _RowsOnDisk", np.ndarray]:
+        """Answers to each pair's first feedback at its moment, as `_answer` gives them."""
         return self._answer(self.events[0][self.first], self.events[1][self.first], self.first_moments)
 
-    def _answer(self, user: np.ndarray, item: np.ndarray, moment: np.ndarray) -> np.ndarray:
+    def _answer(
+        self, user: np.ndarray, item: np.ndarray, moment: np.ndarray
+    ) -> tuple["np.ndarray | _RowsOnDisk", np.ndarray]:
+        """Answers float32 [Q, width] in the order of the replay, and the row of each question's, int32 [Q]."""
         order = np.lexsort((user, moment))
-        asked = user[order].astype(np.int32), item[order].astype(np.int32), moment[order].astype(np.int64)
-        found = np.empty((len(user), self.width), np.float32)
-        self._start().state.replay(*self.events, *asked, found)
-        out = np.empty_like(found)
-        out[order] = found
-        return out
+        moments, row = moment[order].astype(np.int64), np.empty(len(order), np.int32)
+        row[order] = np.arange(len(order), dtype=np.int32)
+        small = 4 * len(order) * self.width <= IN_MEMORY
+        found = np.empty((len(order), self.width), np.float32) if small else _RowsOnDisk(self.width)
+        state, time, begin = self._start().state, self.events[2], 0
+        ends = [*range(REPLAYED_AT_ONCE, len(time), REPLAYED_AT_ONCE), len(time)]
+        for first, last in zip([0, *ends[:-1]], ends, strict=True):
+            end = len(order)
+            if last < len(time):  # questions of later moments may be about events to come
+                now = time[last - 1] // DAY * DAY if self.context == "day" else time[last - 1]
+                end = int(np.searchsorted(moments, now, side="right"))
+            rows = order[begin:end]
+            asked = user[rows].astype(np.int32), item[rows].astype(np.int32), moments[begin:end]
+            answers = (
+                found[begin:end] if isinstance(found, np.ndarray) else np.empty((len(rows), self.width), np.float32)
+            )
+            state.replay(*(column[first:last] for column in self.events), *asked, answers)
+            if isinstance(found, _RowsOnDisk):
+                found.append(answers)
+            begin = end
+        return found, row
 
     def _start(self) -> "LiveFeatures":
         """What is known before the first event."""
@@ -179,6 +203,25 @@ class LiveFeatures:
         columns = self.item_side.arrays(items)
         self.state.add_values(*(column[known:] for column in self.item_side.value_columns()))
         self.state.add_items(keys_of(items.ids), *columns)
+
+
+class _RowsOnDisk:
+    """Rows float32 [N, width] in a nameless file; not mapped, as pages that were read would count as memory."""
+
+    def __init__(self, width: int) -> None:
+        self.width, self.file = width, TemporaryFile(buffering=0)  # noqa: SIM115
+
+    def append(self, rows: np.ndarray) -> None:
+        view = memoryview(rows.reshape(-1).view(np.uint8))
+        while len(view):
+            view = view[self.file.write(view) :]
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        out = np.empty((len(rows), self.width), np.float32)
+        for place, row in enumerate(rows.tolist()):
+            if os.preadv(self.file.fileno(), [out[place]], row * out.strides[0]) != out.strides[0]:
+                raise OSError("features: the temporary file was cut short")
+        return out
 
 
 class _ItemSide:

@@ -1,11 +1,14 @@
 """The event log in memory: every user's history, one array a column."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 EXPOSED, LIKE, DISLIKE, WITHDRAWN = 0, 1, 2, 3  # WITHDRAWN takes the user's like or dislike of the item back
 DAY = 86_400  # seconds; days are counted in UTC
+BLOCK_EVENTS = 1 << 20  # of the users that are looked at together
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class Cuts:
     valid_day: int  # days since 1970
     moments: np.ndarray  # int64 [U, 3], seconds: valid begins, test begins, the community's last day is over
 
-    def take(self, users: np.ndarray) -> "Cuts":
+    def take(self, users: np.ndarray | slice) -> "Cuts":
         return Cuts(self.valid_day, self.moments[users])
 
 
@@ -82,6 +85,57 @@ class EventLog:
         exposed, likes, dislikes, withdrawn = np.bincount(self.feedback, minlength=4).tolist()
         counts = {"dislikes": dislikes, "likes": likes, "exposed": exposed}
         return counts | {"withdrawn": withdrawn} if withdrawn else counts
+
+    @property
+    def pair(self) -> np.ndarray:
+        """user * I + item of every event, int64 [N]."""
+        return self.user.astype(np.int64) * self.n_items + self.item
+
+    def by_pair(self, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """`pair` of the events at ``rows`` int64, ascending (default: all), sorted, and the rows in that order; the
+        events of a pair stay in theirs."""
+        pair = self.pair if rows is None else self.pair[rows]
+        bits = len(pair).bit_length()
+        if self.n_users * self.n_items >= 1 << (63 - bits):
+            order = np.argsort(pair, kind="stable")
+            pair = pair[order]
+        else:  # values sort several times as fast as places
+            pair = pair << bits | np.arange(len(pair))
+            pair.sort()
+            pair, order = pair >> bits, pair & ((1 << bits) - 1)
+        return pair, order if rows is None else rows[order]
+
+    @cached_property
+    def first_judged(self) -> np.ndarray:
+        """Whether an event is the first like or dislike of its user-item pair, bool [N]."""
+        found = np.zeros(len(self), bool)
+        for first, block in self.blocks():
+            pair, row = block.by_pair(np.flatnonzero(block.judged))
+            found[self.user_offsets[first] + row[np.diff(pair, prepend=-1) > 0]] = True
+        return found
+
+    def blocks(self) -> Iterator[tuple[int, "EventLog"]]:
+        """The log some users at a time, those of about `BLOCK_EVENTS` events: the first of them, and their log, of
+        views; users without events at the end are left out."""
+        first, offsets = 0, self.user_offsets
+        while offsets[first] < len(self):
+            stop = max(int(np.searchsorted(offsets, offsets[first] + BLOCK_EVENTS, side="right")) - 1, first + 1)
+            users, own = slice(first, stop), slice(offsets[first], offsets[stop])
+            value = None if self.value is None else self.value[own]
+            columns = self.item[own], self.feedback[own], self.time[own], value
+            cuts = None if self.cuts is None else self.cuts.take(users)
+            if own.stop > own.start:
+                yield first, EventLog(offsets[first : stop + 1] - offsets[first], *columns, self.n_items, cuts)
+            first = stop
+
+    def of_users(self, users: np.ndarray) -> tuple["EventLog", np.ndarray]:
+        """The log of ``users`` int [B] alone, who are 0 to B - 1 there, and the row of each of its events here."""
+        begin, counts = self.user_offsets[users], self.user_offsets[users + 1] - self.user_offsets[users]
+        offsets = np.append(0, np.cumsum(counts))
+        rows = np.arange(offsets[-1]) + np.repeat(begin - offsets[:-1], counts)
+        value = None if self.value is None else self.value[rows]
+        columns = self.item[rows], self.feedback[rows], self.time[rows], value
+        return EventLog(offsets, *columns, self.n_items, None if self.cuts is None else self.cuts.take(users)), rows
 
     def repeats(self) -> np.ndarray:
         """Whether an event repeats an earlier one of its user and second in every column, bool [N]."""

@@ -20,6 +20,7 @@ TOP = 50
 MIN_USERS = 2
 EXACT_ITEMS = 1 << 15
 CELLS_VISITED, CELL_ROUNDS, POINTS_PER_CELL = 8, 5, 40  # of the k-means cells of more items (negfast's choice)
+ADDED_AT_ONCE = 1 << 16  # items, to the index
 CONTENT_THRESHOLD = 0.8  # least cosine of content neighbours (negfast's choice)
 _COUNT_SHRINKAGE, _MARGIN_SHRINKAGE = 5.0, 3.0
 
@@ -70,39 +71,61 @@ def similarity_rows(neighbours: Neighbours, users: np.ndarray, items: np.ndarray
     )
 
 
-def content_neighbours(
-    embedding: np.ndarray, threshold: float = CONTENT_THRESHOLD, top: int = TOP
-) -> tuple[np.ndarray, np.ndarray]:
-    """Items of cosine >= ``threshold``, best first: ids int32 [I, top] (-1 padded), cosine float32 [I, top] (0 padded).
+class ContentNeighbours:
+    """Items of cosine >= ``threshold``, best first: asked with items int [N], it tells ids int32 [N, top] (-1 padded)
+    and cosine float32 [N, top] (0 padded).
 
-    Exact search up to `EXACT_ITEMS` items, whose time is quadratic in them; among more only the nearest `CELLS_VISITED`
-    of k-means cells are searched, which misses some. An item with a zero embedding has no neighbours.
+    Exact search up to `EXACT_ITEMS` items, whose time is quadratic in them. Among more, neighbours are searched when
+    asked for, in the nearest `CELLS_VISITED` of k-means cells, which misses some. An item with a zero embedding has no
+    neighbours.
     """
-    norm = np.linalg.norm(embedding, axis=1, keepdims=True)
-    unit = np.ascontiguousarray(embedding / np.where(norm > 0, norm, 1), dtype=np.float32)
-    index: faiss.Index = faiss.IndexFlatIP(unit.shape[1])
-    if len(unit) > EXACT_ITEMS:
-        cells = faiss.IndexIVFFlat(index, unit.shape[1], 2 * int(len(unit) ** 0.5), faiss.METRIC_INNER_PRODUCT)
-        cells.cp.niter, cells.nprobe = CELL_ROUNDS, CELLS_VISITED
-        cells.train(unit[:: max(1, len(unit) // (POINTS_PER_CELL * cells.nlist))])
-        index = cells
-    index.add(unit)
-    cosine, ids = index.search(unit, min(top + 1, len(unit)))
-    itself = ids == np.arange(len(unit))[:, None]
-    near = (ids >= 0) & (cosine >= threshold) & (norm > 0) & (norm[ids, 0] > 0) & ~itself
-    order = np.argsort(~near, axis=1, kind="stable")[:, :top]  # those that stay, in their order
-    out_ids = np.full((len(unit), top), -1, dtype=np.int32)
-    out_cosine = np.zeros((len(unit), top), dtype=np.float32)
-    kept = np.take_along_axis(near, order, axis=1)
-    width = order.shape[1]
-    out_ids[:, :width] = np.where(kept, np.take_along_axis(ids, order, axis=1), -1)
-    out_cosine[:, :width] = np.where(kept, np.take_along_axis(cosine, order, axis=1), 0)
-    return out_ids, np.minimum(out_cosine, np.float32(1))
+
+    def __init__(self, embedding: np.ndarray, threshold: float = CONTENT_THRESHOLD, top: int = TOP) -> None:
+        """``embedding`` float32 [I, D]."""
+        self.embedding, self.threshold, self.top = embedding, threshold, top
+        self.norm = np.linalg.norm(embedding, axis=1)
+        self.index: faiss.Index = faiss.IndexFlatIP(embedding.shape[1])
+        large = len(embedding) > EXACT_ITEMS
+        if large:
+            cells = faiss.IndexIVFFlat(
+                self.index, embedding.shape[1], 2 * int(len(embedding) ** 0.5), faiss.METRIC_INNER_PRODUCT
+            )
+            cells.cp.niter, cells.nprobe = CELL_ROUNDS, CELLS_VISITED
+            step = max(1, len(embedding) // (POINTS_PER_CELL * cells.nlist))
+            cells.train(self._unit(np.arange(0, len(embedding), step)))
+            self.index = cells
+        for first in range(0, len(embedding), ADDED_AT_ONCE):
+            self.index.add(self._unit(np.arange(first, min(first + ADDED_AT_ONCE, len(embedding)))))
+        self._table = None if large else self._search(np.arange(len(embedding)))
+
+    def __call__(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if self._table is not None:
+            return self._table[0][items], self._table[1][items]
+        distinct, place = np.unique(items, return_inverse=True)
+        ids, cosine = self._search(distinct)
+        return ids[place], cosine[place]
+
+    def _unit(self, items: np.ndarray) -> np.ndarray:
+        norm = self.norm[items, None]
+        return np.ascontiguousarray(self.embedding[items] / np.where(norm > 0, norm, 1), dtype=np.float32)
+
+    def _search(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        cosine, ids = self.index.search(self._unit(items), min(self.top + 1, len(self.norm)))
+        itself, known = ids == items[:, None], self.norm > 0
+        near = (ids >= 0) & (cosine >= self.threshold) & known[items, None] & known[ids] & ~itself
+        order = np.argsort(~near, axis=1, kind="stable")[:, : self.top]  # those that stay, in their order
+        out_ids = np.full((len(items), self.top), -1, dtype=np.int32)
+        out_cosine = np.zeros((len(items), self.top), dtype=np.float32)
+        kept = np.take_along_axis(near, order, axis=1)
+        width = order.shape[1]
+        out_ids[:, :width] = np.where(kept, np.take_along_axis(ids, order, axis=1), -1)
+        out_cosine[:, :width] = np.where(kept, np.take_along_axis(cosine, order, axis=1), 0)
+        return out_ids, np.minimum(out_cosine, np.float32(1))
 
 
 def soft_similarity(
     neighbours: Neighbours,
-    content: tuple[np.ndarray, np.ndarray] | None,
+    content: ContentNeighbours | None,
     users: np.ndarray,
     generated: np.ndarray,
     dislike_offsets: np.ndarray,
@@ -111,13 +134,12 @@ def soft_similarity(
     """The largest s_u(i, j) over j in the request's F, float32 [R, K], for generated items i int32 [R, K] (-1: 0).
 
     F of request r is ``dislikes[dislike_offsets[r]:dislike_offsets[r + 1]]``. A pair whose s_u is 0 takes its
-    content similarity from ``content_neighbours``, if given and there; an item is no neighbour of itself.
+    content similarity from ``content``, if given and there; an item is no neighbour of itself.
     """
     row = np.repeat(np.arange(len(users)), np.diff(dislike_offsets))
     ids, similarity = similarity_rows(neighbours, users[row], dislikes)
-    if content is None:
-        content = (np.empty((len(neighbours.ids), 0), dtype=np.int32), np.empty((len(neighbours.ids), 0), np.float32))
-    near = (ids, similarity, content[0][dislikes], content[1][dislikes])
+    none = np.empty((len(dislikes), 0), np.int32), np.empty((len(dislikes), 0), np.float32)
+    near = (ids, similarity, *(none if content is None else content(dislikes)))
     return _best_of_future(*near, np.asarray(dislike_offsets, dtype=np.int64), generated, len(neighbours.ids))
 
 

@@ -6,15 +6,18 @@ section 2: the future dislikes F hold the distinct items that the user had no ev
 dislikes within the horizon; the future likes P the same for likes; an item in both counts as F only.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
-from negfast.data.log import DAY, DISLIKE, LIKE, EventLog
+from negfast.data.log import BLOCK_EVENTS, DAY, DISLIKE, LIKE, EventLog
 from negfast.errors import InputError
 
 WEEK = 7  # days of a block of the primary test set
 NEVER = np.iinfo(np.int64).max // 2  # a day after every other one; halved so that adding to it cannot overflow
+F_AHEAD, P_AHEAD = 1, 2  # bits: a request has future dislikes, future likes
 
 
 @dataclass(frozen=True)
@@ -53,15 +56,65 @@ class Requests:
 
 
 @dataclass(frozen=True)
+class UserDays:
+    """R requests sorted by (day, user), whose futures are made of the users' histories when they are taken: all futures
+    at once take more memory than the log.
+    """
+
+    log: EventLog
+    horizon: int  # days
+    user: np.ndarray  # int32 [R]
+    day: np.ndarray  # int32 [R], days since 1970
+    ahead: np.ndarray  # uint8 [R], F_AHEAD | P_AHEAD
+    next_only: bool = False  # F holds the item disliked first alone, see `only_next`
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    @property
+    def has_dislikes(self) -> np.ndarray:
+        """Whether F is non-empty, bool [R]."""
+        return self.ahead & F_AHEAD > 0
+
+    @property
+    def moment(self) -> np.ndarray:
+        """As `Requests.moment`."""
+        return (self.day.astype(np.int64) + 1) * DAY
+
+    def only(self, rows: np.ndarray) -> "UserDays":
+        """Those at ``rows`` (ascending indices or a bool mask)."""
+        return replace(self, user=self.user[rows], day=self.day[rows], ahead=self.ahead[rows])
+
+    def take(self, rows: np.ndarray | None = None) -> Requests:
+        """The requests at ``rows`` (indices or a bool mask) in the order given, all by default, with their futures."""
+        rows = np.arange(len(self)) if rows is None else np.flatnonzero(rows) if rows.dtype == bool else rows
+        users, owner = np.unique(self.user[rows], return_inverse=True)
+        sizes = self.log.user_offsets[users + 1] - self.log.user_offsets[users]
+        block_of = (np.cumsum(sizes) // BLOCK_EVENTS)[owner] if len(users) else owner
+        order = np.argsort(block_of, kind="stable")
+        parts = []
+        for mine in np.split(order, np.flatnonzero(np.diff(block_of[order])) + 1):
+            some, local = np.unique(self.user[rows[mine]], return_inverse=True)
+            log, _ = self.log.of_users(some)
+            every = all_requests(log, self.horizon) if len(log) else _no_requests()
+            key = every.day.astype(np.int64) * len(some) + every.user  # ascending
+            place = np.searchsorted(key, self.day[rows[mine]].astype(np.int64) * len(some) + local)
+            found = every.take(place)
+            found = only_next(log, found) if self.next_only else found
+            parts.append(replace(found, user=some[found.user].astype(np.int32)))
+        return _joined(parts).take(np.argsort(order)) if len(parts) > 1 else parts[0]
+
+
+@dataclass(frozen=True)
 class Split:
     """Every active user-day, also those with an empty future, split by time.
 
     Where valid and test begin is the same for all users, or each community's own (`negfast.data.log.Cuts`).
     """
 
-    train: Requests  # whose future ends before valid begins
-    valid: Requests  # whose context reaches into valid and whose future ends before test begins
-    test: Requests  # whose context reaches into test and whose future ends with the log
+    train: UserDays  # whose future ends before valid begins
+    valid: UserDays  # whose context reaches into valid and whose future ends before test begins
+    test: UserDays  # whose context reaches into test and whose future ends with the log
     valid_day: int  # days since 1970
     test_day: int
     horizon: int  # days
@@ -87,9 +140,9 @@ class DayCounts:
 
     def add(self, log: EventLog) -> None:
         """Counts users of whom this is all that they did."""
-        _, day, has_dislikes = request_days(log, self.horizon)
+        _, day, ahead = request_days(log, self.horizon)
         self.active[:] += np.bincount(day - self.first, minlength=len(self.active))
-        self.with_dislikes[:] += np.bincount(day[has_dislikes] - self.first, minlength=len(self.active))
+        self.with_dislikes[:] += np.bincount(day[ahead & F_AHEAD > 0] - self.first, minlength=len(self.active))
 
     def parts(self, valid_day: int, test_day: int) -> dict[str, tuple[int, int]]:
         """Requests of train, valid and test, and how many of them have dislikes. Raises InputError as
@@ -101,28 +154,15 @@ class DayCounts:
 
 
 def request_days(log: EventLog, horizon: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The user and day of every request, int64 [R] in the order of both, and whether its F is not empty, bool [R]:
-    what `all_requests` says of them, without the items."""
-    low = int(log.day.min())
-    day = log.day.astype(np.int64) - low
-    span = int(day.max()) + 1
-    key = log.user.astype(np.int64) * span + day
-    active = key[np.append(True, key[1:] != key[:-1])]  # (user, day), ascending as the log is
-    pair = log.user.astype(np.int64) * log.n_items + log.item
-    disliked = np.flatnonzero(log.feedback == DISLIKE)
-    pairs, first_dislike = np.unique(pair[disliked], return_index=True)
-    first_dislike = day[disliked[first_dislike]]
-    place = np.minimum(np.searchsorted(pairs, pair), max(len(pairs) - 1, 0))
-    events = np.flatnonzero(pairs[place] == pair) if len(pairs) else disliked
-    first = np.full(len(pairs), NEVER)
-    np.minimum.at(first, place[events], day[events])
-    # The item is ahead from `horizon` days before its first dislike to its first event; see `all_requests`.
-    user = pairs // log.n_items * span
-    begin = np.searchsorted(active, user + np.maximum(first_dislike - horizon, 0))
-    end = np.searchsorted(active, user + first)
-    some, size = end > begin, len(active) + 1
-    opened = np.bincount(begin[some], minlength=size) - np.bincount(end[some], minlength=size)
-    return active // span, active % span + low, np.cumsum(opened)[:-1] > 0
+    """The user and day of every request, int64 [R] in the order of both, and what its future holds, uint8 [R] of
+    F_AHEAD | P_AHEAD: what `all_requests` says of them, without the items."""
+    user, day, *spans = _ahead(log, horizon)
+    ahead = np.zeros(len(user), np.uint8)
+    for bit, span in zip((F_AHEAD, P_AHEAD), spans, strict=True):
+        some, size = span.end > span.begin, len(user) + 1
+        opened = np.bincount(span.begin[some], minlength=size) - np.bincount(span.end[some], minlength=size)
+        ahead |= np.where(np.cumsum(opened)[:-1] > 0, np.uint8(bit), np.uint8(0))
+    return user, day, ahead
 
 
 def part_masks(
@@ -174,13 +214,24 @@ def split_requests(log: EventLog, horizon: int, valid_day: int, test_day: int) -
         raise InputError(f"split: found valid day {valid_day} not before test day {test_day}")
     if len(log) == 0:
         raise InputError("event log: found no events, expected at least one")
-    requests = all_requests(log, horizon)
-    last_day = int(log.day.max())
-    masks = user_part_masks(log, requests.user, requests.day, horizon, valid_day, test_day, last_day)
-    parts = {name: requests.take(mask) for name, mask in masks.items()}
+    days = user_days(log, horizon)
+    first_day, last_day = int(days.day[0]), int(days.day[-1])
+    masks = user_part_masks(log, days.user, days.day, horizon, valid_day, test_day, last_day)
+    parts = {name: days.only(mask) for name, mask in masks.items()}
     counts = {name: (len(part), int(part.has_dislikes.sum())) for name, part in parts.items()}
-    refuse_empty_parts(counts, horizon, int(log.day.min()), last_day, valid_day, test_day)
+    refuse_empty_parts(counts, horizon, first_day, last_day, valid_day, test_day)
     return Split(**parts, valid_day=valid_day, test_day=test_day, horizon=horizon)
+
+
+def user_days(log: EventLog, horizon: int) -> UserDays:
+    """Every active user-day of the log, also where the log ends within the horizon; some users at a time."""
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    for first, block in log.blocks():
+        user, day, ahead = request_days(block, horizon)
+        parts.append(((user + first).astype(np.int32), day.astype(np.int32), ahead))
+    user, day, ahead = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.argsort((day - day.min()).astype(np.uint16), kind="stable")  # a radix sort; 65,536 days are 179 years
+    return UserDays(log, horizon, user[order], day[order], ahead[order])
 
 
 def all_requests(log: EventLog, horizon: int) -> Requests:
@@ -189,35 +240,17 @@ def all_requests(log: EventLog, horizon: int) -> Requests:
     With first day f of a user-item pair and first dislike day g, the item is in F(u, d) exactly when
     d < f and g <= d + horizon: nothing before f is a dislike, so g is the first one after d too.
     """
-    user, item, first, disliked, liked = _pairs(log)
-    days = log.day.astype(np.int64)
-    low, span = int(days.min()) - horizon - 1, int(days.max() - days.min()) + 2 * horizon + 3
-    active = np.unique(log.user.astype(np.int64) * span + (days - low))  # (user, day) keys, ascending
-    base = user * span - low  # key of day d of a pair's user is base + d
-
-    def rows_between(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(request row, item) of every active day in [start, stop) of each pair; start may be NEVER."""
-        begin = np.searchsorted(active, base + np.minimum(start, stop))
-        counts = np.searchsorted(active, base + stop) - begin
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        return np.repeat(begin, counts) + within, np.repeat(item, counts)
-
-    dislike_rows = rows_between(disliked - horizon, first)
-    like_rows = rows_between(liked - horizon, np.minimum(disliked - horizon, first))
-    request_user, request_day = active // span, active % span + low
-    order = np.lexsort((request_user, request_day))
+    user, day, *spans = _ahead(log, horizon)
+    order = np.lexsort((user, day))
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
-    dislike_offsets, dislikes = _ragged(rank[dislike_rows[0]], dislike_rows[1], len(active))
-    like_offsets, likes = _ragged(rank[like_rows[0]], like_rows[1], len(active))
-    return Requests(
-        user=request_user[order].astype(np.int32),
-        day=request_day[order].astype(np.int32),
-        dislike_offsets=dislike_offsets,
-        dislikes=dislikes,
-        like_offsets=like_offsets,
-        likes=likes,
-    )
+    ragged: list[np.ndarray] = []
+    for begin, end, item in spans:
+        counts = np.maximum(end - begin, 0)
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        rows = np.repeat(begin, counts) + within
+        ragged += _ragged(rank[rows], np.repeat(item, counts), len(user))
+    return Requests(user[order].astype(np.int32), day[order].astype(np.int32), *ragged)
 
 
 def first_of_week(requests: Requests, start_day: int) -> np.ndarray:
@@ -232,9 +265,7 @@ def first_of_week(requests: Requests, start_day: int) -> np.ndarray:
 
 def first_feedback(log: EventLog) -> np.ndarray:
     """The event rows of the first like or dislike of each user-item pair, int64, ascending."""
-    rows = np.flatnonzero(log.judged)
-    _, first = np.unique(log.user[rows].astype(np.int64) * log.n_items + log.item[rows], return_index=True)
-    return rows[np.sort(first)]
+    return np.flatnonzero(log.first_judged)
 
 
 def sample_pairs(user: np.ndarray, item: np.ndarray, most: int) -> np.ndarray:
@@ -254,9 +285,11 @@ def sample_pairs(user: np.ndarray, item: np.ndarray, most: int) -> np.ndarray:
 def first_dislike_events(log: EventLog, user: np.ndarray, item: np.ndarray) -> np.ndarray:
     """The event row of the first dislike of each (user, item), which must exist; of an item of F it is the one
     within the horizon, as nothing came before."""
-    rows = np.flatnonzero(log.feedback == DISLIKE)
-    keys, first = np.unique(log.user[rows].astype(np.int64) * log.n_items + log.item[rows], return_index=True)
-    return rows[first[np.searchsorted(keys, user.astype(np.int64) * log.n_items + item)]]
+    users, user = np.unique(user, return_inverse=True)
+    theirs, row = log.of_users(users)
+    rows = np.flatnonzero(theirs.feedback == DISLIKE)
+    keys, first = np.unique(theirs.pair[rows], return_index=True)
+    return row[rows[first[np.searchsorted(keys, user * log.n_items + item)]]]
 
 
 def next_dislikes(log: EventLog, requests: Requests) -> np.ndarray:
@@ -274,14 +307,60 @@ def only_next(log: EventLog, requests: Requests) -> Requests:
     return replace(requests, dislike_offsets=offsets, dislikes=next_dislikes(log, requests.take(some)))
 
 
-def _pairs(log: EventLog) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The distinct pairs: user, item, and the days of the first event, dislike and like (NEVER if none)."""
-    key, pair = np.unique(log.user.astype(np.int64) * log.n_items + log.item, return_inverse=True)
-    first, disliked, liked = np.full((3, len(key)), NEVER)
-    every = np.ones(len(log), bool)
-    for days, rows in ((first, every), (disliked, log.feedback == DISLIKE), (liked, log.feedback == LIKE)):
-        np.minimum.at(days, pair[rows], log.day[rows])
-    return key // log.n_items, (key % log.n_items).astype(np.int32), first, disliked, liked
+class _Span(NamedTuple):
+    """Pairs whose item is ahead of the requests begin:end in the order of (user, day), of none where end <= begin."""
+
+    begin: np.ndarray  # int64
+    end: np.ndarray  # int64
+    item: np.ndarray  # int32
+
+
+def _ahead(log: EventLog, horizon: int) -> tuple[np.ndarray, np.ndarray, _Span, _Span]:
+    """User and day of every request, int64 [R] in the order of both, and of which of them each pair's item is in F, and
+    in P; see `all_requests`."""
+    days = log.day.astype(np.int64)
+    low, span = int(days.min()) - horizon - 1, int(days.max() - days.min()) + horizon + 2
+    key = log.user.astype(np.int64) * span + (days - low)
+    opens = np.append(True, key[1:] != key[:-1])
+    active, request = key[opens], np.cumsum(opens) - 1  # (user, day), ascending as the log is
+    pair, row = log.by_pair()
+    begins = np.append(True, pair[1:] != pair[:-1])
+    number, feedback = np.cumsum(begins) - 1, log.feedback[row]
+    first = request[row[begins]]  # before it, the item is unseen
+
+    def from_horizon(kind: int) -> tuple[np.ndarray, np.ndarray]:
+        """Pairs with feedback of the kind, and the first request within the horizon of the first such feedback."""
+        rows = np.flatnonzero(feedback == kind)
+        rows = rows[np.diff(number[rows], prepend=-1) > 0]
+        return number[rows], np.searchsorted(active, key[row[rows]] - horizon)
+
+    disliked, dislike_begin = from_horizon(DISLIKE)
+    liked, like_begin = from_horizon(LIKE)
+    like_end = first.copy()
+    like_end[disliked] = np.minimum(dislike_begin, first[disliked])  # from there on it is in F
+    item = log.item[row[begins]]
+    return (
+        active // span,
+        active % span + low,
+        _Span(dislike_begin, first[disliked], item[disliked]),
+        _Span(like_begin, like_end[liked], item[liked]),
+    )
+
+
+def _no_requests() -> Requests:
+    none = np.zeros(0, np.int32)
+    return Requests(none, none, np.zeros(1, np.int64), none, np.zeros(1, np.int64), none)
+
+
+def _joined(parts: Sequence[Requests]) -> Requests:
+    """Requests one after the other, in no order."""
+    ragged = []
+    for name in ("dislike", "like"):
+        counts = [np.diff(getattr(part, f"{name}_offsets")) for part in parts]
+        ragged += [np.append(0, np.cumsum(np.concatenate(counts)))]
+        ragged += [np.concatenate([getattr(part, f"{name}s") for part in parts])]
+    user, day = (np.concatenate([getattr(part, name) for part in parts]) for name in ("user", "day"))
+    return Requests(user, day, *ragged)
 
 
 def _ragged(rows: np.ndarray, items: np.ndarray, n_rows: int) -> tuple[np.ndarray, np.ndarray]:

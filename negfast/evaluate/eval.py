@@ -13,7 +13,7 @@ import numpy as np
 
 from negfast.data.dataset import Dataset, date_of
 from negfast.data.log import EventLog
-from negfast.data.neighbours import co_dislike_neighbours, soft_similarity
+from negfast.data.neighbours import soft_similarity
 from negfast.data.split import Requests
 from negfast.errors import InputError
 from negfast.evaluate.baselines import baseline_predictions
@@ -152,11 +152,10 @@ def alignment_section(run: RunFolder) -> str:
 
 def similarity_of(engine: Engine) -> Similarity:
     """s_u(i, j) of the soft metrics: co-dislikes of other users before T_valid, else content."""
-    neighbours = co_dislike_neighbours(engine.log, engine.data.valid_day)
 
     def similarity(requests: Requests, generated: np.ndarray) -> np.ndarray:
         return soft_similarity(
-            neighbours, engine.content, requests.user, generated, requests.dislike_offsets, requests.dislikes
+            engine.co_dislikes, engine.content, requests.user, generated, requests.dislike_offsets, requests.dislikes
         )
 
     return similarity

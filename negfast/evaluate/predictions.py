@@ -8,7 +8,7 @@ from sklearn.linear_model import LogisticRegression
 
 from negfast.data.log import EXPOSED, EventLog, history_ends
 from negfast.data.split import Requests, sample_pairs
-from negfast.evaluate.sets import POOL, EvalSet, check_choosable
+from negfast.evaluate.sets import POOL, ChoosingSet, EvalSet, check_choosable
 from negfast.model.histories import MIXED
 from negfast.runtime.engine import Engine
 from negfast.runtime.generation import generate
@@ -47,7 +47,9 @@ def threshold_for_share(score: np.ndarray, share: float = 0.1) -> float:
     return float(values[::-1][np.argmin(np.abs(at_or_above[::-1] - share))])
 
 
-def filter_logits(engine: Engine, evalset: EvalSet, view: int = MIXED, rows: np.ndarray | None = None) -> np.ndarray:
+def filter_logits(
+    engine: Engine, evalset: ChoosingSet, view: int = MIXED, rows: np.ndarray | None = None
+) -> np.ndarray:
     """Verdict logits of the filter events, or of those at ``rows`` int64 [E] alone; float64 [E]."""
     columns = (evalset.filter_user, evalset.filter_moment, evalset.filter_item)
     user, moment, item = columns if rows is None else (column[rows] for column in columns)
@@ -68,7 +70,7 @@ def pool_logits(engine: Engine, evalset: EvalSet) -> np.ndarray:
     return out.reshape(-1, POOL)
 
 
-def calibrate(engine: Engine, valid: EvalSet) -> Calibration:
+def calibrate(engine: Engine, valid: ChoosingSet) -> Calibration:
     """Fits the scaling and the threshold on the valid filter events, at most `MEASURED_AT_MOST` of them; InputError
     where one kind is missing."""
     check_choosable(valid)

@@ -6,7 +6,14 @@ import numba
 import numpy as np
 
 from negfast.data.log import DISLIKE, EventLog, past_dislikes
-from negfast.data.split import Requests, Split, first_dislike_events, first_feedback, first_of_week, next_dislikes
+from negfast.data.split import (
+    Requests,
+    Split,
+    UserDays,
+    first_dislike_events,
+    first_of_week,
+    next_dislikes,
+)
 from negfast.errors import InputError
 from negfast.runtime.engine import Engine
 
@@ -14,24 +21,31 @@ POOL = 100  # the disliked item and 99 others
 
 
 @dataclass(frozen=True)
-class EvalSet:
-    """R requests with future dislikes, E filter events, N matched pools.
+class ChoosingSet:
+    """What training asks of valid: R requests with future dislikes, E filter events.
 
-    The context of a request and its pools is what came before ``requests.moment``; that of a filter event what came
-    before ``filter_moment``. Users are indices in the log.
+    The context of a request is what came before its moment; that of a filter event what came before
+    ``filter_moment``. Users are indices in the log.
     """
 
     name: str  # "valid" or "test"
     context: str  # of the filter: "day" or "event"
-    requests: Requests  # R requests with non-empty F, sorted by (day, user)
-    primary: np.ndarray  # bool [R], a user's first such request of each week
-    next_dislike: np.ndarray  # int32 [R], the item of F disliked first (of equal times the first in the log)
-    past_dislike: np.ndarray  # bool [R], whether the user disliked anything up to t
-    cold_item: np.ndarray  # bool [I], no event before the valid day
+    asked: UserDays  # R requests with non-empty F, sorted by (day, user)
     filter_user: np.ndarray  # int32 [E]
     filter_item: np.ndarray  # int32 [E]
     filter_moment: np.ndarray  # int64 [E], of the event in the context, itself not seen (`EventLog.moments`)
     filter_dislike: np.ndarray  # bool [E], the label
+
+
+@dataclass(frozen=True)
+class EvalSet(ChoosingSet):
+    """The same with the requests' futures, and N matched pools, which have the context of their request."""
+
+    requests: Requests  # ``asked``
+    primary: np.ndarray  # bool [R], a user's first such request of each week
+    next_dislike: np.ndarray  # int32 [R], the item of F disliked first (of equal times the first in the log)
+    past_dislike: np.ndarray  # bool [R], whether the user disliked anything up to t
+    cold_item: np.ndarray  # bool [I], no event before the valid day
     filter_past_dislike: np.ndarray  # bool [E], whether the user disliked anything before that moment
     pool_request: np.ndarray  # int32 [N], row of ``requests`` whose context counts
     pool_items: np.ndarray  # int32 [N, POOL], the disliked item first
@@ -54,47 +68,32 @@ class EvalSet:
         return self.requests.moment[self.pool_request]
 
 
+def valid_set(engine: Engine) -> ChoosingSet:
+    """What training asks of valid, in the engine's context."""
+    return choosing_set(engine.log, engine.split, "valid", engine.config.history.context)
+
+
 def engine_set(engine: Engine, name: str) -> EvalSet:
     """The evaluation set of split ``name`` of the engine's data, in its context."""
     return evaluation_set(engine.log, engine.split, name, context=engine.config.history.context)
 
 
 def evaluation_set(log: EventLog, split: Split, name: str, seed: int = 0, context: str = "day") -> EvalSet:
-    """Makes the evaluation set of split ``name`` ("valid" or "test"), its filter in ``context`` ("day" or "event").
-
-    Filter events are the first like or dislike of each user-item pair from the split's first day on, for valid
-    up to the test day; a mere exposure is neither and is not scored (negfast's choice). Every distinct (user,
-    item of F) gives a pool, with the context of the latest request that has it in F. Raises InputError where the split
-    has no filter event.
-    """
-    start = {"valid": split.valid_day, "test": split.test_day}[name]
-    asked = ~log.before(start)
-    if name == "valid":
-        asked &= log.before(split.test_day)
-    requests: Requests = getattr(split, name)
-    requests = requests.take(requests.has_dislikes)
-    events = first_feedback(log)
-    events = events[asked[events]]
-    if len(events) == 0:
-        raise InputError(f"evaluation: {name} has no first like or dislike, expected at least one")
-    moments = log.moments(context)
-    events = events[np.lexsort((log.item[events], log.user[events], moments[events]))]
+    """Makes the evaluation set of split ``name``: its `choosing_set`, and a pool of every distinct (user, item of F),
+    with the context of the latest request that has it in F. Raises InputError where the split has no filter event."""
+    chosen = choosing_set(log, split, name, context)
+    requests = chosen.asked.take()
     cold = np.ones(log.n_items, dtype=bool)
     cold[log.item[log.before(split.valid_day)]] = False
     pool_request, pool_items, redrawn, dropped = _pools(log, requests, seed)
     return EvalSet(
-        name=name,
-        context=context,
+        **vars(chosen),
         requests=requests,
-        primary=first_of_week(requests, start),
+        primary=first_of_week(requests, _start(split, name)),
         next_dislike=next_dislikes(log, requests),
         past_dislike=past_dislikes(log, requests.user, requests.moment) > 0,
         cold_item=cold,
-        filter_user=log.user[events],
-        filter_item=log.item[events],
-        filter_moment=moments[events],
-        filter_dislike=log.feedback[events] == DISLIKE,
-        filter_past_dislike=past_dislikes(log, log.user[events], moments[events]) > 0,
+        filter_past_dislike=past_dislikes(log, chosen.filter_user, chosen.filter_moment) > 0,
         pool_request=pool_request,
         pool_items=pool_items,
         pools_redrawn=redrawn,
@@ -102,13 +101,44 @@ def evaluation_set(log: EventLog, split: Split, name: str, seed: int = 0, contex
     )
 
 
-def check_choosable(valid: EvalSet) -> None:
+def choosing_set(log: EventLog, split: Split, name: str, context: str = "day") -> ChoosingSet:
+    """What is asked of split ``name`` ("valid" or "test"), its filter in ``context`` ("day" or "event").
+
+    Filter events are the first like or dislike of each user-item pair from the split's first day on, for valid
+    up to the test day; a mere exposure is neither and is not scored (negfast's choice). Raises InputError where there
+    is none.
+    """
+    asked = ~log.before(_start(split, name))
+    if name == "valid":
+        asked &= log.before(split.test_day)
+    events = np.flatnonzero(log.first_judged & asked)
+    if len(events) == 0:
+        raise InputError(f"evaluation: {name} has no first like or dislike, expected at least one")
+    user, item, moment = log.user[events], log.item[events], log.moments(context)[events]
+    order = np.lexsort((item, user, moment))
+    days: UserDays = getattr(split, name)
+    return ChoosingSet(
+        name=name,
+        context=context,
+        asked=days.only(days.has_dislikes),
+        filter_user=user[order],
+        filter_item=item[order],
+        filter_moment=moment[order],
+        filter_dislike=log.feedback[events[order]] == DISLIKE,
+    )
+
+
+def _start(split: Split, name: str) -> int:
+    return {"valid": split.valid_day, "test": split.test_day}[name]
+
+
+def check_choosable(valid: ChoosingSet) -> None:
     """InputError where valid cannot choose weights and calibrate: it needs likes, dislikes, and a request with F."""
     dislikes, events = int(valid.filter_dislike.sum()), len(valid.filter_dislike)
-    if not 0 < dislikes < events or not len(valid.requests):
+    if not 0 < dislikes < events or not len(valid.asked):
         raise InputError(
             f"{valid.name}: found {dislikes} dislikes among {events} first likes and dislikes, and "
-            f"{len(valid.requests)} requests with a dislike ahead; expected both kinds and a request: prepare the data "
+            f"{len(valid.asked)} requests with a dislike ahead; expected both kinds and a request: prepare the data "
             "with other --valid and --test dates"
         )
 

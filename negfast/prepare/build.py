@@ -71,10 +71,11 @@ class SplitSettings:
 
 @dataclass(frozen=True)
 class SemanticIdSettings:
-    """L levels of K codes, and how they are made; the words are those of ``negfast.sid.build``."""
+    """L levels of K codes, chosen from the number of items where None, and how they are made; the words are those of
+    ``negfast.sid.build``."""
 
-    levels: int = 3
-    codebook: int = 256
+    levels: int | None = None
+    codebook: int | None = None
     quantizer: str = "rq-kmeans"
     encoder: str = "auto"
     seed: int = 0
@@ -182,8 +183,13 @@ def build(
             parts = count_parts(shard, split.horizon, valid_day, test_day, days, cuts)
             begin = communities.moments[communities.of_item, 0]
         report_split(parts, report)
-        from negfast.sid.build import build_semantic_ids  # imports torch and faiss, which bad input need not wait for
+        from negfast.sid.build import (
+            build_semantic_ids,
+            choose_shape,
+        )  # imports torch and faiss: bad input need not wait
 
+        levels, codebook = choose_shape(len(items), semantic_ids.levels, semantic_ids.codebook, report)
+        semantic_ids = replace(semantic_ids, levels=levels, codebook=codebook)
         sample = sample_log(shard, semantic_ids.seed, report, cuts)
         known = facts.item_time < begin
         sids = build_semantic_ids(items, sample, valid_day, known=known, **asdict(semantic_ids), report=report)

@@ -11,7 +11,7 @@ from negfast.config import Config
 from negfast.data.dataset import Dataset
 from negfast.data.features import HistoryFeatures
 from negfast.data.log import DAY, DISLIKE, EventLog
-from negfast.data.split import Requests, Split, all_requests
+from negfast.data.split import Split, UserDays, user_days
 from negfast.model.choice import TrieChooser
 from negfast.model.fused_layers import fuse_layers
 from negfast.model.histories import HistoryBuilder, item_text
@@ -21,6 +21,8 @@ from negfast.sid.trie import Trie, build_trie
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from negfast.data.neighbours import ContentNeighbours, Neighbours
 
 WIDTH_EVENTS = 100  # of the log are enough to count columns
 
@@ -42,18 +44,25 @@ class Engine:
     fit_until: int  # days since 1970: what is learned or counted for training comes from events of days before
 
     @cached_property
-    def content(self) -> tuple[np.ndarray, np.ndarray]:
-        """Items of like content, as `content_neighbours` finds them."""
-        from negfast.data.neighbours import content_neighbours  # faiss and numba, which serving does without
+    def co_dislikes(self) -> "Neighbours":
+        """Counted before T_valid."""
+        from negfast.data.neighbours import co_dislike_neighbours
 
-        return content_neighbours(self.data.embedding)
+        return co_dislike_neighbours(self.log, self.data.valid_day)
+
+    @cached_property
+    def content(self) -> "ContentNeighbours":
+        """Items of like content."""
+        from negfast.data.neighbours import ContentNeighbours  # faiss and numba, which serving does without
+
+        return ContentNeighbours(self.data.embedding)
 
     @cached_property
     def split(self) -> Split:
         return self.data.split()
 
     @cached_property
-    def train_requests(self) -> Requests:
+    def train_requests(self) -> UserDays:
         """Every active user-day whose future ends before ``fit_until``."""
         if self.fit_until == self.data.valid_day:
             return self.split.train
@@ -95,14 +104,14 @@ def build_engine(
 
 def feature_width(data: Dataset) -> int:
     """How many features the verdict has, as `history_features` makes them of any log with these columns and items."""
-    few = data.log.without(np.arange(len(data.log)) >= WIDTH_EVENTS)
+    few, _ = data.log.of_users(np.unique(data.log.user[:WIDTH_EVENTS]))
     return HistoryFeatures(few, data.items, 0.5, 0.0, "day").width
 
 
-def requests_before(data: Dataset, fit_until: int) -> Requests:
+def requests_before(data: Dataset, fit_until: int) -> UserDays:
     """Every active user-day whose future ends before ``fit_until``."""
-    requests = all_requests(data.log, data.horizon)
-    return requests.take(requests.moment + data.horizon * DAY <= data.log.cut(fit_until)[requests.user])
+    days = user_days(data.log, data.horizon)
+    return days.only(days.moment + data.horizon * DAY <= data.log.cut(fit_until)[days.user])
 
 
 def history_features(data: Dataset, fit_until: int, context: str) -> HistoryFeatures:

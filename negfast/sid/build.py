@@ -18,6 +18,8 @@ from negfast.sid.quality import neighbour_overlap, quantisation, usage
 from negfast.sid.quantize import Quantizer
 from negfast.sid.rqvae import fit_rq_vae
 
+LEAST_LEVELS, LEAST_CODES, MOST_CODES = 3, 256, 65_536
+ROOM = 8  # names an item, at least: in a tree that is nearly full many items get no name near them
 FITS = {"rq-kmeans": fit_rq_kmeans, "balanced": fit_balanced, "rq-vae": fit_rq_vae}
 
 
@@ -58,11 +60,33 @@ def build_semantic_ids(
     )
 
 
+def choose_shape(
+    n_items: int, levels: int | None, codebook: int | None, report: Callable[[str], None]
+) -> tuple[int, int]:
+    """Levels and codes a level for so many items, where they are not given, and a word about it.
+
+    3 levels of 256 codes, more levels where these would leave fewer than `ROOM` names an item, and more codes where the
+    levels are given (negfast's choice).
+    """
+    if levels is not None and codebook is not None:
+        return levels, codebook
+    wanted = ROOM * n_items
+    if levels is None:
+        codebook = LEAST_CODES if codebook is None else codebook
+        levels = next(level for level in range(LEAST_LEVELS, 64) if codebook**level >= wanted)
+    else:
+        codebook = LEAST_CODES
+        while codebook**levels < wanted and codebook < MOST_CODES:
+            codebook *= 2
+    report(f"semantic IDs: {n_items:,} items: {levels} levels of {codebook} codes (--levels and --codebook set it)")
+    return levels, codebook
+
+
 def check_shape(n_items: int, levels: int, codebook: int, quantizer: str) -> None:
     """Raises InputError for an unknown quantizer and where ``levels`` of ``codebook`` codes cannot do."""
     if quantizer not in QUANTIZERS:
         raise InputError(f"semantic IDs: expected quantizer {', '.join(QUANTIZERS)}, found {quantizer!r}")
-    if levels < 1 or not 2 <= codebook <= 65_536:
+    if levels < 1 or not 2 <= codebook <= MOST_CODES:
         raise InputError(f"semantic IDs: expected levels >= 1 and codebook in 2..65536, found {levels} x {codebook}")
     if codebook**levels > 2**62:  # leaves are numbered in int64
         raise InputError(f"semantic IDs: {levels} levels of {codebook} codes are more than 2^62 names")

@@ -88,7 +88,9 @@ def _cuts(counts: np.ndarray, most: int) -> list[int]:
 
 def _seen(log: EventLog, user: np.ndarray, day: np.ndarray, item: np.ndarray) -> np.ndarray:
     """Whether each user had an event with the item up to the end of the day, bool, one for each (user, day, item)."""
-    pairs, first = np.unique(log.user.astype(np.int64) * log.n_items + log.item, return_index=True)
-    wanted = user.astype(np.int64) * log.n_items + item
+    users, user = np.unique(user, return_inverse=True)
+    theirs, _ = log.of_users(users)
+    pairs, first = np.unique(theirs.pair, return_index=True)
+    wanted = user * log.n_items + item
     place = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
-    return (pairs[place] == wanted) & (log.day[first[place]] <= day)  # a user's events are in order of time
+    return (pairs[place] == wanted) & (theirs.day[first[place]] <= day)  # a user's events are in order of time

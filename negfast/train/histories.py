@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from negfast.data.log import events_before
-from negfast.data.split import Requests
+from negfast.data.split import UserDays
 from negfast.model.histories import Histories, window_start
 from negfast.runtime.engine import Engine
 from negfast.runtime.verdict import Candidates
@@ -42,7 +42,7 @@ class Drawn:
 class HistoryTask:
     """The histories that have any of the requests or candidates."""
 
-    def __init__(self, engine: Engine, name: str, requests: Requests, candidates: Candidates) -> None:
+    def __init__(self, engine: Engine, name: str, requests: UserDays, candidates: Candidates) -> None:
         """``name`` sets the order in which steps visit the histories."""
         self.engine, self.name, self.requests, self.candidates = engine, name, requests, candidates
         self.request_moment = requests.moment  # made once, for all steps
@@ -55,9 +55,10 @@ class HistoryTask:
 
     def _history(self, user: np.ndarray, moment: np.ndarray) -> np.ndarray:
         """A key of the history that each (user, moment) branches off, int64."""
-        log = self.engine.log
-        events = events_before(log, user, moment) - log.user_offsets[user]
-        first = window_start(events, self.engine.config.history.window)
+        log, window = self.engine.log, self.engine.config.history.window
+        begin, first = log.user_offsets[user], np.zeros(len(user), np.int64)
+        long = np.flatnonzero(log.user_offsets[user + 1] - begin > window)  # of other users there is one history
+        first[long] = window_start(events_before(log, user[long], moment[long]) - begin[long], window)
         return user.astype(np.int64) * (len(log) + 1) + first
 
     def draw(self, step: int, histories: int, most: int) -> Drawn:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from negfast.data.dataset import Dataset, date_of, refuse_data_folder
 from negfast.errors import InputError
 from negfast.evaluate.predictions import calibrate, calibrate_shown
-from negfast.evaluate.sets import engine_set
+from negfast.evaluate.sets import valid_set
 from negfast.files import atomic_directory, check_output
 from negfast.runtime.checkpoint import load_weights, read_state
 from negfast.runtime.run_folder import Chosen, Refit, RunFolder
@@ -42,7 +42,7 @@ def start_refit(
     refuse_data_folder(run.path)
     report(f"reading what {source.path} chose on valid")
     engine = source.finished_engine(None)
-    valid = engine_set(engine, "valid")
+    valid = valid_set(engine)
     chosen: dict[str, Chosen] = {}
     for stage in stages:
         folder = source.checkpoints / stage

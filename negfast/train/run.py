@@ -10,7 +10,7 @@ from typing import Any
 from negfast.errors import InputError
 from negfast.evaluate.eval import evaluate_folder, write_report
 from negfast.evaluate.predictions import calibrate, calibrate_shown
-from negfast.evaluate.sets import check_choosable, engine_set
+from negfast.evaluate.sets import check_choosable, valid_set
 from negfast.files import locked
 from negfast.kernels import VOCABULARY, implementations
 from negfast.model.fused_layers import stock_because
@@ -159,7 +159,7 @@ def _run_stages(run: RunFolder, engine: Engine) -> None:
     every = {"sft": engine.config.sft.validate_every, "grpo": engine.config.grpo.validate_every}
     if refit is None:
         with timed("requests and the sample of valid"):
-            valid = engine_set(engine, "valid")
+            valid = valid_set(engine)
             check_choosable(valid)
             validations = {"sft": Validation(engine, valid, SCALES), "grpo": Validation(engine, valid, by_reward=True)}
     for number, name in enumerate(names):
@@ -191,7 +191,7 @@ def _run_stages(run: RunFolder, engine: Engine) -> None:
 
 def _finish(run: RunFolder, engine: Engine) -> None:
     if run.refit is None:
-        valid = engine_set(engine, "valid")
+        valid = valid_set(engine)
         with sharding.gathered(engine.policy), timed("calibration on valid"):
             state = distributed.from_first(lambda: _calibrations(calibrate(engine, valid), calibrate_shown(engine)))
     else:

@@ -1,13 +1,13 @@
 """Stage 2, SFT: every active user-day -> the items of F after <|next-dislike|>, of P after <|next-like|>; verdicts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from negfast.config import Sft
-from negfast.data.split import Requests, only_next
+from negfast.data.split import Requests, UserDays
 from negfast.model.histories import MIXED, NEGATIVE_ONLY, POSITIVE_ONLY, Histories
 from negfast.runtime.engine import Engine
 from negfast.runtime.likelihood import Targets, target_log_probs
@@ -32,18 +32,16 @@ class ItemBatch:
     tokens: int
 
 
-def items_with_future(engine: Engine, target: str) -> Requests:
+def days_with_future(engine: Engine, target: str) -> UserDays:
     """The train requests with anything to come; ``target`` "next" cuts F down to the item disliked first."""
-    requests = engine.train_requests
-    if target == "next":
-        requests = only_next(engine.log, requests)
-    return requests.take((np.diff(requests.dislike_offsets) > 0) | (np.diff(requests.like_offsets) > 0))
+    days = engine.train_requests
+    return replace(days.only(days.ahead > 0), next_only=target == "next")
 
 
 class NextItems:
     """The next-item task: both branches of requests."""
 
-    def __init__(self, engine: Engine, settings: Sft, requests: Requests) -> None:
+    def __init__(self, engine: Engine, settings: Sft, requests: UserDays | Requests) -> None:
         self.engine, self.settings, self.requests = engine, settings, requests
 
     def read(self, histories: Histories, drawn: Drawn, step: int, micro_batch: MicroBatch) -> ItemBatch:
@@ -127,7 +125,7 @@ class SftStage:
         self.config = engine.config.sft
         if self.config.reset_head:
             torch.nn.init.zeros_(engine.policy.block.head.weight)
-        self.next_items = NextItems(engine, self.config, items_with_future(engine, self.config.target))
+        self.next_items = NextItems(engine, self.config, days_with_future(engine, self.config.target))
         self.verdicts = TrainVerdicts(engine)
         self.use_verdict_loss = self.config.verdict_weight > 0 and len(self.verdicts.candidates) > 0
         candidates = self.verdicts.candidates

@@ -6,7 +6,7 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from negfast.data.split import Requests
-from negfast.evaluate.sets import EvalSet
+from negfast.evaluate.sets import ChoosingSet
 from negfast.runtime.engine import Engine
 from negfast.runtime.generation import generate
 from negfast.runtime.verdict import candidate_logits, group_candidates
@@ -41,12 +41,14 @@ class Validation:
     future dislikes are likeliest.
     """
 
-    def __init__(self, engine: Engine, valid: EvalSet, scales: tuple[float, ...] = (), by_reward: bool = False) -> None:
+    def __init__(
+        self, engine: Engine, valid: ChoosingSet, scales: tuple[float, ...] = (), by_reward: bool = False
+    ) -> None:
         self.engine, self.scales, self.by_reward = engine, scales, by_reward
         size = engine.config.eval.valid_requests
         rng = np.random.default_rng(engine.config.train.seed)
-        rows = np.sort(rng.permutation(len(valid.requests))[:size])
-        self.requests = valid.requests.take(rows)
+        rows = np.sort(rng.permutation(len(valid.asked))[:size])
+        self.requests = valid.asked.take(rows)
         self.rewards = reward_table(engine, self.requests)
         events = np.sort(rng.permutation(len(valid.filter_user))[: size * 8])
         order = events[np.lexsort((valid.filter_moment[events], valid.filter_user[events]))]

@@ -72,7 +72,7 @@ class VerdictTask(TrainVerdicts):
 
     def __init__(self, engine: Engine, histories: int, among: np.ndarray | None = None) -> None:
         super().__init__(engine, among)
-        none = engine.train_requests.take(np.zeros(0, dtype=np.int64))
+        none = engine.train_requests.only(np.zeros(0, dtype=np.int64))
         self.histories = histories
         self.task = HistoryTask(engine, "verdict", none, self.candidates)
 

@@ -80,7 +80,7 @@ def test_recovery_trains_on_each_target_and_finds_its_runs_again(tmp_path, monke
 def test_every_target_has_its_own_future() -> None:
     log = simulate(SimulationSettings(**SIZES | {"users": 250}, dislike_rate=0.3)).log
     split = split_requests(log, 7, FIRST_DAY + 25, FIRST_DAY + 36)
-    requests = split.train
+    requests = split.train.take()
     next_only = aimed(log, split, "next", requests, 0)
     later = aimed(log, split, "later", requests, 0)
     assert aimed(log, split, "window", requests, 0) is requests

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from examples.features import Features, key_of
-from negfast.data.features import HistoryFeatures
+from negfast.data import features as module
+from negfast.data.features import HistoryFeatures, keys_of
 from negfast.data.items import ItemTable
 from negfast.data.log import DAY, DISLIKE, EXPOSED, LIKE, WITHDRAWN, EventLog
 
@@ -278,6 +279,21 @@ def test_live_answers_are_those_of_the_whole_log(seed: int, context: str, share:
     for user in range(USERS):
         expected = whole.rich(np.full(ITEMS, user), every, np.full(ITEMS, end))
         assert np.array_equal(live.state.answer(number[user], every, end), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("context", ["day", "event"])
+def test_answers_do_not_depend_on_how_many_events_are_replayed_at_once_nor_on_where_they_lie(monkeypatch, context):
+    log, items = random_log(3), random_items(3)
+    of_log = features(log, items, context)
+    asked = (of_log.events[0][of_log.first], of_log.events[1][of_log.first], of_log.first_moments)
+    later = (*asked[:2], asked[2] + 3 * DAY)
+    expected = [of_log.rich(*asked), of_log.rich(*later)]
+    monkeypatch.setattr(module, "REPLAYED_AT_ONCE", 7)
+    monkeypatch.setattr(module, "IN_MEMORY", 0)
+    other = features(log, items, context)
+    for rows, whole in zip((asked, later), expected, strict=True):
+        assert np.array_equal(other.rich(*rows), whole, equal_nan=True)
+    assert not isinstance(other._of_first[0], np.ndarray)
 
 
 def test_old_events_and_questions_are_refused() -> None:

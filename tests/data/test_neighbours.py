@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from negfast.data import neighbours
 from negfast.data.log import DAY, DISLIKE, EXPOSED, LIKE, EventLog
-from negfast.data.neighbours import co_dislike_neighbours, content_neighbours, similarity_rows, soft_similarity
+from negfast.data.neighbours import ContentNeighbours, co_dislike_neighbours, similarity_rows, soft_similarity
 
 VALID = 50
 
@@ -129,7 +130,7 @@ def test_content_neighbours(n_items, top):
     if n_items > 4:
         embedding[3] = 0
         embedding[7] = embedding[5]
-    ids, cosine = content_neighbours(embedding, 0.3, top)
+    ids, cosine = ContentNeighbours(embedding, 0.3, top)(np.arange(n_items))
     assert ids.shape == cosine.shape == (n_items, top) and ids.dtype == np.int32
     unit = (
         embedding.astype(np.float64) / np.maximum(np.linalg.norm(embedding.astype(np.float64), axis=1), 1e-30)[:, None]
@@ -146,13 +147,26 @@ def test_content_neighbours(n_items, top):
         assert not (ids == 3).any() and not (ids[3] >= 0).any() and ids[5, 0] == 7
 
 
+def test_content_neighbours_in_cells_are_those_of_the_exact_search_where_all_cells_are_visited(monkeypatch):
+    embedding = np.random.default_rng(0).normal(size=(3000, 8)).astype(np.float32)
+    embedding[11] = 0
+    items = np.array([7, 2999, 11, 7])
+    exact = ContentNeighbours(embedding, 0.5)(items)
+    monkeypatch.setattr(neighbours, "EXACT_ITEMS", 100)
+    monkeypatch.setattr(neighbours, "ADDED_AT_ONCE", 512)
+    monkeypatch.setattr(neighbours, "CELLS_VISITED", 10**4)
+    ids, cosine = ContentNeighbours(embedding, 0.5)(items)
+    assert (ids == exact[0]).all() and (ids[0] >= 0).any() and not (ids[2] >= 0).any()
+    np.testing.assert_allclose(cosine, exact[1], rtol=1e-5)
+
+
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**32), with_content=st.booleans())
 def test_soft_similarity_is_the_best_over_the_future(seed, with_content):
     rng = np.random.default_rng(seed)
     n_users, n_items = 12, 15
     found = co_dislike_neighbours(make_log(rng, n_users, n_items, 300), VALID, 6)
-    content = content_neighbours(rng.normal(size=(n_items, 3)), 0.5, 4) if with_content else None
+    content = ContentNeighbours(rng.normal(size=(n_items, 3)), 0.5, 4) if with_content else None
     requests = 5
     users = rng.integers(0, n_users, requests)
     futures = [rng.choice(n_items, rng.integers(0, 4), replace=False) for _ in range(requests)]
@@ -168,6 +182,7 @@ def test_soft_similarity_is_the_best_over_the_future(seed, with_content):
                 ids, similarity = similarity_rows(found, users[r : r + 1], np.array([j]))
                 s = dict(zip(ids[0].tolist(), similarity[0].tolist(), strict=True)).get(i, 0.0)
                 if s == 0 and content is not None:
-                    s = dict(zip(content[0][j].tolist(), content[1][j].tolist(), strict=True)).get(i, 0.0)
+                    near, cosine = content(np.array([j]))
+                    s = dict(zip(near[0].tolist(), cosine[0].tolist(), strict=True)).get(i, 0.0)
                 best = max(best, s)
             assert got[r, k] == pytest.approx(best, rel=1e-6)

@@ -111,12 +111,12 @@ def check_split(events: list[Event], n_users: int, n_items: int, horizon: int, v
             split_requests(log, horizon, valid_day, test_day)
         return False
     split = split_requests(log, horizon, valid_day, test_day)
-    assert [as_tuples(split.train), as_tuples(split.valid), as_tuples(split.test)] == [train, valid, test]
+    assert [as_tuples(part.take()) for part in (split.train, split.valid, split.test)] == [train, valid, test]
     first: dict[tuple[int, int], int] = {}
     for row, (day, user, dislikes, _) in enumerate(test):
         if dislikes:
             first.setdefault((user, (day - test_day) // 7), row)
-    assert np.flatnonzero(first_of_week(split.test, test_day)).tolist() == sorted(first.values())
+    assert np.flatnonzero(first_of_week(split.test.take(), test_day)).tolist() == sorted(first.values())
     return True
 
 

@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from negfast.data.log import DAY, DISLIKE, EXPOSED, LIKE, EventLog, history_ends
-from negfast.data.split import Split, split_requests
+from negfast.data.split import Split, first_feedback, split_requests
 from negfast.errors import InputError
-from negfast.evaluate.sets import POOL, EvalSet, check_choosable, evaluation_set, first_feedback
+from negfast.evaluate.sets import POOL, EvalSet, check_choosable, evaluation_set
 
 MakeLog = Callable[..., EventLog]
 FIRST_DAY = 15_000
@@ -84,7 +84,7 @@ def test_a_valid_split_that_chooses_nothing_is_refused(random_log: MakeLog) -> N
         with pytest.raises(InputError, match="expected both kinds"):
             check_choosable(replace(valid, filter_dislike=np.full_like(valid.filter_dislike, dislike)))
     with pytest.raises(InputError, match="and 0 requests with a dislike ahead"):
-        check_choosable(replace(valid, requests=valid.requests.take(np.zeros(0, np.int64))))
+        check_choosable(replace(valid, asked=valid.asked.only(np.zeros(0, np.int64))))
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -141,7 +141,7 @@ def test_events_at_or_after_the_moment_change_no_bit_and_those_before_do(make_en
         for found, wanted in zip(after, before, strict=True):
             assert np.array_equal(found, wanted), name
     # beside later questions, which share histories with these
-    moments, every = [*earlier, moment + 4 * DAY], split.test
+    moments, every = [*earlier, moment + 4 * DAY], split.test.take()
     table = reward_table(engine, every)
     logits, items, scores, earned = asked(engine, moments, every, table)
     (tmp_path / "shared").mkdir()

@@ -8,7 +8,7 @@ from negfast.data.items import ItemTable
 from negfast.data.log import DAY, LIKE, EventLog
 from negfast.errors import InputError
 from negfast.sid import rqvae
-from negfast.sid.build import build_semantic_ids
+from negfast.sid.build import build_semantic_ids, choose_shape
 
 VALID = 100
 
@@ -112,3 +112,27 @@ def test_bad_settings(settings, message):
     items, log = make_case(np.random.default_rng(), 50, 50)
     with pytest.raises(InputError, match=message):
         build_semantic_ids(items, log, VALID, **{"encoder": "tfidf", "report": str, **settings})
+
+
+@pytest.mark.parametrize(
+    ("n_items", "levels", "codebook", "expected"),
+    [
+        (100, None, None, (3, 256)),
+        (10_506, None, None, (3, 256)),
+        (1_000_000, None, None, (3, 256)),
+        (2_097_152, None, None, (3, 256)),  # an eighth of 256^3
+        (2_097_153, None, None, (4, 256)),
+        (1_000_000, None, 64, (4, 64)),
+        (1_000_000, 2, None, (2, 4096)),
+        (1_000_000, 1, None, (1, 65_536)),
+    ],
+)
+def test_levels_and_codes_follow_from_the_number_of_items(n_items, levels, codebook, expected):
+    said: list[str] = []
+    assert choose_shape(n_items, levels, codebook, said.append) == expected
+    [line] = said
+    assert line.startswith(f"semantic IDs: {n_items:,} items: {expected[0]} levels of {expected[1]} codes")
+
+
+def test_a_shape_that_is_given_stays():
+    assert choose_shape(10**9, 2, 4, pytest.fail) == (2, 4)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from negfast.config import Reward
-from negfast.data.neighbours import Neighbours, co_dislike_neighbours, similarity_rows
+from negfast.data.neighbours import ContentNeighbours, Neighbours, co_dislike_neighbours, similarity_rows
 from negfast.data.split import Requests
 from negfast.runtime.engine import Engine
 from negfast.staging import put
@@ -24,20 +24,21 @@ from negfast.staging import put
 class RewardSources:
     """What rewards are made of beside the requests' own futures.
 
-    ``neighbours`` are co-dislike neighbours counted before T_valid; ``content`` = (ids int32 [I, N], similarity float32
-    [I, N]) speaks of items that were co-disliked with none of a request's F. None switches a source off.
+    ``neighbours`` are co-dislike neighbours counted before T_valid; ``content`` speaks of items that were co-disliked
+    with none of a request's F. None switches a source off.
     """
 
     settings: Reward
     n_items: int
     neighbours: Neighbours | None
-    content: tuple[np.ndarray, np.ndarray] | None
+    content: ContentNeighbours | None
 
 
 def reward_sources(engine: Engine, until: int, settings: Reward | None = None) -> RewardSources:
     """Of an engine's log and items, co-dislikes counted before the day ``until``; ``settings``: the engine's."""
     settings = engine.config.reward if settings is None else settings
-    neighbours = co_dislike_neighbours(engine.log, until)
+    valid_day = engine.data.valid_day
+    neighbours = engine.co_dislikes if until == valid_day else co_dislike_neighbours(engine.log, until)
     return RewardSources(settings, engine.log.n_items, neighbours, engine.content)
 
 
@@ -63,7 +64,7 @@ def collaborative(requests: Requests, sources: RewardSources) -> Entries:
         keys.append((row[:, None] * n_items + ids)[known])
         values.append(similarity[known])
     if sources.content is not None:
-        ids, similarity = (table[requests.dislikes] for table in sources.content)
+        ids, similarity = sources.content(requests.dislikes)
         known = ids >= 0
         key = (row[:, None] * n_items + ids)[known]
         absent = ~np.isin(key, keys[-1])  # co-dislikes, where there are any, speak first

@@ -5,7 +5,7 @@ import numpy as np
 
 from negfast.config import Grpo
 from negfast.data.log import history_ends
-from negfast.data.split import Requests
+from negfast.data.split import UserDays
 from negfast.evaluate.bootstrap import interval, ratio, resample_users, weighted_sums
 from negfast.model.histories import MIXED, NEGATIVE_ONLY
 from negfast.runtime.engine import Engine
@@ -51,14 +51,14 @@ class ViewSchedule:
         return settings.mixed_share * (step - first + 1) / max(settings.steps - first, 1)
 
 
-def history_bucket(engine: Engine, requests: Requests) -> np.ndarray:
+def history_bucket(engine: Engine, requests: UserDays) -> np.ndarray:
     """The bucket of each request's history by its number of events up to t, int64 [R] in 0..len(BUCKETS)."""
     log = engine.log
     events = history_ends(log, requests.user, requests.day) - log.user_offsets[requests.user]
     return np.searchsorted(BUCKETS, events, side="right")
 
 
-def measure_views(engine: Engine, requests: Requests) -> tuple[np.ndarray, dict[str, float]]:
+def measure_views(engine: Engine, requests: UserDays) -> tuple[np.ndarray, dict[str, float]]:
     """Whether the likes in a prompt do no harm, for each history bucket: bool [len(BUCKETS) + 1], and the figures.
 
     Under the policy as it is, the exact expected reward of train requests on mixed prompts less that on negative-only

@@ -6,13 +6,12 @@ the groups belong to users who are about to dislike something, and on them alone
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from negfast.data.split import only_next
 from negfast.model.histories import Histories
 from negfast.model.policy import Policy
 from negfast.runtime import sharding
@@ -64,10 +63,8 @@ class GrpoStage:
         self.engine = engine
         self.kept: dict[MicroBatch, GroupStep] = {}  # rollouts that later steps of their round reuse
         train = engine.train_requests
-        if engine.config.reward.target == "next":
-            train = only_next(engine.log, train)
         self.rows = np.flatnonzero(train.has_dislikes)  # a request's number in ``train`` keys its noise
-        self.requests = train.take(self.rows)
+        self.requests = replace(train.only(self.rows), next_only=engine.config.reward.target == "next")
         self.loss = GroupLoss(
             engine.policy,
             freeze(engine.policy) if settings.beta else None,

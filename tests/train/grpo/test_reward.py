@@ -6,7 +6,7 @@ import torch
 
 from negfast.config import Reward
 from negfast.data.log import DISLIKE, LIKE, EventLog, history_ends
-from negfast.data.neighbours import co_dislike_neighbours, content_neighbours, similarity_rows
+from negfast.data.neighbours import ContentNeighbours, co_dislike_neighbours, similarity_rows
 from negfast.data.split import split_requests
 from negfast.sid.embed import embed_tfidf, item_texts
 from negfast.train.grpo.reward import TERMS, RewardSources, build_reward_table
@@ -29,10 +29,10 @@ def random_log(rng: np.random.Generator, users: int = 25, items: int = 30, days:
 def test_equals_the_definition_item_by_item(seed):
     rng = np.random.default_rng(seed)
     log = random_log(rng)
-    requests = split_requests(log, 4, 20, 30).train
+    requests = split_requests(log, 4, 20, 30).train.take()
     config = Reward(collab_weight=0.7, collab_cap=0.15, like_penalty=0.2)
     neighbours = co_dislike_neighbours(log, 20)
-    content = content_neighbours(rng.normal(size=(log.n_items, 4)).astype(np.float32), 0.5)
+    content = ContentNeighbours(rng.normal(size=(log.n_items, 4)).astype(np.float32), 0.5)
     table = build_reward_table(requests, RewardSources(config, log.n_items, neighbours, content), CPU)
     rows = torch.arange(len(requests))[:, None]
     found = table.look_up(rows, torch.arange(log.n_items).expand(len(requests), -1)).sum(-1).numpy()
@@ -46,7 +46,7 @@ def test_equals_the_definition_item_by_item(seed):
             for i, s in zip(ids[0], similarity[0], strict=True):
                 if i >= 0:
                     near_dislike[i] = max(near_dislike[i], s)
-            for i, s in zip(content[0][j], content[1][j], strict=True):
+            for i, s in zip(*(column[0] for column in content(np.array([j]))), strict=True):
                 if i >= 0:
                     near_content[i] = max(near_content[i], s)
         for i in range(log.n_items):
@@ -59,10 +59,10 @@ def test_copying_history_hubs_and_chance_earn_less_than_recency(movietweetings):
     """On train requests, whose events the co-dislikes were counted over: that is where counting naively would pay."""
     log, items = movietweetings
     valid, test = (int(np.datetime64(day, "D").astype(int)) for day in ("2013-06-17", "2013-07-15"))
-    requests = split_requests(log, 7, valid, test).train
+    requests = split_requests(log, 7, valid, test).train.take()
     requests = requests.take(requests.has_dislikes)
     neighbours = co_dislike_neighbours(log, valid)
-    content = content_neighbours(embed_tfidf(item_texts(items)))
+    content = ContentNeighbours(embed_tfidf(item_texts(items)))
     table = build_reward_table(requests, RewardSources(Reward(), log.n_items, neighbours, content), CPU)
     rng = np.random.default_rng()
     size = 20

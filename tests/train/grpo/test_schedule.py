@@ -47,7 +47,7 @@ def test_views_are_drawn_with_the_share_for_those_who_may_have_them() -> None:
 def test_likes_are_shown_where_they_cost_no_reward(tiny_run, monkeypatch, loss: float, expected: bool) -> None:
     """Mixed histories earn a ``loss`` less of short histories' reward, and twice as much of the others'."""
     engine = RunFolder(tiny_run).finished_engine(None)
-    requests = engine.split.train.take(engine.split.train.has_dislikes)
+    requests = engine.split.train.only(engine.split.train.has_dislikes)
     monkeypatch.setattr(schedule, "BUCKETS", (10,))
     monkeypatch.setattr(schedule, "reward_table", lambda *_: None)
 
