@@ -12,6 +12,8 @@
 #include <string>
 #include <type_traits>
 
+#include "lanes.hpp"
+
 // The same bits on every CPU: always 16 lanes, in however many registers, sums in one order, no fused multiply-add
 // (CMakeLists.txt), and log and exp2 of our own, as those of libm depend on the CPU.
 #if defined(__x86_64__) && defined(__gnu_linux__)
@@ -19,16 +21,9 @@
 #else
 #define NEGFAST_CLONES
 #endif
-#define NEGFAST_INLINE inline __attribute__((always_inline))
 
 namespace negfast {
 namespace {
-
-constexpr size_t kLanes = 16;
-typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
-typedef float Half __attribute__((vector_size(kLanes / 2 * sizeof(float))));
-typedef float Quarter __attribute__((vector_size(kLanes / 4 * sizeof(float))));
-typedef int32_t Bits __attribute__((vector_size(kLanes * sizeof(int32_t))));
 
 constexpr size_t kSketch = 128;  // numbers of a sketch
 constexpr size_t kRidge = 8;     // text numbers that the ridge regression sees, the first
@@ -158,13 +153,6 @@ struct Change {
   double item_mean, user_mean, item_value, user_value;
   bool is_first;
 };
-
-NEGFAST_INLINE float sum(const Lanes& lanes) {
-  const auto half = std::bit_cast<std::array<Half, 2>>(lanes);
-  const auto quarter = std::bit_cast<std::array<Quarter, 2>>(half[0] + half[1]);
-  const Quarter last = quarter[0] + quarter[1];
-  return (last[0] + last[2]) + (last[1] + last[3]);
-}
 
 template <size_t width>
 NEGFAST_INLINE float dot(const Vector<width>& a, const Vector<width>& b) {

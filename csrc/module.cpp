@@ -10,6 +10,7 @@
 #include <limits>
 #include <memory>
 
+#include "decoder.hpp"
 #include "features.hpp"
 #include "packer.hpp"
 #include "shard.hpp"
@@ -119,6 +120,120 @@ nb::dict feature_tables(Features& features) {
     return data;
   });
   return out;
+}
+
+using Cube = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+template <size_t dimensions>
+using Floats = nb::ndarray<float, nb::ndim<dimensions>, nb::c_contig, nb::device::cpu>;
+
+template <class Array>
+void same_shape(const Array& found, std::initializer_list<size_t> expected, const char* name) {
+  size_t axis = 0;
+  for (const size_t size : expected) same_length(found.shape(axis++), size, name);
+}
+
+void add_layer(Decoder& decoder, Column<float> input_norm, Table<float> query, Table<float> key, Table<float> value,
+               Column<float> query_norm, Column<float> key_norm, Table<float> out, Column<float> post_norm,
+               Table<float> gate, Table<float> up, Table<float> down) {
+  const auto& shape = decoder.shape();
+  const size_t queries = shape.heads * shape.head_dim, keys = shape.kv_heads * shape.head_dim;
+  same_shape(input_norm, {shape.hidden}, "input_norm");
+  same_shape(query, {queries, shape.hidden}, "query");
+  same_shape(key, {keys, shape.hidden}, "key");
+  same_shape(value, {keys, shape.hidden}, "value");
+  same_shape(query_norm, {shape.head_dim}, "query_norm");
+  same_shape(key_norm, {shape.head_dim}, "key_norm");
+  same_shape(out, {shape.hidden, queries}, "out");
+  same_shape(post_norm, {shape.hidden}, "post_norm");
+  same_shape(gate, {shape.intermediate, shape.hidden}, "gate");
+  same_shape(up, {shape.intermediate, shape.hidden}, "up");
+  same_shape(down, {shape.hidden, shape.intermediate}, "down");
+  nb::gil_scoped_release release;
+  decoder.add_layer({input_norm.data(), query.data(), key.data(), value.data(), query_norm.data(), key_norm.data(),
+                     out.data(), post_norm.data(), gate.data(), up.data(), down.data()});
+}
+
+const DecoderShape& of_layer(const Decoder& decoder, size_t layer) {
+  if (layer >= decoder.layers()) throw ShardError("layer: found " + std::to_string(layer) + ", which is not there");
+  return decoder.shape();
+}
+
+void project_rows(const Decoder& decoder, size_t layer, Table<float> hidden, Table<float> cos, Table<float> sin,
+                  Floats<3> query, Floats<3> key, Floats<3> value, unsigned threads) {
+  const auto& shape = of_layer(decoder, layer);
+  const size_t rows = hidden.shape(0);
+  same_shape(hidden, {rows, shape.hidden}, "hidden");
+  same_shape(cos, {rows, shape.head_dim / 2}, "cos");
+  same_shape(sin, {rows, shape.head_dim / 2}, "sin");
+  same_shape(query, {rows, shape.heads, shape.head_dim}, "query");
+  same_shape(key, {rows, shape.kv_heads, shape.head_dim}, "key");
+  same_shape(value, {rows, shape.kv_heads, shape.head_dim}, "value");
+  nb::gil_scoped_release release;
+  decoder.project(layer, rows, hidden.data(), cos.data(), sin.data(), query.data(), key.data(), value.data(), threads);
+}
+
+void attend(const Decoder& decoder, Cube query, Cube key, Cube value, Column<int32_t> offsets, Column<int64_t> prompt,
+            Column<int32_t> prefix, Cube own_key, Cube own_value, Floats<3> out, unsigned threads) {
+  const auto& shape = decoder.shape();
+  const size_t rows = query.shape(0), completions = prompt.size(), own_rows = own_key.shape(0);
+  same_length(prefix.size(), completions, "prefix");
+  if (completions == 0 || rows % completions || own_rows % completions || (own_rows && own_rows < rows))
+    throw ShardError("completions: found " + std::to_string(completions) + " of " + std::to_string(rows) + " rows");
+  for (const auto* rows_of : {&query, &key, &value, &own_key, &own_value}) same_length(rows_of->shape(2), shape.head_dim, "head");
+  for (const auto* keys : {&key, &value, &own_key, &own_value}) same_length(keys->shape(1), shape.kv_heads, "kv heads");
+  same_shape(query, {rows, shape.heads}, "query");
+  same_shape(out, {rows, shape.heads, shape.head_dim}, "out");
+  same_shape(value, {key.shape(0)}, "value");
+  same_shape(own_value, {own_rows}, "own_value");
+  const auto starts = view(offsets);
+  int64_t before = 0;
+  for (size_t c = 0; c < completions; ++c) {
+    const int64_t of = prompt.data()[c], seen = prefix.data()[c];
+    if (of < before || of + 1 >= static_cast<int64_t>(starts.size()) || starts[of] < 0 || seen < 0 ||
+        starts[of] + seen > starts[of + 1] || starts[of + 1] > static_cast<int64_t>(key.shape(0)) ||
+        (seen == 0 && own_rows == 0))
+      throw ShardError("completion " + std::to_string(c) + ": found " + std::to_string(seen) + " tokens of prompt " +
+                       std::to_string(of) + ", which are not there");
+    before = of;
+  }
+  nb::gil_scoped_release release;
+  decoder.attend({query.data(), key.data(), value.data(), starts, view(prompt), view(prefix), own_key.data(),
+                  own_value.data(), own_rows / completions, rows / completions},
+                 out.data(), threads);
+}
+
+void finish_rows(const Decoder& decoder, size_t layer, Cube attention, Floats<2> hidden, unsigned threads) {
+  const auto& shape = of_layer(decoder, layer);
+  const size_t rows = hidden.shape(0);
+  same_shape(hidden, {rows, shape.hidden}, "hidden");
+  same_shape(attention, {rows, shape.heads, shape.head_dim}, "attention");
+  nb::gil_scoped_release release;
+  decoder.finish(layer, rows, attention.data(), hidden.data(), threads);
+}
+
+void norm_rows(const Decoder& decoder, Column<float> weight, Floats<2> hidden) {
+  same_shape(weight, {decoder.shape().hidden}, "weight");
+  same_shape(hidden, {hidden.shape(0), decoder.shape().hidden}, "hidden");
+  nb::gil_scoped_release release;
+  decoder.norm(hidden.shape(0), weight.data(), hidden.data());
+}
+
+std::unique_ptr<Prior> make_prior(Table<float> edges, Table<float> first, Column<float> first_bias, Table<float> second,
+                                  Column<float> second_bias, Column<float> wide, float wide_bias, Column<float> last) {
+  const size_t features = edges.shape(0), encoded = features * edges.shape(1);
+  if (edges.shape(1) < 2) throw ShardError("edges: expected at least 2 of a feature");
+  same_shape(first, {kPriorWidth, encoded}, "first");
+  same_shape(second, {kPriorWidth, kPriorWidth}, "second");
+  same_shape(wide, {encoded}, "wide");
+  for (const auto* units : {&first_bias, &second_bias, &last}) same_shape(*units, {kPriorWidth}, "units");
+  return std::make_unique<Prior>(features, edges.shape(1) - 1, edges.data(), first.data(), first_bias.data(),
+                                 second.data(), second_bias.data(), wide.data(), wide_bias, last.data());
+}
+
+void prior_logits(const Prior& prior, Table<float> features, Output<float> out, unsigned threads) {
+  same_shape(features, {out.size(), prior.features()}, "features");
+  nb::gil_scoped_release release;
+  prior.logits(out.size(), features.data(), out.data(), threads);
 }
 
 void add_events(SortingSource& source, Column<int32_t> user, Column<int32_t> item, Column<uint8_t> feedback,
@@ -274,6 +389,30 @@ NB_MODULE(_core, m) {
            "value"_a = std::numeric_limits<float>::quiet_NaN())
       .def("answer", &answer_features, "user"_a, "items"_a, "moment"_a)
       .def("tables", &feature_tables);
+
+  m.attr("HAS_BFLOAT16") = has_bfloat16();
+  m.attr("PRIOR_WIDTH") = kPriorWidth;
+  nb::class_<Decoder>(m, "Decoder")
+      .def("__init__",
+           [](Decoder* to, size_t hidden, size_t heads, size_t kv_heads, size_t head_dim, size_t intermediate, float eps,
+              bool bfloat16) {
+             if (bfloat16 && !has_bfloat16()) throw ShardError("bfloat16: this CPU does not multiply it");
+             if (!hidden || !kv_heads || heads % kv_heads || !heads || !head_dim || head_dim % 2 || !intermediate)
+               throw ShardError("decoder: found sizes that do not fit together");
+             new (to) Decoder({hidden, heads, kv_heads, head_dim, intermediate, eps}, bfloat16);
+           },
+           "hidden"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "intermediate"_a, "eps"_a, "bfloat16"_a)
+      .def("add_layer", &add_layer, "input_norm"_a, "query"_a, "key"_a, "value"_a, "query_norm"_a, "key_norm"_a, "out"_a,
+           "post_norm"_a, "gate"_a, "up"_a, "down"_a)
+      .def("project", &project_rows, "layer"_a, "hidden"_a, "cos"_a, "sin"_a, "query"_a, "key"_a, "value"_a, "threads"_a)
+      .def("attend", &attend, "query"_a, "key"_a, "value"_a, "offsets"_a, "prompt"_a, "prefix"_a, "own_key"_a,
+           "own_value"_a, "out"_a, "threads"_a)
+      .def("finish", &finish_rows, "layer"_a, "attention"_a, "hidden"_a, "threads"_a)
+      .def("norm", &norm_rows, "weight"_a, "hidden"_a);
+  nb::class_<Prior>(m, "Prior")
+      .def(nb::new_(&make_prior), "edges"_a, "first"_a, "first_bias"_a, "second"_a, "second_bias"_a, "wide"_a,
+           "wide_bias"_a, "last"_a)
+      .def("logits", &prior_logits, "features"_a, "out"_a, "threads"_a);
 
   nb::class_<SortingSource>(m, "EventSorter")
       .def(nb::init<std::string, uint64_t, uint64_t, uint64_t>(), "folder"_a, "users"_a, "items"_a, "memory_bytes"_a)

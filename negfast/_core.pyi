@@ -56,6 +56,79 @@ class Features:
     def answer(self, user: int, items: NDArray[np.int32], moment: int) -> NDArray[np.float32]: ...
     def tables(self) -> dict[str, NDArray[Any]]: ...
 
+HAS_BFLOAT16: bool  # whether the CPU multiplies bfloat16 numbers
+PRIOR_WIDTH: int  # units of a layer of the verdict's prior
+
+class Decoder:
+    """The built-in decoder for inference on the CPU (csrc/decoder.hpp); see `negfast.model.inference`."""
+
+    def __init__(
+        self,
+        hidden: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        intermediate: int,
+        eps: float,
+        bfloat16: bool,
+    ) -> None: ...
+    def add_layer(
+        self,
+        input_norm: NDArray[np.float32],
+        query: NDArray[np.float32],
+        key: NDArray[np.float32],
+        value: NDArray[np.float32],
+        query_norm: NDArray[np.float32],
+        key_norm: NDArray[np.float32],
+        out: NDArray[np.float32],
+        post_norm: NDArray[np.float32],
+        gate: NDArray[np.float32],
+        up: NDArray[np.float32],
+        down: NDArray[np.float32],
+    ) -> None: ...
+    def project(
+        self,
+        layer: int,
+        hidden: NDArray[np.float32],
+        cos: NDArray[np.float32],
+        sin: NDArray[np.float32],
+        query: NDArray[np.float32],
+        key: NDArray[np.float32],
+        value: NDArray[np.float32],
+        threads: int,
+    ) -> None: ...
+    def attend(
+        self,
+        query: NDArray[np.float32],
+        key: NDArray[np.float32],
+        value: NDArray[np.float32],
+        offsets: NDArray[np.int32],
+        prompt: NDArray[np.int64],
+        prefix: NDArray[np.int32],
+        own_key: NDArray[np.float32],
+        own_value: NDArray[np.float32],
+        out: NDArray[np.float32],
+        threads: int,
+    ) -> None: ...
+    def finish(self, layer: int, attention: NDArray[np.float32], hidden: NDArray[np.float32], threads: int) -> None: ...
+    def norm(self, weight: NDArray[np.float32], hidden: NDArray[np.float32]) -> None: ...
+
+class Prior:
+    """The verdict's prior for inference on the CPU (csrc/decoder.hpp); see `negfast.model.verdict_prior`."""
+
+    def __init__(
+        self,
+        edges: NDArray[np.float32],
+        first: NDArray[np.float32],
+        first_bias: NDArray[np.float32],
+        second: NDArray[np.float32],
+        second_bias: NDArray[np.float32],
+        wide: NDArray[np.float32],
+        wide_bias: float,
+        last: NDArray[np.float32],
+    ) -> None: ...
+    def logits(self, features: NDArray[np.float32], out: NDArray[np.float32], threads: int) -> None: ...
+
 class EventSorter:
     """Takes events in any order and keeps at most ``memory_bytes`` of them in memory."""
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from negfast.errors import InputError
 from negfast.model import attention
+from negfast.model.inference import Inference, Packed
 from negfast.model.layout import GroupLayout
 from negfast.model.qwen3 import Qwen3
 from negfast.model.verdict_prior import VerdictPrior
@@ -75,6 +76,7 @@ class Policy(nn.Module):
         if self.drops_prompt_rows:
             last.register_forward_pre_hook(attention.drop_prompt_rows, with_kwargs=True)
         self.vocabulary = vocabulary
+        self.inference = Packed(Inference.of)
         rows = embedding_rows(model)
         std = float(rows.detach().float().std())  # block rows as long as the decoder's own
         self.block = CodeBlock(vocabulary.size, rows.shape[1], std)
@@ -131,6 +133,10 @@ class Policy(nn.Module):
             embedded.append(self.embed(completion_tokens.flatten(0, 1), has_text, text))
             positions.append(layout.completion_positions())
         inputs = torch.cat(embedded)
+        if torch.is_inference_mode_enabled() and not self.in_bfloat16 and not self.bare_layers:
+            inference = self.inference.of(self.decoder)
+            if inference is not None:
+                return inference.hidden(layout, inputs, torch.cat(positions))
         precision = torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.in_bfloat16)
         level = f"level {layout.past_tokens + 1}" if layout.past_tokens else "branches"
         with span("history" if prompt_tokens is not None else level), precision:
@@ -176,7 +182,7 @@ class Policy(nn.Module):
     def verdict_logit(self, hidden: Tensor, features: Tensor) -> Tensor:
         """Logit [R] of P(dislike) after the verdict marker; ``features`` [R, verdict_features] its prior's."""
         yes, no = (self.vocabulary.marker(name) - self.vocabulary.base for name in ("yes", "no"))
-        margin = self.block.head(hidden) @ (self.block.rows[yes] - self.block.rows[no])
+        margin = hidden @ ((self.block.rows[yes] - self.block.rows[no]) @ self.block.head.weight)
         return margin + self.verdict_prior(features)
 
 

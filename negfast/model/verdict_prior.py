@@ -5,8 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from negfast import _core
+from negfast.model.inference import Packed, array
+
 BINS = 16  # quantile bins of a feature
-WIDTH = 128  # of the deep part's two layers
+WIDTH = _core.PRIOR_WIDTH  # of the deep part's two layers
 DROPOUT = 0.5
 EPOCHS, BATCH, RATE, WEIGHT_DECAY = 8, 512, 2e-3, 0.1
 ROWS_ENCODED = 8192  # at once: encoding takes several times the memory of what it makes
@@ -33,6 +36,7 @@ class VerdictPrior(nn.Module):
         for parameter in (self.wide.weight, self.wide.bias, self.last.weight):
             nn.init.zeros_(parameter)
         self.requires_grad_(False)
+        self.packed = Packed(VerdictPrior._in_core)
 
     def encode(self, features: Tensor) -> Tensor:
         """[R, features * (BINS + 1)] of features [R, features]; bins of no width, and all of an unknown one, are 0."""
@@ -44,7 +48,18 @@ class VerdictPrior(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Logit [R] of P(dislike) for features [R, features], NaN where unknown."""
+        if torch.is_inference_mode_enabled() and features.device.type == "cpu":
+            logit = torch.empty(len(features))
+            self.packed.of(self).logits(array(features), logit.numpy(), torch.get_num_threads())
+            return logit
         return self.logit(self.encode(features))
+
+    def _in_core(self) -> _core.Prior:
+        deep = [array(x) for layer in self.deep for x in layer.parameters()]
+        wide, bias = array(self.wide.weight[0]), float(self.wide.bias)
+        return _core.Prior(
+            array(self.edges), deep[0], deep[1], deep[2], deep[3], wide, bias, array(self.last.weight[0])
+        )
 
     def logit(self, encoded: Tensor, dropout: float = 0.0) -> Tensor:
         """Logit [R] of encoded features; ``dropout`` is the share of the deep part's units left out."""

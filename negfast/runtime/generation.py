@@ -1,6 +1,7 @@
 """Lists: the items that users will most probably dislike, by beam search on the trie."""
 
 import numpy as np
+import torch
 
 from negfast.data.split import Requests
 from negfast.errors import InputError
@@ -17,6 +18,7 @@ EXCLUDED_AT_ONCE = 1 << 22  # excluded items times requests of a batch
 REQUESTS_AT_ONCE = 64
 
 
+@torch.inference_mode()
 def generate(
     engine: Engine, requests: Requests, top: int, with_policy: bool = True, excluded: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:

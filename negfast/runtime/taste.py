@@ -70,7 +70,7 @@ def taste_scores(engine: Engine, candidates: Candidates) -> np.ndarray:
     return LIFT_WEIGHT * kind_lifts(engine, candidates) - np.logaddexp(0.0, -logit)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def kind_lifts(engine: Engine, candidates: Candidates) -> np.ndarray:
     """How much more likely the first code of each candidate is as the user's next like than by the community prior:
     logarithm, up to a constant of the group, float64 [E]."""

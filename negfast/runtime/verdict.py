@@ -150,7 +150,7 @@ def prior_features(engine: Engine, candidates: Candidates) -> np.ndarray:
     return engine.features.rich(candidates.user[owner], candidates.items, candidates.moment[owner]).astype(np.float32)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def prior_logits(engine: Engine, candidates: Candidates) -> np.ndarray:
     """Logits [E] of the verdict's prior alone."""
     return engine.policy.verdict_prior(_on_device(engine, prior_features(engine, candidates))).cpu().numpy()
@@ -175,7 +175,7 @@ def fit_prior(engine: Engine) -> tuple[int, int]:
     return len(labels), there
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def candidate_logits(engine: Engine, candidates: Candidates, view: int = MIXED) -> np.ndarray:
     """Verdict logits float64 [E] of candidates, in batches that share histories."""
     out = np.empty(len(candidates.items))

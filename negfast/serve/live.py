@@ -147,7 +147,7 @@ class Live:
             probability[part] = self.calibration.probability(logits)
         return Scores(probability, ~known)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _logits(self, user: int, items: np.ndarray, moment: int) -> np.ndarray:
         """Verdict logits float64 [E] of a user's candidates."""
         policy, builder, device = self.engine.policy, self.builder, self.engine.device
