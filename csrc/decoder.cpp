@@ -47,10 +47,10 @@ NEGFAST_INLINE float square_sum(const float* x, size_t count) {
   return sum(total) + rest;
 }
 
-// To 1e-7 of the result, for x <= 88; 1e-38 or less below -87.
+// To 1e-7 of the result, for x <= 88; 0 below -87.
 NEGFAST_INLINE Lanes exponential(const Lanes& x) {
   constexpr float kRound = 1.5f * (1 << 23);  // added to a number it leaves no place for a fraction
-  const Lanes low = Lanes{} - 87.3f;
+  const Lanes low = Lanes{} - 87.0f;
   const Lanes within = x > low ? x : low;
   const Lanes power = (within * 1.44269504f + kRound) - kRound;
   const Lanes rest = (within - power * 0.693359375f) + power * 2.12194440e-4f;
@@ -62,7 +62,17 @@ NEGFAST_INLINE Lanes exponential(const Lanes& x) {
   value = value * rest + 1.0f;
   value = value * rest + 1.0f;
   const Bits bits = (__builtin_convertvector(power, Bits) + 127) << 23;
-  return value * std::bit_cast<Lanes>(bits);
+  return x > low ? value * std::bit_cast<Lanes>(bits) : Lanes{};
+}
+
+NEGFAST_CLONES void sum_named(const float* table, size_t width, const int64_t* place, size_t rows, size_t count,
+                              int64_t none, float* out) {
+  for (size_t r = 0; r < rows; ++r, place += count, out += width) {
+    std::fill(out, out + width, 0.0f);
+    for (size_t k = 0; k < count; ++k)
+      if (place[k] != none)
+        for (size_t c = 0; c < width; ++c) out[c] += table[place[k] * width + c];
+  }
 }
 
 // Products of a tile of rows and a panel: out [rows, kPanel] = a [rows, depth] * panel [depth, kPanel].
@@ -177,8 +187,8 @@ NEGFAST_INLINE uint32_t rounded(float x) {
 }
 
 // Memory that is kept from call to call: a thread's own, as large as was ever needed.
-template <class T>
-T* scratch(std::vector<T>& kept, size_t count) {
+template <class Kept>
+auto scratch(Kept& kept, size_t count) {
   if (kept.size() < count) kept.resize(count);
   return kept.data();
 }
@@ -191,6 +201,11 @@ bool has_bfloat16() {
 #else
   return false;
 #endif
+}
+
+void sum_rows(const float* table, size_t width, const int64_t* place, size_t rows, size_t count, int64_t none,
+              float* out) {
+  sum_named(table, width, place, rows, count, none, out);
 }
 
 Weights::Weights(const float* weight, size_t out, size_t in, bool bfloat16) : out_(out), in_(in), bfloat16_(bfloat16) {
@@ -238,8 +253,14 @@ struct Product {
   NEGFAST_INLINE void add(size_t rows, const uint32_t* a, float* out, float* to) const {
     for (size_t p = 0; p < panels(); ++p) {
       panel(p, rows, a, out);
-      for (size_t r = 0; r < rows; ++r)
-        for (size_t c = 0; c < columns(p); ++c) to[r * weights.out_ + p * kPanel + c] += out[r * kPanel + c];
+      for (size_t r = 0; r < rows; ++r) {
+        const float* from = out + r * kPanel;
+        float* row = to + r * weights.out_ + p * kPanel;
+        if (columns(p) == kPanel)
+          for (size_t c = 0; c < kPanel; c += kLanes) store(row + c, load(row + c) + load(from + c));
+        else
+          for (size_t c = 0; c < columns(p); ++c) row[c] += from[c];
+      }
     }
   }
 };
@@ -248,7 +269,9 @@ namespace {
 
 NEGFAST_INLINE void normalise(const float* x, const float* weight, size_t count, float eps, float* out) {
   const float scale = 1 / std::sqrt(square_sum(x, count) / static_cast<float>(count) + eps);
-  for (size_t k = 0; k < count; ++k) out[k] = weight[k] * (x[k] * scale);
+  size_t k = 0;
+  for (; k + kLanes <= count; k += kLanes) store(out + k, load(weight + k) * (load(x + k) * scale));
+  for (; k < count; ++k) out[k] = weight[k] * (x[k] * scale);
 }
 
 // The rows of a block, normalised, as ``product`` reads them.
@@ -266,14 +289,20 @@ NEGFAST_INLINE void turn(const float* x, const float* weight, const float* cos, 
                          float* row, float* out) {
   const size_t half = size / 2;
   normalise(x, weight, size, eps, row);
-  for (size_t k = 0; k < half; ++k) {
+  size_t k = 0;
+  for (; k + kLanes <= half; k += kLanes) {
+    const Lanes first = load(row + k), second = load(row + half + k), c = load(cos + k), s = load(sin + k);
+    store(out + k, first * c - second * s);
+    store(out + half + k, second * c + first * s);
+  }
+  for (; k < half; ++k) {
     out[k] = row[k] * cos[k] - row[half + k] * sin[k];
     out[half + k] = row[half + k] * cos[k] + row[k] * sin[k];
   }
 }
 
-thread_local std::vector<uint32_t> rows_a, rows_b;  // what is multiplied
-thread_local std::vector<float> results, more_results, line, mixed_heads, keys_kept, values_kept;
+thread_local Aligned<uint32_t> rows_a, rows_b;  // what is multiplied
+thread_local Aligned<float> results, more_results, line, all_heads, keys_kept, values_kept;
 
 NEGFAST_CLONES void project_block(const Product& product, const DecoderShape& shape, const std::vector<float>& input_norm,
                                   const std::vector<float>& query_norm, const std::vector<float>& key_norm, size_t rows,
@@ -284,7 +313,7 @@ NEGFAST_CLONES void project_block(const Product& product, const DecoderShape& sh
   uint32_t* a = scratch(rows_a, whole(rows, kFew) * product.depth);
   float* out = scratch(results, whole(rows, kFew) * kPanel);
   float* row = scratch(line, std::max(shape.hidden, size));
-  float* all = scratch(mixed_heads, rows * width);
+  float* all = scratch(all_heads, rows * width);
   write_normalised(product, rows, hidden, input_norm, shape.eps, row, a);
   for (size_t p = 0; p < product.panels(); ++p) {
     product.panel(p, rows, a, out);
@@ -340,14 +369,13 @@ NEGFAST_INLINE float soften(float* scores, size_t count, size_t end, float scale
     const Lanes here = load(scores + k);
     most = here > most ? here : most;
   }
-  float largest = most[0];
-  for (size_t l = 1; l < kLanes; ++l) largest = std::max(largest, most[l]);
+  const auto half = std::bit_cast<std::array<Half, 2>>(most);
+  const auto quarter = std::bit_cast<std::array<Quarter, 2>>(half[0] > half[1] ? half[0] : half[1]);
+  const Quarter last = quarter[0] > quarter[1] ? quarter[0] : quarter[1];
+  const float largest = std::max(std::max(last[0], last[2]), std::max(last[1], last[3]));
   Lanes total{};
   for (size_t k = 0; k < end; k += kLanes) {
-    Lanes weight = exponential((load(scores + k) - largest) * scale);
-    if (k + kLanes > count)
-      for (size_t l = 0; l < kLanes; ++l)
-        if (k + l >= count) weight[l] = 0;
+    const Lanes weight = exponential((load(scores + k) - largest) * scale);
     store(scores + k, weight);
     total += weight;
   }
@@ -401,7 +429,9 @@ NEGFAST_CLONES void attend_piece(const Attending& given, const DecoderShape& sha
         for (size_t d = 0; d < size; ++d) score += query[d] * key[d];
         of_row[prefix + k] = score;
       }
-      own[r * (given.own + 1) + given.own] = soften(of_row, prefix + mine, columns, scale);
+      const size_t end = whole(prefix + mine, kLanes);
+      own[r * (given.own + 1) + given.own] = soften(of_row, prefix + mine, end, scale);
+      std::fill(of_row + end, of_row + columns, 0.0f);
       std::copy_n(of_row + prefix, given.own, own + r * (given.own + 1));
       std::fill(of_row + prefix, of_row + prefix + given.own, 0.0f);
     }
@@ -413,12 +443,20 @@ NEGFAST_CLONES void attend_piece(const Attending& given, const DecoderShape& sha
         const size_t token = r / together, c = first + token / given.tokens;
         const float* weights = own + r * (given.own + 1);
         float* of_row = some + r * kPanel;
-        for (size_t k = 0; k < given.own; ++k) {
-          const float* value = given.own_value + ((c * given.own + k) * kv_heads + h) * size + p * kPanel;
-          for (size_t d = 0; d < count; ++d) of_row[d] += weights[k] * value[d];
-        }
+        const float* value = given.own_value + (c * given.own * kv_heads + h) * size + p * kPanel;
         float* to = out + ((first * given.tokens + token) * shape.heads + h * together + r % together) * size + p * kPanel;
-        for (size_t d = 0; d < count; ++d) to[d] = of_row[d] / weights[given.own];
+        const float share = 1 / weights[given.own];
+        size_t d = 0;
+        for (; d + kLanes <= count; d += kLanes) {
+          Lanes total = load(of_row + d);
+          for (size_t k = 0; k < given.own; ++k) total += weights[k] * load(value + k * kv_heads * size + d);
+          store(to + d, total * share);
+        }
+        for (; d < count; ++d) {
+          float total = of_row[d];
+          for (size_t k = 0; k < given.own; ++k) total += weights[k] * value[k * kv_heads * size + d];
+          to[d] = total * share;
+        }
       }
     }
   }
@@ -567,10 +605,10 @@ Prior::Prior(size_t features, size_t bins, const float* edges, const float* firs
       bins_(bins),
       stride_(kPriorWidth + kLanes),
       edges_(edges, edges + features * (bins + 1)),
-      table_(features * (bins + 2) * stride_),
       bias_(stride_),
       second_bias_(second_bias, second_bias + kPriorWidth),
       last_(last, last + kPriorWidth),
+      table_(features * (bins + 2) * stride_),
       wide_bias_(wide_bias),
       second_(second, kPriorWidth, kPriorWidth, false) {
   std::copy_n(first_bias, kPriorWidth, bias_.begin());

@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <new>
 #include <span>
 #include <vector>
 
@@ -18,7 +19,20 @@ namespace negfast {
 
 constexpr size_t kPriorWidth = 128;  // units of the prior's layers
 
+template <class T>
+struct CacheLines {  // memory that begins where a cache line does
+  using value_type = T;
+  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64))); }
+  void deallocate(T* memory, size_t) { ::operator delete(memory, std::align_val_t(64)); }
+  bool operator==(const CacheLines&) const = default;
+};
+template <class T>
+using Aligned = std::vector<T, CacheLines<T>>;
+
 bool has_bfloat16();  // whether the CPU multiplies bfloat16 numbers
+
+// Sums [rows, width] of rows of ``table`` [.., width]: those that ``place`` [rows, count] names, without ``none``.
+void sum_rows(const float* table, size_t width, const int64_t* place, size_t rows, size_t count, int64_t none, float* out);
 
 // A matrix that rows are multiplied by, in panels of columns that lie as the CPU reads them.
 class Weights {
@@ -30,7 +44,7 @@ class Weights {
   friend struct Product;
   size_t out_ = 0, in_ = 0;
   bool bfloat16_ = false;
-  std::vector<uint32_t> panels_;  // of 32 columns each: [in][32] float32, or [in / 2][32] pairs of bfloat16
+  Aligned<uint32_t> panels_;  // of 32 columns each: [in][32] float32, or [in / 2][32] pairs of bfloat16
 };
 
 struct DecoderShape {
@@ -97,7 +111,8 @@ class Prior {
 
  private:
   size_t features_, bins_, stride_;
-  std::vector<float> edges_, table_, bias_, second_bias_, last_;
+  std::vector<float> edges_, bias_, second_bias_, last_;
+  Aligned<float> table_;
   float wide_bias_;
   Weights second_;
 };

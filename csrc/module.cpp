@@ -153,6 +153,15 @@ void add_layer(Decoder& decoder, Column<float> input_norm, Table<float> query, T
                      out.data(), post_norm.data(), gate.data(), up.data(), down.data()});
 }
 
+void sum_rows_of(Table<float> table, Table<int64_t> place, int64_t none, Floats<2> out) {
+  same_shape(out, {place.shape(0), table.shape(1)}, "out");
+  const int64_t* end = place.data() + place.size();
+  if (std::any_of(place.data(), end, [&](int64_t k) { return k < 0 || k >= static_cast<int64_t>(table.shape(0)); }))
+    throw ShardError("places: found one outside 0.." + std::to_string(table.shape(0)));
+  nb::gil_scoped_release release;
+  sum_rows(table.data(), table.shape(1), place.data(), place.shape(0), place.shape(1), none, out.data());
+}
+
 const DecoderShape& of_layer(const Decoder& decoder, size_t layer) {
   if (layer >= decoder.layers()) throw ShardError("layer: found " + std::to_string(layer) + ", which is not there");
   return decoder.shape();
@@ -392,6 +401,7 @@ NB_MODULE(_core, m) {
 
   m.attr("HAS_BFLOAT16") = has_bfloat16();
   m.attr("PRIOR_WIDTH") = kPriorWidth;
+  m.def("sum_rows", &sum_rows_of, "table"_a, "place"_a, "none"_a, "out"_a);
   nb::class_<Decoder>(m, "Decoder")
       .def("__init__",
            [](Decoder* to, size_t hidden, size_t heads, size_t kv_heads, size_t head_dim, size_t intermediate, float eps,

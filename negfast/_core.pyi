@@ -59,6 +59,8 @@ class Features:
 HAS_BFLOAT16: bool  # whether the CPU multiplies bfloat16 numbers
 PRIOR_WIDTH: int  # units of a layer of the verdict's prior
 
+def sum_rows(table: NDArray[np.float32], place: NDArray[np.int64], none: int, out: NDArray[np.float32]) -> None: ...
+
 class Decoder:
     """The built-in decoder for inference on the CPU (csrc/decoder.hpp); see `negfast.model.inference`."""
 

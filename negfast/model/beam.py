@@ -35,7 +35,7 @@ def beam_search(
     for level in range(levels):
         beams = nodes.shape[1]
         alive = torch.isfinite(score)
-        choice = chooser.choose(
+        choice, code = chooser.choose_slots(
             policy, hidden, level, nodes.flatten(), requests.repeat_interleave(beams), prior, branch
         )
         joint = score.unsqueeze(-1) + choice.log_probs().unflatten(0, (size, beams))
@@ -48,7 +48,8 @@ def beam_search(
         if level == levels - 1 or policy is None:
             continue
         parents = place[(index // choice.logits.shape[1] + requests[:, None] * beams).flatten()]
-        tokens = (policy.vocabulary.code_base(level + 1) + index % choice.logits.shape[1]).reshape(-1, 1)
+        code = code.unflatten(0, (size, beams)).flatten(1).gather(1, index).clamp_max(chooser.trie.codebook - 1)
+        tokens = (policy.vocabulary.code_base(level + 1) + code).reshape(-1, 1)
         if prior is None or device.type != "cpu":  # elsewhere to count them would make the host wait
             histories.layout.branch(parents, keep)
             place = torch.arange(len(parents), device=device)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from negfast.kernels.trie_rows_reference import log_policy
 from negfast.model.policy import Policy
-from negfast.sid.prior import RequestPrior, child_log_prior
+from negfast.sid.prior import RequestPrior, child_log_prior, slot_log_prior
 from negfast.sid.trie import DeviceTrie
 
 
@@ -58,6 +58,29 @@ class TrieChooser:
         else:
             logits = policy.code_logits(hidden, level + 1)
         return Choice(logits, valid, log_prior, children)
+
+    def choose_slots(
+        self,
+        policy: Policy | None,
+        hidden: Tensor | None,
+        level: int,
+        nodes: Tensor,
+        request_rows: Tensor,
+        prior: RequestPrior | None,
+        branch: int,
+    ) -> tuple[Choice, Tensor]:
+        """The same among the children alone, in the slots [R, F] of `DeviceTrie.child_slots`, and the code of each:
+        deep levels have F far below K."""
+        children, code = self.trie.child_slots(level, nodes)
+        valid, log_prior = children >= 0, None
+        if prior is not None:
+            log_mass, valid = slot_log_prior(self.trie, prior, branch, level, children, request_rows)
+            log_prior = log_mass * self.prior_weight if self.prior_weight else None
+        if policy is None or hidden is None:
+            logits = torch.zeros(children.shape, device=children.device)
+        else:
+            logits = policy.code_logits(hidden, level + 1).gather(1, code.clamp_max(self.trie.codebook - 1))
+        return Choice(logits, valid, log_prior, children), code
 
     def unseen_leaves(self, level: int, nodes: Tensor, request_rows: Tensor, prior: RequestPrior) -> Tensor:
         """Unseen leaves under each of ``nodes`` [R] of a level in 1..L, int [R]."""

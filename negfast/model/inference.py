@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from negfast import _core
@@ -88,9 +89,9 @@ class Inference:
         if layout.new_tokens:
             asked = layout.completions
             of_completions = asked.prompt.numpy(), asked.prefix.numpy()
+        rows = len(hidden)
+        query, attention = np.empty((2, rows, self.heads, self.head_dim), np.float32)
         for number in range(self.layers):
-            rows = len(hidden)
-            query, attention = np.empty((2, rows, self.heads, self.head_dim), np.float32)
             key, value = np.empty((2, rows, self.kv_heads, self.head_dim), np.float32)
             self.core.project(number, hidden, cos, sin, query, key, value, threads)
             if prompts:
@@ -116,3 +117,12 @@ class Inference:
 def array(tensor: Tensor) -> np.ndarray:
     """For the core, which reads contiguous arrays."""
     return np.ascontiguousarray(tensor.detach().numpy())
+
+
+def summed_rows(table: Tensor, places: Tensor, none: int) -> Tensor:
+    """Sums [N, d] of the rows of ``table`` [R, d] at ``places`` int64 [N, S], those at ``none`` left out."""
+    if not torch.is_inference_mode_enabled() or table.device.type != "cpu" or table.dtype != torch.float32:
+        return F.embedding_bag(places, table, mode="sum", padding_idx=none)
+    out = torch.empty(len(places), table.shape[1])
+    _core.sum_rows(array(table), array(places), none, out.numpy())
+    return out

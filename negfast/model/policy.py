@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from negfast.errors import InputError
 from negfast.model import attention
-from negfast.model.inference import Inference, Packed
+from negfast.model.inference import Inference, Packed, summed_rows
 from negfast.model.layout import GroupLayout
 from negfast.model.qwen3 import Qwen3
 from negfast.model.verdict_prior import VerdictPrior
@@ -93,7 +93,7 @@ class Policy(nn.Module):
         base = self.vocabulary.base
         if tokens.ndim == 2:
             none = self.vocabulary.marker("none") - base
-            sums = F.embedding_bag(tokens - base, self.block.rows, mode="sum", padding_idx=none)
+            sums = summed_rows(self.block.rows, tokens - base, none)
             if item_text is None:
                 return sums
             assert self.text_projection is not None

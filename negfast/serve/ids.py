@@ -38,3 +38,12 @@ def index_of(source: Source, column: str, known: Mapping[str, int]) -> np.ndarra
     values = to_strings(ids).to_pylist()
     index = np.fromiter(map(known.get, values, repeat(-1)), np.int64, len(values))
     return np.append(index, -1)[ids.codes]
+
+
+def indices(name: str, values: Any, known: Mapping[str, int]) -> np.ndarray:
+    """`index_of` of a column as callers have it."""
+    if isinstance(values, np.ndarray) and values.dtype.kind == "U":
+        values = values.tolist()
+    if isinstance(values, list) and set(map(type, values)) == {str}:
+        return np.fromiter(map(known.get, values, repeat(-1)), np.int64, len(values))
+    return index_of(column_of(name, values), name, known)

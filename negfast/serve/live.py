@@ -23,7 +23,7 @@ from negfast.model.histories import HistoryBuilder, item_text, window_start
 from negfast.model.layout import GroupLayout
 from negfast.model.policy import Policy
 from negfast.serve.context import Moment, time_of
-from negfast.serve.ids import Column, column_of, index_of
+from negfast.serve.ids import Column, indices
 from negfast.serve.score import NEVER, FirstKnown, Scores
 
 if TYPE_CHECKING:
@@ -122,11 +122,11 @@ class Live:
 
         ``at`` is now by default. What was asked about is over: later events are not earlier than ``at``.
         """
-        item = index_of(column_of("item", items), "item", self.items)
+        item = indices("item", items, self.items)
         if isinstance(users, str):
             user = np.full(len(item), self.users.get(users, -1))
         else:
-            user = index_of(column_of("user", users), "user", self.users)
+            user = indices("user", users, self.users)
         if len(user) != len(item):
             raise InputError(f"users and items: found {len(user):,} and {len(item):,}, expected as many")
         if at is None:

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from negfast.errors import InputError
 from negfast.serve.context import Moment, check_run, context_day, context_moment, quick_imports
-from negfast.serve.ids import Column, column_of, index_of
+from negfast.serve.ids import Column, indices
 from negfast.serve.predict import likely_lists, list_table
 from negfast.serve.score import FirstKnown, Scores
 
@@ -176,7 +176,7 @@ class Run:
         return self._folder.calibration if given == "feedback" else self._folder.shown_calibration
 
     def _indices(self, column: str, ids: Column) -> np.ndarray:
-        return index_of(column_of(column, ids), column, self._index[column])
+        return indices(column, ids, self._index[column])
 
     def _known(self, column: str, ids: Column | None) -> np.ndarray:
         """The distinct indices of ids that the data set has, ascending; all by default."""

@@ -160,18 +160,30 @@ def child_log_prior(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What may follow each node, and its log mass, for R completions in progress.
 
-    ``nodes`` [R] are of a level in 0..L-1, ``request_rows`` [R] their requests, ``branch`` NEXT_DISLIKE or NEXT_LIKE,
-    one for all or int64 [R]. Returns (log_mass [R, K] in the masses' dtype, valid bool [R, K], children int64 [R, K] as
-    `DeviceTrie.children`): a code is valid if the child exists and has an unseen leaf; log_mass = log(max(mass - seen
-    mass, 0) + eps * unseen leaves), and 0 where not valid. No synchronisation with the host.
+    Returns (log_mass [R, K] in the masses' dtype, valid bool [R, K], children int64 [R, K] as `DeviceTrie.children`) of
+    all codes: `slot_log_prior` in their columns.
     """
-    slots, code = trie.child_slots(level, nodes)
-    entry, seen_count = prior.seen.find(level + 1, request_rows, slots, trie.node_counts[level + 1])
-    child = slots.clamp(min=0)
+    child, code = trie.child_slots(level, nodes)
+    log_mass, valid = slot_log_prior(trie, prior, branch, level, child, request_rows)
+    return trie.spread(code, log_mass, 0.0), trie.spread(code, valid, False), trie.spread(code, child, -1)
+
+
+def slot_log_prior(
+    trie: DeviceTrie, prior: RequestPrior, branch: int | Tensor, level: int, child: Tensor, request_rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log mass of the children ``child`` [R, F] of nodes of a level in 0..L-1, as `DeviceTrie.child_slots` has them.
+
+    ``request_rows`` [R] are the requests, ``branch`` NEXT_DISLIKE or NEXT_LIKE, one for all or int64 [R]. Returns
+    (log_mass [R, F] in the masses' dtype, valid bool [R, F]): valid if the child exists and has an unseen leaf;
+    log_mass = log(max(mass - seen mass, 0) + eps * unseen leaves), and 0 where not valid. No synchronisation with the
+    host.
+    """
+    entry, seen_count = prior.seen.find(level + 1, request_rows, child, trie.node_counts[level + 1])
+    exists = child >= 0
+    child = child.clamp(min=0)
     unseen = trie.leaf_count[level][child] - seen_count
     branches = branch if isinstance(branch, int) else branch[:, None]
     mass = prior.prior.mass(level + 1, branches, prior.day_row[request_rows][:, None], child)
     mass = (mass - prior.seen_mass[level][branches, entry]).clamp(min=0) + prior.prior.eps * unseen.to(mass.dtype)
-    valid = (slots >= 0) & (unseen > 0)
-    log_mass = mass.masked_fill(~valid, 1).log()
-    return trie.spread(code, log_mass, 0.0), trie.spread(code, valid, False), trie.spread(code, slots, -1)
+    valid = exists & (unseen > 0)
+    return mass.masked_fill(~valid, 1).log(), valid
