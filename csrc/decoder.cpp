@@ -10,9 +10,11 @@
 #if defined(__x86_64__) && defined(__gnu_linux__)
 #include <immintrin.h>
 #define NEGFAST_X86 1
+#define NEGFAST_NO_LANES(x) asm("" : "+x"(x))  // lanes would round every product of a sum, fused steps do not
 #define NEGFAST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define NEGFAST_X86 0
+#define NEGFAST_NO_LANES(x)
 #define NEGFAST_CLONES
 #endif
 
@@ -426,7 +428,10 @@ NEGFAST_CLONES void attend_piece(const Attending& given, const DecoderShape& sha
       for (size_t k = 0; k < mine; ++k) {  // in the order of a product's, so that a key counts as one of a prompt
         const float* key = given.own_key + ((c * given.own + k) * kv_heads + h) * size;
         float score = 0;
-        for (size_t d = 0; d < size; ++d) score += query[d] * key[d];
+        for (size_t d = 0; d < size; ++d) {
+          score += query[d] * key[d];
+          NEGFAST_NO_LANES(score);
+        }
         of_row[prefix + k] = score;
       }
       const size_t end = whole(prefix + mine, kLanes);
@@ -454,7 +459,10 @@ NEGFAST_CLONES void attend_piece(const Attending& given, const DecoderShape& sha
         }
         for (; d < count; ++d) {
           float total = of_row[d];
-          for (size_t k = 0; k < given.own; ++k) total += weights[k] * value[k * kv_heads * size + d];
+          for (size_t k = 0; k < given.own; ++k) {
+            total += weights[k] * value[k * kv_heads * size + d];
+            NEGFAST_NO_LANES(total);
+          }
           to[d] = total * share;
         }
       }
