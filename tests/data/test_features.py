@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from examples.features import Features, key_of
 from negfast.data import features as module
-from negfast.data.features import HistoryFeatures, keys_of
+from negfast.data.features import HistoryFeatures
 from negfast.data.items import ItemTable
 from negfast.data.log import DAY, DISLIKE, EXPOSED, LIKE, WITHDRAWN, EventLog
 
