@@ -18,6 +18,16 @@ FORMAT, LAYOUT = 3, "events"  # of negfast.json: one position an event
 FEEDBACK = ("shown", "like", "dislike", "withdrawn")  # the codes 0 to 3
 
 
+def read_csv(path: Path, *columns: str) -> list[dict[str, str]]:
+    """Rows of a CSV with a header; these ``columns`` must be among its own."""
+    with path.open(newline="") as file:
+        rows = csv.DictReader(file)
+        for column in columns:
+            if column not in (rows.fieldnames or []):
+                raise SystemExit(f"{path}: found no column {column!r}, expected {', '.join(columns)}")
+        return list(rows)
+
+
 class Event(NamedTuple):
     item: int  # row of the export's items
     feedback: int
@@ -43,9 +53,7 @@ class Export:
     def read_events(self, path: Path) -> None:
         """CSV with the columns user, item, time (s), feedback, and value in a log with values; events of one second in
         the log's order."""
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        for line, row in enumerate(rows, start=2):
+        for line, row in enumerate(read_csv(path, "user", "item", "time", "feedback"), start=2):
             if row["item"] not in self.item_row:
                 raise SystemExit(f"{path}:{line}: found item {row['item']!r}, expected one of items.json")
             if row["feedback"] not in FEEDBACK:
@@ -88,18 +96,20 @@ class Export:
 
     # ---- The verdict, but for what the decoder says.
 
-    def known(self, moment: int) -> tuple[Features, dict[str, int]]:
-        """The features' state, and the users' rows in it. Users of the log must be given by all of their events; those
-        that the state has not seen are learned in order of moment, as are all events of new users."""
+    def known(self, asked: set[str], moment: int) -> tuple[Features, dict[str, int]]:
+        """The features' state, and the users' rows in it. Users of the log who are ``asked`` about must be given by all
+        of their events; those that the state has not seen are learned in order of moment, as are all of new users."""
         names = json.loads((self.folder / "users.json").read_text("utf-8"))["id"]
         rows = {name: row for row, name in enumerate(names)}
         tables = {name: table.copy() for name, table in load_file(self.folder / "features.safetensors").items()}
         state = Features(self.about["features"], tables, list(map(key_of, names)), list(map(key_of, self.items)))
         unit = DAY if self.about["history"]["context"] == "day" else 1
         learned, later = state.learned, []
-        for user in self.events:
+        new = [user for user in self.events if user not in rows]
+        rows |= zip(new, state.add_users([key_of(user) for user in new]), strict=True)
+        for user in self.events.keys() | (asked & rows.keys()):
             events = [event for event in self.before(user, moment) if event.feedback]
-            if user in rows:
+            if rows[user] < len(names):
                 old = [event for event in events if event.time // unit * unit <= learned]
                 said = state.said[rows[user]] = {event.item: (event.feedback, event.value) for event in old}
                 found = sum(feedback != WITHDRAWN for feedback, _ in said.values())
@@ -108,8 +118,6 @@ class Export:
                         f"events of {user} in the log: found {found} judged items, expected {expected:.0f}"
                     )
                 events = events[len(old) :]
-            else:
-                rows[user] = state.add_user(key_of(user))
             later += [(event.time // unit * unit, key_of(user), event.time, rows[user], event) for event in events]
         later.sort(key=lambda event: event[:3])
         for at, some in groupby(later, key=lambda event: event[0]):

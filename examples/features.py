@@ -131,12 +131,13 @@ class Features:
 
     # ---- New users and events.
 
-    def add_user(self, key: int) -> int:
-        """The row of a new user."""
-        self.user_keys.append(key)
-        for name, value in self.unknown(self.user, 2 * key + 1).items():
-            self.user[name] = np.concatenate([self.user[name], value[None]])
-        return len(self.user_keys) - 1
+    def add_users(self, keys: Sequence[int]) -> range:
+        """The rows of new users."""
+        rows = [self.unknown(self.user, 2 * key + 1) for key in keys]
+        for name in self.user:
+            self.user[name] = np.concatenate([self.user[name], *(row[name][None] for row in rows)])
+        self.user_keys.extend(keys)
+        return range(len(self.user_keys) - len(keys), len(self.user_keys))
 
     def unknown(self, table: Row, seed: int) -> Row:
         """The row of a user or item without events; ``seed`` is 2 * key, of users + 1."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from exported import Export, Walk
+from exported import Export, Walk, read_csv
 from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 
@@ -94,11 +94,11 @@ def main() -> None:
             for rank, (score, item) in enumerate(listed(export, model, user, moment, options.top), start=1):
                 out.writerow([user, rank, export.items[item], f"{score:.9f}", export.texts[item]])
         return
-    with options.candidates.open(newline="") as file:
-        pairs = [(row["user"], row["item"]) for row in csv.DictReader(file)]
-    state, rows = export.known(moment)
+    pairs = [(row["user"], row["item"]) for row in read_csv(options.candidates, "user", "item")]
+    users = {user for user, _ in pairs}
+    state, rows = export.known(users, moment)
     found: dict[tuple[str, str], float] = {}
-    for user in {user for user, _ in pairs} & rows.keys():
+    for user in users & rows.keys():
         of_user = {item for other, item in pairs if other == user} & export.item_row.keys()
         items = np.array([export.item_row[item] for item in of_user], np.int64)
         items = items[export.is_known(user, items, state, moment)]

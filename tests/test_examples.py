@@ -197,6 +197,8 @@ def test_events_that_do_not_fit_an_export_are_refused(
     whole = events.read_text().splitlines(keepends=True)
     for lines, said in (
         (whole[:-1], f"events of {users[0]} in the log: found 47 judged items, expected 48"),
+        (whole[:1], f"events of {users[0]} in the log: found 0 judged items, expected 48"),
+        (["user,item,feedback,value\n"], "events.csv: found no column 'time', expected user, item, time, feedback"),
         ([*whole, "new,i999,5,like,\n"], "events.csv:50: found item 'i999', expected one of items.json"),
         ([*whole, "new,i1,5,love,\n"], "events.csv:50: found feedback 'love', expected shown, like"),
     ):
@@ -204,7 +206,7 @@ def test_events_that_do_not_fit_an_export_are_refused(
         export = Export(exported)
         with pytest.raises(SystemExit, match=said):
             export.read_events(events)
-            export.known(export.moment(None, of_lists=False))
+            export.known({users[0]}, export.moment(None, of_lists=False))
     with pytest.raises(SystemExit, match="--at: found 1600000000, expected 1606089600 or later"):
         export.moment(1_600_000_000, of_lists=True)
     with pytest.raises(SystemExit, match="--given shown: the run has no such calibration"):
