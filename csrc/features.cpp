@@ -28,6 +28,7 @@ namespace {
 constexpr size_t kSketch = 128;  // numbers of a sketch
 constexpr size_t kRidge = 8;     // text numbers that the ridge regression sees, the first
 constexpr size_t kRecent = 32;   // a user's last judgements, compared by text
+constexpr size_t kFew = 8;       // judgements up to which they are all that is kept of what follows from them
 constexpr size_t kEvidence = 18, kDeviations = 6, kRates = 4, kValues = 3;  // columns
 
 constexpr uint8_t kExposed = 0, kDislike = 2, kWithdrawn = 3;
@@ -67,16 +68,23 @@ struct Sums {
   int64_t at = kNever;      // the moment that decayed sums hold at
 };
 
-struct User {
-  Sketch sketch, taste;  // s_u = sum r_uj g_j, g_j the signs of item j; sum r_uj times the sketch of item j
+// What follows from a user's judgements alone.
+struct Judged {
+  Sketch sketch;  // s_u = sum r_uj g_j, g_j the signs of item j
   // Of the ridge regression's Gram matrix the inverse, two rows in a part; the weights twice.
   Lanes inverse[kRidge / 2];
   Lanes weights = {};
-  Lanes factors;  // p_u
-  int32_t item[kRecent] = {};
+  int32_t item[kRecent] = {};  // the last ones
   float residual[kRecent] = {};
-  uint64_t judged = 0;  // `item` and `residual` hold the last of so many
-  float weight = 0;     // sum |r_uj| |sketch of j|
+};
+
+struct User {
+  Sketch taste;            // sum r_uj times the sketch of item j
+  Lanes factors;           // p_u
+  int32_t item[kFew];      // the first judgements; ~item where it is not the first of its pair
+  float residual[kFew];
+  uint64_t judged = 0;     // how many
+  float weight = 0;        // sum |r_uj| |sketch of j|
   Sums sums;
   int64_t last = kNever, last_dislike = kNever;
 };
@@ -133,11 +141,13 @@ constexpr Field field(const char* name, size_t offset) {
       NEGFAST_DEVIATION(Row, sums.of_value), NEGFAST_FIELD(Row, sums.recent_events),                            \
       NEGFAST_FIELD(Row, sums.lately), NEGFAST_FIELD(Row, sums.at)
 
-constexpr Field kUserFields[] = {
-    NEGFAST_FIELD(User, sketch),   NEGFAST_FIELD(User, taste),  NEGFAST_FIELD(User, inverse),
-    NEGFAST_FIELD(User, weights),  NEGFAST_FIELD(User, factors), NEGFAST_FIELD(User, item),
-    NEGFAST_FIELD(User, residual), NEGFAST_FIELD(User, judged), NEGFAST_FIELD(User, weight),
-    NEGFAST_SUMS(User),            NEGFAST_FIELD(User, last),   NEGFAST_FIELD(User, last_dislike)};
+constexpr Field kJudgedFields[] = {NEGFAST_FIELD(Judged, sketch), NEGFAST_FIELD(Judged, inverse),
+                                   NEGFAST_FIELD(Judged, weights), NEGFAST_FIELD(Judged, item),
+                                   NEGFAST_FIELD(Judged, residual)};
+constexpr Field kUserFields[] = {NEGFAST_FIELD(User, taste),  NEGFAST_FIELD(User, factors),
+                                 NEGFAST_FIELD(User, judged), NEGFAST_FIELD(User, weight),
+                                 NEGFAST_SUMS(User),          NEGFAST_FIELD(User, last),
+                                 NEGFAST_FIELD(User, last_dislike)};
 constexpr Field kItemFields[] = {NEGFAST_FIELD(Item, sketch), NEGFAST_FIELD(Item, opinion),
                                  NEGFAST_FIELD(Item, factors), NEGFAST_FIELD(Item, weight),
                                  NEGFAST_SUMS(Item),           NEGFAST_FIELD(Item, first)};
@@ -353,9 +363,9 @@ class FeatureState {
         lately_(static_cast<float>(prior_)) {
     unknown_user_.sums.lately = unknown_item_.sums.lately = lately_;
     for (size_t p = 0; p < kRidge / 2; ++p) {
-      unknown_user_.inverse[p] = Lanes{};
+      nothing_judged_.inverse[p] = Lanes{};
       for (size_t row = 2 * p; row < 2 * p + 2; ++row)
-        unknown_user_.inverse[p][row % 2 * kRidge + row] = 1 / kPenalty;
+        nothing_judged_.inverse[p][row % 2 * kRidge + row] = 1 / kPenalty;
     }
     width_ = kRates + kEvidence + kDeviations + 1;
     if (settings.has_values) width_ += kValues + kDeviations + 1;
@@ -367,6 +377,7 @@ class FeatureState {
   void add_users(std::span<const uint64_t> keys) {
     user_key_.insert(user_key_.end(), keys.begin(), keys.end());
     users_.grow(keys.size());
+    judged_.grow(keys.size());
   }
 
   void add_values(std::span<const int32_t> column, std::span<const float> content) {
@@ -444,6 +455,7 @@ class FeatureState {
 
   NEGFAST_INLINE void fetch_early(int32_t user, int32_t item) {
     if (User* of_user = users_.find(user)) fetch(of_user);
+    if (Judged* judged = judged_.find(user)) fetch(judged);
     if (Item* of_item = items_.find(item)) fetch(of_item);
     said_.fetch_early(said_.key(user, item));
     const size_t attributes = settings_.attributes.size();
@@ -458,6 +470,8 @@ class FeatureState {
   // A user at a moment.
   struct Asked {
     const User* user;
+    const Judged* judged;
+    Judged few;
     int32_t number;
     int64_t moment;
     Side side;
@@ -467,6 +481,7 @@ class FeatureState {
   NEGFAST_INLINE void ask(Asked& asked, int32_t number, int64_t moment) {
     const User* user = &known_user(number);
     asked.user = user;
+    asked.judged = &judged(*user, number, asked.few);
     asked.number = number;
     asked.moment = moment;
     const Sums& sums = user->sums;
@@ -476,7 +491,7 @@ class FeatureState {
     const float events =
         sums.at == kNever ? 0 : std::max(sums.recent_events * left(moment - sums.at, kCountHalfLife), 0.0f);
     asked.recent_events = static_cast<float>(logarithm(1 + static_cast<double>(events)));
-    asked.sketch_length = length(user->sketch);
+    asked.sketch_length = length(asked.judged->sketch);
     asked.taste_length = length(user->taste);
     asked.last = days(user->last, moment);
     asked.last_dislike = days(user->last_dislike, moment);
@@ -484,6 +499,7 @@ class FeatureState {
 
   NEGFAST_INLINE void answer(const Asked& asked, int32_t i, float* out) {
     const User& user = *asked.user;
+    const Judged& judged = *asked.judged;
     const Item& item = known_item(i);
     const Side of_user = asked.side, of_item = side(item.sums, asked.moment);
     *out++ = of_item.logit_rate;
@@ -505,19 +521,19 @@ class FeatureState {
       *out++ = asked.off[kind];
     }
     *out++ = asked.recent_events;
-    by_pairs(dot(user.sketch, item.opinion), asked.sketch_length, length(item.opinion), item.weight, out);
+    by_pairs(dot(judged.sketch, item.opinion), asked.sketch_length, length(item.opinion), item.weight, out);
     by_pairs(dot(item.sketch, user.taste), length(item.sketch), asked.taste_length, user.weight, out + 3);
     out[6] = sum(user.factors * item.factors);
     const Text& text = text_[i];
     float total = 0, weight = 0;
     for (size_t k = 0; k < std::min<uint64_t>(user.judged, kRecent); ++k) {
-      const float cosine = std::max(dot(text, text_[user.item[k]]), 0.0f), kernel = cosine * cosine * cosine;
-      total += kernel * user.residual[k];
+      const float cosine = std::max(dot(text, text_[judged.item[k]]), 0.0f), kernel = cosine * cosine * cosine;
+      total += kernel * judged.residual[k];
       weight += kernel;
     }
     out[7] = total / (weight + kTextWeight);
     out[8] = weight;
-    out[9] = sum(user.weights * twice(text)) / 2;
+    out[9] = sum(judged.weights * twice(text)) / 2;
     for (size_t level = 0; level < 2; ++level) {
       const Cell& cell = cells_[cell_[i][level]];
       out[10 + level] = static_cast<float>(cell.excess / (cell.count + kCellPseudoEvents));
@@ -539,7 +555,7 @@ class FeatureState {
   size_t bytes() const {
     const size_t of_items = item_key_.capacity() * (sizeof(uint64_t) + sizeof(Text) + sizeof(cell_[0])) +
                             value_start_.capacity() * sizeof(int64_t) + value_.capacity() * sizeof(int32_t);
-    return users_.bytes() + items_.bytes() + said_.bytes() + by_user_value_.bytes() + of_items +
+    return users_.bytes() + judged_.bytes() + items_.bytes() + said_.bytes() + by_user_value_.bytes() + of_items +
            user_key_.capacity() * sizeof(uint64_t) + values_.capacity() * sizeof(Value) +
            cells_.capacity() * sizeof(Cell);
   }
@@ -548,6 +564,10 @@ class FeatureState {
 
   void tables(const std::function<void*(const FeatureTable&)>& place) {
     if (!pending_.empty()) learn_pending();
+    copy("user.", kJudgedFields, users(), place, [this](size_t k) {
+      const auto number = static_cast<int32_t>(k);
+      return &judged(known_user(number), number, few_);
+    });
     copy("user.", kUserFields, users(), place, [this](size_t k) { return &known_user(static_cast<int32_t>(k)); });
     copy("item.", kItemFields, items(), place, [this](size_t k) { return &known_item(static_cast<int32_t>(k)); });
     copy("cell.", kCellFields, cells_.size(), place, [this](size_t k) { return &cells_[k]; });
@@ -729,19 +749,22 @@ class FeatureState {
     }
     User& user = *known_user;
     Item& item = *known_item;
+    Judged& judged = this->judged(user, event.user, few_);
     const float r = change.residual;
-    item.weight += std::abs(r) * length(user.sketch);
+    item.weight += std::abs(r) * length(judged.sketch);
     user.weight += std::abs(r) * length(item.sketch);
-    negfast::add(item.opinion, r, user.sketch);
+    negfast::add(item.opinion, r, judged.sketch);
     negfast::add(user.taste, r, item.sketch);
-    add_signs(user.sketch, r, seed(item_key_[event.item], false));
     add_signs(item.sketch, r, seed(user_key_[event.user], true));
-    if (change.is_first) {
-      regress(user, twice(text_[event.item]), r);
-      factorise(user.factors, item.factors, r);
+    if (change.is_first) factorise(user.factors, item.factors, r);
+    if (user.judged < kFew) {
+      user.item[user.judged] = change.is_first ? event.item : ~event.item;
+      user.residual[user.judged] = r;
+    } else {
+      judge(judged, user.judged, event.item, r, change.is_first);
+      if (user.judged == kFew) judged_.make(event.user, judged);
     }
-    user.item[user.judged % kRecent] = event.item;
-    user.residual[user.judged++ % kRecent] = r;
+    ++user.judged;
     count(user.sums, change, now);
     count(item.sums, change, now);
     deviate(user.sums.dislike, change.dislikes, change.judged, change.item_mean);
@@ -774,16 +797,35 @@ class FeatureState {
     if (item.first == kNever) item.first = now;
   }
 
+  // What follows from a user's judgements: as it is kept, or made in `few`.
+  NEGFAST_INLINE Judged& judged(const User& user, int32_t number, Judged& few) {
+    if (user.judged > kFew) return *judged_.find(number);
+    few = nothing_judged_;
+    for (size_t k = 0; k < user.judged; ++k) {
+      const bool is_first = user.item[k] >= 0;
+      judge(few, k, is_first ? user.item[k] : ~user.item[k], user.residual[k], is_first);
+    }
+    return few;
+  }
+
+  // Adds judgement number k.
+  NEGFAST_INLINE void judge(Judged& to, uint64_t k, int32_t item, float residual, bool is_first) {
+    add_signs(to.sketch, residual, seed(item_key_[item], false));
+    if (is_first) regress(to, twice(text_[item]), residual);
+    to.item[k % kRecent] = item;
+    to.residual[k % kRecent] = residual;
+  }
+
   // Recursive least squares: Sherman and Morrison's update of the inverse. `x` holds the numbers twice.
-  NEGFAST_INLINE static void regress(User& user, const Lanes& x, float residual) {
+  NEGFAST_INLINE static void regress(Judged& to, const Lanes& x, float residual) {
     Lanes total = {};
-    for (size_t p = 0; p < kRidge / 2; ++p) total += user.inverse[p] * rows(x, p);
+    for (size_t p = 0; p < kRidge / 2; ++p) total += to.inverse[p] * rows(x, p);
     const auto half = std::bit_cast<std::array<Half, 2>>(total);
     const Half both = half[0] + half[1];
     const auto gain = std::bit_cast<Lanes>(std::array<Half, 2>{both, both});
     const float scale = 1 / (1 + std::max(sum(gain * x) / 2, 0.0f));
-    for (size_t p = 0; p < kRidge / 2; ++p) user.inverse[p] -= rows(gain, p) * gain * scale;
-    user.weights += gain * (scale * (residual - sum(user.weights * x) / 2));
+    for (size_t p = 0; p < kRidge / 2; ++p) to.inverse[p] -= rows(gain, p) * gain * scale;
+    to.weights += gain * (scale * (residual - sum(to.weights * x) / 2));
   }
 
   // Number 2p of `x` eight times, then number 2p + 1.
@@ -805,7 +847,10 @@ class FeatureState {
   size_t width_;
   std::vector<uint64_t> user_key_, item_key_;
   States<User> users_;
+  States<Judged> judged_;  // of users with more than kFew judgements
   States<Item> items_;
+  Judged nothing_judged_;
+  Judged few_;  // of the user whose event is learned
   User unknown_user_;  // what is known of those without events; factors are those of the last one asked
   Item unknown_item_;
   std::vector<Text> text_;

@@ -1,7 +1,10 @@
 """A live run answers as a run over a data set of the same events does."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import pytest
+import torch
 
 import negfast
 from negfast.data.log import DAY
@@ -120,13 +123,36 @@ def test_what_is_kept_of_histories_is_bounded(worlds, monkeypatch):
     live, users, items = run.live(), run._engine.data.user_ids[:12], run._engine.data.items.ids[:7]
     at = np.datetime64(rows[-1][3], "s")
     expected = [live.score(user, items, at=at).probability for user in users]
-    one = live.histories[live.users[users[-1]]].layout.bytes
+    one = live.histories[live.users[users[-1]]].kept_bytes
     monkeypatch.setattr(live_module, "KEPT_BYTES", 4 * one)
     for _ in range(2):
         for user, before in zip(users, expected, strict=True):
             assert np.array_equal(live.score(user, items, at=at).probability, before)
         assert len(live.histories) <= 6
-        assert live.kept_bytes == sum(history.layout.bytes for history in live.histories.values()) <= 5 * one
+        assert live.kept_bytes == sum(history.kept_bytes for history in live.histories.values()) <= 5 * one
+
+
+def test_an_answer_leaves_keys_and_values_of_the_history_alone(worlds):
+    """Beside them a history takes less than OBJECT_BYTES, however many candidates were asked about."""
+    run, _, rows = worlds
+    live, items = run.live(), run._engine.data.items.ids
+    live.score("u5", items * 5, at=np.datetime64(rows[-1][3], "s"))
+    history = live.histories[live.users["u5"]]
+    waiting, seen, held = [history], set(), 0
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen or isinstance(one, type):
+            continue
+        seen.add(id(one))
+        if isinstance(one, torch.Tensor):
+            held += one.untyped_storage().nbytes()
+        elif isinstance(one, (list, tuple)):
+            waiting += one
+        elif isinstance(one, Mapping):
+            waiting += one.values()
+        elif hasattr(one, "__dict__"):
+            waiting += vars(one).values()
+    assert history.layout.bytes <= held < history.kept_bytes
 
 
 def test_users_and_items_become_known(worlds):

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from negfast.runtime.verdict import Calibration
 
 FEEDBACK = {"shown": EXPOSED, "like": LIKE, "dislike": DISLIKE, "withdrawn": WITHDRAWN}
-KEPT_BYTES = 512 << 20  # of keys and values; those of the user who was asked about longest ago go first
+KEPT_BYTES = 512 << 20  # of histories; that of the user who was asked about longest ago goes first
+OBJECT_BYTES = 14 << 10  # of a history, beside keys and values
 
 
 class Live:
@@ -264,10 +265,10 @@ class _History:
         return self.layout, int(gap_bucket(np.asarray(moment - self.time[end - 1]))) if end > first else 0
 
     def measure(self) -> int:
-        """How many bytes more the keys and values take than when they were measured last."""
+        """Keeps nothing but keys and values; how many bytes more than when it was measured last."""
         assert self.layout is not None
         self.layout.forget()
-        before, self.kept_bytes = self.kept_bytes, self.layout.bytes
+        before, self.kept_bytes = self.kept_bytes, OBJECT_BYTES + self.layout.bytes
         return self.kept_bytes - before
 
     def _positions(self, window: int, first: int, end: int, begins: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
