@@ -41,7 +41,7 @@ from negfast.kernels.completion_attention_kernel import (
     completion_prompt_kernel,
 )
 from negfast.kernels.completion_attention_reference import completion_attention_reference
-from negfast.kernels.dispatch import capability, check_tensors, runs_triton
+from negfast.kernels.dispatch import capability, check_tensors, processors, runs_triton
 from negfast.kernels.operators import operator
 
 
@@ -227,10 +227,10 @@ def split_count(programs: int, key_blocks: int, device: torch.device) -> int:
 
     Few, since partial results are written and read again; a multiprocessor's loads in flight fill its share of memory.
     """
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    there = processors(device)
 
     def at_work(splits: int) -> float:
-        return programs * splits / (triton.cdiv(programs * splits, processors) * processors)
+        return programs * splits / (triton.cdiv(programs * splits, there) * there)
 
     choices = range(1, max(1, min(key_blocks // 2, 16)) + 1)
     return next((splits for splits in choices if at_work(splits) >= 0.9), max(choices, key=at_work))

@@ -61,6 +61,11 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; elsewhere those of an H100."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
 compile_for = 90  # set by tools/compile_kernels.py, which has no device
 
 

@@ -215,6 +215,11 @@ class Train:
         choices=("auto", "float32", "bfloat16"),
         help="matmul dtype of the decoder; weights and optimiser are float32. auto: bfloat16 on CUDA",
     )
+    stream: str = setting(
+        "float32",
+        choices=("float32", "bfloat16"),
+        help="dtype of the residual stream where the matmul dtype is bfloat16; bfloat16 moves fewer bytes",
+    )
     accumulate: int = setting(1, low=1, help="parts of a rank's batch, one after the other; the result is the same")
     token_budget: int = setting(
         0, low=0, help="most tokens of a part; larger ones are halved, with the same result. 0: no bound"

@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from negfast.kernels import (
+    add_norm,
     attention_kernel,
     completion_attention,
     dispatch,
@@ -178,11 +179,26 @@ def record_completion_attention() -> list[Launch]:
     return launches
 
 
+def record_add_norm() -> list[Launch]:
+    """The stream in float32 and in bfloat16, what is added in bfloat16; a norm without an addition."""
+    launches, bf16 = [], torch.bfloat16
+    for size, stream in ((1024, torch.float32), (1024, bf16), (2048, torch.float32)):
+        x, branch, weight = empty(4096, size, dtype=stream), empty(4096, size, dtype=bf16), empty(size, dtype=stream)
+        rstd = empty(4096, dtype=torch.float32)
+        with recorded(f"{size}, stream {TYPES[stream].upper()}", add_norm) as noted:
+            add_norm.launch_forward(x, branch, weight, 1e-6, bf16)
+            add_norm.launch_forward(x, None, weight, 1e-6, bf16)
+            add_norm.launch_backward(branch, x, x, weight, rstd, bf16)
+        launches += noted
+    return launches
+
+
 KERNELS: dict[str, Callable[[], list[Launch]]] = {
     "trie_grpo": record_trie_grpo,
     "sid_cross_entropy": record_sid_cross_entropy,
     "prompt_attention": record_prompt_attention,
     "completion_attention": record_completion_attention,
+    "add_norm": record_add_norm,
 }
 
 

@@ -5,7 +5,7 @@ registers it with transformers' AttentionInterface under `NAME`, so stock decode
 everything.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -80,8 +80,9 @@ def drop_prompt_rows(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple
     hidden, tokens = args[0], layout.prompt_tokens
     cos, sin = kwargs["position_embeddings"]
     layout.keys_only = True
+    normed = layer.input_layernorm(_rows(hidden, slice(tokens)))  # type: ignore[operator]
     layer.self_attn(  # type: ignore[operator]
-        hidden_states=layer.input_layernorm(hidden[:, :tokens]),  # type: ignore[operator]
+        hidden_states=normed if isinstance(normed, Tensor) else normed[1],  # of a fused norm the sum comes first
         position_embeddings=(cos[:, :tokens], sin[:, :tokens]),
         attention_mask=None,
         layout=layout,
@@ -92,7 +93,12 @@ def drop_prompt_rows(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple
         "position_embeddings": (cos[:, tokens:], sin[:, tokens:]),
         "position_ids": None if position_ids is None else position_ids[:, tokens:],
     }
-    return (hidden[:, tokens:], *args[1:]), kwargs | selected
+    return (_rows(hidden, slice(tokens, None)), *args[1:]), kwargs | selected
+
+
+def _rows(hidden: Any, rows: slice) -> Any:
+    """Rows of hidden states [1, N, d], of each part where an addition is yet to be made."""
+    return hidden[:, rows] if isinstance(hidden, Tensor) else type(hidden)(*(part[:, rows] for part in hidden))
 
 
 def install(model: "PreTrainedModel") -> None:

@@ -186,6 +186,16 @@ class Policy(nn.Module):
         return margin + self.verdict_prior(features)
 
 
+def narrow_stream(policy: Policy) -> None:
+    """Makes the decoder's residual stream bfloat16, from the first layer on; rotations and what comes out stay float32.
+    For a policy that computes in bfloat16."""
+    policy.decoder.layers[0].register_forward_pre_hook(_in_bfloat16)
+
+
+def _in_bfloat16(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return args[0].to(torch.bfloat16), *args[1:]
+
+
 def embedding_rows(model: "PreTrainedModel | Qwen3") -> Tensor:
     """The input embedding of a model, [vocabulary, hidden]."""
     weight = model.get_input_embeddings().weight

@@ -10,7 +10,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from negfast.model.layout import GroupLayout, Keys
@@ -20,16 +20,16 @@ from negfast.model.policy import Policy
 def recompute_layers(policy: Policy) -> None:
     """Changes the layers of this decoder so; gradients stay what they are."""
     for layer in policy.decoder.layers:
-        layer.forward = MethodType(_recomputed(type(layer).forward), layer)
+        layer.forward = MethodType(_recomputed(layer.forward.__func__), layer)
 
 
 def _recomputed(stock: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(layer: nn.Module, hidden: Tensor, *args: Any, layout: GroupLayout, **rest: Any) -> Any:
+    def forward(layer: nn.Module, hidden: Any, *args: Any, layout: GroupLayout, **rest: Any) -> Any:
         if not torch.is_grad_enabled():
             return stock(layer, hidden, *args, layout=layout, **rest)
         layouts = [_as_now(layout, int(layer.self_attn.layer_idx)), layout]  # type: ignore[union-attr, arg-type]
 
-        def run(hidden: Tensor) -> Any:
+        def run(hidden: Any) -> Any:
             """First on the layout itself, then, in the backward, on what it was before."""
             return stock(layer, hidden, *args, layout=layouts.pop(), **rest)
 

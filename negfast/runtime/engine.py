@@ -15,7 +15,7 @@ from negfast.data.split import Split, UserDays, user_days
 from negfast.model.choice import TrieChooser
 from negfast.model.fused_layers import fuse_layers
 from negfast.model.histories import HistoryBuilder, item_text
-from negfast.model.policy import Policy
+from negfast.model.policy import Policy, narrow_stream
 from negfast.sid.prior import DevicePrior
 from negfast.sid.trie import Trie, build_trie
 
@@ -81,6 +81,8 @@ def build_engine(
     default, later for a final refit."""
     fit_until = data.valid_day if fit_until is None else fit_until
     policy.in_bfloat16 = config.train.dtype == "bfloat16" or (config.train.dtype == "auto" and device.type == "cuda")
+    if config.train.stream == "bfloat16" and policy.in_bfloat16:
+        narrow_stream(policy)
     log, threads = data.log, torch.get_num_threads()
     trie = build_trie(data.codes, int(data.manifest["semantic_ids"]["codebook"]))
     prior = DevicePrior.build(trie, log, config.prior.half_life_days, config.prior.eps, device)

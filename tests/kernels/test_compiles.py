@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "compile_kernels.py"
-KERNELS = ("trie_grpo", "sid_cross_entropy", "prompt_attention", "completion_attention")
+KERNELS = ("trie_grpo", "sid_cross_entropy", "prompt_attention", "completion_attention", "add_norm")
 SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227}  # a block can have
 MATRIX_UNIT = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}  # its instructions
 

@@ -15,10 +15,10 @@ from negfast.train.sft import SftStage
 from tests.train.rank_gradients import STEP
 
 
-def sft_gradient(run: RunFolder, dtype: str) -> tuple[float, torch.Tensor]:
+def sft_gradient(run: RunFolder, dtype: str, stream: str = "float32") -> tuple[float, torch.Tensor]:
     config, dataset = run.config, Dataset.open(run.data)
     policy, tokenizer = run.load_policy(dataset)
-    config = replace(config, train=replace(config.train, dtype=dtype))
+    config = replace(config, train=replace(config.train, dtype=dtype, stream=stream))
     engine = build_engine(config, dataset, policy, tokenizer, torch.device("cpu"))
     load_weights(run.checkpoints / "initial", policy)
     stage = SftStage(engine)
@@ -38,3 +38,7 @@ def test_bfloat16_gives_float32_gradients_that_point_the_same_way(tiny_run):
     assert not torch.equal(found, wanted) and abs(loss - exact) < 0.01 * exact
     assert torch.nn.functional.cosine_similarity(found, wanted, dim=0) > 0.99
     assert sft_gradient(run, "auto")[0] == exact  # on a CPU
+    narrow, found = sft_gradient(run, "bfloat16", "bfloat16")
+    assert narrow != loss and abs(narrow - exact) < 0.01 * exact
+    assert torch.nn.functional.cosine_similarity(found, wanted, dim=0) > 0.98
+    assert sft_gradient(run, "float32", "bfloat16")[0] == exact  # a stream is no narrower than the products
