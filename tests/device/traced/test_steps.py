@@ -65,6 +65,7 @@ def test_stages(stage, open_job):
         ("sft", {"train__accumulate": 2}),
         ("grpo", {"model__lora_rank": 2}),
         ("grpo", {"train__dtype": "float32"}),
+        ("grpo", {"train__stream": "bfloat16"}),
     ],
     ids=str,
 )
