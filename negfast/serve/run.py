@@ -45,6 +45,7 @@ class Run:
         # the last that were asked for
         self._profiles: tuple[tuple[str | None, int], Profiles] | None = None
         self._taste: tuple[tuple[int, int, bytes], Taste] | None = None
+        self._calibrations: dict[Given, Calibration] = {}
 
     def __reduce__(self) -> tuple[type["Run"], tuple[Path, Path | None]]:
         return Run, (self.path.absolute(), None if self.data is None else self.data.absolute())
@@ -66,7 +67,7 @@ class Run:
         user, item = self._indices("user", users), self._indices("item", items)
         if len(user) != len(item):
             raise InputError(f"users and items: found {len(user):,} and {len(item):,}, expected as many")
-        moment = context_moment(self._folder.config.history.context, self._engine.log, at)
+        moment = context_moment(self._engine.config.history.context, self._engine.log, at)
         known = self._first_known.before(user, item, moment)
         rows = np.flatnonzero(known)
         rows = rows[np.argsort(user[rows], kind="stable")]
@@ -172,8 +173,11 @@ class Run:
     def _calibration(self, given: Given) -> "Calibration":
         if given not in ("feedback", "shown"):
             raise InputError(f"given: found {given!r}, expected feedback or shown")
-        self._folder.require_finished()
-        return self._folder.calibration if given == "feedback" else self._folder.shown_calibration
+        if given not in self._calibrations:
+            self._folder.require_finished()
+            calibration = self._folder.calibration if given == "feedback" else self._folder.shown_calibration
+            self._calibrations[given] = calibration
+        return self._calibrations[given]
 
     def _indices(self, column: str, ids: Column) -> np.ndarray:
         return indices(column, ids, self._index[column])

@@ -3,6 +3,7 @@
 import copy
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,9 +121,9 @@ def test_states_are_those_in_float64(sizes, together, bfloat16):
     with torch.inference_mode():
         assert policy.inference.of(policy.decoder) is not None
         if not together:
-            found = policy.hidden(layout, prompts, None)
+            of_prompts = policy.hidden(layout, prompts, None)
             for start, end in pairwise(starts):
-                check(found[start:end].numpy(), in_float64(policy, prompts[start:end].numpy()), bfloat16)
+                check(of_prompts[start:end].numpy(), in_float64(policy, prompts[start:end].numpy()), bfloat16)
         layout.ask(PROMPT, PREFIX)
         parts = [
             policy.hidden(layout, prompts if together else None, new[:, :2]),
@@ -240,17 +241,16 @@ def test_sums_of_rows():
 
 
 def test_shapes_that_do_not_fit_are_refused():
-    core = policy_of(*SIZES["small"]).inference.make(policy_of(*SIZES["small"]).decoder).core
+    core = Inference(policy_of(*SIZES["small"]).decoder).core
     rows, none = np.zeros((2, 2, 16), np.float32), np.zeros((0, 1, 16), np.float32)
-    keys, offsets = np.zeros((4, 1, 16), np.float32), np.array([0, 4], np.int32)
-    prompt, prefix = np.zeros(2, np.int64), np.array([4, 2], np.int32)
-    core.attend(rows, keys, keys, offsets, prompt, prefix, none, none, rows.copy(), 1)
-    for bad in ({5: prefix + 1}, {4: prompt + 1}, {1: keys[:3]}, {6: keys[:1]}, {0: rows[:1]}, {9: rows[:1]}):
-        given = [rows, keys, keys, offsets, prompt, prefix, none, none, rows.copy()]
-        for place, value in bad.items():
-            given[min(place, 8)] = value
+    keys, prompt, prefix = np.zeros((4, 1, 16), np.float32), np.zeros(2, np.int64), np.array([4, 2], np.int32)
+    good: dict[str, Any] = {"query": rows, "key": keys, "value": keys, "offsets": np.array([0, 4], np.int32)}
+    good |= {"prompt": prompt, "prefix": prefix, "own_key": none, "own_value": none, "out": rows.copy(), "threads": 1}
+    core.attend(**good)
+    bad = {"prefix": prefix + 1, "prompt": prompt + 1, "key": keys[:3], "own_key": keys[:1], "query": rows[:1]}
+    for name, value in bad.items():
         with pytest.raises(InputError, match="found"):
-            core.attend(*given, 1)
+            core.attend(**{**good, name: value})
     with pytest.raises(InputError, match="layer: found 9"):
         core.finish(9, rows, np.zeros((2, 32), np.float32), 1)
     with pytest.raises(InputError, match="sizes that do not fit"):
