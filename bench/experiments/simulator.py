@@ -234,7 +234,8 @@ def fitted(target: str, seed: int, steps: int, data: Path, out: Path, preset: st
     kept = run.checkpoints / "sft"
     if not kept.is_dir():
         stage, journal = SftStage(engine), Journal(run.path, {"sft": steps}, None)
-        stage.next_items.requests = aimed(engine.log, engine.split, target, stage.next_items.requests.take(), seed)
+        requests = stage.task.requests.take()
+        stage.next_items.requests = aimed(engine.log, engine.split, target, requests, seed)
         run_stage(stage, 1, engine.policy, run.path, engine.config.train, journal, None, None, 0)
     load_weights(kept, engine.policy)
     engine.policy.eval().requires_grad_(False)

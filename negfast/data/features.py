@@ -142,7 +142,8 @@ class HistoryFeatures:
         row[order] = np.arange(len(order), dtype=np.int32)
         small = 4 * len(order) * self.width <= IN_MEMORY
         found = np.empty((len(order), self.width), np.float32) if small else _RowsOnDisk(self.width)
-        state, time, begin = self._start().state, self.events[2], 0
+        of_user, of_item, time, feedback, value = self.events
+        state, begin = self._start().state, 0
         ends = [*range(REPLAYED_AT_ONCE, len(time), REPLAYED_AT_ONCE), len(time)]
         for first, last in zip([0, *ends[:-1]], ends, strict=True):
             end = len(order)
@@ -154,7 +155,14 @@ class HistoryFeatures:
             answers = (
                 found[begin:end] if isinstance(found, np.ndarray) else np.empty((len(rows), self.width), np.float32)
             )
-            state.replay(*(column[first:last] for column in self.events), *asked, answers)
+            events = (
+                of_user[first:last],
+                of_item[first:last],
+                time[first:last],
+                feedback[first:last],
+                value[first:last],
+            )
+            state.replay(*events, *asked, answers)
             if isinstance(found, _RowsOnDisk):
                 found.append(answers)
             begin = end
@@ -212,7 +220,7 @@ class _RowsOnDisk:
         self.width, self.file = width, TemporaryFile(buffering=0)  # noqa: SIM115
 
     def append(self, rows: np.ndarray) -> None:
-        view = memoryview(rows.reshape(-1).view(np.uint8))
+        view = rows.reshape(-1).view(np.uint8).data
         while len(view):
             view = view[self.file.write(view) :]
 

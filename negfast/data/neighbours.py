@@ -138,9 +138,11 @@ def soft_similarity(
     """
     row = np.repeat(np.arange(len(users)), np.diff(dislike_offsets))
     ids, similarity = similarity_rows(neighbours, users[row], dislikes)
-    none = np.empty((len(dislikes), 0), np.int32), np.empty((len(dislikes), 0), np.float32)
-    near = (ids, similarity, *(none if content is None else content(dislikes)))
-    return _best_of_future(*near, np.asarray(dislike_offsets, dtype=np.int64), generated, len(neighbours.ids))
+    near, cosine = np.empty((len(dislikes), 0), np.int32), np.empty((len(dislikes), 0), np.float32)
+    if content is not None:
+        near, cosine = content(dislikes)
+    offsets = np.asarray(dislike_offsets, dtype=np.int64)
+    return _best_of_future(ids, similarity, near, cosine, offsets, generated, len(neighbours.ids))
 
 
 @njit(cache=True, nogil=True)

@@ -1,14 +1,16 @@
 """One semantic ID for one item: codes as near as possible under the rule that no two items share all of them."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from negfast.errors import InputError
 from negfast.sid.kmeans import squared_distances
-from negfast.sid.quantize import Quantizer, left_over, nearest
+from negfast.sid.quantize import BLOCK, Quantizer, left_over, nearest
 
+LARGEST_TABLE = 1 << 24  # cells of a cost matrix that is kept; larger ones are made some rows at a time
 LARGEST_EXACT = 1 << 22  # cells of a cost matrix up to which the assignment is optimal (seconds), not stable
 
 
@@ -36,7 +38,7 @@ def assign_codes(vectors: np.ndarray, quantizer: Quantizer, taken: np.ndarray | 
         for rows in _overfull(parent, code, held, width, room[level]):
             below = parent[rows[0]] * width + np.arange(len(centroids))
             capacity = room[level] - (np.searchsorted(held, below, "right") - np.searchsorted(held, below))
-            code[rows] = _within_room(squared_distances(residual[rows], centroids) + prices, capacity)
+            code[rows] = _within_room(residual[rows], centroids, prices, capacity)
         codes[:, level] = code
         residual = left_over(residual, centroids, code)
         child = np.concatenate([parent * width + code, parent_taken * width + taken[:, level]])
@@ -54,27 +56,41 @@ def _overfull(parent: np.ndarray, code: np.ndarray, held: np.ndarray, width: int
     return np.split(rows, np.flatnonzero(np.diff(parent[rows])) + 1) if len(rows) else []
 
 
-def _within_room(cost: np.ndarray, capacity: np.ndarray) -> np.ndarray:
-    """A code for each of g items, at most ``capacity`` [k] items a code, at low total cost [g, k]."""
+def _within_room(points: np.ndarray, centroids: np.ndarray, prices: np.ndarray, capacity: np.ndarray) -> np.ndarray:
+    """A code for each of g points [g, d], at most ``capacity`` [k] points a code, at low total cost."""
+
+    def cost_of(rows: np.ndarray | slice) -> np.ndarray:
+        return squared_distances(points[rows], centroids) + prices
+
+    if len(points) * len(centroids) > LARGEST_TABLE:
+        return _stable(cost_of, len(points), capacity)
+    cost = cost_of(slice(None))
     if capacity.max() == 1 and cost.size <= LARGEST_EXACT:
         free = np.flatnonzero(capacity)
         return free[linear_sum_assignment(cost[:, free])[1]]
-    return _stable(cost, capacity)
+    return _stable(cost.__getitem__, len(points), capacity)
 
 
-def _stable(cost: np.ndarray, capacity: np.ndarray) -> np.ndarray:
-    """Every item proposes to its next-best code, every code keeps its nearest up to capacity (deferred acceptance)."""
-    preference = np.argsort(cost, axis=1, kind="stable")
-    choice = np.zeros(len(cost), dtype=np.int64)  # position in the preference list
-    while True:
-        code = preference[np.arange(len(cost)), choice]
-        order = np.lexsort((cost[np.arange(len(cost)), code], code))  # by code, nearest first
+def _stable(cost_of: Callable[[np.ndarray], np.ndarray], size: int, capacity: np.ndarray) -> np.ndarray:
+    """Every item proposes to its next-best code, every code keeps its nearest up to capacity (deferred acceptance).
+
+    ``cost_of`` tells the costs [n, k] of some items; they are not kept, as a table of a large catalogue fills memory.
+    """
+    code, cost = np.full(size, -1), np.full(size, -np.inf)
+    every, proposing = np.arange(len(capacity)), np.arange(size)
+    while len(proposing):
+        for begin in range(0, len(proposing), BLOCK):
+            rows = proposing[begin : begin + BLOCK]
+            costs, last = cost_of(rows), code[rows, None]
+            now = np.where(last < 0, -np.inf, np.take_along_axis(costs, last, axis=1))  # not as it was: bits may differ
+            later = (costs > now) | ((costs == now) & (every > last))  # in the order of (cost, code)
+            code[rows] = best = np.where(later, costs, np.inf).argmin(axis=1)
+            cost[rows] = costs[np.arange(len(rows)), best]
+        order = np.lexsort((cost, code))  # by code, nearest first
         ordered = code[order]
-        rank = np.arange(len(cost)) - np.searchsorted(ordered, ordered)
-        refused = order[rank >= capacity[ordered]]
-        if len(refused) == 0:
-            return code
-        choice[refused] += 1
+        rank = np.arange(size) - np.searchsorted(ordered, ordered)
+        proposing = order[rank >= capacity[ordered]]
+    return code
 
 
 def assign_new(

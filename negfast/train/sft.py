@@ -125,13 +125,14 @@ class SftStage:
         self.config = engine.config.sft
         if self.config.reset_head:
             torch.nn.init.zeros_(engine.policy.block.head.weight)
-        self.next_items = NextItems(engine, self.config, days_with_future(engine, self.config.target))
+        days = days_with_future(engine, self.config.target)
+        self.next_items = NextItems(engine, self.config, days)
         self.verdicts = TrainVerdicts(engine)
         self.use_verdict_loss = self.config.verdict_weight > 0 and len(self.verdicts.candidates) > 0
         candidates = self.verdicts.candidates
         if not self.use_verdict_loss:
             candidates, _ = candidates.take(np.zeros(0, dtype=np.int64))
-        self.task = HistoryTask(engine, "sft", self.next_items.requests, candidates)
+        self.task = HistoryTask(engine, "sft", days, candidates)
 
     def read(self, step: int, micro_batch: MicroBatch = WHOLE) -> SftBatch:
         settings = self.config

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from negfast.errors import InputError
 from negfast.sid import assign, rqvae
 from negfast.sid.assign import assign_codes, assign_new, digits, leaf_numbers
-from negfast.sid.kmeans import fit_balanced, fit_rq_kmeans
+from negfast.sid.kmeans import fit_balanced, fit_rq_kmeans, squared_distances
 from negfast.sid.quality import reconstruction_error, usage
 from negfast.sid.quantize import Quantizer, encode
 from negfast.sid.rqvae import fit_rq_vae
@@ -218,7 +218,7 @@ def test_last_level_is_optimal():
 def test_stable_assignment_of_large_groups(room):
     rng = np.random.default_rng()
     cost = rng.random((30, 30 // room))
-    code = assign._stable(cost, np.full(30 // room, room))
+    code = assign._stable(cost.__getitem__, len(cost), np.full(30 // room, room))
     counts = np.bincount(code, minlength=cost.shape[1])
     assert counts.max() <= room
     for item in range(30):  # no item would rather have a code that would rather have it
@@ -240,3 +240,28 @@ def test_large_groups_fall_back_to_stable(monkeypatch):
 def test_too_few_leaves():
     with pytest.raises(InputError, match="at most 9 items, found 10"):
         assign_codes(np.zeros((10, 2), dtype=np.float32), Quantizer.plain(np.zeros((2, 3, 2), dtype=np.float32)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_assignment_is_the_same_without_a_table_of_all_costs(seed, monkeypatch):
+    """Against lists of preferences, with ties and codes that are full."""
+    rng = np.random.default_rng(seed)
+    points = rng.integers(0, 3, (200, 2)).astype(np.float32)
+    centroids = rng.integers(0, 3, (9, 2)).astype(np.float32)
+    capacity = rng.multinomial(210, np.ones(9) / 9)
+    capacity[0] = 0 if capacity.sum() - capacity[0] >= 200 else capacity[0]
+    cost = squared_distances(points, centroids)
+    preference, choice = np.argsort(cost, axis=1, kind="stable"), np.zeros(200, int)
+    every = np.arange(200)
+    while True:
+        wanted = preference[every, choice]
+        order = np.lexsort((cost[every, wanted], wanted))
+        place = np.arange(200) - np.searchsorted(wanted[order], wanted[order])
+        refused = order[place >= capacity[wanted[order]]]
+        if not len(refused):
+            break
+        choice[refused] += 1
+    for table in (1 << 24, 0):
+        monkeypatch.setattr(assign, "LARGEST_TABLE", table)
+        monkeypatch.setattr(assign, "BLOCK", 7)
+        assert assign._within_room(points, centroids, np.zeros(9), capacity).tolist() == wanted.tolist()
