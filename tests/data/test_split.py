@@ -1,12 +1,24 @@
 """Requests and splits against a slow reading of the definitions, with repeated and changed feedback."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from negfast.data import log as log_module
+from negfast.data import split as split_module
 from negfast.data.log import DAY, DISLIKE, EXPOSED, LIKE, EventLog
-from negfast.data.split import Requests, all_requests, first_of_week, only_next, split_requests
+from negfast.data.split import (
+    Requests,
+    all_requests,
+    first_feedback,
+    first_of_week,
+    only_next,
+    split_requests,
+    user_days,
+)
 from negfast.errors import InputError
 
 Event = tuple[int, int, int, int]  # user, item, feedback, time
@@ -162,3 +174,22 @@ def test_bad_settings_are_one_line(horizon: int, valid_day: int, test_day: int, 
     empty = EventLog(np.zeros(1, np.int64), none, none.astype(np.uint8), none.astype(np.int64), None, 0)
     with pytest.raises(InputError):
         split_requests(empty, 2, 5, 9)
+
+
+@pytest.mark.parametrize("next_only", [False, True])
+def test_some_users_at_a_time_are_all_of_them(monkeypatch: pytest.MonkeyPatch, next_only: bool) -> None:
+    rng = np.random.default_rng()
+    n, horizon = 400, 4
+    events = list(zip(*(rng.integers(0, high, n).tolist() for high in (30, 20, 3, 40 * DAY)), strict=True))
+    log = log_of(events, 35, 20)
+    whole, first = all_requests(log, horizon), first_feedback(log)
+    whole = only_next(log, whole) if next_only else whole
+    for module in (log_module, split_module):
+        monkeypatch.setattr(module, "BLOCK_EVENTS", 25)
+    log = log_of(events, 35, 20)
+    days = user_days(log, horizon)
+    assert len(list(log.blocks())) > 10 and first_feedback(log).tolist() == first.tolist()
+    assert days.has_dislikes.tolist() == whole.has_dislikes.tolist()
+    assert (days.ahead & 2 > 0).tolist() == (np.diff(whole.like_offsets) > 0).tolist()
+    rows = rng.integers(0, len(days), 50)
+    assert as_tuples(replace(days, next_only=next_only).take(rows)) == as_tuples(whole.take(rows))

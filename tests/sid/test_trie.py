@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from negfast.errors import InputError
+from negfast.sid.assign import digits
 from negfast.sid.trie import SeenNodes, build_trie
 
 from .reference import prefixes, random_codes, seen_nodes_reference
@@ -93,3 +94,19 @@ def test_request_keys_exceed_int32():
     assert found.key[0][0] == 50_000 * 49_999 + 49_999 > 2**31
     _, count = found.find(1, torch.tensor([49_999, 49_998]), torch.tensor([[49_999], [49_999]]), 50_000)
     assert count.tolist() == [[1], [0]]
+
+
+@pytest.mark.parametrize(("levels", "codebook"), [(3, 256), (4, 64)])
+def test_a_million_leaves_are_reached_by_their_codes(levels, codebook):
+    rng = np.random.default_rng(0)
+    codes = digits(rng.choice(codebook**levels, 1_000_000, replace=False), levels, codebook)
+    trie = build_trie(codes, codebook)
+    assert trie.node_counts[-1] == 1_000_000
+    assert (trie.leaf_item[trie.item_nodes[:, -1]] == np.arange(1_000_000)).all()
+    assert all(count.sum() == 1_000_000 for count in trie.leaf_count)
+    items = rng.permutation(1_000_000)[:200]
+    nodes, device_trie = torch.zeros(200, dtype=torch.int64), trie.to("cpu")
+    for level in range(levels):
+        children = device_trie.children(level, nodes)
+        nodes = children[torch.arange(200), torch.from_numpy(codes[items, level].astype(np.int64))]
+        assert (nodes.numpy() == trie.item_nodes[items, level]).all()
