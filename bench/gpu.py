@@ -179,14 +179,8 @@ class Visit:
         """compute-sanitizer's memory check of one small test a kernel."""
         row: Row = {"system": "negfast", "case": {"bench": "compute-sanitizer"}, "status": "not installed"}
         if shutil.which("compute-sanitizer"):
-            tests = (
-                "the_gradient_arrives",
-                "rows_without",
-                "without_an_addition",
-                "completions and 3-3-3",
-                "prompts and 32",
-            )
-            small = " or ".join(f"test_{name}" for name in tests)
+            small = "test_the_gradient_arrives or test_rows_without or test_without_an_addition"
+            small += " or test_completions and 3-3-3 or test_prompts and 32"
             command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable]
             command += ["-m", "pytest", TESTS, "-q", "-x", "-k", small]
             row["status"], text = Process(command).wait(self.left(seconds))
