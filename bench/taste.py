@@ -255,21 +255,23 @@ def compare(
         return ranked_totals(weights, column, score, labels[1], 0.1).auc
 
     rival, rows = auc(scores[0][RIVAL][1]), []
-    having = {name: [of_seed for of_seed in scores if name in of_seed] for name in scores[0]}
-    alone = {name: [auc(of_seed[name][1]) for of_seed in having[name]] for name in having}
-    fits = {name: [stacked(of_seed, name, labels[0]) for of_seed in having[name]] for name in having if name != RIVAL}
-    both = {name: [auc(score) for score, _ in of_seeds] for name, of_seeds in fits.items()}
-    for name, samples_by_seed in alone.items():
-        mean = np.mean(samples_by_seed, axis=0)
-        row: dict[str, Any] = {"name": name, "auc": interval(mean), "minus_rival": interval(mean - rival)}
-        row["by_seed"] = [float(samples[0]) for samples in samples_by_seed]
-        if name in both:
-            mean = np.mean(both[name], axis=0)
-            row |= {"stacked_auc": interval(mean), "stacked_minus_rival": interval(mean - rival)}
-            if PRIOR in both:
-                row["stacked_minus_prior"] = interval(mean - np.mean(both[PRIOR], axis=0))
-            row["stacked_minus_rival_by_seed"] = [float(samples[0] - rival[0]) for samples in both[name]]
-            row["weights"] = [weight for _, weight in fits[name]]  # of the rival and the arm
+    stacked_priors = [auc(stacked(of_seed, PRIOR, labels[0])[0]) if PRIOR in of_seed else None for of_seed in scores]
+    for name in scores[0]:
+        having = [(of_seed, prior) for of_seed, prior in zip(scores, stacked_priors, strict=True) if name in of_seed]
+        alone = [auc(of_seed[name][1]) for of_seed, _ in having]
+        row: dict[str, Any] = {"name": name, "auc": interval(np.mean(alone, axis=0))}
+        row["by_seed"] = [float(samples[0]) for samples in alone]
+        if name != RIVAL:
+            fits = [stacked(of_seed, name, labels[0]) for of_seed, _ in having]
+            both = [auc(score) for score, _ in fits]
+            row["minus_rival"] = interval(np.mean(alone, axis=0) - rival)
+            row["stacked_auc"] = interval(np.mean(both, axis=0))
+            row["stacked_minus_rival"] = interval(np.mean(both, axis=0) - rival)
+            gains = [samples - prior for samples, (_, prior) in zip(both, having, strict=True) if prior is not None]
+            if gains:
+                row["stacked_minus_prior"] = interval(np.mean(gains, axis=0))
+            row["stacked_minus_rival_by_seed"] = [float(samples[0] - rival[0]) for samples in both]
+            row["weights"] = [weight for _, weight in fits]  # of the rival and the arm
         rows.append(row)
     return rows
 
