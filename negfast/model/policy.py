@@ -182,7 +182,8 @@ class Policy(nn.Module):
     def verdict_logit(self, hidden: Tensor, features: Tensor) -> Tensor:
         """Logit [R] of P(dislike) after the verdict marker; ``features`` [R, verdict_features] its prior's."""
         yes, no = (self.vocabulary.marker(name) - self.vocabulary.base for name in ("yes", "no"))
-        margin = hidden @ ((self.block.rows[yes] - self.block.rows[no]) @ self.block.head.weight)
+        direction = (self.block.rows[yes] - self.block.rows[no]) @ self.block.head.weight
+        margin = (hidden * direction).sum(-1)  # not a product of matrices, which rounds by the number of rows
         return margin + self.verdict_prior(features)
 
 
