@@ -125,10 +125,13 @@ class Trace(TorchDispatchMode):
 
 
 def _waits(name: str, args: Any, kwargs: Any) -> bool:
-    """Whether the host must know the data for the shape of the result: a mask as index, repeats without their sum."""
+    """Whether the host must know the data for the shape of the result: a mask as index, repeats on the device without
+    their sum."""
     if name in ("index", "index_put", "index_put_"):
         return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-    return name == "repeat_interleave" and isinstance(args[0], Tensor) and kwargs.get("output_size") is None
+    if name != "repeat_interleave" or kwargs.get("output_size") is not None:
+        return False
+    return not isinstance(args[-1], int)  # inference mode shows repeats by one number, which the host has
 
 
 def _caller() -> tuple[str, str]:
