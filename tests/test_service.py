@@ -20,6 +20,7 @@ import httpx
 import pytest
 
 import negfast
+from negfast.serve.restart import sockets_of
 from tests.tiny import run_cli
 
 NOW = int(time.time())
@@ -371,3 +372,9 @@ def test_a_full_disk_is_said_and_nothing_is_half_kept(tiny_run, tmp_path):
             process.kill()
     kept = file.read_text().splitlines()
     assert len(kept) == statuses.count(200) and all(json.loads(line)["user"] == "u1" for line in kept)
+
+
+def test_an_answer_does_not_wait_for_the_clients_acknowledgement():
+    listener = sockets_of("127.0.0.1", 0)[0]
+    with listener, socket.create_connection(listener.getsockname()), listener.accept()[0] as accepted:
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
