@@ -527,6 +527,9 @@ def test_other_accounts_can_read_an_export(tiny_run, tmp_path):
     os.umask(umask)
     for path in (*(tmp_path / "export").iterdir(), *(tiny_run / "final").iterdir(), RunFolder(tiny_run).data / ITEMS):
         assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path
+    about = json.loads((tmp_path / "export" / "negfast.json").read_text())
+    shape = {"format", "layout", "moment", "base", "levels", "codebook", "tokens", "history"}
+    assert set(about) == shape | {"prior", "beam", "calibration", "features"}
 
 
 def test_csv_is_the_parquet(tiny_run, pairs, tmp_path):

@@ -94,7 +94,8 @@ def _week_seconds(block: Source) -> pa.Array:
 
 def _roll_call(block: Source) -> pa.Array:
     """The name of each row's roll call, such as 117-House-42."""
-    parts = [to_strings(encode(block, name)).take(pa.array(encode(block, name).codes)) for name in ROLL_CALL]
+    columns = [encode(block, name) for name in ROLL_CALL]
+    parts = [to_strings(column).take(pa.array(column.codes)) for column in columns]
     return pc.binary_join_element_wise(*parts, "-")
 
 
