@@ -116,7 +116,7 @@ class Ours:
         def prior() -> RequestPrior:
             return self.prior.for_requests(days, SeenNodes.from_packed(seen, self.trie, self.device))
 
-        return Histories(self.tokens, layout, history, self.prefix, self.gap, every, prior)
+        return Histories(self.tokens, layout, history, self.prefix, self.gap, prior)
 
     def loss(self) -> GroupStep:
         """All of a step before its backward."""

@@ -1,18 +1,18 @@
 """SFT with whole histories beside its alternatives: seconds and positions a supervised target, and peak memory.
 
-A target is a next dislike, a next like or a verdict. All sides train the quickstart's decoder (Qwen3, 128 x 4, random
+A target is a next dislike or a next like. All sides train the quickstart's decoder (Qwen3, 128 x 4, random
 weights) in float32, by AdamW, on the same data set; they take turns, a step each, each in a process of its own.
 
-- ``histories``: negfast's training step, reading included. Requests and verdicts branch off whole histories.
-- ``requests``: the same step, targets and micro-batches, but each request, and each moment with verdicts, has a history
-  of its own: the same positions that its branch sees, nothing shared. Cutting them is cheaper than packing them would
+- ``histories``: negfast's training step, reading included. Requests branch off whole histories.
+- ``requests``: the same step, targets and micro-batches, but each request has a history of its own: the same
+  positions that its branch sees, nothing shared. Cutting them is cheaper than packing them would
   be, so this side is flattered a little.
 - ``trainer``: transformers' Trainer with a row a target, padded on the right, on targets drawn from the same steps. A
   row has the same positions: a history's are sums of token embeddings, handed over as ``inputs_embeds`` (spelt as
   tokens they would be several times as many). Rows are sorted by length, need no mask, and logits are made at labels
   alone; the micro-batch is the fastest of a sweep. Collating is not timed.
 - ``before``: the training step of an older checkout with its defaults, where every user-day was a prompt (``--before``,
-  a checkout of commit ec49f6b with its ``.venv``). It draws its own targets, of the same requests and verdicts.
+  a checkout of commit ec49f6b with its ``.venv``). It draws its own targets, of the same requests, without verdicts.
 
 Counted beside timed: positions, attention's pairs of query and key in a layer, and the decoder's operations by
 `negfast.train.speed.Meter`, a target each. "predicted" is what a side's operations are to those of ``histories``.

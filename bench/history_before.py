@@ -36,7 +36,7 @@ def main(task: dict[str, Any]) -> None:
     os.dup2(2, 1)  # what libraries print must not stand among the answers
     torch.set_num_threads(task["threads"])
     torch.manual_seed(0)
-    config, dataset = load_config(None, "quickstart", []), Dataset.open(Path(task["data"]))
+    config, dataset = load_config(None, "quickstart", ["sft.verdict_weight=0"]), Dataset.open(Path(task["data"]))
     shape = dataset.codes.shape[1], int(dataset.manifest["semantic_ids"]["codebook"])
     features: Any = history_features  # which asked for less
     width = features(dataset, dataset.valid_day).width
@@ -51,7 +51,7 @@ def main(task: dict[str, Any]) -> None:
         counter.operations = counter.pairs = 0.0
         began = time.perf_counter()
         batch: Any = stage.read(step)
-        targets = len(batch.items.items) + (0 if batch.verdicts is None else len(batch.verdicts.labels))
+        targets = len(batch.items.items)
         with counter:
             figures = update(stage, policy, optimizer, 1e-5, config.train.clip_norm, [batch])
         found = {

@@ -62,26 +62,23 @@ def shared(stage: SftStage, step: int, parts: int) -> list[SftBatch]:
 
 
 def apart(stage: SftStage, step: int, parts: int) -> list[SftBatch]:
-    """The same step with a history of its own for every request and for every moment with verdicts."""
+    """The same step with a history of its own for every request."""
     settings, task = stage.config, stage.task
     drawn = task.draw(step, settings.histories, settings.requests_per_history)
     rng = task_rng(stage.engine.config.train.seed, "views", step)
     views = draw_views(len(drawn.histories), settings.negative_view, settings.positive_view, rng)
-    views = views[np.concatenate([drawn.request_history, drawn.group_history])]
-    requests, branches = len(drawn.requests), len(views)
-    drawn = Drawn(np.arange(branches), drawn.requests, np.arange(requests), drawn.groups, np.arange(requests, branches))
-    batches, parts = [], min(parts, branches)
+    views, every = views[drawn.owner], np.arange(len(drawn.requests))
+    drawn = Drawn(every, drawn.requests, every)
+    batches, parts = [], min(parts, len(every))
     for micro_batch in (MicroBatch(part, parts) for part in range(parts)):
-        histories, groups = task.read(drawn, micro_batch, views)
-        histories = unshared(histories)
-        items = stage.next_items.read(histories, drawn, step, micro_batch) if len(histories.requests) else None
-        verdicts = stage.verdicts.of_histories(histories, groups, drawn, micro_batch)
-        batches.append(SftBatch(micro_batch, histories, items, verdicts))
+        histories = unshared(task.read(drawn, micro_batch, views))
+        items = stage.next_items.read(histories, drawn, step, micro_batch)
+        batches.append(SftBatch(micro_batch, histories, items))
     return batches
 
 
 def unshared(histories: Histories) -> Histories:
-    """A history for each branch: what of its own it sees."""
+    """A history for each request: what of its own it sees."""
     begins = np.cumsum(histories.layout.host_lengths) - histories.layout.host_lengths
     offsets = np.concatenate([[0], np.cumsum(histories.prefix)])
     rows = np.arange(offsets[-1]) + np.repeat(begins[histories.history] - offsets[:-1], histories.prefix)
@@ -90,9 +87,8 @@ def unshared(histories: Histories) -> Histories:
 
 
 def count_targets(batches: list[SftBatch]) -> int:
-    """Next dislikes, next likes and verdicts."""
-    items = sum(len(batch.items.targets.items) for batch in batches if batch.items is not None)
-    return items + sum(len(batch.verdicts.labels) for batch in batches if batch.verdicts is not None)
+    """Next dislikes and next likes."""
+    return sum(len(batch.items.targets.items) for batch in batches)
 
 
 class Counter(Meter):
@@ -138,23 +134,13 @@ def rows_of(stage: SftStage, batch: SftBatch) -> list[Row]:
     """A row for each target: what it sees, then its own positions, sums of tokens [n, S]; labels int64 [n]."""
     histories, builder, vocabulary = batch.histories, stage.engine.histories, stage.engine.policy.vocabulary
     seen = histories.tokens.split(histories.layout.host_lengths.tolist())
-    rows: list[Row] = []
-
-    def add(branches: np.ndarray, tokens: Tensor, labels: Tensor) -> None:
-        filled = F.pad(tokens, (0, histories.tokens.shape[1] - tokens.shape[2]), value=vocabulary.marker("none"))
-        for branch, own, wanted in zip(branches.tolist(), filled, labels, strict=True):
-            ids = torch.cat([seen[branch], own])
-            rows.append({"input_ids": ids, "labels": F.pad(wanted, (len(ids) - len(wanted), 0), value=-100)})
-
-    if batch.items is not None:
-        targets = batch.items.targets
-        branches = histories.requests[targets.requests]
-        tokens = builder.target_tokens(targets.markers, histories.gap[torch.from_numpy(branches)], targets.items)
-        add(branches, tokens, builder.item_token_ids[targets.items])
-    if batch.verdicts is not None:
-        yes, no = vocabulary.marker("yes"), vocabulary.marker("no")
-        labels = torch.where(batch.verdicts.labels > 0, yes, no).unsqueeze(1)
-        add(batch.verdicts.inputs.branches, batch.verdicts.inputs.tokens, labels)
+    targets, rows = batch.items.targets, []
+    own = builder.target_tokens(targets.markers, histories.gap[torch.from_numpy(targets.requests)], targets.items)
+    own = F.pad(own, (0, histories.tokens.shape[1] - own.shape[2]), value=vocabulary.marker("none"))
+    labels = builder.item_token_ids[targets.items]
+    for request, tokens, wanted in zip(targets.requests.tolist(), own, labels, strict=True):
+        ids = torch.cat([seen[request], tokens])
+        rows.append({"input_ids": ids, "labels": F.pad(wanted, (len(ids) - len(wanted), 0), value=-100)})
     return rows
 
 

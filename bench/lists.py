@@ -17,14 +17,13 @@ from bench.machine import device_name, versions
 from negfast.evaluate.bootstrap import interval
 from negfast.evaluate.eval import baselines_of
 from negfast.evaluate.metrics import Samples
-from negfast.evaluate.predictions import Predictions, pool_logits
+from negfast.evaluate.predictions import Predictions, pool_candidates, pool_logits
 from negfast.evaluate.sets import POOL, EvalSet, engine_set
 from negfast.evaluate.table import metric_samples, paired_differences, summary
 from negfast.runtime.engine import Engine
 from negfast.runtime.generation import generate
 from negfast.runtime.run_folder import RunFolder
 from negfast.runtime.taste import Taste, taste_scores
-from negfast.runtime.verdict import group_candidates
 from negfast.serve.predict import requests_at
 from negfast.train.expected import item_log_probs
 
@@ -90,11 +89,8 @@ def fewer_pools(evalset: EvalSet, most: int) -> EvalSet:
 def pool_scores(engine: Engine, evalset: EvalSet, start: int) -> dict[str, np.ndarray]:
     """What a likely list, the verdict alone and a taste list order the pools by, float64 [N, POOL]."""
     n = len(evalset.pool_items)
-    user, moment = np.repeat(evalset.pool_user, POOL), np.repeat(evalset.pool_moment, POOL)
     items = evalset.pool_items.reshape(-1)
-    order = np.lexsort((moment, user))
-    taste = np.empty(n * POOL)
-    taste[order] = taste_scores(engine, group_candidates(user[order], moment[order], items[order]))
+    taste = taste_scores(engine, pool_candidates(evalset))
     week = (evalset.pool_day - start) // WEEK
     for number in np.unique(week):
         ranker, price = Taste(engine, start + int(number) * WEEK), np.zeros(engine.log.n_items)

@@ -1,6 +1,6 @@
 """``python -m bench quality --data DIR``: filter, matched pools and lists of one data set, beside the baselines.
 
-Trains runs at default settings, or reuses finished ones, and runs without a step, whose filter is the verdict's prior.
+Trains runs at default settings, or reuses finished ones; for the filter alone, runs without a step.
 A model's row is the mean over seeds: every metric is averaged over the seeds' runs under the same resamples of users,
 and the interval is that of the averages. So intervals exclude seed variance; the seeds' own values stand beside.
 Differences are paired: both sides under the same resamples. Everything is fitted before T_valid, but for calibration
@@ -10,6 +10,7 @@ and thresholds, which valid gives. Settings are chosen with ``--split valid``; t
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from negfast.data.log import EventLog, events_before
 from negfast.evaluate.bootstrap import interval, ranked_totals
 from negfast.evaluate.eval import baselines_of, check_predictions, similarity_of
 from negfast.evaluate.metrics import FILTER_SHARE, Samples
-from negfast.evaluate.predictions import Predictions, platt_scaling
-from negfast.evaluate.sets import POOL, EvalSet, engine_set
+from negfast.evaluate.predictions import Predictions, calibrate, filter_logits, pool_logits
+from negfast.evaluate.sets import EvalSet, engine_set
 from negfast.evaluate.table import (
     HEADLINE,
     evaluation,
@@ -36,10 +37,9 @@ from negfast.evaluate.table import (
 )
 from negfast.runtime.engine import Engine
 from negfast.runtime.run_folder import RunFolder
-from negfast.runtime.verdict import Candidates, prior_logits
 
 METRICS = ("mean_reward", *HEADLINE)
-VERDICT_PRIOR = "verdict prior"
+VERDICT = "verdict"
 COLD_USER, FEW = "filter_auc/cold_user", 3  # fewer events than this before the moment
 STRATA = ("FHR@20/cold", "filter_auc/cold", COLD_USER)
 SHOWN = (*METRICS, "filter_likes_lost_per_dislike", "filter_ece", *STRATA)
@@ -52,7 +52,7 @@ def run(
     data: Path | None = None,
     context: str = "day",
     seeds: str = "0,1,2",
-    prior_seeds: str = "0,1,2",
+    filter_only: bool = False,
     runs: Path = Path("runs/quality"),
     config: Path | None = None,
     preset: str = "quickstart",
@@ -63,45 +63,38 @@ def run(
     """Puts the rows of a data set in a context beside those that ``out`` holds, and prints them.
 
     Without ``data`` it is the embedded MovieTweetings. Runs of ``seeds`` (comma-separated) lie in
-    ``runs``/DATA/CONTEXT-N, those without a step in ``runs``/DATA/CONTEXT-prior-N; finished ones are reused. With
-    ``seeds`` none, only the latter. ``sasrec`` adds the baselines that are trained.
+    ``runs``/DATA/CONTEXT-N; finished ones are reused. With ``filter_only`` they have no step and lie in
+    ``runs``/DATA/CONTEXT-filter-N. ``sasrec`` adds the baselines that are trained.
     """
-    chosen = [] if seeds == "none" else numbers(seeds, "--seeds")
+    chosen = numbers(seeds, "--seeds")
     name = "movietweetings" if data is None else data.name
-    base, of_context = runs / name / context, f"history.context={context}"
-    finished: list[RunFolder] = []
+    base, finished = runs / name / (f"{context}-filter" if filter_only else context), list[RunFolder]()
     for seed in chosen:
+        settings = (f"train.seed={seed}", f"history.context={context}", *(WITHOUT_STEPS if filter_only else ()))
         folder = data if data is not None else data_of(finished)
-        finished.append(trained(Path(f"{base}-{seed}"), config, preset, folder, (f"train.seed={seed}", of_context)))
-    priors: list[RunFolder] = []
-    for seed in numbers(prior_seeds, "--prior-seeds"):
-        folder = data if data is not None else data_of([*finished, *priors])
-        settings = (f"train.seed={seed}", of_context, *WITHOUT_STEPS)
-        priors.append(trained(Path(f"{base}-prior-{seed}"), config, preset, folder, settings))
-    first = [*finished, *priors][0]
-    engine = first.finished_engine(None)
+        finished.append(trained(Path(f"{base}-{seed}"), config, preset, folder, settings))
+    engine = finished[0].finished_engine(None)
     sets = {part: engine_set(engine, part) for part in ("valid", "test")}
     evalset, valid = sets[split], sets["valid"]
     predictions = baselines_of(engine, sets, split, sasrec)
-    predictions |= predictions_of(first, ["prior"], evalset, valid, engine.config.reward)
-    for number, done in enumerate(priors):
-        predictions[f"{VERDICT_PRIOR}#{number}"] = verdict_prior(done.finished_engine(None), evalset, valid)
-    for stage in ("sft", "grpo"):
-        for number, done in enumerate(finished):
-            print(f"quality: {stage}, {done.path}", file=sys.stderr, flush=True)
-            found = predictions_of(done, [stage], evalset, valid, engine.config.reward)
-            predictions[f"{stage}#{number}"] = found[stage]
+    predictions |= predictions_of(finished[0], ["prior"], evalset, valid, engine.config.reward)
+    for number, done in enumerate(finished):
+        print(f"quality: {done.path}", file=sys.stderr, flush=True)
+        found = {} if filter_only else predictions_of(done, ["sft", "grpo"], evalset, valid, engine.config.reward)
+        verdict = found["grpo"] if found else filter_of(done.finished_engine(None), evalset, valid)
+        predictions[f"{VERDICT}#{number}"] = replace(verdict, generated=None, expected_reward=None)
+        for stage, one in found.items():
+            predictions[f"{stage}#{number}"] = Predictions(one.generated, expected_reward=one.expected_reward)
     check_predictions(engine.log, evalset, predictions)
     samples = metric_samples(evalset, predictions, similarity_of(engine), resamples)
     add_cold_users(samples, predictions, engine.log, evalset, resamples)
     rows, averaged = table_rows(predictions, samples)
-    pairs = [(VERDICT_PRIOR, rival) for rival in RIVALS if rival in averaged]
-    pairs += [("grpo", other) for other in averaged if finished and other != "grpo"]
+    pairs = [(VERDICT, rival) for rival in RIVALS if rival in averaged]
+    pairs += [("grpo", other) for other in averaged if "grpo" in averaged and other != "grpo"]
     entry = {
         "data": name,
         **summary(evalset),
         "seeds": chosen,
-        "prior_seeds": numbers(prior_seeds, "--prior-seeds"),
         "rows": rows,
         "differences": paired_differences(averaged, pairs, METRICS),
     }
@@ -115,19 +108,14 @@ def run(
     return result
 
 
-def verdict_prior(engine: Engine, evalset: EvalSet, valid: EvalSet) -> Predictions:
-    """What the verdict's prior alone predicts, calibrated on valid."""
-    pools = np.repeat(evalset.pool_user, POOL), evalset.pool_items.ravel(), np.repeat(evalset.pool_moment, POOL)
-    asked = [(s.filter_user, s.filter_item, s.filter_moment) for s in (valid, evalset)] + [pools]
-    user, item, moment = (np.concatenate(column) for column in zip(*asked, strict=True))
-    logits = prior_logits(engine, Candidates(user, moment, np.arange(len(user) + 1), item))
-    of_valid, of_set, of_pools = np.split(logits, np.cumsum([len(part[0]) for part in asked])[:-1])
-    calibration = platt_scaling(of_valid, valid.filter_dislike)
+def filter_of(engine: Engine, evalset: EvalSet, valid: EvalSet) -> Predictions:
+    """What the verdict alone predicts."""
+    calibration = calibrate(engine, valid)
     return Predictions(
-        filter_score=calibration.probability(of_set),
+        filter_score=calibration.probability(filter_logits(engine, evalset)),
         filter_is_probability=True,
         filter_threshold=calibration.threshold,
-        pool_score=of_pools.reshape(-1, POOL).astype(np.float64),
+        pool_score=pool_logits(engine, evalset),
     )
 
 

@@ -12,7 +12,6 @@ from negfast.config import Config, load_config, to_toml
 from negfast.data.dataset import Dataset
 from negfast.errors import InputError
 from negfast.files import atomic_directory
-from negfast.model.verdict_prior import VerdictPrior
 from negfast.runtime.checkpoint import load_weights
 from negfast.runtime.engine import Engine
 from negfast.runtime.machine import choose_device
@@ -55,17 +54,13 @@ def trained_stages(
     overrides: Sequence[str],
     config: Path | None = None,
     preset: str = "quickstart",
-    prior: VerdictPrior | None = None,
 ) -> tuple[RunFolder, Engine]:
     """The run with the last weights of SFT and GRPO, each trained where it has not been yet and has steps.
 
-    Nothing is fitted or chosen beside: the verdict's prior is ``prior``, or says nothing, and no weights are chosen on
-    valid.
+    Nothing else is done: no verdict is fitted, and no weights are chosen on valid.
     """
     run, settings = RunFolder(path), load_config(config, preset, overrides)
     engine = open_run(run, settings, TrainOptions(data=data.resolve()), choose_device(settings.train.device))
-    if prior is not None:
-        engine.policy.verdict_prior.load_state_dict(prior.state_dict())
     steps = {name: count for name, count in (("sft", settings.sft.steps), ("grpo", settings.grpo.steps)) if count}
     done = [name for name in steps if (run.checkpoints / name).is_dir()]
     if done:

@@ -186,7 +186,6 @@ def negfast_contender(bench: Bench, cores: int, resolution: str, time_unit: int)
                 views=np.full(len(batch), 3, np.uint8),  # all events shown
                 branch_history=np.arange(len(batch), dtype=np.int32),
                 moments=np.full(len(batch), end),
-                requests=np.ones(len(batch), bool),
                 item_nodes=bench.item_nodes,
                 threads=cores,
             )

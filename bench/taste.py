@@ -1,22 +1,22 @@
 """``python -m bench taste --data DIR``: what a language model adds to evidence and trees, on one prepared data set.
 
 Arms score the same first likes and dislikes of valid and test, each before its moment: two boosted rankers, of which
-the second, with all features, is the rival; the verdict's prior; the prior with a decoder on codes, and on codes with
-item texts; that decoder alone, trained without the prior, which leaves it nothing to say; with ``--model`` a local
-language model that reads likes and dislikes in words (`bench.language`). Each stands alone and stacked with the rival,
-by a logistic regression on both logits that is fitted on valid. What comes of a history is also asked with that of
-another user who judged the same item, and of the language model without any. Figures are means over seeds of training,
-all under the same resamples of test users: paired 95 % intervals.
+the second, with all features, is the rival; the verdict; with ``--model`` a local language model that reads likes and
+dislikes in words (`bench.language`). Each stands alone and stacked with the rival, by a logistic regression on both
+logits that is fitted on valid. The language model is also asked with the history of another user who judged the same
+item, and without any. Figures are means over seeds of training, all under the same resamples of test users: paired 95 %
+intervals. Negfast's own decoder was an arm until commit 5bf0b4b; docs/results.md has what it added.
 """
 
 import json
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.numpy import load_file, save_file
 from scipy.special import logit
 from sklearn.linear_model import LogisticRegression
@@ -25,21 +25,16 @@ from torch import Tensor
 from bench.command import numbers
 from bench.language import Reader, Window, asked_logits, draw_windows, fine_tuned, questions
 from bench.machine import device_name, versions, write_result
-from bench.runs import trained_stages
-from negfast.config import load_config
 from negfast.data.dataset import Dataset
 from negfast.data.log import DISLIKE, EventLog
 from negfast.errors import InputError
 from negfast.evaluate.baselines.rates import fit_scorers
 from negfast.evaluate.bootstrap import interval, ranked_totals, resample_users
 from negfast.files import atomic_file
-from negfast.runtime.engine import Engine
-from negfast.runtime.verdict import Candidates, candidate_logits, fit_prior, prior_logits, verdict_start
+from negfast.model.verdict import Verdict, fit
+from negfast.runtime.verdict import verdict_examples, verdict_start
 
-RIVAL, PRIOR = "boosted-plus", "verdict prior"
-SEES_TEXT = ("history.text=true",)
-ALONE, LANGUAGE = "decoder alone, text", "language model"
-DECODERS = {"decoder, codes": (), "decoder, text": SEES_TEXT, ALONE: SEES_TEXT}
+RIVAL, VERDICT, LANGUAGE = "boosted-plus", "verdict", "language model"
 NONE, SWAPPED = ", no history", ", another's history"
 
 Scores = dict[str, list[np.ndarray]]  # logits of valid and of test
@@ -51,8 +46,6 @@ def run(
     data: Path | None = None,
     model: Path | None = None,
     runs: Path = Path("runs/taste"),
-    config: Path | None = None,
-    preset: str = "quickstart",
     context: str = "event",
     seeds: str = "0,1,2",
     model_seeds: str = "0",
@@ -70,7 +63,6 @@ def run(
     """
     if data is None:
         raise InputError("taste: expected --data DIR, a prepared data set")
-    settings = load_config(config, preset)
     opened, runs = Dataset.open(data), runs / data.name
     log, days = opened.log, (opened.valid_day, opened.test_day, opened.end_day)
     rng = np.random.default_rng(0)
@@ -93,15 +85,18 @@ def run(
     of_features = [features.rich(*part) for part in columns]
     boosted = {name: [clipped(scorers[name](part)) for part in of_features] for name in ("boosted", RIVAL)}
     others = [of_another(log.user[rows], log.item[rows], np.random.default_rng(1)) for rows in events]
+    candidates, disliked, _ = verdict_examples(log, context, days[0])
+    seen = features.rich(candidates.user, candidates.item, candidates.moment).astype(np.float32)
     scores: list[Scores] = []
     for seed in chosen:
-        fixed = (f"train.seed={seed}", f"history.context={context}", "align.steps=0", "grpo.steps=0")
-        folder = runs / f"{context}-{seed}"
-        decoders = decoder_scores(folder, data, fixed, config, preset, columns, others)
+        verdict = Verdict(features.width)
+        fit(verdict, seen, disliked, seed)
+        with torch.inference_mode():
+            logits = [verdict(torch.from_numpy(part.astype(np.float32))).double().numpy() for part in of_features]
         of_language = language.get(seed, {})
         if of_language:
             of_language |= {LANGUAGE + SWAPPED: swap(of_language[LANGUAGE], others)}
-        scores.append(boosted | decoders | of_language)
+        scores.append(boosted | {VERDICT: logits} | of_language)
     labels = [log.feedback[rows] == DISLIKE for rows in events]
     entry: dict[str, Any] = {
         "data": data.name,
@@ -110,8 +105,6 @@ def run(
         "valid": len(events[0]),
         "test": len(events[1]),
         "users": len(np.unique(log.user[events[1]])),
-        "sft_steps": settings.sft.steps,
-        "window": settings.history.window,
         "with_another": float(np.mean(others[1] != np.arange(len(others[1])))),
         **({"judgements": judgements, "epochs": epochs, "layers": layers} if told else {}),
         "rows": compare(scores, labels, log.user[events[1]], resamples),
@@ -147,50 +140,6 @@ def of_another(user: np.ndarray, item: np.ndarray, rng: np.random.Generator) -> 
 def swap(scores: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> list[np.ndarray]:
     """What was said of the questions ``others``: of the same candidates, by histories of other users."""
     return [score[other] for score, other in zip(scores, others, strict=True)]
-
-
-def decoder_scores(
-    folder: Path,
-    data: Path,
-    settings: Sequence[str],
-    config: Path | None,
-    preset: str,
-    columns: Sequence[Columns],
-    others: Sequence[np.ndarray],
-) -> Scores:
-    """Logits of the verdict's prior, and of decoders with it and alone; also what decoders say of others' histories.
-
-    Runs and logits are kept in ``folder``: delete it after a change of features or of evaluation.
-    """
-    candidates = [Candidates(user, moment, np.arange(len(user) + 1), item) for user, item, moment in columns]
-    size = len(columns[1][0])
-
-    @cache
-    def fitted() -> Engine:
-        _, engine = trained_stages(folder / PRIOR, data, (*settings, "sft.steps=0"), config, preset)
-        fit_prior(engine)
-        return engine
-
-    def logits(name: str) -> dict[str, np.ndarray]:
-        if name == PRIOR:
-            found = [prior_logits(fitted(), part).astype(np.float64) for part in candidates]
-        else:
-            prior = None if name == ALONE else fitted().policy.verdict_prior
-            _, engine = trained_stages(folder / name, data, (*settings, *DECODERS[name]), config, preset, prior)
-            engine.policy.eval()
-            found = [candidate_logits(engine, part) for part in candidates]
-        return dict(zip(("valid", "test"), found, strict=True))
-
-    scores: Scores = {}
-    for name in (PRIOR, *DECODERS):
-        kept = kept_logits(folder / f"{name}-{size}.safetensors", partial(logits, name))
-        scores[name] = [kept["valid"], kept["test"]]
-        if name == ALONE:
-            scores[name + SWAPPED] = swap(scores[name], others)
-        elif name != PRIOR:
-            said = swap([both - own for both, own in zip(scores[name], scores[PRIOR], strict=True)], others)
-            scores[name + SWAPPED] = [own + other for own, other in zip(scores[PRIOR], said, strict=True)]
-    return scores
 
 
 def language_scores(
@@ -247,7 +196,7 @@ def compare(
     scores: Sequence[Scores], labels: Sequence[np.ndarray], user: np.ndarray, resamples: int
 ) -> list[dict[str, Any]]:
     """A row an arm: AUC on test alone and stacked with the rival, the mean over the seeds that have it, and what both
-    have above the rival; stacked also above the stacked prior."""
+    have above the rival; stacked also above the stacked verdict."""
     present, column = np.unique(user, return_inverse=True)
     weights = resample_users(len(present), resamples, 0)
 
@@ -255,9 +204,9 @@ def compare(
         return ranked_totals(weights, column, score, labels[1], 0.1).auc
 
     rival, rows = auc(scores[0][RIVAL][1]), []
-    stacked_priors = [auc(stacked(of_seed, PRIOR, labels[0])[0]) if PRIOR in of_seed else None for of_seed in scores]
+    verdicts = [auc(stacked(of_seed, VERDICT, labels[0])[0]) for of_seed in scores]
     for name in scores[0]:
-        having = [(of_seed, prior) for of_seed, prior in zip(scores, stacked_priors, strict=True) if name in of_seed]
+        having = [(of_seed, verdict) for of_seed, verdict in zip(scores, verdicts, strict=True) if name in of_seed]
         alone = [auc(of_seed[name][1]) for of_seed, _ in having]
         row: dict[str, Any] = {"name": name, "auc": interval(np.mean(alone, axis=0))}
         row["by_seed"] = [float(samples[0]) for samples in alone]
@@ -267,9 +216,8 @@ def compare(
             row["minus_rival"] = interval(np.mean(alone, axis=0) - rival)
             row["stacked_auc"] = interval(np.mean(both, axis=0))
             row["stacked_minus_rival"] = interval(np.mean(both, axis=0) - rival)
-            gains = [samples - prior for samples, (_, prior) in zip(both, having, strict=True) if prior is not None]
-            if gains:
-                row["stacked_minus_prior"] = interval(np.mean(gains, axis=0))
+            gains = [samples - verdict for samples, (_, verdict) in zip(both, having, strict=True)]
+            row["stacked_minus_verdict"] = interval(np.mean(gains, axis=0))
             row["stacked_minus_rival_by_seed"] = [float(samples[0] - rival[0]) for samples in both]
             row["weights"] = [weight for _, weight in fits]  # of the rival and the arm
         rows.append(row)
@@ -285,7 +233,7 @@ def stacked(scores: Scores, name: str, label: np.ndarray) -> tuple[np.ndarray, l
 
 def line(row: dict[str, Any]) -> str:
     figures = []
-    for name in ("auc", "minus_rival", "stacked_minus_rival", "stacked_minus_prior"):
+    for name in ("auc", "minus_rival", "stacked_minus_rival", "stacked_minus_verdict"):
         if name in row:
             figures.append(f"{row[name]['mean']:+.4f} [{row[name]['low']:+.4f}, {row[name]['high']:+.4f}]")
     return f"{row['name']:<34} " + "  ".join(figures)

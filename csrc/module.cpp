@@ -295,14 +295,13 @@ void shard_read_rows(const Shard& shard, Column<int32_t> users, Column<int64_t> 
 }
 
 PackedParts shard_pack(const Shard& shard, Column<int32_t> users, Column<int64_t> first, Column<uint8_t> views,
-                       Column<int32_t> branch_history, Column<int64_t> moments, Column<uint8_t> requests,
-                       Table<int32_t> item_nodes, unsigned threads) {
+                       Column<int32_t> branch_history, Column<int64_t> moments, Table<int32_t> item_nodes,
+                       unsigned threads) {
   same_length(first.size(), users.size(), "first");
   same_length(views.size(), users.size(), "views");
   same_length(moments.size(), branch_history.size(), "moments");
-  same_length(requests.size(), branch_history.size(), "requests");
   const PackHistories histories{view(users), first.data(), views.data()};
-  const PackBranches branches{view(branch_history), moments.data(), requests.data()};
+  const PackBranches branches{view(branch_history), moments.data()};
   const ItemNodes nodes{item_nodes.data(), item_nodes.shape(0), static_cast<int>(item_nodes.shape(1))};
   nb::gil_scoped_release release;
   return pack(shard, histories, branches, nodes, threads);
@@ -433,7 +432,6 @@ NB_MODULE(_core, m) {
       .def_prop_ro("histories", &PackedParts::histories)
       .def_prop_ro("positions", &PackedParts::positions)
       .def_prop_ro("branches", &PackedParts::branches)
-      .def_prop_ro("requests", &PackedParts::requests)
       .def_prop_ro("seen", &PackedParts::seen)
       .def_prop_ro("nodes", &PackedParts::nodes)
       .def("write", &write_packed, "item"_a, "feedback"_a, "gap"_a, "cu_seqlens"_a, "prefix"_a, "branch_gap"_a,
@@ -449,5 +447,5 @@ NB_MODULE(_core, m) {
       .def("read", &shard_read, "users"_a, "offsets"_a, "item"_a, "feedback"_a, "time"_a, "threads"_a)
       .def("read_rows", &shard_read_rows, "users"_a, "offsets"_a, "table"_a, "out"_a, "threads"_a)
       .def("pack", &shard_pack, nb::kw_only(), "users"_a, "first"_a, "views"_a, "branch_history"_a, "moments"_a,
-           "requests"_a, "item_nodes"_a, "threads"_a);
+           "item_nodes"_a, "threads"_a);
 }

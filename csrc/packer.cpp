@@ -67,7 +67,7 @@ struct Scratch {
   std::vector<uint64_t> by_item;  // the first event of an item * 2^32 + the item
   std::vector<uint64_t> by_leaf;  // a place in by_item * 2^32 + the leaf of the item there
   std::vector<uint64_t> other;    // of the sort
-  std::vector<int32_t> place;     // of by_item's items among those that a request has seen, -1: not seen
+  std::vector<int32_t> place;     // of by_item's items among those that a branch has seen, -1: not seen
   std::vector<uint64_t> seen;     // in order of leaves: that place * 2^32 + the item
 };
 
@@ -119,7 +119,7 @@ void append_branch(int64_t moment, const std::vector<int64_t>& shown, Packed& ou
   out.branch_gap.push_back(end == shown.begin() ? 0 : gap_bucket(end[-1], moment));
 }
 
-// Sorts the distinct items of the first `end` events once for all requests of a history.
+// Sorts the distinct items of the first `end` events once for all branches of a history.
 void collect_items(const Events& events, size_t end, const ItemNodes& tree, Scratch& s) {
   s.met.start(tree.items);
   s.by_item.clear();
@@ -137,7 +137,7 @@ void collect_items(const Events& events, size_t end, const ItemNodes& tree, Scra
   radix_sort(s.by_leaf, s.other);
 }
 
-// What a request that sees the first `end` events has seen of the collected items. In the order of the leaves every
+// What a branch that sees the first `end` events has seen of the collected items. In the order of the leaves every
 // level's nodes are in order too, so one sort serves all levels.
 void append_seen(size_t end, const ItemNodes& tree, Scratch& s, Packed& out) {
   const auto request = static_cast<int32_t>(out.seen_cu.size()) - 1;
@@ -202,18 +202,14 @@ Packed pack_chunk(const Shard& shard, const PackHistories& histories, size_t fro
     const auto a = static_cast<size_t>(next_branch - branches.history.begin());
     next_branch = std::upper_bound(next_branch, branches.history.end(), static_cast<int32_t>(from + i));
     const auto a_end = static_cast<size_t>(next_branch - branches.history.begin());
-    size_t end = 0, seen_end = 0;  // events that any branch, any request sees
-    for (size_t b = a; b < a_end; ++b) {
-      const size_t before = events.before(branches.moments[b]);
-      end = std::max(end, before);
-      if (branches.requests[b]) seen_end = std::max(seen_end, before);
-    }
+    size_t end = 0;  // events that any branch sees
+    for (size_t b = a; b < a_end; ++b) end = std::max(end, events.before(branches.moments[b]));
     append_positions(events, static_cast<size_t>(first), end, histories.views[from + i], s.shown, out);
     out.cu_seqlens.push_back(static_cast<int32_t>(out.item.size()));
-    collect_items(events, seen_end, tree, s);
+    collect_items(events, end, tree, s);
     for (size_t b = a; b < a_end; ++b) {
       append_branch(branches.moments[b], s.shown, out);
-      if (branches.requests[b]) append_seen(events.before(branches.moments[b]), tree, s, out);
+      append_seen(events.before(branches.moments[b]), tree, s, out);
     }
   }
   return out;
@@ -234,7 +230,6 @@ PackedParts::PackedParts(std::vector<Packed> parts, int levels)
     histories_ += part.cu_seqlens.size() - 1;
     positions_ += part.item.size();
     branches_ += part.prefix.size();
-    requests_ += part.seen_cu.size() - 1;
     seen_ += part.seen_item.size();
     for (size_t level = 0; level < nodes_.size(); ++level) nodes_[level] += part.seen[level].node.size();
   }
@@ -255,7 +250,7 @@ void PackedParts::write(const PackedRoom& room, unsigned threads) const {
   check("prefix", room.prefix.size(), branches_);
   check("branch_gap", room.branch_gap.size(), branches_);
   check("seen_item", room.seen_item.size(), seen_);
-  check("seen_cu", room.seen_cu.size(), requests_ + 1);
+  check("seen_cu", room.seen_cu.size(), branches_ + 1);
   check("levels", room.seen.size(), nodes_.size());
   for (size_t level = 0; level < nodes_.size(); ++level) {
     check("seen_node", room.seen[level].node.size(), nodes_[level]);
@@ -265,7 +260,7 @@ void PackedParts::write(const PackedRoom& room, unsigned threads) const {
   }
 
   struct Start {
-    uint64_t history = 0, position = 0, branch = 0, request = 0, seen = 0;
+    uint64_t history = 0, position = 0, branch = 0, seen = 0;
     std::vector<uint64_t> node;
   };
   std::vector<Start> starts;
@@ -276,7 +271,6 @@ void PackedParts::write(const PackedRoom& room, unsigned threads) const {
     at.history += part.cu_seqlens.size() - 1;
     at.position += part.item.size();
     at.branch += part.prefix.size();
-    at.request += part.seen_cu.size() - 1;
     at.seen += part.seen_item.size();
     for (size_t level = 0; level < nodes_.size(); ++level) at.node[level] += part.seen[level].node.size();
   }
@@ -291,12 +285,12 @@ void PackedParts::write(const PackedRoom& room, unsigned threads) const {
     copy(part.prefix, room.prefix, start.branch);
     copy(part.branch_gap, room.branch_gap, start.branch);
     copy(part.seen_item, room.seen_item, start.seen);
-    copy(part.seen_cu, room.seen_cu, start.request + 1, start.seen, 1);
+    copy(part.seen_cu, room.seen_cu, start.branch + 1, start.seen, 1);
     for (size_t level = 0; level < nodes_.size(); ++level) {
       const SeenLevel& from = part.seen[level];
       const PackedRoom::Level& to = room.seen[level];
       copy(from.node, to.node, start.node[level]);
-      copy(from.request, to.request, start.node[level], start.request);
+      copy(from.request, to.request, start.node[level], start.branch);
       copy(from.count, to.count, start.node[level]);
       copy(from.slot, to.slot, start.seen, start.node[level]);
     }

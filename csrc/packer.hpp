@@ -21,7 +21,6 @@ struct PackHistories {
 struct PackBranches {
   std::span<const int32_t> history;  // [A] ascending
   const int64_t* moments;            // [A] seconds; events before this are seen
-  const uint8_t* requests;           // [A] not 0: the seen items are wanted
 };
 
 struct ItemNodes {
@@ -68,7 +67,6 @@ class PackedParts {
   uint64_t histories() const { return histories_; }
   uint64_t positions() const { return positions_; }
   uint64_t branches() const { return branches_; }
-  uint64_t requests() const { return requests_; }
   uint64_t seen() const { return seen_; }
   const std::vector<uint64_t>& nodes() const { return nodes_; }  // of every level
 
@@ -77,7 +75,7 @@ class PackedParts {
 
  private:
   std::vector<Packed> parts_;
-  uint64_t histories_ = 0, positions_ = 0, branches_ = 0, requests_ = 0, seen_ = 0;
+  uint64_t histories_ = 0, positions_ = 0, branches_ = 0, seen_ = 0;
   std::vector<uint64_t> nodes_;
 };
 

@@ -14,7 +14,7 @@ import numpy as np
 from features import DAY, NEVER, WITHDRAWN, Features, key_of
 from safetensors.numpy import load_file
 
-FORMAT, LAYOUT = 3, "events"  # of negfast.json: one position an event
+FORMAT, LAYOUT = 4, "events"  # of negfast.json: one position an event
 FEEDBACK = ("shown", "like", "dislike", "withdrawn")  # the codes 0 to 3
 
 
@@ -94,7 +94,7 @@ class Export:
     def _gap(self, seconds: int) -> int:
         return self.tokens["gap-0"] + min(self.about["history"]["gaps"] - 1, 1 + (seconds // 64).bit_length())
 
-    # ---- The verdict, but for what the decoder says.
+    # ---- The verdict.
 
     def known(self, asked: set[str], moment: int) -> tuple[Features, dict[str, int]]:
         """The features' state, and the users' rows in it. Users of the log who are ``asked`` about must be given by all
@@ -129,8 +129,8 @@ class Export:
         first = state.item["first"][items]
         return (first != NEVER) & (first < moment) | bool(self.before(user, moment))
 
-    def verdict_prior(self, features: np.ndarray) -> np.ndarray:
-        """Logits [E] of what features [E, C] alone say: a wide and a deep part over their piecewise-linear encoding."""
+    def verdict(self, features: np.ndarray) -> np.ndarray:
+        """Logits [E] of features [E, C]: a wide and a deep part over their piecewise-linear encoding."""
         weights, features = load_file(self.folder / "verdict.safetensors"), features.astype(np.float32)
         low, width = weights["edges"][:, :-1], np.diff(weights["edges"], axis=1)
         unknown = np.isnan(features)[..., None]

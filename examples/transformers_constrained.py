@@ -56,24 +56,6 @@ def listed(export: Export, model: PreTrainedModel, user: str, moment: int, top: 
     return [(float(np.exp(score)), walk.item(completion)) for score, completion in pairs if score > -1e8]
 
 
-@torch.no_grad()
-def margins(export: Export, model: PreTrainedModel, user: str, moment: int, items: np.ndarray) -> np.ndarray:
-    """What the decoder adds to the verdict's logits [E]: each candidate is one position that sees the history and
-    itself."""
-    sums, gap = export.positions(user, moment)
-    length, tokens = len(sums), export.tokens
-    sums += [[*codes, tokens["verdict"], gap] for codes in export.trie["tokens"][items].tolist()]
-    sees = torch.ones(len(sums), len(sums), dtype=torch.bool).tril()
-    sees[length:, length:] = torch.eye(len(items), dtype=torch.bool)
-    logits = model(
-        inputs_embeds=model.get_input_embeddings()(torch.tensor([sums])).sum(2),
-        attention_mask=torch.where(sees, 0.0, -torch.inf)[None, None],
-        position_ids=torch.arange(len(sums)).clamp_max(length)[None],
-        logits_to_keep=len(items),
-    ).logits[0]
-    return (logits[:, tokens["yes"]] - logits[:, tokens["no"]]).double().numpy()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="what `negfast export` wrote")
@@ -86,9 +68,9 @@ def main() -> None:
 
     export, out = Export(options.folder), csv.writer(sys.stdout)
     export.read_events(options.events)
-    model = AutoModelForCausalLM.from_pretrained(options.folder).eval()
     moment = export.moment(options.at, of_lists=options.candidates is None)
     if options.candidates is None:
+        model = AutoModelForCausalLM.from_pretrained(options.folder).eval()
         out.writerow(["user", "rank", "item", "score", "text"])
         for user in list(export.events):
             for rank, (score, item) in enumerate(listed(export, model, user, moment, options.top), start=1):
@@ -104,9 +86,7 @@ def main() -> None:
         items = items[export.is_known(user, items, state, moment)]
         if not len(items):
             continue
-        logit = export.verdict_prior(state.columns(rows[user], items, moment))
-        for some in np.array_split(np.arange(len(items)), len(items) // 1000 + 1):
-            logit[some] += margins(export, model, user, moment, items[some])
+        logit = export.verdict(state.columns(rows[user], items, moment))
         for item, score in zip(items, export.probability(logit.astype(float), options.given), strict=True):
             found[user, export.items[item]] = score
     out.writerow(["user", "item", "score"])

@@ -154,8 +154,6 @@ class PackedParts:
     @property
     def branches(self) -> int: ...
     @property
-    def requests(self) -> int: ...
-    @property
     def seen(self) -> int: ...
     @property
     def nodes(self) -> list[int]: ...
@@ -213,7 +211,6 @@ class Shard:
         views: NDArray[np.uint8],
         branch_history: NDArray[np.int32],
         moments: NDArray[np.int64],
-        requests: NDArray[np.uint8],
         item_nodes: NDArray[np.int32],
         threads: int,
     ) -> PackedParts: ...

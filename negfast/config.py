@@ -121,7 +121,6 @@ class Align(Stage):
     sid_titles: int = setting(8, low=0, help="SID -> title examples a step")
     attributes: int = setting(8, low=0, help="SID -> attribute examples a step")
     pairs: int = setting(48, low=0, help="co-disliked pairs a step")
-    verdicts: int = setting(24, low=0, help="histories with verdicts a step")
     held_out: float = setting(
         0.05, low=0.0, high=0.5, help="share of the items, and of the pairs' users, to measure on"
     )
@@ -129,19 +128,18 @@ class Align(Stage):
 
 @dataclass(frozen=True)
 class Sft(Stage):
-    """Next dislikes and likes of every active user-day, and verdicts."""
+    """Next dislikes and likes of every active user-day."""
 
     steps: int = setting(400, low=0)
     lr: float = setting(5e-4, above=0.0, help="peak of a linear warm-up and a cosine")
     warmup: int = setting(50, low=0, help="steps")
     validate_every: int = setting(100, low=1, help="steps; the best weights on valid are kept")
     reset_head: bool = setting(True, help="start as the community prior alone, whatever align taught the code head")
-    histories: int = setting(64, low=1, help="histories a step; all their verdicts, and some requests, share each")
+    histories: int = setting(64, low=1, help="histories a step; some of its requests share each")
     requests_per_history: int = setting(4, low=1, help="requests drawn of a history, at most")
     target: str = setting("window", choices=("window", "next"), help="F, or only the item of F disliked first")
     targets: int = setting(4, low=1, help="items drawn from F, and from P, for a request")
     like_weight: float = setting(0.3, low=0.0, help="of the loss after <|next-like|>")
-    verdict_weight: float = setting(1.0, low=0.0)
     negative_view: float = setting(0.2, low=0.0, high=1.0, help="share of histories that show no likes")
     positive_view: float = setting(0.05, low=0.0, high=1.0, help="share of histories that show no dislikes")
 
@@ -180,7 +178,6 @@ class Grpo(Stage):
         0.7, low=0.0, high=1.0, help="share of mixed histories at the end of progressive, and of static"
     )
     sft_weight: float = setting(0.0, low=0.0, help="of the SFT loss on the same requests, both branches")
-    verdict_weight: float = setting(1.0, low=0.0, help="of the SFT loss on verdicts")
 
     @property
     def round_steps(self) -> int:

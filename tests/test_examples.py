@@ -173,7 +173,7 @@ def test_walks_draw_unseen_items_by_the_community_prior(
         assert items[tuple(drawn)] not in seen
 
 
-@pytest.mark.parametrize("change", [{"format": 2}, {"layout": "codes"}, {"layout": None}])
+@pytest.mark.parametrize("change", [{"format": 3}, {"layout": "codes"}, {"layout": None}])
 def test_another_layout_is_refused(change: dict, exported: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     from exported import Export
@@ -181,7 +181,7 @@ def test_another_layout_is_refused(change: dict, exported: Path, tmp_path: Path,
     about = json.loads((exported / "negfast.json").read_text()) | change
     (tmp_path / "negfast.json").write_text(json.dumps(about))
     found = re.escape(
-        f"found an export of format and layout {(about['format'], about['layout'])}, expected (3, 'events')"
+        f"found an export of format and layout {(about['format'], about['layout'])}, expected (4, 'events')"
     )
     with pytest.raises(SystemExit, match=found):
         Export(tmp_path)

@@ -1,15 +1,11 @@
 """A live run answers as a run over a data set of the same events does."""
 
-from collections.abc import Mapping
-
 import numpy as np
 import pytest
-import torch
 
 import negfast
 from negfast.data.log import DAY
 from negfast.errors import InputError
-from negfast.serve import live as live_module
 from tests.tiny import prepare_log, run_cli, train_arguments, write_log
 
 FIRST_DAYS = 60  # of 70 are what the run is trained on
@@ -77,27 +73,6 @@ def test_features_are_the_same_to_the_bit(worlds):
         assert np.array_equal(found, expected.astype(np.float32), equal_nan=True)
 
 
-def test_a_history_that_is_extended_is_one_that_is_run(worlds):
-    """Also where its window moves on: users have 48 events and more, a window 16."""
-    run, _, rows = worlds
-    grown, items = run.live(), run._engine.data.items.ids[:5]
-    users = [row[0] for row in rows]
-    busy = max(sorted(set(users)), key=users.count)
-    windows = set()
-    for number, row in enumerate(rows):
-        add(grown, row)
-        if row[0] != busy:
-            continue
-        at = np.datetime64(row[3] + 1, "s")
-        found = grown.score(busy, items, at=at)
-        fresh = run.live()
-        for earlier in rows[: number + 1]:
-            add(fresh, earlier)
-        assert np.array_equal(found.probability, fresh.score(busy, items, at=at).probability)
-        windows.add(grown.histories[grown.users[busy]].first)
-    assert len(windows) > 1
-
-
 def test_events_of_a_moment_may_come_in_any_order(worlds):
     """In context "day" those of a day: two of a user count in the order of their times."""
     run, _, rows = worlds
@@ -105,54 +80,13 @@ def test_events_of_a_moment_may_come_in_any_order(worlds):
     first = rows[-1][3] // DAY * DAY + DAY
     apart = 3600 if run._engine.config.history.context == "day" else 0
     told = [(items[n], first + n * apart, feedback) for n, feedback in enumerate(("like", "dislike", "like"))]
-    histories = []
+    found = []
     for order in ([0, 1, 2], [2, 0, 1] if apart else [0, 1, 2]):
         live = run.live()
         for n in order:
             live.add(user, *told[n])
-        scores = live.score(user, items, at=np.datetime64(first + DAY, "s"))
-        history = live.histories[live.users[user]]
-        assert (np.diff(history.time) >= 0).all()
-        histories.append((scores.probability, history.item, history.feedback))
-    for one, other in zip(*histories, strict=True):
-        assert np.array_equal(one, other)
-
-
-def test_what_is_kept_of_histories_is_bounded(worlds, monkeypatch):
-    run, _, rows = worlds
-    live, users, items = run.live(), run._engine.data.user_ids[:12], run._engine.data.items.ids[:7]
-    at = np.datetime64(rows[-1][3], "s")
-    expected = [live.score(user, items, at=at).probability for user in users]
-    one = live.histories[live.users[users[-1]]].kept_bytes
-    monkeypatch.setattr(live_module, "KEPT_BYTES", 4 * one)
-    for _ in range(2):
-        for user, before in zip(users, expected, strict=True):
-            assert np.array_equal(live.score(user, items, at=at).probability, before)
-        assert len(live.histories) <= 6
-        assert live.kept_bytes == sum(history.kept_bytes for history in live.histories.values()) <= 5 * one
-
-
-def test_an_answer_leaves_keys_and_values_of_the_history_alone(worlds):
-    """Beside them a history takes less than OBJECT_BYTES, however many candidates were asked about."""
-    run, _, rows = worlds
-    live, items = run.live(), run._engine.data.items.ids
-    live.score("u5", items * 5, at=np.datetime64(rows[-1][3], "s"))
-    history = live.histories[live.users["u5"]]
-    waiting, seen, held = [history], set(), 0
-    while waiting:
-        one = waiting.pop()
-        if id(one) in seen or isinstance(one, type):
-            continue
-        seen.add(id(one))
-        if isinstance(one, torch.Tensor):
-            held += one.untyped_storage().nbytes()
-        elif isinstance(one, (list, tuple)):
-            waiting += one
-        elif isinstance(one, Mapping):
-            waiting += one.values()
-        elif hasattr(one, "__dict__"):
-            waiting += vars(one).values()
-    assert history.layout.bytes <= held < history.kept_bytes
+        found.append(live.score(user, items, at=np.datetime64(first + DAY, "s")).probability)
+    assert np.array_equal(*found)
 
 
 def test_users_and_items_become_known(worlds):
@@ -199,3 +133,32 @@ def test_bad_events_change_nothing(worlds, event, message):
     assert np.array_equal(live.score("u1", ["i1", "i2"], at=at).probability, expected)
     with pytest.raises(InputError, match="moments go forward"):
         live.score("u1", ["i1"], at="2001-01-01")
+
+
+def test_new_items_are_those_that_a_data_set_gets(worlds, tmp_path):
+    """Told by their texts one at a time, as `prepare --like` reads them from a table: to the bit."""
+    run, _, rows = worlds
+    time, users = rows[-1][3] // DAY * DAY + DAY, ["u3", "u8", "u21"]
+    texts = {"fresh1": "The grim story 400", "fresh2": "A quiet tale", "fresh3": "Sweet and wild"}
+    events = [(user, item, (1, 5)[n % 2], time + 600 * n) for n, item in enumerate(texts) for user in users]
+    table = "\n".join(["user,item,rating,time", *(",".join(map(str, row)) for row in [*rows, *events])])
+    (tmp_path / "late.csv").write_text(table + "\n")
+    (tmp_path / "items.csv").write_text(
+        "\n".join(["item,title,genre", *(f"{i},{t}," for i, t in texts.items())]) + "\n"
+    )
+    data, out = run._folder.data, tmp_path / "whole"
+    files = (str(tmp_path / "late.csv"), "--items", str(tmp_path / "items.csv"))
+    run_cli("prepare", *files, "--like", str(data), "--out", str(out))
+    whole, live = negfast.load(run.path, out), run.live()
+    for row in rows:
+        add(live, row)
+    for user, item, rating, second in events:
+        live.add(user, item, second, "dislike" if rating <= 2 else "like", float(rating), text=texts[item])
+    end, items = time + DAY, [*texts, *run._engine.data.items.ids[::5]]
+    for user in [*users, "u30", "new1"]:
+        found = live.features.state.answer(live.users[user], np.array([live.items[i] for i in items], np.int32), end)
+        index = np.array([whole._index["item"][item] for item in items])
+        asked = np.full(len(items), whole._index["user"][user]), index, np.full(len(items), end)
+        assert np.array_equal(found, whole._engine.features.rich(*asked).astype(np.float32), equal_nan=True)
+        scores = [one.score([user] * len(items), items, at=np.datetime64(end, "s")) for one in (live, whole)]
+        assert np.array_equal(scores[0].probability, scores[1].probability)

@@ -72,8 +72,8 @@ def test_two_days_of_a_tiny_log(tiny_run: Path, tmp_path: Path) -> None:
     assert described["init"] == str(tmp_path / "run1")
     ended = load_file(tmp_path / "run1" / "final" / "policy.safetensors")
     started = load_file(run / "checkpoints" / "initial" / "policy.safetensors")
-    for name, weights in ended.items():  # all goes on but the verdict's prior, which is fitted anew
-        assert torch.equal(started[name], weights) != name.startswith("verdict_prior."), name
+    for name, weights in ended.items():  # all goes on but the verdict, which is fitted anew
+        assert torch.equal(started[name], weights) != name.startswith("verdict."), name
 
 
 def test_init_from_a_run_of_other_data_is_refused(tiny_run: Path, tmp_path: Path) -> None:

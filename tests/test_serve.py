@@ -25,9 +25,9 @@ from negfast.data.log import DAY, DISLIKE, EXPOSED, LIKE, EventLog
 from negfast.errors import InputError
 from negfast.files import locked
 from negfast.prepare import readers
-from negfast.runtime import generation, verdict
+from negfast.runtime import generation
 from negfast.runtime.run_folder import RunFolder
-from negfast.runtime.verdict import candidate_logits, group_candidates, shown_candidates
+from negfast.runtime.verdict import Candidates, candidate_logits, shown_candidates
 from negfast.serve import predict, tables
 from negfast.serve.context import context_day, report_context_moment
 from negfast.serve.ids import column_of, index_of
@@ -207,18 +207,6 @@ def test_answers_of_a_run_that_knows_later_days_say_so(tiny_run, tmp_path):
     day_before = date_of(RunFolder(tiny_run).learned_until - 1)
     said = run_cli("predict", str(tiny_run), "--at", day_before, *out)
     assert f"note: {tiny_run} learned from events before {learned}, so its scores know of them" in said
-
-
-def test_many_candidates_of_one_user_are_answered_in_parts(tiny_run, monkeypatch):
-    engine = RunFolder(tiny_run).finished_engine(None)
-    users, day = np.repeat([3, 5, 6], [90, 1, 40]), int(engine.log.day.max()) + 1
-    items = np.concatenate([np.arange(90), [7], np.arange(40)])
-    candidates = group_candidates(users, np.full(len(users), day * DAY), items)
-    whole = candidate_logits(engine, candidates)
-    monkeypatch.setattr(verdict, "CANDIDATES_AT_ONCE", 32)
-    parts = candidates.split(32)
-    assert np.diff(parts.offsets).tolist() == [32, 32, 26, 1, 32, 8] and parts.user.tolist() == [3, 3, 3, 5, 6, 6]
-    np.testing.assert_allclose(candidate_logits(engine, candidates), whole, atol=1e-5)
 
 
 def test_knows():
@@ -685,7 +673,7 @@ def test_batches_adapt_to_memory(tiny_run, monkeypatch):
     search = generation.beam_search
 
     def noted(*arguments):
-        sizes.append(len(arguments[2].requests))
+        sizes.append(len(arguments[2]))
         return search(*arguments)
 
     monkeypatch.setattr(generation, "beam_search", noted)
@@ -720,8 +708,8 @@ def test_what_was_shown():
         np.array([86_400, 86_401, 86_402, 86_403, 172_800, 172_801, 86_400, 259_200]), None, 3,
     )  # fmt: skip
     candidates, disliked = shown_candidates(log, "day", 1, 3)
-    assert candidates.items.tolist() == [0, 1, 2, 2] and disliked.tolist() == [True, False, False, True]
-    assert candidates.user.tolist() == [0, 1] and candidates.moment.tolist() == [86_400, 86_400]
+    assert candidates.item.tolist() == [0, 1, 2, 2] and disliked.tolist() == [True, False, False, True]
+    assert candidates.user.tolist() == [0, 0, 0, 1] and set(candidates.moment.tolist()) == {86_400}
     assert shown_candidates(log, "day", 2, 4)[1].tolist() == []  # none is first shown then
 
 
@@ -757,7 +745,7 @@ def test_serving_gives_the_bits_of_transformers(tiny_run):
     assert type(stock.policy.decoder).__module__.startswith("transformers.")
     day = int(stock.log.day.max())
     users = np.repeat(np.arange(30), 20)
-    candidates = group_candidates(users, np.full(600, (day + 1) * DAY), np.tile(np.arange(20) * 4, 30))
+    candidates = Candidates(users, np.tile(np.arange(20) * 4, 30), np.full(600, (day + 1) * DAY))
     assert np.array_equal(candidate_logits(serving, candidates), candidate_logits(stock, candidates))
     requests = predict.requests_at(np.arange(100, dtype=np.int32), day)
     for one, other in zip(*(generation.generate(e, requests, 20) for e in (serving, stock)), strict=True):

@@ -20,7 +20,6 @@ SETTINGS = {
     "align.steps": 4,
     "align.titles": 8,
     "align.pairs": 8,
-    "align.verdicts": 8,
     "sft.steps": 6,
     "sft.warmup": 2,
     "sft.histories": 16,

@@ -2,9 +2,9 @@
 
 Expected reward rises when a policy merely trusts itself more. So SFT is sharpened until its completions have the
 entropy of GRPO's: all logits, the prior's too, are divided by a temperature. The same is done with SFT that trains for
-as long as SFT and GRPO took together. No stage trains verdicts, which no figure here reads, and all keep their last
-weights. Expected rewards and likelihoods are exact; entropies come from sampled completions, with the exact entropy of
-each choice. Runs are kept, so the command can be stopped and called again.
+as long as SFT and GRPO took together. All stages keep their last weights. Expected rewards and likelihoods are exact;
+entropies come from sampled completions, with the exact entropy of each choice. Runs are kept, so the command can be
+stopped and called again.
 """
 
 import json
@@ -34,7 +34,6 @@ from negfast.train.grpo.rollout import rollout
 
 RESULT = Path(__file__).parents[1] / "results" / "sharpness.json"
 SHARPENED = ", sharpened"
-WITHOUT_VERDICTS = ("align.steps=0", "sft.verdict_weight=0", "grpo.verdict_weight=0")
 METRICS = ("FHR@20", "mean_reward", "nll")
 TEMPERATURES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)  # SFT's entropy is interpolated between these
 WALKS, WALKED = 16, 128  # completions a request, and requests, that tell an entropy
@@ -65,7 +64,7 @@ def main(
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in ("grpo", *rivals)}
     long_steps = 0
     for seed in numbers(seeds, "--seeds"):
-        settings = (*WITHOUT_VERDICTS, *overrides, f"train.seed={seed}")
+        settings = ("align.steps=0", *overrides, f"train.seed={seed}")
         run, engine = trained_stages(runs / f"seed-{seed}", data, settings)
         long_steps = long_steps or equal_compute(run)
         longer = (*settings, f"sft.steps={long_steps}", "grpo.steps=0")

@@ -33,7 +33,7 @@ from negfast.prepare.rules import parse_rule
 from negfast.runtime.checkpoint import load_weights
 from negfast.runtime.engine import Engine
 from negfast.runtime.generation import generate
-from negfast.runtime.verdict import candidate_logits, group_candidates
+from negfast.runtime.verdict import Candidates, candidate_logits
 from negfast.train.journal import Journal
 from negfast.train.loop import run_stage
 from negfast.train.run import open_stage
@@ -203,16 +203,9 @@ def recovery(simulation: Simulation, runs: Path, preset: str, steps: int, seeds:
             for name, items in found.items():
                 values.setdefault(f"{name}/true_probability", []).append(truth.mean_probability(items))
                 values.setdefault(f"{name}/top_dislikes", []).append(truth.top_share(items))
-            correlation = truth.rank_correlation(
-                candidate_logits(
-                    engine,
-                    group_candidates(
-                        np.repeat(requests.user, CANDIDATES),
-                        np.repeat(requests.moment, CANDIDATES),
-                        truth.candidates.ravel(),
-                    ),
-                )
-            )
+            user, moment = (np.repeat(column, CANDIDATES) for column in (requests.user, requests.moment))
+            logits = candidate_logits(engine, Candidates(user, truth.candidates.ravel(), moment))
+            correlation = truth.rank_correlation(logits)
             values.setdefault(f"{target}/verdict_rank_correlation", []).append(correlation)
     assert requests is not None
     return {

@@ -41,12 +41,12 @@ FILTER = (
     *("filter_auc", "filter_auc/cold", "filter_auc/cold_user"),
     *("filter_reduction", "filter_likes_lost_per_dislike", "filter_ece", "pool_hr@10"),
 )
-FILTERS = ("item-rate", "boosted", "boosted-plus", "verdict prior", "grpo")
+FILTERS = ("item-rate", "boosted", "boosted-plus", "verdict")
 LISTS = ("popularity", "recent-14d", "decay-4d", "knn-dislikes", "prior", "sft", "grpo")
 GENERATION = ("mean_reward", "FHR@20", "FHR@20/cold", "known_hit_dislike_share@20")
 COMPARED = ("filter_auc", "filter_reduction", "pool_hr@10", "pool_auc")
 LISTED = ("mean_reward", "FHR@20")
-TASTE = ("auc", "minus_rival", "stacked_minus_rival", "stacked_minus_prior")
+TASTE = ("auc", "minus_rival", "stacked_minus_rival", "stacked_minus_verdict")
 SHARPNESS = ("FHR@20", "mean_reward", "nll")
 
 
@@ -82,16 +82,17 @@ def filter_table(result: Figures) -> str:
 
 
 def filter_gains_table(result: Figures) -> str:
-    """The verdict's prior minus each rival, and the shipped filter minus the strongest and the prior."""
-    pairs = [("verdict prior", rival) for rival in ("item-rate", "boosted", "boosted-plus")]
-    return _gains(result, [*pairs, ("grpo", "boosted"), ("grpo", "boosted-plus"), ("grpo", "verdict prior")], COMPARED)
+    """The verdict minus each rival."""
+    pairs = [("verdict", rival) for rival in ("item-rate", "boosted", "boosted-plus")]
+    return _gains(result, pairs, COMPARED)
 
 
 def lists_table(result: Figures) -> str:
     """Lists of every log that has a trained run."""
     lines = []
     for entry in result["entries"]:
-        for row in _chosen(entry, LISTS, "FHR@20") if entry["seeds"] else ():
+        trained = any(row["name"] == "grpo" for row in entry["rows"])
+        for row in _chosen(entry, LISTS, "FHR@20") if trained else ():
             lines.append([_log(entry), _name(row), *(_with_interval(row.get(m), m) for m in GENERATION)])
     return _table(["log", "", *map(_head, GENERATION)], lines)
 
@@ -109,7 +110,7 @@ def taste_table(result: Figures) -> str:
             shown = [_with_interval(row["auc"], "filter_auc")]
             shown += [_difference(row.get(figure), "filter_auc") for figure in TASTE[1:]]
             lines.append([f"{entry['data']}, {entry['test']:,}", _name(row), str(len(row["by_seed"])), *shown])
-    heads = ["AUC", "minus the rival", "stacked, minus the rival", "stacked, minus the stacked prior"]
+    heads = ["AUC", "minus the rival", "stacked, minus the rival", "stacked, minus the stacked verdict"]
     return _table(["log, questions", "arm", "seeds", *heads], lines)
 
 

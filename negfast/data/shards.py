@@ -21,7 +21,7 @@ GAPS = _core.GAPS  # buckets of the time since the event before
 
 @dataclass(frozen=True)
 class PackedHistories:
-    """B histories of T positions without padding, the A branches that see them, and what R requests have seen."""
+    """B histories of T positions without padding, the A branches that see them, and what each has seen."""
 
     item: np.ndarray  # int32 [T], -1 at a start position
     feedback: np.ndarray  # uint8 [T], START at a start position
@@ -130,7 +130,6 @@ class Shard:
         views: np.ndarray,
         branch_history: np.ndarray,
         moments: np.ndarray,
-        requests: np.ndarray,
         item_nodes: np.ndarray,
         threads: int = 1,
     ) -> PackedHistories:
@@ -141,9 +140,8 @@ class Shard:
         exposures and withdrawals where both are. A branch sees the positions of its history with time < its moment.
 
         users int32 [B]; first int64 [B], counted within the user's events; views uint8 [B]; branch_history int32 [A],
-        ascending; moments int64 [A], UTC seconds; requests bool [A]: the branches whose seen items are wanted, i.e.
-        all items of the user with an event before the moment, also those before ``first`` or hidden; item_nodes
-        int32 [I, L]: the trie node above each item at each level.
+        ascending; moments int64 [A], UTC seconds; item_nodes int32 [I, L]: the trie node above each item at each level.
+        A branch has seen all items of the user with an event before its moment, also those before ``first`` or hidden.
 
         A gap is the time since the position before, in whole seconds s, as a bucket: 0 where there is no event
         before, else min(GAPS - 1, 1 + bits of s // 64), so 1 is under 64 s, 2 under 128 s, 23 from 4.25 years
@@ -158,7 +156,6 @@ class Shard:
             views=views,
             branch_history=branch_history,
             moments=moments,
-            requests=requests.view(np.uint8),
             item_nodes=item_nodes,
             threads=threads,
         )
@@ -171,7 +168,7 @@ class Shard:
             prefix=np.empty(parts.branches, np.int32),
             branch_gap=np.empty(parts.branches, np.uint8),
             seen_item=np.empty(seen, np.int32),
-            seen_cu=np.empty(parts.requests + 1, np.int32),
+            seen_cu=np.empty(parts.branches + 1, np.int32),
             seen_node=[np.empty(m, np.int32) for m in nodes],
             seen_request=[np.empty(m, np.int32) for m in nodes],
             seen_count=[np.empty(m, np.int32) for m in nodes],
@@ -307,11 +304,6 @@ def open_shard(path: str | os.PathLike[str]) -> Shard:
         if part["checksum"] != file["checksum"]:
             raise InputError(f"{file['path']}: found checksum {file['checksum']}, expected {part['checksum']}")
     return shard
-
-
-def gap_bucket(seconds: np.ndarray) -> np.ndarray:
-    """The bucket of a time between two events, int64 seconds >= 0, as the packer counts it: uint8 in [1, GAPS)."""
-    return np.minimum(GAPS - 1, 1 + np.frexp((seconds // 64).astype(np.float64))[1]).astype(np.uint8)
 
 
 def histories(

@@ -114,7 +114,7 @@ def model_predictions(run: RunFolder, engine: Engine, evalset: EvalSet, valid: E
 def stage_predictions(run: RunFolder, engine: Engine, name: str, evalset: EvalSet, valid: EvalSet) -> Predictions:
     """Predictions of the weights that stage ``name`` ("sft" or "grpo") kept; ``engine`` keeps them."""
     load_weights(run.weights(name), engine.policy)
-    calibration = calibrate(engine, valid) if run.refit is None else run.refit.calibration(name)
+    calibration = calibrate(engine, valid) if run.refit is None else run.refit.calibration
     return predict_set(engine, evalset, calibration)
 
 

@@ -9,14 +9,13 @@ from sklearn.linear_model import LogisticRegression
 from negfast.data.log import EXPOSED, EventLog, history_ends
 from negfast.data.split import Requests, sample_pairs
 from negfast.evaluate.sets import POOL, ChoosingSet, EvalSet, check_choosable
-from negfast.model.histories import MIXED
 from negfast.runtime.engine import Engine
 from negfast.runtime.generation import generate
 from negfast.runtime.verdict import (
     MEASURED_AT_MOST,
     Calibration,
+    Candidates,
     candidate_logits,
-    group_candidates,
     shown_candidates,
 )
 
@@ -47,27 +46,22 @@ def threshold_for_share(score: np.ndarray, share: float = 0.1) -> float:
     return float(values[::-1][np.argmin(np.abs(at_or_above[::-1] - share))])
 
 
-def filter_logits(
-    engine: Engine, evalset: ChoosingSet, view: int = MIXED, rows: np.ndarray | None = None
-) -> np.ndarray:
+def filter_logits(engine: Engine, evalset: ChoosingSet, rows: np.ndarray | None = None) -> np.ndarray:
     """Verdict logits of the filter events, or of those at ``rows`` int64 [E] alone; float64 [E]."""
     columns = (evalset.filter_user, evalset.filter_moment, evalset.filter_item)
     user, moment, item = columns if rows is None else (column[rows] for column in columns)
-    order = np.lexsort((moment, user))
-    candidates = group_candidates(user[order], moment[order], item[order])
-    out = np.empty(len(order))
-    out[order] = candidate_logits(engine, candidates, view)
-    return out
+    return candidate_logits(engine, Candidates(user, item, moment))
 
 
 def pool_logits(engine: Engine, evalset: EvalSet) -> np.ndarray:
     """Verdict logits of the matched pools, float64 [N, POOL]."""
+    return candidate_logits(engine, pool_candidates(evalset)).reshape(-1, POOL)
+
+
+def pool_candidates(evalset: EvalSet) -> Candidates:
+    """The items of the matched pools, one pool after the other."""
     user, moment = np.repeat(evalset.pool_user, POOL), np.repeat(evalset.pool_moment, POOL)
-    order = np.lexsort((moment, user))
-    candidates = group_candidates(user[order], moment[order], evalset.pool_items.reshape(-1)[order])
-    out = np.empty(len(order))
-    out[order] = candidate_logits(engine, candidates)
-    return out.reshape(-1, POOL)
+    return Candidates(user, evalset.pool_items.reshape(-1), moment)
 
 
 def calibrate(engine: Engine, valid: ChoosingSet) -> Calibration:
@@ -91,9 +85,7 @@ def calibrate_shown(engine: Engine) -> Calibration | None:
     if len(disliked) > SHOWN_AT_MOST:
         draw = np.random.default_rng(engine.config.train.seed).choice(len(disliked), SHOWN_AT_MOST, replace=False)
         draw.sort()
-        owner = candidates.group_of_item[draw]
-        candidates = group_candidates(candidates.user[owner], candidates.moment[owner], candidates.items[draw])
-        disliked = disliked[draw]
+        candidates, disliked = candidates.take(draw), disliked[draw]
     if not 0 < disliked.sum() < len(disliked):
         return None
     return platt_scaling(candidate_logits(engine, candidates), disliked)

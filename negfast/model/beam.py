@@ -26,7 +26,7 @@ def beam_search(
     codes are followed. Ties go to the lower node. Without a policy the prior alone is searched, without a prior all
     items are. On the CPU a beam with a single unseen leaf left is not computed further: that leaf's probability is 1.
     """
-    size, levels, device = len(histories.requests), chooser.trie.levels, histories.tokens.device
+    size, levels, device = len(histories), chooser.trie.levels, histories.tokens.device
     hidden = torch.empty(size, 0) if policy is None else histories.start(policy, MARKERS[branch])
     score = torch.zeros(size, 1, device=device)
     nodes = torch.zeros(size, 1, dtype=torch.int64, device=device)

@@ -32,29 +32,27 @@ NEGATIVE_ONLY, POSITIVE_ONLY, MIXED = 2, 1, 3  # views: bit 0 shows the likes, b
 
 @dataclass(frozen=True)
 class Histories:
-    """B histories on the device, and A branches of them, sorted by history.
-
-    ``requests`` are the R branches of which items are generated or given as targets; pruning and prior are theirs.
-    """
+    """B histories on the device, and R requests that branch off them, sorted by history."""
 
     tokens: Tensor  # int64 [T, S] of sums, or [T], as `Policy.embed` takes them
     layout: GroupLayout
-    history: np.ndarray  # int64 [A], of each branch
-    prefix: np.ndarray  # int64 [A], tokens of its history that the branch sees
-    gap: Tensor  # int64 [A], token of the time since the last event that it sees
-    requests: np.ndarray  # int64 [R], places among the branches
+    history: np.ndarray  # int64 [R], of each request
+    prefix: np.ndarray  # int64 [R], tokens of its history that the request sees
+    gap: Tensor  # int64 [R], token of the time since the last event that it sees
     make_prior: Callable[[], RequestPrior] | None = None
     has_text: bool = False  # whether any token is the decoder's own
     item_text: Tensor | None = None  # float16 [T, D], what each position carries of its item's text
 
     @classmethod
     def of_prompts(cls, prompts: Sequence[np.ndarray], gap: int, device: torch.device, has_text: bool) -> "Histories":
-        """Prompts of tokens int64, with a branch at the end of each; ``gap`` is the token of no time."""
+        """Prompts of tokens int64, with a request at the end of each; ``gap`` is the token of no time."""
         lengths = np.array([len(prompt) for prompt in prompts])
         layout = GroupLayout.build(np.concatenate([[0], np.cumsum(lengths)]), device)
         gaps = torch.full((len(prompts),), gap, device=device)
-        every = np.arange(len(prompts))
-        return cls(put(np.concatenate(prompts), device), layout, every, lengths, gaps, every, None, has_text)
+        return cls(put(np.concatenate(prompts), device), layout, np.arange(len(prompts)), lengths, gaps, None, has_text)
+
+    def __len__(self) -> int:
+        return len(self.history)
 
     @cached_property
     def prior(self) -> RequestPrior | None:
@@ -70,26 +68,24 @@ class Histories:
         """The same with nothing computed yet."""
         return replace(self, layout=self.layout.fresh())
 
-    def states(self, policy: Policy, branches: np.ndarray, tokens: Tensor, item_text: Tensor | None = None) -> Tensor:
-        """Hidden states [N, n, d] of tokens [N, n, S] that continue ``branches`` int [N], ascending; ``item_text``
-        [N, n, D] is what these carry of their items' text.
+    def states(self, policy: Policy, requests: np.ndarray, tokens: Tensor) -> Tensor:
+        """Hidden states [N, n, d] of tokens [N, n, S] that continue ``requests`` int [N], ascending.
 
         The first call computes the histories; later ones find their keys and values in the layout.
         """
-        self.layout.ask(self.history[branches], self.prefix[branches])
+        self.layout.ask(self.history[requests], self.prefix[requests])
         prompts = None if self.layout.keys else self.tokens
-        hidden = policy.hidden(self.layout, prompts, tokens, self.has_text, self.item_text, item_text)
+        hidden = policy.hidden(self.layout, prompts, tokens, self.has_text, self.item_text)
         return hidden.view(*tokens.shape[:2], -1)
 
     def start(self, policy: Policy, marker: str) -> Tensor:
         """Hidden states [R, d] of the requests' marker, from which `GroupLayout.branch` goes on."""
-        gap = self.gap[put(self.requests, self.gap.device)]
-        tokens = torch.stack([torch.full_like(gap, policy.vocabulary.marker(marker)), gap], dim=-1)
-        return self.states(policy, self.requests, tokens.unsqueeze(1)).squeeze(1)
+        tokens = torch.stack([torch.full_like(self.gap, policy.vocabulary.marker(marker)), self.gap], dim=-1)
+        return self.states(policy, np.arange(len(self)), tokens.unsqueeze(1)).squeeze(1)
 
 
 class HistoryBuilder:
-    """Packs histories and branches by the C++ packer."""
+    """Packs histories and requests by the C++ packer."""
 
     def __init__(
         self,
@@ -113,19 +109,12 @@ class HistoryBuilder:
         if text is not None:
             self.item_vectors = put(np.concatenate([text, np.zeros_like(text[:1])]), device)
 
-    def build(
-        self,
-        users: np.ndarray,
-        moments: np.ndarray,
-        views: np.ndarray | int = MIXED,
-        requests: np.ndarray | None = None,
-    ) -> Histories:
-        """Branches of ``users`` int [A] at ``moments`` int64 [A] (seconds), each through its view; rows sorted by user
-        and moment share histories. ``requests`` bool [A] are those that need pruning and prior; all by default."""
+    def build(self, users: np.ndarray, moments: np.ndarray, views: np.ndarray | int = MIXED) -> Histories:
+        """Requests of ``users`` int [R] at ``moments`` int64 [R] (seconds), each through its view; rows sorted by user
+        and moment share histories."""
         size = len(users)
         users, moments = users.astype(np.int32), moments.astype(np.int64)
         views = np.broadcast_to(np.asarray(views, dtype=np.uint8), size).copy()
-        asked = np.ones(size, dtype=bool) if requests is None else requests
         first = window_start(events_before(self.log, users, moments) - self.log.user_offsets[users], self.config.window)
         key = np.stack([users, first, views])
         begins = np.ones(size, dtype=bool)
@@ -137,75 +126,40 @@ class HistoryBuilder:
             views=views[begins],
             branch_history=history.astype(np.int32),
             moments=moments,
-            requests=asked,
             item_nodes=self.trie.item_nodes,
             threads=self.threads,
         )
 
         def make_prior() -> RequestPrior:
-            days = moments[asked] // DAY - 1  # the last whole day before each moment: nothing of the moment's own day
+            days = moments // DAY - 1  # the last whole day before each moment: nothing of the moment's own day
             return self.prior.for_requests(days, SeenNodes.from_packed(packed, self.trie, self.device))
 
         tokens, item_text, cu_seqlens, prefix = self._tokens(packed)
         gap = put(packed.branch_gap, self.device).long() + self.vocabulary.marker("gap-0")
         layout = GroupLayout.build(cu_seqlens, self.device)
-        requests_at = np.flatnonzero(asked)
-        return Histories(tokens, layout, history, prefix, gap, requests_at, make_prior, item_text=item_text)
+        return Histories(tokens, layout, history, prefix, gap, make_prior, item_text=item_text)
 
     def _tokens(self, packed: PackedHistories) -> tuple[Tensor, Tensor | None, np.ndarray, np.ndarray]:
-        """Tokens [T, S], item texts [T, D], the offsets of both [B + 1] and the branches' prefixes [A]."""
-        tokens, text = self.tokens_of(packed.item, packed.feedback, packed.gap)
-        prefix = packed.prefix.astype(np.int64)
+        """Tokens [T, S], item texts [T, D], the offsets of both [B + 1] and the requests' prefixes [R]."""
+        columns = packed.item, packed.feedback, packed.gap  # item -1: a start
+        items, feedback, gaps = (put(column, self.device).long() for column in columns)
+        marks = [feedback + self.vocabulary.marker(FEEDBACK[0]), gaps + self.vocabulary.marker("gap-0")]
+        codes, prefix = self.item_token_ids[items], packed.prefix.astype(np.int64)
+        text = None if self.item_vectors is None else self.item_vectors[items]
         if self.config.positions == "events":
-            return tokens, text, packed.cu_seqlens, prefix
-        starts = np.concatenate([[0], np.cumsum(packed.item < 0)])  # of which there is one position
-        an_event = self.trie.levels + 1  # codes, then the feedback; of a start the last alone
-        offsets = packed.cu_seqlens.astype(np.int64) * an_event - starts[packed.cu_seqlens] * self.trie.levels
-        return tokens, text, offsets, 1 + (prefix - 1) * an_event
-
-    def tokens_of(self, item: np.ndarray, feedback: np.ndarray, gap: np.ndarray) -> tuple[Tensor, Tensor | None]:
-        """Tokens [T, S] and item texts [T, D] of events and starts, columns of `PackedHistories`."""
-        is_start = item < 0
-        items, feedback_rows, gaps = (put(x, self.device).long() for x in (item, feedback, gap))
-        marks = [feedback_rows + self.vocabulary.marker(FEEDBACK[0]), gaps + self.vocabulary.marker("gap-0")]
-        codes, text = self.item_token_ids[items], self.text_of(items)
-        text = None if text is None else text.flatten(0, 1)
-        if self.config.positions == "events":
-            return torch.cat([codes, torch.stack(marks, dim=-1)], dim=1), text
+            return torch.cat([codes, torch.stack(marks, dim=-1)], dim=1), text, packed.cu_seqlens, prefix
+        an_event = self.trie.levels + 1  # codes, then the feedback, which has the text; of a start the last alone
         none = torch.full_like(codes, self.vocabulary.marker("none"))
         spelt = torch.cat([torch.stack([codes, none], dim=-1), torch.stack(marks, dim=-1).unsqueeze(1)], dim=1)
-        real = np.ones((len(item), self.trie.levels + 1), dtype=bool)
+        is_start = packed.item < 0
+        real = np.ones((len(is_start), an_event), dtype=bool)
         real[is_start, :-1] = False
         rows = put(np.flatnonzero(real), self.device)
-        return spelt.flatten(0, 1)[rows], None if text is None else text[rows]
-
-    def text_of(self, items: Tensor) -> Tensor | None:
-        """What the positions of ``items`` int64 [E], -1 for none, carry of their text, float16 [E, n, D]: the vectors,
-        at an item's last position; None where texts are left out."""
-        if self.item_vectors is None:
-            return None
-        text = self.item_vectors[items].unsqueeze(1)
-        return text if self.config.positions == "events" else F.pad(text, (0, 0, self.trie.levels, 0))
-
-    def add_items(self, codes: np.ndarray, text: np.ndarray | None) -> None:
-        """Makes later items known, with codes uint16 [N, L] and, where positions carry texts, their vectors [N, D]:
-        histories and candidates may hold them. No list does, as the trie does not have them."""
-        tokens = put(self.vocabulary.item_tokens(codes), self.device).long()
-        self.item_token_ids = torch.cat([self.item_token_ids[:-1], tokens, self.item_token_ids[-1:]])
-        if self.item_vectors is not None:
-            assert text is not None
-            vectors = put(text, self.device).to(self.item_vectors.dtype)
-            self.item_vectors = torch.cat([self.item_vectors[:-1], vectors, self.item_vectors[-1:]])
-
-    def candidate_tokens(self, items: Tensor, gap: Tensor) -> Tensor:
-        """Tokens [E, n, S] that ask for a verdict on ``items`` int64 [E], ``gap`` int64 [E] their branches': one
-        position, or the item spelt in its codes."""
-        verdict = torch.full_like(items, self.vocabulary.marker("verdict"))
-        marks, codes = torch.stack([verdict, gap], dim=-1), self.item_token_ids[items]
-        if self.config.positions == "events":
-            return torch.cat([codes, marks], dim=1).unsqueeze(1)
-        none = torch.full_like(codes, self.vocabulary.marker("none"))
-        return torch.cat([torch.stack([codes, none], dim=-1), marks.unsqueeze(1)], dim=1)
+        if text is not None:
+            text = F.pad(text.unsqueeze(1), (0, 0, self.trie.levels, 0)).flatten(0, 1)[rows]
+        starts = np.concatenate([[0], np.cumsum(is_start)])
+        offsets = packed.cu_seqlens.astype(np.int64) * an_event - starts[packed.cu_seqlens] * self.trie.levels
+        return spelt.flatten(0, 1)[rows], text, offsets, 1 + (prefix - 1) * an_event
 
     def target_tokens(self, markers: Tensor, gap: Tensor, items: Tensor) -> Tensor:
         """Tokens [A, L, 2] after which the codes of ``items`` int64 [A] come: a marker, then all codes but the last."""
@@ -225,18 +179,13 @@ def text_width(data: Dataset, config: History) -> int:
     return _core.FEATURE_TEXT if config.text and _of_text(data).any() else 0
 
 
-def item_text(data: Dataset, later: np.ndarray | None = None) -> np.ndarray:
+def item_text(data: Dataset) -> np.ndarray:
     """Vectors of the items' texts and own embeddings: units along their principal axes, or zeros, float16 [I, D].
 
     Co-occurrence, the third of what semantic IDs are made of, is left out: it was counted over all train days, so it
-    knows what comes after a moment of training (negfast's choice). ``later`` [N, E] are embeddings of items that come
-    after the data set's.
+    knows what comes after a moment of training (negfast's choice).
     """
-    items, embedding = data.items, data.embedding
-    if later is not None:
-        items = replace(items.extended([""] * len(later)), original=items.original or len(items))
-        embedding = np.concatenate([embedding, later])
-    return text_vectors(replace(items, vectors=embedding[:, _of_text(data)])).astype(np.float16)
+    return text_vectors(replace(data.items, vectors=data.embedding[:, _of_text(data)])).astype(np.float16)
 
 
 def _of_text(data: Dataset) -> np.ndarray:
@@ -246,9 +195,9 @@ def _of_text(data: Dataset) -> np.ndarray:
 
 
 def window_start(events: np.ndarray, window: int) -> np.ndarray:
-    """The first event of the history of a branch that has ``events`` int [A] of its user before it, int64 [A].
+    """The first event of the history of a request that has ``events`` int [R] of its user before it, int64 [R].
 
-    Histories of more than ``window`` events are cut into windows that overlap by a quarter, so a branch sees at least
+    Histories of more than ``window`` events are cut into windows that overlap by a quarter, so a request sees at least
     that many of the latest events (negfast's choice).
     """
     stride = window - window // 4

@@ -1,4 +1,4 @@
-"""The built-in decoder and the verdict's prior on the CPU without gradients, by the C++ core: what serving and
+"""The built-in decoder and the verdict on the CPU without gradients, by the C++ core: what serving and
 evaluation compute, within `torch.inference_mode`.
 
 What a row gets does not depend on the rows that are computed beside it, to the bit. The decoder's products are of

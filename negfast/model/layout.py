@@ -7,7 +7,7 @@ other. Linear layers, norms and MLPs therefore touch no padding. Eager attention
 length, each padded to its largest.
 
 A prompt is whatever is shared: a user's history, or text. A completion sees the first `prefix` tokens of its prompt and
-its own: a candidate of a verdict, a target of SFT, what a rollout samples.
+its own: a target of SFT, what a rollout samples.
 """
 
 from collections import UserDict
@@ -203,11 +203,6 @@ class GroupLayout:
         self._set(self._asked)
         self._drop_own()
 
-    def forget(self) -> None:
-        """Drops the completions and what was computed of them; the prompts' keys and values stay."""
-        self._asked = self._completions = self._offsets = self._tiles = None
-        self._drop_own()
-
     def branch(self, parents: Tensor, times: int, rows: Tensor | None = None) -> None:
         """Completions that continue the present ones at ``parents`` int64 [A']: of ``times`` of each that was asked for
         those at ``rows`` int64 [A'], or all."""
@@ -224,22 +219,6 @@ class GroupLayout:
         if self._asked is not None:
             layout._set(self._asked)
         return layout
-
-    def grown(self) -> "GroupLayout":
-        """The layout of a single prompt that its single completion continues: one prompt, all keys and values kept."""
-        assert self.prompts == len(self.completions) == 1
-        tokens = self.prompt_tokens + self.past_tokens + self.new_tokens
-        grown = GroupLayout.build(np.array([0, tokens]), self.lengths.device)
-        for number, layer in self.keys.items():
-            pairs = zip((layer.prompt_key, layer.prompt_value), layer.own(), strict=True)
-            key, value = (_joined(prompt, own) for (prompt,), own in pairs)
-            grown.keys[number] = LayerKeys([key], [value])
-        return grown
-
-    @property
-    def bytes(self) -> int:
-        """Of the prompts' keys and values."""
-        return sum(x.nbytes for layer in self.keys.values() for x in (*layer.prompt_key, *layer.prompt_value))
 
     def _drop_own(self) -> None:
         self.past_tokens = self.new_tokens = 0
@@ -292,12 +271,6 @@ class GroupLayout:
         """Position of each completion token of the current call, int64 [A * n]: they follow the prefix."""
         step = torch.arange(self.past_tokens, self.past_tokens + self.new_tokens, device=self.lengths.device)
         return (self.completions.prefix[:, None] + step).reshape(-1)
-
-
-def _joined(prompt: Tensor, own: Tensor) -> Tensor:
-    """A prompt's keys or values, [1, Hk, P, D] or packed [P, Hk, D], and after them those of its completion
-    [1, n, Hk, D]."""
-    return torch.cat([prompt, own.transpose(1, 2)], dim=2) if prompt.ndim == 4 else torch.cat([prompt, own[0]])
 
 
 def _similar(rows: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:

@@ -16,7 +16,7 @@ from negfast.model import attention
 from negfast.model.inference import Inference, Packed, summed_rows
 from negfast.model.layout import GroupLayout
 from negfast.model.qwen3 import Qwen3
-from negfast.model.verdict_prior import VerdictPrior
+from negfast.model.verdict import Verdict
 from negfast.model.weight_copies import WeightCopies
 from negfast.sid.tokens import MARKERS, CodeVocabulary
 from negfast.spans import span
@@ -44,7 +44,7 @@ class CodeBlock(nn.Module):
 
 
 class Policy(nn.Module):
-    """``decoder`` without its head, the code block, and the text head (the decoder's own vocabulary).
+    """``decoder`` without its head, the code block, the text head (the decoder's own vocabulary), and the verdict.
 
     Token ids below ``vocabulary.base`` are the decoder's, the others are rows of the code block. ``in_bfloat16``
     computes the decoder's matrix products in that type (autocast); weights, head, logits and losses stay what they are.
@@ -80,7 +80,7 @@ class Policy(nn.Module):
         rows = embedding_rows(model)
         std = float(rows.detach().float().std())  # block rows as long as the decoder's own
         self.block = CodeBlock(vocabulary.size, rows.shape[1], std)
-        self.verdict_prior = VerdictPrior(verdict_features)
+        self.verdict = Verdict(verdict_features)
         # zero, so that a policy starts as it would without text
         self.text_projection = nn.Parameter(torch.zeros(text_width, rows.shape[1])) if text_width else None
 
@@ -111,13 +111,12 @@ class Policy(nn.Module):
         completion_tokens: Tensor | None,
         has_text: bool = False,
         prompt_item_text: Tensor | None = None,
-        completion_item_text: Tensor | None = None,
     ) -> Tensor:
         """Final hidden states of a call that adds prompts, completions, or both.
 
-        Tokens of prompts are [T], of completions [A, n], or sums [T, S] and [A, n, S], to which item texts [T, D] and
-        [A, n, D] may be added (see `embed`). The states are
-        those of the completions [A * n, d] where there are any, else of the prompts [T, d]. Keys and values of the call
+        Tokens of prompts are [T], of completions [A, n], or sums [T, S] and [A, n, S]; to those of prompts item
+        texts [T, D] may be added (see `embed`). The states are those of the completions [A * n, d] where there are
+        any, else of the prompts [T, d]. Keys and values of the call
         stay in the layout, with gradients where these are on.
         """
         layout.past_tokens += layout.new_tokens
@@ -129,8 +128,7 @@ class Policy(nn.Module):
             embedded.append(self.embed(prompt_tokens, has_text, prompt_item_text))
             positions.append(layout.positions)
         if completion_tokens is not None:
-            text = None if completion_item_text is None else completion_item_text.flatten(0, 1)
-            embedded.append(self.embed(completion_tokens.flatten(0, 1), has_text, text))
+            embedded.append(self.embed(completion_tokens.flatten(0, 1), has_text))
             positions.append(layout.completion_positions())
         inputs = torch.cat(embedded)
         if torch.is_inference_mode_enabled() and not self.in_bfloat16 and not self.bare_layers:
@@ -178,13 +176,6 @@ class Policy(nn.Module):
         first, end = len(MARKERS), len(MARKERS) + self.vocabulary.levels * self.vocabulary.codebook
         rows = self.block.rows
         return torch.cat([rows[:first], rows[first:end] * self.block.scale, rows[end:]])
-
-    def verdict_logit(self, hidden: Tensor, features: Tensor) -> Tensor:
-        """Logit [R] of P(dislike) after the verdict marker; ``features`` [R, verdict_features] its prior's."""
-        yes, no = (self.vocabulary.marker(name) - self.vocabulary.base for name in ("yes", "no"))
-        direction = (self.block.rows[yes] - self.block.rows[no]) @ self.block.head.weight
-        margin = (hidden * direction).sum(-1)  # not a product of matrices, which rounds by the number of rows
-        return margin + self.verdict_prior(features)
 
 
 def narrow_stream(policy: Policy) -> None:

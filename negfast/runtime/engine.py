@@ -117,7 +117,7 @@ def requests_before(data: Dataset, fit_until: int) -> UserDays:
 
 
 def history_features(data: Dataset, fit_until: int, context: str) -> HistoryFeatures:
-    """Features of the verdict's prior, smoothed towards the rates and values of the events before ``fit_until``."""
+    """Features of the verdict, smoothed towards the rates and values of the events before ``fit_until``."""
     log = data.log
     early = log.before(fit_until) & log.judged
     rate = float((log.feedback[early] == DISLIKE).mean()) if early.any() else 0.5

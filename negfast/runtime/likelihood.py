@@ -82,10 +82,9 @@ def _at_true_nodes(engine: Engine, targets: Targets) -> Visited:
     """Hidden states [A, L, d] before each code of the targets, and of each level their nodes [A] and the codes [A] that
     follow."""
     trie, policy, items = engine.chooser.trie, engine.policy, targets.items
-    branches = targets.histories.requests[targets.requests]
-    gap = targets.histories.gap[put(branches, engine.device)]
+    gap = targets.histories.gap[put(targets.requests, engine.device)]
     tokens = engine.histories.target_tokens(targets.markers, gap, items)
-    states = targets.histories.states(policy, branches, tokens)
+    states = targets.histories.states(policy, targets.requests, tokens)
     codes = engine.histories.item_token_ids[items]
     nodes = [torch.zeros_like(items), *(trie.item_nodes[items, level].long() for level in range(trie.levels - 1))]
     chosen = [codes[:, level] - policy.vocabulary.code_base(level + 1) for level in range(trie.levels)]

@@ -23,7 +23,7 @@ from negfast.sid.tokens import CodeVocabulary
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 4  # of run.json and of what lies beside it
+FORMAT = 5  # of run.json and of what lies beside it
 
 T = TypeVar("T")
 
@@ -34,7 +34,6 @@ class Chosen:
 
     step: int  # of the weights that were kept
     scale: float  # of code logits
-    calibration: Calibration | None  # of verdicts; None after align, which trains none to the end
 
 
 @dataclass(frozen=True)
@@ -44,24 +43,17 @@ class Refit:
     of: str  # the finished run, relative to this one
     until: int  # days since 1970: trained on events of days before
     stages: dict[str, Chosen]
+    calibration: Calibration  # of P(dislike | feedback)
     shown: Calibration | None = None  # of P(dislike | shown)
-
-    def calibration(self, stage: str) -> Calibration:
-        calibration = self.stages[stage].calibration
-        assert calibration is not None, f"{stage} has no calibration"
-        return calibration
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"until": date_of(self.until)}
 
     @classmethod
     def from_json(cls, read: dict[str, Any]) -> Self:
-        stages = {}
-        for name, chosen in read["stages"].items():
-            calibration = None if chosen["calibration"] is None else Calibration(**chosen["calibration"])
-            stages[name] = Chosen(chosen["step"], chosen["scale"], calibration)
+        stages = {name: Chosen(**chosen) for name, chosen in read["stages"].items()}
         shown = None if read.get("shown") is None else Calibration(**read["shown"])
-        return cls(read["of"], day_of(read["until"]), stages, shown)
+        return cls(read["of"], day_of(read["until"]), stages, Calibration(**read["calibration"]), shown)
 
 
 @dataclass(frozen=True)

@@ -55,9 +55,8 @@ class Taste:
     def _scores(self, users: np.ndarray) -> np.ndarray:
         """Scores float64 [U, items shown], -inf where the user has an event with the item."""
         unseen = ~seen_before(self.engine.log, users, self.moment, self.shown)
-        offsets = np.concatenate([[0], np.cumsum(unseen.sum(1))])
-        moments = np.full(len(users), self.moment, np.int64)
-        asked = Candidates(users.astype(np.int32), moments, offsets, np.broadcast_to(self.shown, unseen.shape)[unseen])
+        row, column = np.nonzero(unseen)
+        asked = Candidates(users[row].astype(np.int32), self.shown[column], np.full(len(row), self.moment))
         found = np.full(unseen.shape, -np.inf)
         if unseen.any():
             found[unseen] = taste_scores(self.engine, asked)
@@ -73,16 +72,20 @@ def taste_scores(engine: Engine, candidates: Candidates) -> np.ndarray:
 @torch.inference_mode()
 def kind_lifts(engine: Engine, candidates: Candidates) -> np.ndarray:
     """How much more likely the first code of each candidate is as the user's next like than by the community prior:
-    logarithm, up to a constant of the group, float64 [E]."""
-    out = np.empty(len(candidates.items))
+    logarithm, up to a constant of the user and moment, float64 [E]."""
+    out = np.empty(len(candidates))
     order = np.lexsort((candidates.moment, candidates.user))  # those of a user share histories
-    for start in range(0, len(order), REQUESTS_AT_ONCE):
-        part, places = candidates.take(order[start : start + REQUESTS_AT_ONCE])
-        histories = engine.histories.build(part.user, part.moment)
+    user, moment = candidates.user[order], candidates.moment[order]
+    begins = np.flatnonzero((np.diff(user, prepend=-1) != 0) | (np.diff(moment, prepend=-1) != 0))
+    ends = np.append(begins[1:], len(order))
+    for start in range(0, len(begins), REQUESTS_AT_ONCE):
+        first, end = begins[start : start + REQUESTS_AT_ONCE], ends[start : start + REQUESTS_AT_ONCE]
+        histories = engine.histories.build(user[first], moment[first])
         log_p = engine.policy.code_logits(histories.start(engine.policy, "next-like"), 1).log_softmax(-1)
-        codes = engine.trie.codes[part.items, 0].astype(np.int64)
-        group, code = put(part.group_of_item, engine.device), put(codes, engine.device)
-        out[places] = log_p[group, code].double().cpu().numpy()
+        places = order[first[0] : end[-1]]
+        request = put(np.repeat(np.arange(len(first)), end - first), engine.device)
+        code = put(engine.trie.codes[candidates.item[places], 0].astype(np.int64), engine.device)
+        out[places] = log_p[request, code].double().cpu().numpy()
     return out
 
 

@@ -29,7 +29,7 @@ from negfast.sid.tokens import FEEDBACK
 from negfast.sid.trie import Trie
 
 DESCRIPTION = "negfast.json"
-FORMAT = 3  # of an export
+FORMAT = 4  # of an export
 
 
 def export_run(run: Path, out: Path) -> None:
@@ -59,7 +59,7 @@ def _write_export(folder: RunFolder, out: Path) -> None:
     merge_adapters(engine.policy)
     model = merged_model(engine.policy)
     tokenizer = merged_tokenizer(engine.policy, engine.tokenizer)
-    verdict = {name: value.cpu().numpy() for name, value in engine.policy.verdict_prior.state_dict().items()}
+    verdict = {name: value.cpu().numpy() for name, value in engine.policy.verdict.state_dict().items()}
     tensors = {"trie": trie_tensors(engine.trie, engine.histories.prior), "verdict": verdict}
     tensors["trie"]["tokens"] = engine.histories.item_tokens
     tensors["features"] = feature_tensors(engine.features)
@@ -84,7 +84,7 @@ def _write_export(folder: RunFolder, out: Path) -> None:
 def description(folder: RunFolder, engine: Engine) -> dict[str, Any]:
     """What negfast.json says."""
     vocabulary, config = engine.policy.vocabulary, engine.config
-    names = ("none", *FEEDBACK, "gap-0", *MARKERS, "verdict", "yes", "no")
+    names = ("none", *FEEDBACK, "gap-0", *MARKERS)
     shown = folder.shown_calibration if read_state(folder.final).get("shown_calibration") else None
     return {
         "format": FORMAT,

@@ -61,7 +61,7 @@ class Run:
         moment the user has no event and the item no like or dislike. Raises `negfast.InputError` for columns of
         different lengths, what is no id or no time, and where the run cannot answer for ``given``.
         """
-        from negfast.runtime.verdict import candidate_logits, group_candidates
+        from negfast.runtime.verdict import Candidates, candidate_logits
 
         calibration = self._calibration(given)
         user, item = self._indices("user", users), self._indices("item", items)
@@ -70,11 +70,9 @@ class Run:
         moment = context_moment(self._engine.config.history.context, self._engine.log, at)
         known = self._first_known.before(user, item, moment)
         rows = np.flatnonzero(known)
-        rows = rows[np.argsort(user[rows], kind="stable")]
-        groups = group_candidates(user[rows], np.full(len(rows), moment), item[rows])
+        candidates = Candidates(user[rows], item[rows], np.full(len(rows), moment))
         probability = np.full(len(user), np.nan)
-        if len(rows):
-            probability[rows] = calibration.probability(candidate_logits(self._engine, groups))
+        probability[rows] = calibration.probability(candidate_logits(self._engine, candidates))
         return Scores(probability, ~known)
 
     def predict(

@@ -17,9 +17,6 @@ MARKERS = (
     "next-like",
     "item",
     "text",
-    "verdict",
-    "yes",
-    "no",
 )
 
 

@@ -1,12 +1,10 @@
 """Stage 1, align: what semantic IDs mean, item by item.
 
-Title -> SID, SID -> title, SID -> attributes, SID -> a co-disliked item, and verdicts. Pairs come from events before an
+Title -> SID, SID -> title, SID -> attributes, and SID -> a co-disliked item. Pairs come from events before an
 earlier cut (`PAIR_DAYS` of the train days), so that they do not memorise the futures of later train requests.
 
-What the stage has learned is measured on a seeded share of the items (`align.held_out`): no task on text and no verdict
-is trained on them, and no pair on the same share of the users. The verdict's prior, which knows items by what was
-counted of them and not by name, is fitted to all: its own AUC on the same verdicts stands beside the policy's, and only
-what lies between the two was learned here.
+What the stage has learned is measured on a seeded share of the items (`align.held_out`): no task on text is trained on
+them, and no pair on the same share of the users.
 """
 
 from dataclasses import dataclass
@@ -14,7 +12,6 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from negfast.data.log import DISLIKE, EventLog
@@ -23,13 +20,11 @@ from negfast.model.beam import beam_search
 from negfast.model.histories import Histories
 from negfast.runtime.engine import Engine
 from negfast.runtime.likelihood import Targets, code_ranks, target_log_probs
-from negfast.runtime.verdict import MEASURED_AT_MOST, candidate_logits, prior_logits
 from negfast.sid.prior import NEXT_DISLIKE
 from negfast.staging import put
 from negfast.train.order import epoch_rows, task_rng
 from negfast.train.step import WHOLE, Mean, MicroBatch, StepResult
 from negfast.train.text import EXAMPLES_AT_ONCE, SidToText, attribute_examples, encode, title_examples
-from negfast.train.verdict_task import TrainVerdicts, VerdictTask
 
 B = TypeVar("B")  # of what a task reads
 
@@ -173,26 +168,6 @@ class CoDisliked:
         return {f"hit@{TOP}": float(among.any(1).mean())}
 
 
-class Verdicts(VerdictTask):
-    """Verdicts on items that are not held out, and their AUC on those that are."""
-
-    def __init__(self, engine: Engine, batch: int, held_out: np.ndarray) -> None:
-        super().__init__(engine, batch, ~held_out)
-        self.held = TrainVerdicts(engine, held_out)
-
-    def accuracy(self) -> dict[str, float]:
-        """AUC of train-day verdicts on held-out items, disliked above liked, by the policy and by its prior alone. Both
-        flatter, as the prior is fitted to these verdicts too; the difference is what the stage added."""
-        candidates, places = self.held.candidates.sample(MEASURED_AT_MOST)
-        labels = self.held.labels[places]
-        if not 0 < labels.sum() < len(labels):
-            return {}
-        return {
-            "auc": float(roc_auc_score(labels, candidate_logits(self.engine, candidates))),
-            "prior_auc": float(roc_auc_score(labels, prior_logits(self.engine, candidates))),
-        }
-
-
 def held_out_items(engine: Engine) -> np.ndarray:
     """Which items the stage only measures on, bool [I]."""
     return task_rng(engine.config.train.seed, "held-out items", 0).random(engine.log.n_items) < (
@@ -264,10 +239,6 @@ class AlignStage:
             pairs = CoDisliked(engine, settings.pairs, before_day, settings.held_out)
             if len(pairs.users):
                 self.tasks["pair"] = pairs
-        if settings.verdicts:
-            verdicts = Verdicts(engine, settings.verdicts, held_out)
-            if len(verdicts.candidates):
-                self.tasks["verdict"] = verdicts
         if settings.steps and not self.tasks:
             raise InputError("align: every task is off or without data, expected at least one; or set align.steps=0")
 
@@ -278,8 +249,7 @@ class AlignStage:
         self.policy.block.scale.fill_(1.0)  # the weights of --init come with the one that their valid days wanted
         losses = {name: task.loss(batch.of[name]) for name, task in self.tasks.items()}
         metrics: dict[str, Mean | float | None] = {
-            f"{name}_{'bce' if name == 'verdict' else 'nll'}": batch.micro_batch.part(loss)
-            for name, loss in losses.items()
+            f"{name}_nll": batch.micro_batch.part(loss) for name, loss in losses.items()
         }
         return StepResult(torch.stack(list(losses.values())).sum(), metrics, batch.tokens)
 

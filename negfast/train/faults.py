@@ -20,7 +20,7 @@ from negfast.train.step import Figures, MicroBatch, Stage
 FOLDER = "failed"  # of a run, where failed steps are kept
 CPU_OUT_OF_MEMORY = re.compile(r"(?:not enough memory|can't allocate memory): you tried to allocate (\d+) bytes")
 SIZES = {  # what a stage's batch is made of, the setting to lower where its micro-batches cannot be made smaller
-    "align": ("titles", "sid_titles", "attributes", "pairs", "verdicts"),
+    "align": ("titles", "sid_titles", "attributes", "pairs"),
     "sft": ("histories",),
     "grpo": ("histories", "group"),
 }

@@ -1,4 +1,4 @@
-"""What a step of SFT or GRPO reads: histories of train days, their verdicts, and a draw of their requests.
+"""What a step of SFT or GRPO reads: histories of train days, and a draw of their requests.
 
 A step visits whole histories. All that is asked of one, at any moment, shares one pass through it.
 """
@@ -11,47 +11,39 @@ from negfast.data.log import events_before
 from negfast.data.split import UserDays
 from negfast.model.histories import Histories, window_start
 from negfast.runtime.engine import Engine
-from negfast.runtime.verdict import Candidates
 from negfast.train.order import epoch_rows, task_rng
 from negfast.train.step import MicroBatch
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a step asks of its histories: rows of the requests and of the verdicts' groups, by history and moment.
+    """What a step asks of its histories: rows of the requests, by history and moment.
 
     The arrays are of the whole batch; a micro-batch has the histories of a slice.
     """
 
     histories: np.ndarray  # int64 [H]
     requests: np.ndarray  # int64 [R]
-    request_history: np.ndarray  # int64 [R], place of each among the step's histories
-    groups: np.ndarray  # int64 [G]
-    group_history: np.ndarray  # int64 [G]
+    owner: np.ndarray  # int64 [R], place of each one's history among the step's
 
-    def part(self, micro_batch: MicroBatch) -> tuple[slice, slice, slice]:
-        """The histories, requests and groups of a micro-batch."""
+    def part(self, micro_batch: MicroBatch) -> slice:
+        """The requests of a micro-batch."""
         mine = micro_batch.of(len(self.histories))
-        requests, groups = (
-            slice(*np.searchsorted(owner, [mine.start, mine.stop]))
-            for owner in (self.request_history, self.group_history)
-        )
-        return mine, requests, groups
+        return slice(*np.searchsorted(self.owner, [mine.start, mine.stop]))
 
 
 class HistoryTask:
-    """The histories that have any of the requests or candidates."""
+    """The histories that have any of the requests."""
 
-    def __init__(self, engine: Engine, name: str, requests: UserDays, candidates: Candidates) -> None:
+    def __init__(self, engine: Engine, name: str, requests: UserDays) -> None:
         """``name`` sets the order in which steps visit the histories."""
-        self.engine, self.name, self.requests, self.candidates = engine, name, requests, candidates
-        self.request_moment = requests.moment  # made once, for all steps
-        of_request = self._history(requests.user, self.request_moment)
-        of_group = self._history(candidates.user, candidates.moment)
-        keys = np.unique(np.concatenate([of_request, of_group]))
+        self.engine, self.name, self.requests = engine, name, requests
+        self.moment = requests.moment  # made once, for all steps
+        history = self._history(requests.user, self.moment)
+        keys = np.unique(history)
         self.size = len(keys)
-        self.request_rows, self.request_offsets = _by_history(keys, of_request, self.request_moment)
-        self.group_rows, self.group_offsets = _by_history(keys, of_group, candidates.moment)
+        self.rows = np.lexsort((self.moment, history))  # by history and moment
+        self.offsets = np.append(np.searchsorted(history[self.rows], keys), len(history))
 
     def _history(self, user: np.ndarray, moment: np.ndarray) -> np.ndarray:
         """A key of the history that each (user, moment) branches off, int64."""
@@ -62,40 +54,21 @@ class HistoryTask:
         return user.astype(np.int64) * (len(log) + 1) + first
 
     def draw(self, step: int, histories: int, most: int) -> Drawn:
-        """The ``histories`` of a step, with at most ``most`` requests of each, drawn at random, and all verdicts."""
+        """The ``histories`` of a step, with at most ``most`` requests of each, drawn at random."""
         seed = self.engine.config.train.seed
-        rows = epoch_rows(seed, self.name, step, self.size, histories)
-        requests, owner = _members(self.request_rows, self.request_offsets, rows)
+        visited = epoch_rows(seed, self.name, step, self.size, histories)
+        counts = np.diff(self.offsets)[visited]
+        owner = np.repeat(np.arange(len(visited)), counts)
+        within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+        requests = self.rows[self.offsets[visited][owner] + within]
         lot = task_rng(seed, f"requests of {self.name}", step).random(len(requests))
         order = np.lexsort((lot, owner))
         place = np.arange(len(owner)) - np.searchsorted(owner, owner)
         chosen = np.sort(order[place < most])  # by history and moment again
-        return Drawn(rows, requests[chosen], owner[chosen], *_members(self.group_rows, self.group_offsets, rows))
+        return Drawn(visited, requests[chosen], owner[chosen])
 
-    def read(self, drawn: Drawn, micro_batch: MicroBatch, views: np.ndarray) -> tuple[Histories, np.ndarray]:
-        """The micro-batch's histories, each through its view uint8 [H] of ``views``, with the prior of its requests;
-        and the branches of its verdicts' groups, int64 [G]."""
-        _, mine, groups = drawn.part(micro_batch)
-        requests, asked = drawn.requests[mine], drawn.groups[groups]
-        history = np.concatenate([drawn.request_history[mine], drawn.group_history[groups]])
-        user = np.concatenate([self.requests.user[requests], self.candidates.user[asked]])
-        moment = np.concatenate([self.request_moment[requests], self.candidates.moment[asked]])
-        order = np.lexsort((moment, history))
-        place = np.argsort(order)
-        is_request = order < len(requests)
-        built = self.engine.histories.build(user[order], moment[order], views[history[order]], is_request)
-        return built.with_prior() if len(requests) else built, place[len(requests) :]
-
-
-def _by_history(keys: np.ndarray, key: np.ndarray, moment: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows sorted by history and moment, and the offsets of every history of ``keys``."""
-    order = np.lexsort((moment, key))
-    return order, np.append(np.searchsorted(key[order], keys), len(order))
-
-
-def _members(rows: np.ndarray, offsets: np.ndarray, histories: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of ``histories`` one after the other, and the place of each one's history."""
-    counts = np.diff(offsets)[histories]
-    owner = np.repeat(np.arange(len(histories)), counts)
-    within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return rows[offsets[histories][owner] + within], owner
+    def read(self, drawn: Drawn, micro_batch: MicroBatch, views: np.ndarray) -> Histories:
+        """The micro-batch's histories, each through its view uint8 [H] of ``views``, with the prior of its requests."""
+        mine = drawn.part(micro_batch)
+        requests, view = drawn.requests[mine], views[drawn.owner[mine]]
+        return self.engine.histories.build(self.requests.user[requests], self.moment[requests], view).with_prior()

@@ -20,7 +20,7 @@ def start_refit(
 ) -> None:
     """Makes ``run`` a refit of the finished ``source``, at its first step; one that is there already is left as it is.
 
-    It has ``source``'s first weights and settings and, of each of ``stages``, the step, scale and calibration that were
+    It has ``source``'s first weights, settings and calibration and, of each of ``stages``, the step and scale that were
     chosen on valid; semantic IDs are those of the data set. It learns from everything before T_test, with ``whole_log``
     from all events. InputError where ``source`` is unfinished or a refit itself, or ``run`` something else.
     """
@@ -42,16 +42,13 @@ def start_refit(
     refuse_data_folder(run.path)
     report(f"reading what {source.path} chose on valid")
     engine = source.finished_engine(None)
-    valid = valid_set(engine)
     chosen: dict[str, Chosen] = {}
     for stage in stages:
         folder = source.checkpoints / stage
         load_weights(folder, engine.policy)
-        calibration = None if stage == "align" else calibrate(engine, valid)
-        chosen[stage] = Chosen(read_state(folder)["step"], float(engine.policy.block.scale), calibration)
-    here = run.path.resolve()
-    shown = calibrate_shown(engine)  # by the weights of the last stage
-    refit = Refit(os.path.relpath(source.path.resolve(), here), until, chosen, shown)
+        chosen[stage] = Chosen(read_state(folder)["step"], float(engine.policy.block.scale))
+    here, feedback = run.path.resolve(), calibrate(engine, valid_set(engine))
+    refit = Refit(os.path.relpath(source.path.resolve(), here), until, chosen, feedback, calibrate_shown(engine))
     description = source.read() | {
         "data": os.path.relpath(source.data.resolve(), here),
         "learned_until": date_of(refit.until),

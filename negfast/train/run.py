@@ -25,7 +25,7 @@ from negfast.runtime.checkpoint import (
 from negfast.runtime.engine import Engine
 from negfast.runtime.machine import choose_device
 from negfast.runtime.run_folder import RunFolder
-from negfast.runtime.verdict import Calibration, fit_prior
+from negfast.runtime.verdict import Calibration, fit_verdict
 from negfast.train import faults
 from negfast.train.align import AlignStage
 from negfast.train.combinations import check_combinations
@@ -124,8 +124,8 @@ def _load_start(run: RunFolder, engine: Engine, done: list[str]) -> None:
         load_weights(run.checkpoints / done[-1], engine.policy)
     else:  # also from another run's weights: the log has grown since
         began = time.perf_counter()
-        fitted, there = fit_prior(engine)
-        say(f"verdict's prior: fitted on {fitted:,} of {there:,} judgements, {time.perf_counter() - began:.1f} s")
+        fitted, there = fit_verdict(engine)
+        say(f"verdict: fitted on {fitted:,} of {there:,} judgements, {time.perf_counter() - began:.1f} s")
 
 
 def _show_table(run: RunFolder) -> None:
@@ -195,7 +195,7 @@ def _finish(run: RunFolder, engine: Engine) -> None:
         with sharding.gathered(engine.policy), timed("calibration on valid"):
             state = distributed.from_first(lambda: _calibrations(calibrate(engine, valid), calibrate_shown(engine)))
     else:
-        state = _calibrations(run.refit.calibration(list(STAGES)[-1]), run.refit.shown)
+        state = _calibrations(run.refit.calibration, run.refit.shown)
     save_by_first(run.final, engine.policy, state)
 
 

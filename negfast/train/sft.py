@@ -1,4 +1,4 @@
-"""Stage 2, SFT: every active user-day -> the items of F after <|next-dislike|>, of P after <|next-like|>; verdicts."""
+"""Stage 2, SFT: every active user-day -> the items of F after <|next-dislike|>, of P after <|next-like|>."""
 
 from dataclasses import dataclass, replace
 
@@ -16,7 +16,6 @@ from negfast.staging import put
 from negfast.train.histories import Drawn, HistoryTask
 from negfast.train.order import task_rng
 from negfast.train.step import WHOLE, Mean, MicroBatch, StepResult
-from negfast.train.verdict_task import TrainVerdicts, VerdictBatch
 
 SCALES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of code logits, tried on valid; the smallest still leaves GRPO a gradient
 
@@ -49,7 +48,7 @@ class NextItems:
         rng = task_rng(self.engine.config.train.seed, "targets", step)
         settings = self.settings
         columns = draw_targets(self.requests.take(drawn.requests), settings.targets, settings.like_weight, rng)
-        _, mine, _ = drawn.part(micro_batch)
+        mine = drawn.part(micro_batch)
         here = (columns[0] >= mine.start) & (columns[0] < mine.stop)
         request, item, branch, weight = (column[here] for column in columns)
         vocabulary = self.engine.policy.vocabulary
@@ -106,17 +105,15 @@ class SftBatch:
 
     micro_batch: MicroBatch
     histories: Histories
-    items: ItemBatch | None
-    verdicts: VerdictBatch | None
+    items: ItemBatch
 
     @property
     def tokens(self) -> int:
-        items = 0 if self.items is None else self.items.tokens
-        return len(self.histories.tokens) + items + (0 if self.verdicts is None else self.verdicts.candidate_tokens)
+        return len(self.histories.tokens) + self.items.tokens
 
 
 class SftStage:
-    """Next items and verdicts."""
+    """Next items."""
 
     name = "sft"
 
@@ -127,35 +124,20 @@ class SftStage:
             torch.nn.init.zeros_(engine.policy.block.head.weight)
         days = days_with_future(engine, self.config.target)
         self.next_items = NextItems(engine, self.config, days)
-        self.verdicts = TrainVerdicts(engine)
-        self.use_verdict_loss = self.config.verdict_weight > 0 and len(self.verdicts.candidates) > 0
-        candidates = self.verdicts.candidates
-        if not self.use_verdict_loss:
-            candidates, _ = candidates.take(np.zeros(0, dtype=np.int64))
-        self.task = HistoryTask(engine, "sft", days, candidates)
+        self.task = HistoryTask(engine, "sft", days)
 
     def read(self, step: int, micro_batch: MicroBatch = WHOLE) -> SftBatch:
         settings = self.config
         drawn = self.task.draw(step, settings.histories, settings.requests_per_history)
         rng = task_rng(self.engine.config.train.seed, "views", step)
         views = draw_views(len(drawn.histories), settings.negative_view, settings.positive_view, rng)
-        histories, branches = self.task.read(drawn, micro_batch, views)
-        items = self.next_items.read(histories, drawn, step, micro_batch) if len(histories.requests) else None
-        verdicts = self.verdicts.of_histories(histories, branches, drawn, micro_batch)
-        return SftBatch(micro_batch, histories, items, verdicts)
+        histories = self.task.read(drawn, micro_batch, views)
+        return SftBatch(micro_batch, histories, self.next_items.read(histories, drawn, step, micro_batch))
 
     def step(self, batch: SftBatch) -> StepResult:
         self.engine.policy.block.scale.fill_(1.0)  # validation may have left another
-        loss = none = torch.zeros((), device=self.engine.device)
-        metrics: dict[str, Mean | float | None] = {"nll_dislike": Mean(none, 0.0)}
-        if batch.items is not None:
-            items, measured = self.next_items.loss(batch.items)
-            loss, metrics = loss + items, {**measured}
-        if self.use_verdict_loss:
-            verdict = none if batch.verdicts is None else self.verdicts.loss(batch.verdicts)
-            loss = loss + self.config.verdict_weight * verdict
-            metrics["verdict_bce"] = batch.micro_batch.part(verdict)
-        return StepResult(loss, metrics, batch.tokens)
+        loss, metrics = self.next_items.loss(batch.items)
+        return StepResult(loss, {**metrics}, batch.tokens)
 
     def outcome(self) -> dict[str, float]:
         return {}

@@ -18,7 +18,7 @@ from negfast.files import atomic_file, check_output
 from negfast.model.histories import text_width
 from negfast.model.load import build_policy, check_model_folder, save_model_files
 from negfast.model.lora import add_adapters, merge_adapters
-from negfast.model.verdict_prior import VerdictPrior
+from negfast.model.verdict import Verdict
 from negfast.prepare.build import SemanticIdSettings
 from negfast.prepare.samples import SETTINGS, prepare_sample
 from negfast.runtime import distributed, sharding
@@ -145,7 +145,7 @@ def _start(run: RunFolder, settings: Config, options: TrainOptions) -> None:
         policy, tokenizer = source.load_policy(dataset)
         load_weights(source.final, policy)
         merge_adapters(policy)
-        policy.verdict_prior = VerdictPrior(verdict_features)  # fitted anew: another fit of a fitted one overfits
+        policy.verdict = Verdict(verdict_features)  # fitted anew: another fit of a fitted one overfits
     add_adapters(policy, settings.model)
     run.path.mkdir(parents=True, exist_ok=True)
     save_model_files(policy, tokenizer, run.model)

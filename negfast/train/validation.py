@@ -3,13 +3,11 @@
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
 
 from negfast.data.split import Requests
 from negfast.evaluate.sets import ChoosingSet
 from negfast.runtime.engine import Engine
 from negfast.runtime.generation import generate
-from negfast.runtime.verdict import candidate_logits, group_candidates
 from negfast.train.expected import expected_rewards, item_log_probs, reward_table
 
 
@@ -50,16 +48,9 @@ class Validation:
         rows = np.sort(rng.permutation(len(valid.asked))[:size])
         self.requests = valid.asked.take(rows)
         self.rewards = reward_table(engine, self.requests)
-        events = np.sort(rng.permutation(len(valid.filter_user))[: size * 8])
-        order = events[np.lexsort((valid.filter_moment[events], valid.filter_user[events]))]
-        self.candidates = group_candidates(
-            valid.filter_user[order], valid.filter_moment[order], valid.filter_item[order]
-        )
-        self.labels = valid.filter_dislike[order]
 
     def __call__(self) -> dict[str, float]:
-        """nll (of F, nats a request), scale, reward, FHR@20, filter_auc (where both classes are there) and score;
-        leaves the chosen scale set."""
+        """nll (of F, nats a request), scale, reward, FHR@20 and score; leaves the chosen scale set."""
         scale = self.engine.policy.block.scale
         scales = self.scales or (float(scale),)
         nlls = dict(zip(scales, future_nlls(self.engine, self.requests, scales), strict=True))
@@ -68,6 +59,4 @@ class Validation:
         hits = hit_rate(self.requests, generate(self.engine, self.requests, top=20)[0])
         reward = float(expected_rewards(self.engine, self.requests, self.rewards).mean())
         metrics = {"nll": nlls[best], "scale": best, "reward": reward, "FHR@20": hits}
-        if 0 < self.labels.sum() < len(self.labels):
-            metrics["filter_auc"] = float(roc_auc_score(self.labels, candidate_logits(self.engine, self.candidates)))
         return {**metrics, "score": reward if self.by_reward else -nlls[best]}

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from bench.predictions import predictions_of
-from bench.quality import COLD_USER, METRICS, SHOWN, VERDICT_PRIOR, WITHOUT_STEPS, run, table_rows, verdict_prior
+from bench.quality import COLD_USER, METRICS, SHOWN, VERDICT, run, table_rows
 from bench.runs import branch, equal_compute, trained
 from negfast.config import Reward, load_config
 from negfast.data.dataset import Dataset
 from negfast.errors import InputError
-from negfast.evaluate.predictions import Predictions, calibrate, predict_set
-from negfast.evaluate.sets import EvalSet, engine_set, evaluation_set
+from negfast.evaluate.predictions import Predictions
+from negfast.evaluate.sets import EvalSet, evaluation_set
 from negfast.evaluate.table import metric_samples, paired_differences
 from negfast.runtime.run_folder import RunFolder
 from tests.tiny import SETTINGS
@@ -69,44 +69,26 @@ def test_the_table_of_finished_runs(tiny_run: Path, tmp_path: Path) -> None:
     settings = toml(tmp_path)
     before = (tiny_run / "metrics.jsonl").read_bytes()
     out = tmp_path / "quality.json"
-    run(out, None, "day", "0", "0,1", runs, settings, "smoke", "test", False, 20)
+    run(out, None, "day", "0", False, runs, settings, "smoke", "test", False, 20)
     assert (tiny_run / "metrics.jsonl").read_bytes() == before
     data = RunFolder(tiny_run).data
-    result = run(out, data, "event", "none", "0", runs, settings, "smoke", "test", False, 20)
+    result = run(out, data, "event", "0,1", True, runs, settings, "smoke", "test", False, 20)
     assert json.loads(out.read_text()) == result
     day, event = result["entries"]
-    assert (day["data"], day["filter_context"], day["seeds"], day["prior_seeds"]) == (
-        "movietweetings",
-        "day",
-        [0],
-        [0, 1],
-    )
-    assert (event["data"], event["filter_context"], event["seeds"]) == (data.name, "event", [])
+    assert (day["data"], day["filter_context"], day["seeds"]) == ("movietweetings", "day", [0])
+    assert (event["data"], event["filter_context"], event["seeds"]) == (data.name, "event", [0, 1])
     rows = {row["name"]: row for row in day["rows"]}
-    assert list(rows)[-4:] == ["prior", VERDICT_PRIOR, "sft", "grpo"] and rows["grpo"]["kind"] == "model"
+    assert list(rows)[-4:] == ["prior", VERDICT, "sft", "grpo"] and rows["grpo"]["kind"] == "model"
     assert {"boosted", "item-rate", "decay-4d"} <= set(rows)
     assert all(rows[name]["mean_reward"]["mean"] is not None for name in ("prior", "sft", "grpo"))
-    assert (
-        all(COLD_USER in rows[name] for name in ("boosted", VERDICT_PRIOR, "grpo")) and COLD_USER not in rows["prior"]
-    )
+    assert all(COLD_USER in rows[name] for name in ("boosted", VERDICT)) and COLD_USER not in rows["grpo"]
     pairs = {(d["a"], d["b"], d["metric"]) for d in day["differences"]}
-    assert {("grpo", "sft", "mean_reward"), ("grpo", "boosted", "filter_auc"), ("grpo", "decay-4d", "FHR@20")} <= pairs
-    assert (VERDICT_PRIOR, "boosted-plus", "pool_hr@10") in pairs and {metric for *_, metric in pairs} <= set(METRICS)
-    assert set(SHOWN) <= set(rows["grpo"]) and set(rows["grpo"]["by_seed"]) == set(METRICS)
+    assert {("grpo", "sft", "mean_reward"), (VERDICT, "boosted", "filter_auc"), ("grpo", "decay-4d", "FHR@20")} <= pairs
+    assert (VERDICT, "boosted-plus", "pool_hr@10") in pairs and {metric for *_, metric in pairs} <= set(METRICS)
+    assert set(SHOWN) <= set(rows["grpo"]) | set(rows[VERDICT])
+    assert set(rows["grpo"]["by_seed"]) | set(rows[VERDICT]["by_seed"]) == set(METRICS)
     assert "sft" not in {row["name"] for row in event["rows"]}
-    assert {d["a"] for d in event["differences"]} == {VERDICT_PRIOR}
-
-
-def test_the_verdict_s_prior_is_what_a_run_without_a_step_says(tiny_run: Path, tmp_path: Path) -> None:
-    settings = (*(f"{key}={value}" for key, value in SETTINGS.items()), *WITHOUT_STEPS)
-    done = trained(tmp_path / "run", None, "smoke", RunFolder(tiny_run).data, settings)
-    engine = done.finished_engine(None)
-    valid, test = engine_set(engine, "valid"), engine_set(engine, "test")
-    found, expected = verdict_prior(engine, test, valid), predict_set(engine, test, calibrate(engine, valid))
-    assert found.filter_score is not None and expected.filter_score is not None
-    assert found.pool_score is not None and expected.pool_score is not None
-    np.testing.assert_allclose(found.filter_score, expected.filter_score, rtol=1e-5)
-    np.testing.assert_allclose(found.pool_score, expected.pool_score, rtol=1e-4, atol=1e-5)
+    assert {d["a"] for d in event["differences"]} == {VERDICT}
 
 
 def test_equal_compute_is_longer_than_sft(tiny_run: Path) -> None:

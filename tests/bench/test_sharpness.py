@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from bench.experiments.sharpness import METRICS, WITHOUT_VERDICTS, Measured, entropy, main
+from bench.experiments.sharpness import METRICS, Measured, entropy, main
 from bench.runs import trained_stages
 from negfast.errors import InputError
 from negfast.train.expected import item_log_probs
@@ -18,7 +18,7 @@ OVERRIDES = tuple(f"{key}={value}" for key, value in SETTINGS.items() if not key
 
 @pytest.fixture(scope="module")
 def measured(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Measured, Path]:
-    settings = ("train.seed=0", "train.threads=1", *WITHOUT_VERDICTS, *OVERRIDES)
+    settings = ("train.seed=0", "train.threads=1", "align.steps=0", *OVERRIDES)
     run, engine = trained_stages(tmp_path_factory.mktemp("sharpness") / "run", tiny_data, settings)
     return Measured(engine, "valid", 40), run.checkpoints / "sft"
 

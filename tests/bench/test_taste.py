@@ -6,36 +6,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.taste import ALONE, LANGUAGE, NONE, PRIOR, RIVAL, SWAPPED, compare, of_another, run
+from bench.taste import LANGUAGE, NONE, RIVAL, SWAPPED, VERDICT, compare, of_another, run
 from negfast.errors import InputError
 from tests.bench.test_language import tiny_language_model
-from tests.tiny import SETTINGS
 
 
 def test_every_arm_has_a_row_alone_and_stacked_and_what_is_trained_is_kept(tiny_data, tmp_path, monkeypatch):
-    sections: dict[str, list[str]] = {}
-    for key, value in SETTINGS.items():
-        section, _, name = key.partition(".")
-        sections.setdefault(section, []).append(f"{name} = {value}")
-    config, out = tmp_path / "tiny.toml", tmp_path / "taste.json"
-    config.write_text("\n".join(f"[{name}]\n" + "\n".join(lines) for name, lines in sections.items()))
+    out = tmp_path / "taste.json"
     budget: dict[str, Any] = {"judgements": 40, "epochs": 1, "layers": 1, "asked": 60, "resamples": 20}
-    budget |= {"seeds": "0,1", "model_seeds": "0", "config": config, "preset": "smoke", "runs": tmp_path / "runs"}
+    budget |= {"seeds": "0,1", "model_seeds": "0", "runs": tmp_path / "runs"}
     budget |= {"out": out, "data": tiny_data, "model": tiny_language_model(tmp_path / "model")}
     for context in ("event", "day"):
         run(context=context, **budget)
     entries = json.loads(out.read_text())["entries"]
     assert [entry["context"] for entry in entries] == ["event", "day"]
-    decoders = [f"decoder, {name}{end}" for name in ("codes", "text") for end in ("", SWAPPED)]
-    names = {
-        "boosted",
-        RIVAL,
-        PRIOR,
-        ALONE,
-        ALONE + SWAPPED,
-        *decoders,
-        *(LANGUAGE + end for end in ("", NONE, SWAPPED)),
-    }
+    names = {"boosted", RIVAL, VERDICT, *(LANGUAGE + end for end in ("", NONE, SWAPPED))}
     for entry in entries:
         rows = {row["name"]: row for row in entry["rows"]}
         assert set(rows) == names and entry["test"] >= 60 and 0 < entry["with_another"] <= 1
@@ -43,11 +28,9 @@ def test_every_arm_has_a_row_alone_and_stacked_and_what_is_trained_is_kept(tiny_
             assert 0 < row["auc"]["mean"] < 1 and ("stacked_auc" in row) == (name != RIVAL)
             assert row["auc"]["mean"] == pytest.approx(np.mean(row["by_seed"]))
             assert len(row["by_seed"]) == (1 if name.startswith(LANGUAGE) else 2)
-        assert rows[PRIOR]["stacked_minus_prior"]["mean"] == 0
+        assert rows[VERDICT]["stacked_minus_verdict"]["mean"] == 0
         assert len({rows[LANGUAGE + end]["auc"]["mean"] for end in ("", NONE, SWAPPED)}) == 3
     monkeypatch.setattr("bench.taste.fine_tuned", None)
-    monkeypatch.setattr("bench.taste.trained_stages", None)
-    monkeypatch.setattr("bench.runs.train", None)
     assert run(context="day", **budget)["entries"] == entries
 
 
@@ -61,7 +44,12 @@ def test_an_arm_that_knows_the_label_is_above_the_rival_and_noise_is_not():
     labels = [rng.random(600) < 0.3 for _ in range(2)]
     rival = [label + rng.normal(size=600) for label in labels]
     scores: list[dict[str, list[np.ndarray]]] = [
-        {RIVAL: rival, "oracle": [label + 0.0 for label in labels], "noise": [rng.normal(size=600) for _ in labels]}
+        {
+            RIVAL: rival,
+            VERDICT: rival,
+            "oracle": [label + 0.0 for label in labels],
+            "noise": [rng.normal(size=600) for _ in labels],
+        }
         for _ in range(2)
     ]
     rows = {row["name"]: row for row in compare(scores, labels, np.arange(600) % 50, 200)}

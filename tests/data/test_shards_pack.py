@@ -57,12 +57,10 @@ def reference_pack(log: EventLog, request: dict, item_nodes: np.ndarray) -> dict
                 packed["gap"].append(reference_gap(time - shown[-1]) if shown else 0)
                 shown.append(time)
         packed["cu_seqlens"].append(len(packed["item"]))
-        for a, moment in zip(branches, moments, strict=True):
+        for moment in moments:
             visible = [time for time in shown if time < moment]
             packed["prefix"].append(1 + len(visible))
             packed["branch_gap"].append(reference_gap(moment - visible[-1]) if visible else 0)
-            if not request["requests"][a]:
-                continue
             seen = sorted({item for item, _, time in events if time < moment})
             packed["seen_item"].extend(seen)
             packed["seen_cu"].append(len(packed["seen_item"]))
@@ -99,7 +97,6 @@ def random_request(rng: np.random.Generator, log: EventLog, size: int, branches:
         "views": rng.integers(0, 4, size).astype(np.uint8),
         "branch_history": np.sort(rng.integers(0, max(size, 1), branches)).astype(np.int32),
         "moments": moments,
-        "requests": rng.random(branches) < 0.6,
     }
 
 
@@ -138,15 +135,14 @@ def test_pack_follows_the_definitions(tmp_path_factory, seed, threads, size, bra
 
 
 def branch_parts(packed: PackedHistories, request: dict, a: int) -> list:
-    """All that a branch which is a request reads: the positions that it sees, its gap, its seen items and nodes."""
+    """All that a branch reads: the positions that it sees, its gap, its seen items and nodes."""
     start = packed.cu_seqlens[request["branch_history"][a]]
     positions = slice(start, start + packed.prefix[a])
     parts = [column[positions].tolist() for column in (packed.item, packed.feedback, packed.gap)]
-    r = int(request["requests"][:a].sum())
-    items = slice(packed.seen_cu[r], packed.seen_cu[r + 1])
+    items = slice(packed.seen_cu[a], packed.seen_cu[a + 1])
     parts += [int(packed.branch_gap[a]), packed.seen_item[items].tolist()]
     for node, row, count, slot in zip(*(getattr(packed, name) for name in PER_LEVEL), strict=True):
-        parts += [node[row == r].tolist(), count[row == r].tolist(), node[slot[items]].tolist()]
+        parts += [node[row == a].tolist(), count[row == a].tolist(), node[slot[items]].tolist()]
     return parts
 
 
@@ -157,7 +153,6 @@ def test_events_at_or_after_a_moment_change_nothing_that_its_branch_reads(tmp_pa
     log, unit = random_case(rng)
     folder = tmp_path_factory.mktemp("pack")
     nodes, request = random_nodes(rng, log.n_items), random_request(rng, log, 8, 20)
-    request["requests"][:] = True
     a = int(rng.integers(20))
     user, moment = request["users"][request["branch_history"][a]], int(request["moments"][a])
     # The user's later events become others, and some more.
@@ -194,12 +189,11 @@ def test_gaps_are_buckets_of_seconds(tmp_path, seconds, bucket):
         views=np.full(2, MIXED, np.uint8),
         branch_history=np.array([0, 1], np.int32),
         moments=np.array([time[1] + 1, time[1] + max(seconds, 1)]),
-        requests=np.zeros(2, bool),
         item_nodes=np.zeros((1, 1), np.int32),
     )
     assert packed.gap.tolist() == [0, 0, bucket] * 2
     assert packed.branch_gap.tolist() == [1, bucket]
-    assert (packed.prefix.tolist(), packed.seen_cu.tolist()) == ([3, 3], [0])
+    assert (packed.prefix.tolist(), packed.seen_cu.tolist()) == ([3, 3], [0, 1, 2])
 
 
 def test_any_moment_of_64_bits_is_one(packable):
@@ -243,7 +237,7 @@ def test_histories_and_branches_out_of_range_are_refused(packable, field, value,
         shard.pack(**request, item_nodes=nodes)
 
 
-@pytest.mark.parametrize("field", ["first", "views", "moments", "requests"])
+@pytest.mark.parametrize("field", ["first", "views", "moments"])
 def test_lengths_that_differ_are_refused(packable, field):
     shard, request, nodes = packable
     expected = len(request[field])
@@ -258,6 +252,6 @@ def test_nodes_that_do_not_fit_the_items_are_refused(packable):
         with pytest.raises(InputError, match=r"item nodes: found . rows of . levels, expected 7 rows or more"):
             shard.pack(**request, item_nodes=table)
     swapped = np.stack([nodes[::-1, 0], nodes[:, 1]], axis=1)
-    request["moments"][:], request["requests"][:] = 99, True
+    request["moments"][:] = 99
     with pytest.raises(InputError, match="level 1 is not numbered in the order of the leaves"):
         shard.pack(**request, item_nodes=swapped)

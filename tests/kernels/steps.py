@@ -54,7 +54,7 @@ class Job:
         prefix[0] = prefix[1] // 2
         gap = torch.arange(REQUESTS, device=self.device) + self.policy.vocabulary.marker("gap-0")
         prior = (lambda: self.prior) if with_prior else None
-        return Histories(self.tokens, layout, history, prefix, gap, np.arange(REQUESTS), prior)
+        return Histories(self.tokens, layout, history, prefix, gap, prior)
 
 
 def make_job(seed: int, device: torch.device, prior_weight: float = 0.7) -> Job:

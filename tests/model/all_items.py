@@ -15,7 +15,7 @@ def all_item_log_probs(policy: Policy, chooser: TrieChooser, histories: Historie
     Every node of the trie above the leaves is visited once a request, so the cost is that of as many completion tokens
     as the trie has inner nodes, times R. The probabilities of a request sum to 1. Gradients flow where they are on.
     """
-    trie, size, prior = chooser.trie, len(histories.requests), histories.prior
+    trie, size, prior = chooser.trie, len(histories), histories.prior
     hidden = histories.start(policy, MARKERS[branch])
     requests = torch.arange(size, device=hidden.device)
     log_prob = torch.zeros(size, 1, dtype=hidden.dtype, device=hidden.device)

@@ -77,12 +77,11 @@ def test_histories_are_those_written_out_event_by_event(make_engine, positions, 
 def asked(engine: Engine, moments: list[int], requests: Requests, table) -> list[np.ndarray]:
     """Verdict logits [U, M, 3] at moments of every user, and of requests the lists, their scores and what they earn."""
     users = np.arange(engine.log.n_users, dtype=np.int32)
-    groups, items = len(users) * len(moments), np.random.default_rng(0)
+    asked, rng = 3 * len(moments), np.random.default_rng(0)
     candidates = Candidates(
-        np.repeat(users, len(moments)),
-        np.tile(np.array(moments, dtype=np.int64), len(users)),
-        np.arange(groups + 1) * 3,
-        items.integers(0, engine.log.n_items, groups * 3, dtype=np.int32),
+        np.repeat(users, asked),
+        rng.integers(0, engine.log.n_items, len(users) * asked, dtype=np.int32),
+        np.tile(np.repeat(np.array(moments, dtype=np.int64), 3), len(users)),
     )
     logits = candidate_logits(engine, candidates).reshape(len(users), len(moments), 3)
     return [logits, *generate(engine, requests, 10), expected_rewards(engine, requests, table)]

@@ -148,5 +148,5 @@ def test_a_run_that_starts_from_another_merges_its_adapters(lora_run, tiny_data,
     engine = RunFolder(lora_run).finished_engine(None)
     merge_adapters(engine.policy)
     initial = load_file(run / "checkpoints" / "initial" / "policy.safetensors")
-    merged = {name: value for name, value in initial.items() if not name.startswith("verdict_prior.")}  # fitted anew
+    merged = {name: value for name, value in initial.items() if not name.startswith("verdict.")}  # fitted anew
     assert all(torch.equal(value, engine.policy.state_dict()[name]) for name, value in merged.items())

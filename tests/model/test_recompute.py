@@ -17,7 +17,7 @@ def gradients(small: Small, loss: Tensor) -> list[Tensor | None]:
 
 
 def two_calls(small: Small) -> Tensor:
-    """Prompts with branches, then, as verdicts of the same histories do, further branches over their keys."""
+    """Prompts with branches, then further branches over their keys."""
     histories = small.histories()
     first = histories.start(small.policy, "next-dislike")
     return first.square().sum() + histories.start(small.policy, "next-like").square().sum()

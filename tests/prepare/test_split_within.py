@@ -76,7 +76,7 @@ def test_evaluation_and_training_share_no_event(places):
     data = Dataset.open(places)
     log = data.log
     learned, _ = first_feedback_candidates(log, "event", 0, data.valid_day)
-    seen = {(int(u), int(i)) for u, i in zip(learned.user[learned.group_of_item], learned.items, strict=True)}
+    seen = {(int(u), int(i)) for u, i in zip(learned.user, learned.item, strict=True)}
     for name in ("valid", "test"):
         asked = evaluation_set(log, data.split(), name, context="event")
         pairs = {(int(u), int(i)) for u, i in zip(asked.filter_user, asked.filter_item, strict=True)}

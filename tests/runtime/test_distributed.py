@@ -44,7 +44,7 @@ def test_micro_batches_one_after_the_other_give_the_whole_batch(tiny_run, whole)
 
 
 def test_a_token_budget_bounds_every_part_and_gives_the_whole_batch(tiny_run, whole):
-    budget, run = 200, RunFolder(tiny_run)
+    budget, run = 100, RunFolder(tiny_run)
     assert_same(stage_gradients(run, 1, budget), whole)
     for _, stage in opened_stages(run):
         batches, tokens = read_step(stage, 3, [MicroBatch()], budget), stage.read(3).tokens

@@ -81,15 +81,19 @@ def test_the_lift_is_the_policy_against_the_community_prior(engine):
     users = np.array([3, 40, 77], np.int32)
     moments = (np.array([40, 50, 60]) + int(engine.log.day.min())) * DAY
     items = np.tile(np.arange(20, dtype=np.int32), 3)
-    found = kind_lifts(engine, Candidates(users, moments, np.arange(4) * 20, items)).reshape(3, 20)
+    order = np.random.default_rng(0).permutation(60)
+    asked = Candidates(np.repeat(users, 20), items, np.repeat(moments, 20))
+    lifts = np.empty(60)
+    lifts[order] = kind_lifts(engine, asked.take(order))
+    found = lifts.reshape(3, 20)
     histories = engine.histories.build(users, moments)
     with torch.no_grad():
         hidden = histories.start(engine.policy, "next-like")
         root, rows = torch.zeros(3, dtype=torch.int64), torch.arange(3)
         chooser = TrieChooser(engine.chooser.trie, 1.0)
-        asked = (0, root, rows, histories.prior, NEXT_LIKE)
-        policy = chooser.choose(engine.policy, hidden, *asked).log_probs()
-        prior = chooser.choose(None, None, *asked).log_probs()
+        place = (0, root, rows, histories.prior, NEXT_LIKE)
+        policy = chooser.choose(engine.policy, hidden, *place).log_probs()
+        prior = chooser.choose(None, None, *place).log_probs()
     ratio = (policy - prior).double().numpy()[:, engine.trie.codes[:20, 0].astype(int)]
     assert np.isfinite(ratio).all() and ratio.std(axis=1).min() > 1e-4  # it says something
     gap = found - ratio
@@ -105,8 +109,7 @@ def test_lists_are_unseen_items_by_score_and_the_same_for_a_user_alone(engine):
         listed = items[row]
         assert len(set(listed)) == 12 and not {5, 6} & set(listed)
         assert not seen_before(engine.log, np.array([user]), (day + 1) * DAY, listed).any()
-        moments = np.full(1, (day + 1) * DAY)
-        asked = Candidates(np.array([user], np.int32), moments, np.array([0, 12]), listed)
+        asked = Candidates(np.full(12, user, np.int32), listed, np.full(12, (day + 1) * DAY))
         price = dict(zip(taste.shown, taste.price, strict=True))
         p = 1 / (1 + np.exp(-candidate_logits(engine, asked)))
         expected = np.log(p) + LIFT_WEIGHT * kind_lifts(engine, asked) - [price[item] for item in listed]

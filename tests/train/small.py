@@ -33,7 +33,7 @@ class Small:
         """A request at the end of each history."""
         layout = GroupLayout.build(self.cu_seqlens, torch.device("cpu"))
         every = np.arange(len(self.seen))
-        return Histories(self.tokens, layout, every, np.diff(self.cu_seqlens), self.gap, every, lambda: self.prior)
+        return Histories(self.tokens, layout, every, np.diff(self.cu_seqlens), self.gap, lambda: self.prior)
 
     @property
     def gap(self) -> torch.Tensor:

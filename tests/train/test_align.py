@@ -15,7 +15,6 @@ from negfast.model.histories import Histories
 from negfast.runtime.engine import build_engine
 from negfast.runtime.likelihood import Targets, code_ranks, target_log_probs
 from negfast.runtime.run_folder import RunFolder
-from negfast.runtime.verdict import fit_prior
 from negfast.train import text
 from negfast.train.align import AlignStage, CoDisliked, held_out_items
 from negfast.train.step import MicroBatch
@@ -80,14 +79,12 @@ def test_nothing_held_out_is_trained_on(make_engine, monkeypatch):
     held = set(np.flatnonzero(held_out_items(engine)).tolist())
     assert 5 < len(held) < 40
     stage = AlignStage(engine)
-    assert set(stage.tasks) == {"title_sid", "sid_title", "sid_attributes", "pair", "verdict"}
+    assert set(stage.tasks) == {"title_sid", "sid_title", "sid_attributes", "pair"}
     tasks: dict[str, Any] = stage.tasks
     assert set(tasks["title_sid"].items) | held == set(range(engine.log.n_items))
     assert set(tasks["title_sid"].held) == held
     for name in ("sid_title", "sid_attributes"):
         assert {e.item for e in tasks[name].train}.isdisjoint(held) and {e.item for e in tasks[name].held} == held
-    assert set(tasks["verdict"].candidates.items.tolist()).isdisjoint(held)
-    assert set(tasks["verdict"].held.candidates.items.tolist()) <= held
     assert len(tasks["pair"].held) and set(tasks["pair"].held).isdisjoint(tasks["pair"].users)
     assert np.array_equal(held_out_items(engine), held_out_items(make_engine("train.seed=0")))
     assert not np.array_equal(held_out_items(engine), held_out_items(make_engine("train.seed=9")))
@@ -151,7 +148,7 @@ def test_pair_hits_are_those_of_an_exhaustive_ranking(make_engine):
 
 def test_tasks_are_learned_and_speak_of_items_never_trained_on(make_engine):
     """Titles begin with a word that names the genre, and semantic IDs group them by it."""
-    engine = make_engine("align.pairs=0", "align.verdicts=0", "align.titles=16")
+    engine = make_engine("align.pairs=0", "align.titles=16")
     stage = AlignStage(engine)
     before = stage.outcome()
     optimizer = torch.optim.AdamW(engine.policy.parameters(), lr=5e-3)
@@ -167,18 +164,6 @@ def test_tasks_are_learned_and_speak_of_items_never_trained_on(make_engine):
     assert after["title_sid_level1"] > before["title_sid_level1"] + 0.15
     assert after["title_sid_level1"] > after["title_sid_level1_chance"]
     assert after["title_sid_train_item"] > before["title_sid_train_item"]
-
-
-def test_verdicts_are_measured_beside_their_prior(make_engine):
-    """A policy that says nothing of its own has the AUC of its prior."""
-    engine = make_engine("align.titles=0", "align.sid_titles=0", "align.attributes=0", "align.pairs=0")
-    fit_prior(engine)
-    torch.nn.init.zeros_(engine.policy.block.head.weight)
-    found = AlignStage(engine).outcome()
-    assert found["verdict_auc"] == found["verdict_prior_auc"] > 0.5
-    torch.nn.init.normal_(engine.policy.block.head.weight)
-    speaking = AlignStage(engine).outcome()
-    assert speaking["verdict_prior_auc"] == found["verdict_prior_auc"] != speaking["verdict_auc"]
 
 
 def test_the_scale_of_another_run_is_not_kept(make_engine):
@@ -199,8 +184,8 @@ def test_shares_add_up(make_engine):
 
 
 def test_a_count_of_zero_switches_a_task_off(make_engine):
-    off = [f"align.{name}=0" for name in ("titles", "sid_titles", "attributes", "pairs", "verdicts")]
-    assert set(AlignStage(make_engine(*off[:3])).tasks) == {"pair", "verdict"}
+    off = [f"align.{name}=0" for name in ("titles", "sid_titles", "attributes", "pairs")]
+    assert set(AlignStage(make_engine(*off[:3])).tasks) == {"pair"}
     assert set(AlignStage(make_engine(*off[1:])).tasks) == {"title_sid"}
     with pytest.raises(InputError, match="every task is off"):
         AlignStage(make_engine(*off))

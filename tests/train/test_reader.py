@@ -91,15 +91,13 @@ def test_every_tensor_of_a_batch_is_found(tiny_run):
         batch = stage.read(0)
         found = {tensor.data_ptr() for tensor in tensors_in(batch)}
         if stage.name == "align":
-            verdict = batch.of.pop("verdict")
             texts = [part for part in batch.of.values() if isinstance(part, PackedText)]
             items = [part.targets for part in batch.of.values() if not isinstance(part, PackedText)]
-            wanted = [verdict.labels, verdict.inputs.tokens, verdict.inputs.histories.tokens]
-            wanted += [part.token_ids for part in texts] + [targets.histories.tokens for targets in items]
+            wanted = [part.token_ids for part in texts] + [targets.histories.tokens for targets in items]
             assert len(texts) == len(items) == 2
         else:
             histories, prior = batch.histories, batch.histories.prior
-            wanted = [histories.tokens, histories.gap, histories.layout.positions, batch.verdicts.labels]
+            wanted = [histories.tokens, histories.gap, histories.layout.positions]
             wanted += [bucket.pad_index for bucket in histories.layout.buckets if bucket.pad_index is not None]
             wanted += [prior.day_row, *prior.seen.key, *prior.seen_mass]
             wanted += [batch.items.weights] if stage.name == "sft" else [batch.groups.ids, batch.groups.rewards.terms]

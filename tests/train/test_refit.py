@@ -45,7 +45,7 @@ def test_it_repeats_what_was_chosen_on_valid(tiny_run, refitted):
     assert scales[0] == scales[1] == run.refit.stages["grpo"].scale
     slopes = [folder.calibration.slope for folder in (source, run)]
     assert slopes[0] == pytest.approx(slopes[1])
-    assert run.calibration == run.refit.calibration("grpo")
+    assert run.calibration == run.refit.calibration
     states = [(folder / "policy.safetensors").read_bytes() for folder in (source.final, run.final)]
     assert states[0] != states[1]
     assert "boosted" in said and "grpo" in said and run.report.exists()  # the table on test

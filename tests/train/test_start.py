@@ -29,16 +29,16 @@ def test_a_run_shows_the_model_that_it_inherits(tiny_run, tiny_data, tmp_path):
     assert RunFolder(out).config.model.hidden == SETTINGS["model.hidden"] == 32
 
 
-def test_a_run_from_another_fits_the_verdicts_prior_anew(tiny_run, tiny_data, tmp_path):
+def test_a_run_from_another_fits_the_verdict_anew(tiny_run, tiny_data, tmp_path):
     """On the same data and seed it ends where the first fit ended: it does not go on from there."""
     out = tmp_path / "run"
     none: dict[str, Any] = {"align__steps": 0, "sft__steps": 0, "grpo__steps": 0}
     run_cli(*train_arguments(tiny_data, out, tiny_run, **none))
     first = load_file(out / "checkpoints" / "initial" / "policy.safetensors")
-    assert not first["verdict_prior.wide.weight"].any() and not first["verdict_prior.last.weight"].any()
+    assert not first["verdict.wide.weight"].any() and not first["verdict.last.weight"].any()
     ended, before = (load_file(run / "final" / "policy.safetensors") for run in (out, tiny_run))
-    assert ended["verdict_prior.wide.weight"].any()
-    wide = [float(weights["verdict_prior.wide.weight"].norm()) for weights in (ended, before)]
+    assert ended["verdict.wide.weight"].any()
+    wide = [float(weights["verdict.wide.weight"].norm()) for weights in (ended, before)]
     assert wide[0] == pytest.approx(wide[1], rel=0.1)
 
 

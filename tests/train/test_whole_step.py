@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import Qwen3Model
 
@@ -20,13 +19,12 @@ from negfast.model.histories import item_text
 from negfast.model.policy import Policy
 from negfast.runtime.engine import Engine, build_engine
 from negfast.runtime.run_folder import RunFolder
-from negfast.runtime.verdict import fit_prior
 from negfast.sid.prior import MARKERS, NEXT_DISLIKE, DecayedMass, child_log_prior
 from negfast.sid.trie import SeenNodes
 from negfast.train.grpo.stage import GrpoStage
 from negfast.train.histories import Drawn
 from negfast.train.sft import ItemBatch, SftStage
-from tests.model.naive_histories import Position, naive_prefix, spelt
+from tests.model.naive_histories import Position, naive_prefix
 from tests.sid.reference import seen_nodes_reference
 from tests.train.small import take_norms_in_their_own_dtype
 
@@ -34,7 +32,6 @@ from tests.train.small import take_norms_in_their_own_dtype
 @pytest.fixture
 def make_engine(tiny_run, monkeypatch):
     """A tiny engine in float64, its weights random, its histories cut into windows of 8 events."""
-    monkeypatch.setattr("negfast.train.verdict_task.verdict_start", lambda log, _: int(log.day.min()))
 
     def make(*overrides: str) -> Engine:
         run = RunFolder(tiny_run)
@@ -44,7 +41,6 @@ def make_engine(tiny_run, monkeypatch):
         monkeypatch.setattr(RunFolder, "config", config)
         policy, tokenizer = run.load_policy(dataset)
         engine = build_engine(config, dataset, policy, tokenizer, torch.device("cpu"))
-        fit_prior(engine)
         torch.nn.init.normal_(policy.block.head.weight, std=0.3)
         if policy.text_projection is not None:
             torch.nn.init.normal_(policy.text_projection, std=0.3)
@@ -83,12 +79,6 @@ class OneAtATime:
         embedded = torch.stack([rows[torch.tensor(ids) - base].sum(0) for ids in positions])
         return self.decoder(inputs_embeds=embedded[None], use_cache=False).last_hidden_state[0, len(prefix) :]
 
-    def verdict_logit(self, user: int, moment: int, view: int, item: int) -> Tensor:
-        marker, features = self.policy.vocabulary.marker("verdict"), self.engine.features
-        states = self.states(user, moment, view, lambda gap: spelt(self.engine, item, [marker, gap]))
-        known = features.rich(np.array([user]), np.array([item]), np.array([moment])).astype(np.float32)
-        return self.policy.verdict_logit(states[-1:], torch.from_numpy(known))[0]
-
     def item_log_probs(
         self, user: int, day: int, view: int, branch: int, item: int
     ) -> Iterator[tuple[Tensor, Tensor, int]]:
@@ -112,23 +102,12 @@ class OneAtATime:
             logits = logits + engine.chooser.prior_weight * mass
             yield logits.masked_fill(~valid, -torch.inf).log_softmax(-1)[0], valid[0], code
 
-    def verdict_loss(self, stage: Any, drawn: Drawn, views: np.ndarray) -> Tensor:
-        """The mean over the candidates of all groups."""
-        candidates, labels = stage.verdicts.candidates, stage.verdicts.labels
-        losses = []
-        for group, history in zip(drawn.groups, drawn.group_history, strict=True):
-            for place in range(candidates.offsets[group], candidates.offsets[group + 1]):
-                user, moment = int(candidates.user[group]), int(candidates.moment[group])
-                logit = self.verdict_logit(user, moment, int(views[history]), int(candidates.items[place]))
-                losses.append(F.softplus(logit) - float(labels[place]) * logit)
-        return torch.stack(losses).mean()
-
     def target_loss(self, requests: Any, items: ItemBatch, drawn: Drawn, views: np.ndarray) -> Tensor:
         """Weighted targets over the number of requests."""
         total = torch.zeros((), dtype=torch.float64)
         columns = (items.targets.requests, items.branches, items.targets.items, items.weights)
         for row, branch, item, weight in zip(*(column.tolist() for column in columns), strict=True):
-            request, view = drawn.requests[row], int(views[drawn.request_history[row]])
+            request, view = drawn.requests[row], int(views[drawn.owner[row]])
             asked = int(requests.user[request]), int(requests.day[request]), view, branch, item
             total = total - weight * torch.stack([p[code] for p, _, code in self.item_log_probs(*asked)]).sum()
         return total / len(drawn.requests)
@@ -165,10 +144,9 @@ def read_varied(stage: Any) -> tuple[Any, Drawn, np.ndarray]:
         batch = stage.read(step)
         drawn, prefix = noted["drawn"], batch.histories.prefix
         user = stage.task.requests.user[drawn.requests]
-        windows = np.unique(np.stack([user, drawn.request_history]), axis=1).shape[1]
+        windows = np.unique(np.stack([user, drawn.owner]), axis=1).shape[1]
         if windows > len(np.unique(user)) and prefix.min() == 1 and len(np.unique(prefix)) > 4:
-            verdicts = replace(batch.verdicts, labels=batch.verdicts.labels.double())
-            return replace(batch, verdicts=verdicts), drawn, noted["views"]
+            return batch, drawn, noted["views"]
     raise AssertionError("no such step")
 
 
@@ -197,7 +175,6 @@ def test_an_sft_step_is_its_branches_one_at_a_time(make_engine, positions, conte
         "sft.targets=2",
         "sft.negative_view=0.3",
         "sft.positive_view=0.3",
-        "sft.verdict_weight=0.7",
     )
     stage = SftStage(engine)
     torch.nn.init.normal_(engine.policy.block.head.weight, std=0.3)  # the stage starts it at zero
@@ -206,7 +183,6 @@ def test_an_sft_step_is_its_branches_one_at_a_time(make_engine, positions, conte
     loss = stage.step(batch).loss
     reference = OneAtATime(engine, engine.policy)
     expected = reference.target_loss(stage.task.requests, batch.items, drawn, views)
-    expected = expected + 0.7 * reference.verdict_loss(stage, drawn, views)
     assert_same(engine.policy, loss, reference, expected)
 
 
@@ -221,14 +197,12 @@ def test_a_grpo_step_is_its_completions_one_at_a_time(make_engine, positions):
         "grpo.schedule=static",
         "grpo.mixed_share=0.5",
         "grpo.sft_weight=0.4",
-        "grpo.verdict_weight=0.7",
         "sft.targets=2",
     )
     stage = GrpoStage(engine)
     with torch.no_grad():  # away from the reference policy
         for parameter in [*engine.policy.decoder.layers.parameters(), *engine.policy.block.parameters()]:
             parameter += 0.05 * torch.randn_like(parameter)
-    asked = note_draws(stage.verdicts.task)
     batch, drawn, views = read_varied(stage)
     assert len(set(views.tolist())) == 2
     table = batch.groups.rewards
@@ -245,7 +219,6 @@ def test_a_grpo_step_is_its_completions_one_at_a_time(make_engine, positions):
 
     reference = OneAtATime(engine, engine.policy)
     expected = 0.4 * reference.target_loss(stage.task.requests, batch.items, drawn, views)
-    expected = expected + 0.7 * reference.verdict_loss(stage, asked["drawn"], asked["views"])
     [step] = taken
     assert stage.loss.reference is not None
     frozen = OneAtATime(engine, stage.loss.reference)
@@ -253,7 +226,7 @@ def test_a_grpo_step_is_its_completions_one_at_a_time(make_engine, positions):
     assert advantage.abs().max() > 0
     terms = []
     for row, items in enumerate(step.rollout.items.tolist()):
-        request, view = drawn.requests[row], int(views[drawn.request_history[row]])
+        request, view = drawn.requests[row], int(views[drawn.owner[row]])
         for number, item in enumerate(items):
             branch = int(stage.requests.user[request]), int(stage.requests.day[request]), view, NEXT_DISLIKE, item
             with torch.no_grad():

@@ -37,10 +37,10 @@ class Sizes(NamedTuple):
     @classmethod
     def of(cls, histories: Histories) -> "Sizes":
         layout = histories.layout
-        most = np.bincount(histories.history[histories.requests]).max()
+        most = np.bincount(histories.history).max()
         return cls(
             eighths(layout.prompt_tokens),
-            eighths(len(histories.requests)),
+            eighths(len(histories)),
             layout.prompts,
             1 << (layout.longest - 1).bit_length(),
             1 << int(most - 1).bit_length(),
@@ -122,18 +122,18 @@ class StaticForwards:
 
     def load(self, histories: Histories) -> None:
         """Puts the inputs of a batch in place."""
-        layout, requests = histories.layout, histories.requests
+        layout, requests = histories.layout, len(histories)
         self.tokens[: len(histories.tokens)].copy_(histories.tokens)
         self.positions[: layout.prompt_tokens].copy_(layout.positions)
         self.cu_seqlens.copy_(layout.cu_seqlens)
-        rows = np.zeros((3, self.sizes.requests), dtype=np.int64)
-        rows[:, len(requests) :] = [[self.sizes.histories], [0], [0]]
-        rows[:, : len(requests)] = histories.history[requests], histories.prefix[requests], requests
-        prompt, prefix, branch = put(rows, self.gap.device)
+        rows = np.zeros((2, self.sizes.requests), dtype=np.int64)
+        rows[0, requests:] = self.sizes.histories
+        rows[:, :requests] = histories.history, histories.prefix
+        prompt, prefix = put(rows, self.gap.device)
         self.prompt.copy_(prompt)
         self.prefix.copy_(prefix)
-        torch.index_select(histories.gap, 0, branch, out=self.gap)
-        self.requests = len(requests)
+        self.gap[:requests].copy_(histories.gap)
+        self.requests = requests
 
     def capture(self) -> None:
         levels = range(2, self.policy.vocabulary.levels + 1)

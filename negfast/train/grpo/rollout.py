@@ -18,7 +18,6 @@ from negfast.model.histories import Histories, marked_codes
 from negfast.model.noise import keyed_gumbel, keyed_rows
 from negfast.model.policy import Policy
 from negfast.sid.prior import MARKERS, NEXT_DISLIKE, RequestPrior
-from negfast.staging import put
 from negfast.train.grpo.graphs import StaticForwards
 
 
@@ -65,7 +64,7 @@ def rollout(
     """
     layout, trie, prior = histories.layout, chooser.trie, histories.prior
     assert prior is not None
-    size, device = len(histories.requests), histories.tokens.device
+    size, device = len(histories), histories.tokens.device
     completion = torch.arange(size * group, device=device)
     owner, number = completion // group, completion % group
 
@@ -158,11 +157,10 @@ def replay_hidden(policy: Policy, histories: Histories, sampled: Rollout) -> Ten
     reference policy, or of the policy itself in two-pass mode. With static shapes by one call."""
     group, levels = sampled.items.shape[1], sampled.codes.shape[1]
     if sampled.static:
-        branches = np.repeat(histories.requests, group)
-        gap = histories.gap[put(branches, histories.gap.device)]
+        requests, gap = np.repeat(np.arange(len(histories)), group), histories.gap.repeat_interleave(group)
         markers = torch.full_like(gap, policy.vocabulary.marker(MARKERS[NEXT_DISLIKE]))
         codes = (sampled.codes + policy.vocabulary.code_bases(gap.device))[:, : levels - 1]
-        by_level = histories.states(policy, branches, marked_codes(policy.vocabulary, markers, gap, codes))
+        by_level = histories.states(policy, requests, marked_codes(policy.vocabulary, markers, gap, codes))
         return rows_of_levels(by_level, group)
     states = [histories.start(policy, MARKERS[NEXT_DISLIKE])]
     for level, (rows, parents) in enumerate(zip(sampled.rows[1:], sampled.parents[1:], strict=True), 1):

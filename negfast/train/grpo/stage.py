@@ -1,8 +1,7 @@
 """Stage 3, progressive GRPO on the trie: sample a group of items for each request, reward them, one update.
 
 The groups of a history share one pass through it. The reference policy is the frozen policy that the stage starts from;
-the verdict's loss stays, that on both branches may (`grpo.sft_weight`). Verdicts have histories of their own: those of
-the groups belong to users who are about to dislike something, and on them alone the filter loses .008 of AUC.
+the loss of SFT may stay beside (`grpo.sft_weight`).
 """
 
 import copy
@@ -24,7 +23,6 @@ from negfast.train.histories import HistoryTask
 from negfast.train.order import task_rng
 from negfast.train.sft import ItemBatch, NextItems
 from negfast.train.step import WHOLE, Mean, MicroBatch, StepResult
-from negfast.train.verdict_task import VerdictBatch, VerdictTask
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,6 @@ class GrpoBatch:
     requests: int  # of the whole batch
     groups: Groups | None
     items: ItemBatch | None
-    verdicts: VerdictBatch | None
     tokens: int
 
 
@@ -81,33 +78,30 @@ class GrpoStage:
             of_bucket, self.measured = measure_views(engine, self.requests)
             allow_mixed = of_bucket[history_bucket(engine, self.requests)]
         self.schedule = ViewSchedule(settings, allow_mixed)
-        self.verdicts = VerdictTask(engine, engine.config.sft.histories)
-        self.use_verdict_loss = settings.verdict_weight > 0 and len(self.verdicts.candidates) > 0
         self.next_items = NextItems(engine, engine.config.sft, self.requests)
-        self.task = HistoryTask(engine, "grpo", self.requests, self.verdicts.candidates.take(np.zeros(0, np.int64))[0])
+        self.task = HistoryTask(engine, "grpo", self.requests)
 
     def read(self, step: int, micro_batch: MicroBatch = WHOLE) -> GrpoBatch:
         """The steps of a round read the same histories."""
         engine, settings = self.engine, self.config
         round_, again = divmod(step, settings.epochs)
         drawn = self.task.draw(round_, settings.histories, settings.requests_per_history)
-        latest = drawn.requests[np.searchsorted(drawn.request_history, np.arange(len(drawn.histories)), "right") - 1]
+        latest = drawn.requests[np.searchsorted(drawn.owner, np.arange(len(drawn.histories)), "right") - 1]
         views = self.schedule.draw(
             round_ * settings.epochs, latest, task_rng(engine.config.train.seed, "views", round_)
         )
-        histories, _ = self.task.read(drawn, micro_batch, views)
+        histories = self.task.read(drawn, micro_batch, views)
         groups = None
         if not again:
-            _, mine, _ = drawn.part(micro_batch)
+            mine = drawn.part(micro_batch)
             table = build_reward_table(self.requests.take(drawn.requests[mine]), self.sources, engine.device)
             ids = self.rows[drawn.requests] + repeated(drawn.requests) * len(engine.train_requests)
             groups = Groups(put(ids[mine], engine.device), table)
         items = self.next_items.read(histories, drawn, step, micro_batch) if settings.sft_weight else None
-        verdicts = self.verdicts.read(step, micro_batch) if self.use_verdict_loss else None
-        tokens = len(histories.tokens) + sum(part.tokens for part in (items, verdicts) if part is not None)
+        tokens = len(histories.tokens) + (0 if items is None else items.tokens)
         if groups is not None:
             tokens += len(groups.ids) * settings.group * (engine.trie.levels - 1)
-        return GrpoBatch(step, micro_batch, histories, len(drawn.requests), groups, items, verdicts, tokens)
+        return GrpoBatch(step, micro_batch, histories, len(drawn.requests), groups, items, tokens)
 
     def step(self, batch: GrpoBatch) -> StepResult:
         settings, histories = self.config, batch.histories
@@ -141,12 +135,6 @@ class GrpoStage:
             items, _ = self.next_items.loss(batch.items)
             loss, tokens = loss + settings.sft_weight * items, tokens + batch.items.tokens
             metrics["sft_loss"] = batch.micro_batch.part(items)
-        verdict = torch.zeros((), device=self.engine.device)
-        if batch.verdicts is not None:
-            verdict = self.verdicts.loss(batch.verdicts)
-            loss, tokens = loss + settings.verdict_weight * verdict, tokens + batch.verdicts.tokens
-        if self.use_verdict_loss:
-            metrics["verdict_bce"] = batch.micro_batch.part(verdict)
         return StepResult(loss, metrics, tokens)
 
     def outcome(self) -> dict[str, float]:

@@ -21,7 +21,6 @@ from negfast.train.reader import read_step
 from negfast.train.run import STAGES
 from negfast.train.sft import NextItems
 from negfast.train.stage_checkpoints import StageCheckpoints
-from negfast.train.verdict_task import TrainVerdicts
 from tests.device.fake_cuda import CUDA
 
 FIGURES = "negfast/train/step.py", "figures"
@@ -102,7 +101,7 @@ def test_stages_without_liger(stage, open_job):
         {"grpo__epochs": 2, "grpo__loss": "dapo", "grpo__set_size": 0, "grpo__scale_rewards": True},
         {"grpo__loss": "grpo", "grpo__set_size": 1, "grpo__kl": "k3", "grpo__temperature": 0.7},
         {"grpo__beta": 0.0, "grpo__sft_weight": 0.5, "grpo__schedule": "static"},
-        {"grpo__verdict_weight": 0.0, "reward__target": "next", "prior__weight": 0.0},
+        {"reward__target": "next", "prior__weight": 0.0},
         FULL,
         FULL | {"grpo__beta": 0.0, "grpo__kl": "exact", "grpo__set_size": 0},
     ],
@@ -178,9 +177,13 @@ def then(after: Callable[[Any], object]) -> Callable[[Callable], Callable]:
 MISTAKES = {
     "an index on the CPU": (GroupLayout, "completion_positions", then(lambda x: x[torch.arange(len(x))])),
     "a part on the CPU": (GroupLayout, "completion_positions", then(lambda x: torch.arange(len(x)))),
-    "a constant on the CPU in the loss": (TrainVerdicts, "loss", then(lambda loss: (loss * torch.ones(1)).sum())),
+    "a constant on the CPU in the loss": (
+        NextItems,
+        "loss",
+        then(lambda found: ((found[0] * torch.ones(1)).sum(), found[1])),
+    ),
     "item()": (NextItems, "read", then(lambda batch: (batch.targets.items.sum().item(), batch)[1])),
-    "a branch on a tensor": (TrainVerdicts, "loss", then(lambda loss: loss if loss > 0 else -loss)),
+    "a branch on a tensor": (NextItems, "loss", then(lambda found: found if found[0] > 0 else (-found[0], found[1]))),
     "a number made a tensor": (
         TrieChooser,
         "choose",

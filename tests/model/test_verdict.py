@@ -1,11 +1,11 @@
-"""The verdict's prior: its encoding, what it can learn, and that the same seed fits the same weights."""
+"""The verdict: its encoding, what it can learn, and that the same seed fits the same weights."""
 
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from negfast.model.verdict_prior import BINS, VerdictPrior, fit
+from negfast.model.verdict import BINS, Verdict, fit
 
 
 def table(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -18,17 +18,17 @@ def table(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_it_answers_zero_before_it_is_fitted() -> None:
-    assert VerdictPrior(3)(torch.randn(5, 3)).eq(0).all()
+    assert Verdict(3)(torch.randn(5, 3)).eq(0).all()
 
 
 def test_encoding_is_that_of_a_slow_loop() -> None:
-    prior = VerdictPrior(2)
+    verdict = Verdict(2)
     edges = np.sort(np.random.default_rng(0).normal(size=(2, BINS + 1)), axis=1)
     edges[1, 3:6] = edges[1, 3]  # bins of no width
-    prior.edges.copy_(torch.from_numpy(edges))
-    edges = prior.edges.double().numpy()
+    verdict.edges.copy_(torch.from_numpy(edges))
+    edges = verdict.edges.double().numpy()
     features = torch.tensor([[0.1, float("nan")], [-9.0, 9.0], [float(edges[0, 4]), -0.2]])
-    got = prior.encode(features).view(3, 2, BINS + 1)
+    got = verdict.encode(features).view(3, 2, BINS + 1)
     for row in range(3):
         for column in range(2):
             x = float(features[row, column])
@@ -43,19 +43,17 @@ def test_encoding_is_that_of_a_slow_loop() -> None:
 @pytest.mark.job
 def test_it_learns_humps_interactions_and_missing_values() -> None:
     rng = np.random.default_rng(1)
-    prior = VerdictPrior(4)
-    fit(prior, *table(rng, 20_000), seed=0)
+    verdict = Verdict(4)
+    fit(verdict, *table(rng, 20_000), seed=0)
     features, labels = table(rng, 5_000)
-    logit = prior(torch.from_numpy(features).float()).numpy()
+    logit = verdict(torch.from_numpy(features).float()).numpy()
     assert roc_auc_score(labels, logit) > 0.85  # a linear model stays at 0.55, the truth itself is at 0.89
     assert abs((1 / (1 + np.exp(-logit))).mean() - labels.mean()) < 0.03
 
 
 def test_the_same_seed_fits_the_same_weights_and_leaves_the_generator_alone() -> None:
     features, labels = table(np.random.default_rng(2), 2_000)
-    first, second, other = VerdictPrior(4), VerdictPrior(4), VerdictPrior(4)
-    second.load_state_dict(first.state_dict())
-    other.load_state_dict(first.state_dict())
+    first, second, other = Verdict(4), Verdict(4), Verdict(4)
     state = torch.get_rng_state()
     fit(first, features, labels, seed=3)
     assert torch.equal(state, torch.get_rng_state())
@@ -71,6 +69,6 @@ def test_features_that_are_never_known_or_constant_do_no_harm() -> None:
     rng = np.random.default_rng(6)
     features, labels = table(rng, 1_000)
     features[:, 0], features[:, 1] = np.nan, 7.0
-    prior = VerdictPrior(4)
-    fit(prior, features, labels, seed=0)
-    assert torch.isfinite(prior(torch.from_numpy(features).float())).all()
+    verdict = Verdict(4)
+    fit(verdict, features, labels, seed=0)
+    assert torch.isfinite(verdict(torch.from_numpy(features).float())).all()

@@ -1,4 +1,4 @@
-"""What history alone says of a verdict: a wide and deep model over piecewise-linear features."""
+"""The verdict, P(user dislikes item): a wide and deep model over piecewise-linear history features."""
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ EPOCHS, BATCH, RATE, WEIGHT_DECAY = 8, 512, 2e-3, 0.1
 ROWS_ENCODED = 8192  # at once: encoding takes several times the memory of what it makes
 
 
-class VerdictPrior(nn.Module):
+class Verdict(nn.Module):
     """logit P(dislike) = wide(z) + deep(z), z the piecewise-linear encoding of the features.
 
     A feature becomes one number a quantile bin: 0 below the bin, 1 above, linear within (Gorishniy et al.,
@@ -36,7 +36,7 @@ class VerdictPrior(nn.Module):
         for parameter in (self.wide.weight, self.wide.bias, self.last.weight):
             nn.init.zeros_(parameter)
         self.requires_grad_(False)
-        self.packed = Packed(VerdictPrior._in_core)
+        self.packed = Packed(Verdict._in_core)
 
     def encode(self, features: Tensor) -> Tensor:
         """[R, features * (BINS + 1)] of features [R, features]; bins of no width, and all of an unknown one, are 0."""
@@ -69,34 +69,37 @@ class VerdictPrior(nn.Module):
         return (self.wide(encoded) + self.last(hidden)).squeeze(-1)
 
 
-def fit(prior: VerdictPrior, features: np.ndarray, labels: np.ndarray, seed: int) -> None:
-    """Fits ``prior`` to features float [R, C] (NaN unknown) and labels [R] in {0, 1}, by AdamW with a one-cycle rate.
+def fit(verdict: Verdict, features: np.ndarray, labels: np.ndarray, seed: int) -> None:
+    """Fits ``verdict`` to features float [R, C] (NaN unknown) and labels [R] in {0, 1}, by AdamW with a one-cycle rate.
 
-    The same seed gives the same weights; on the CPU, wherever ``prior`` lies. Needs both labels.
+    The same seed gives the same weights; on the CPU, wherever ``verdict`` lies. Needs both labels.
     """
-    device = prior.edges.device
-    prior.cpu().requires_grad_(True)
-    prior.edges.copy_(torch.from_numpy(_quantiles(features)))
+    device = verdict.edges.device
+    verdict.cpu().requires_grad_(True)
+    verdict.edges.copy_(torch.from_numpy(_quantiles(features)))
     parts = torch.from_numpy(features).float().split(ROWS_ENCODED)
-    inputs = torch.empty(len(features), prior.wide.in_features)
+    inputs = torch.empty(len(features), verdict.wide.in_features)
     for rows, part in zip(inputs.split(ROWS_ENCODED), parts, strict=True):
-        rows.copy_(prior.encode(part))
+        rows.copy_(verdict.encode(part))
     wanted = torch.from_numpy(labels).float()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        optimizer = torch.optim.AdamW(prior.parameters(), lr=RATE, weight_decay=WEIGHT_DECAY)
+        for layer in verdict.deep:
+            assert isinstance(layer, nn.Linear)
+            layer.reset_parameters()
+        optimizer = torch.optim.AdamW(verdict.parameters(), lr=RATE, weight_decay=WEIGHT_DECAY)
         steps = EPOCHS * -(-len(wanted) // BATCH)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=max(steps, 2))
-        nn.init.constant_(prior.wide.bias, float(torch.logit(wanted.mean())))
+        nn.init.constant_(verdict.wide.bias, float(torch.logit(wanted.mean())))
         for _ in range(EPOCHS):
             for rows in torch.randperm(len(wanted)).split(BATCH):
-                loss = F.binary_cross_entropy_with_logits(prior.logit(inputs[rows], DROPOUT), wanted[rows])
+                loss = F.binary_cross_entropy_with_logits(verdict.logit(inputs[rows], DROPOUT), wanted[rows])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-    prior.zero_grad(set_to_none=True)  # what is left here would count in the norm that clips the policy's gradients
-    prior.requires_grad_(False).to(device)
+    verdict.zero_grad(set_to_none=True)  # what is left here would count in the norm that clips the policy's gradients
+    verdict.requires_grad_(False).to(device)
 
 
 def _quantiles(features: np.ndarray) -> np.ndarray:
