@@ -177,10 +177,11 @@ def completion_backward_prompt_kernel(
     rows_each = new * (heads // kv_heads)
     count = (completion_end - completion_begin) * rows_each
     column = first_key + tl.arange(0, BLOCK_N)
-    own = (begin.to(tl.int64) + column) * kv_heads + kv_head
+    of_prompt = begin.to(tl.int64) * kv_heads * DIM
+    own = column * kv_heads + kv_head
     here = column < length
-    k = load_rows(key, own, here, DIM)
-    v = load_rows(value, own, here, DIM)
+    k = load_rows(key + of_prompt, own, here, DIM)
+    v = load_rows(value + of_prompt, own, here, DIM)
     dk_acc = tl.zeros((BLOCK_N, DIM), tl.float32)
     dv_acc = tl.zeros((BLOCK_N, DIM), tl.float32)
     skip = tl.program_id(0) * queries
@@ -197,8 +198,8 @@ def completion_backward_prompt_kernel(
         dk_acc, dv_acc, ds = key_gradients(dk_acc, dv_acc, k, v, q, g, row_lse, row_delta, seen, scale_log2)
         dq_share = tl.dot(tl.trans(ds), k, input_precision="ieee") * scale
         store_rows(dq_shares, skip + at, dq_share, visible > first_key, DIM)
-    store_rows(dk, own, dk_acc * scale, here, DIM)
-    store_rows(dv, own, dv_acc, here, DIM)
+    store_rows(dk + of_prompt, own, dk_acc * scale, here, DIM)
+    store_rows(dv + of_prompt, own, dv_acc, here, DIM)
 
 
 @triton.jit

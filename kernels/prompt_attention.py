@@ -151,5 +151,5 @@ def key_blocks(dim: int, dtype: torch.dtype, target: int) -> dict[str, int]:
         return query_blocks(dim, dtype, target)
     if target == 90:
         return {"BLOCK_M": 32 if dim == 128 else 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
-    rows, warps = (64, 8) if target == 100 and dim < 128 else (32, 8 if dim == 128 else 4)
-    return {"BLOCK_M": rows, "BLOCK_N": 64, "num_warps": warps, "num_stages": 2}
+    rows = 64 if target == 100 and dim < 128 else 32
+    return {"BLOCK_M": rows, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}

@@ -126,23 +126,26 @@ def prompt_dkdv_kernel(
         return
     begin = begin.to(tl.int64)
     column = first_key + tl.arange(0, BLOCK_N)
-    own = (begin + column) * kv_heads + kv_head
+    own = column * kv_heads + kv_head
     here = column < length
-    k = load_rows(key, own, here, DIM)
-    v = load_rows(value, own, here, DIM)
+    of_prompt = begin * kv_heads * DIM
+    k = load_rows(key + of_prompt, own, here, DIM)
+    v = load_rows(value + of_prompt, own, here, DIM)
     dk_acc = tl.zeros((BLOCK_N, DIM), tl.float32)
     dv_acc = tl.zeros((BLOCK_N, DIM), tl.float32)
     repeat = heads // kv_heads
+    queries, grads = query + begin * heads * DIM, grad + begin * heads * DIM
+    lses, deltas = lse + begin * heads, delta + begin * heads
     for head in range(kv_head * repeat, (kv_head + 1) * repeat):
         for first in range(first_key // BLOCK_M * BLOCK_M, length, BLOCK_M):
             rows = first + tl.arange(0, BLOCK_M)
             inside = rows < length
-            at = (begin + rows) * heads + head
-            q = load_rows(query, at, inside, DIM)
-            g = load_rows(grad, at, inside, DIM)
-            row_lse = tl.load(lse + at, mask=inside, other=float("inf"))
-            row_delta = tl.load(delta + at, mask=inside, other=0.0)
+            at = rows * heads + head
+            q = load_rows(queries, at, inside, DIM)
+            g = load_rows(grads, at, inside, DIM)
+            row_lse = tl.load(lses + at, mask=inside, other=float("inf"))
+            row_delta = tl.load(deltas + at, mask=inside, other=0.0)
             visible = column[:, None] <= rows[None, :]
             dk_acc, dv_acc, _ = key_gradients(dk_acc, dv_acc, k, v, q, g, row_lse, row_delta, visible, scale_log2)
-    store_rows(dk, own, dk_acc * scale, here, DIM)
-    store_rows(dv, own, dv_acc, here, DIM)
+    store_rows(dk + of_prompt, own, dk_acc * scale, here, DIM)
+    store_rows(dv + of_prompt, own, dv_acc, here, DIM)
