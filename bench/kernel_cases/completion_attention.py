@@ -27,7 +27,7 @@ def completion_attention_case(
 ) -> Case:
     """G completions of ``new`` tokens a prompt, all asked at once; ``new`` = 1 is the decode step.
 
-    ``prefix``: "full", or "spread" evenly over the prompt, as the verdicts of a history are.
+    ``prefix``: "full", or "spread" evenly over the prompt, as requests over a history are.
     """
     shown = inputs.prefixes(prefix, length, group, np.random.default_rng(4))  # of every prompt
 
