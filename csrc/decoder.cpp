@@ -540,13 +540,16 @@ void Decoder::norm(size_t rows, const float* weight, float* hidden) const {
 
 namespace {
 
+constexpr size_t kUnits = kPriorMembers * kPriorWidth;
+static_assert(kPriorWidth % kLanes == 0);
+
 struct Table {
   size_t features, bins, stride;
-  const float *edges, *rows, *bias, *second_bias, *last;
+  const float *edges, *rows, *bias, *second, *second_bias, *last;
   float wide_bias;
 };
 
-// What a block's rows are after the first layer, as the second reads it, and the wide part of their logits.
+// What a row is before the first layer's activation, and the wide part of its logit.
 template <size_t parts>
 NEGFAST_INLINE void look_up(const Table& table, const float* features, float* hidden) {
   Lanes total[parts];
@@ -579,50 +582,41 @@ NEGFAST_INLINE void look_up(const Table& table, const float* features, float* hi
   for (size_t p = 0; p < parts; ++p) store(hidden + p * kLanes, total[p]);
 }
 
-NEGFAST_CLONES void prior_block(const Table& table, const Product& second, size_t rows, const float* features,
-                                float* out) {
-  constexpr size_t kParts = kPriorWidth / kLanes + 1;  // the units and the wide part
-  uint32_t* a = scratch(rows_a, whole(rows, kFew) * second.depth);
-  float* some = scratch(results, whole(rows, kFew) * kPanel);
-  float* hidden = scratch(line, table.stride);
+NEGFAST_CLONES void prior_block(const Table& table, size_t rows, const float* features, float* out) {
+  alignas(64) float hidden[kUnits + kLanes];
   for (size_t r = 0; r < rows; ++r) {
-    look_up<kParts>(table, features + r * table.features, hidden);
-    out[r] = hidden[kPriorWidth] + table.wide_bias;
-    for (size_t k = 0; k < kPriorWidth; ++k) hidden[k] = std::max(hidden[k], 0.0f);
-    second.write(a + r * second.depth, 0, hidden, kPriorWidth);
-  }
-  for (size_t p = 0; p < second.panels(); ++p) {
-    second.panel(p, rows, a, some);
-    const float *bias = table.second_bias + p * kPanel, *last = table.last + p * kPanel;
-    for (size_t r = 0; r < rows; ++r) {
-      Lanes total{};
-      for (size_t c = 0; c < kPanel; c += kLanes) {
-        const Lanes unit = load(some + r * kPanel + c) + load(bias + c), none{};
-        total += (unit > none ? unit : none) * load(last + c);
-      }
-      out[r] += sum(total);
+    look_up<kUnits / kLanes + 1>(table, features + r * table.features, hidden);
+    const Lanes none{};
+    Lanes total{};
+    for (size_t unit = 0; unit < kUnits; unit += kLanes) {  // of the second layer
+      const size_t member = unit / kPriorWidth, column = unit % kPriorWidth;
+      Lanes units = load(table.second_bias + unit);
+      for (size_t k = member * kPriorWidth; k < (member + 1) * kPriorWidth; ++k)
+        units += std::max(hidden[k], 0.0f) * load(table.second + k * kPriorWidth + column);
+      total += (units > none ? units : none) * load(table.last + unit);
     }
+    out[r] = hidden[kUnits] + table.wide_bias + sum(total) / kPriorMembers;
   }
 }
 
 }  // namespace
 
 Prior::Prior(size_t features, size_t bins, const float* edges, const float* first, const float* first_bias,
-             const float* second, const float* second_bias, const float* wide, float wide_bias, const float* last)
+             const float* second, const float* second_bias, const float* last, const float* wide, float wide_bias)
     : features_(features),
       bins_(bins),
-      stride_(kPriorWidth + kLanes),
+      stride_(kUnits + kLanes),
       edges_(edges, edges + features * (bins + 1)),
       bias_(stride_),
-      second_bias_(second_bias, second_bias + kPriorWidth),
-      last_(last, last + kPriorWidth),
+      second_(second, second + kUnits * kPriorWidth),
+      second_bias_(second_bias, second_bias + kUnits),
+      last_(last, last + kUnits),
       table_(features * (bins + 2) * stride_),
-      wide_bias_(wide_bias),
-      second_(second, kPriorWidth, kPriorWidth, false) {
-  std::copy_n(first_bias, kPriorWidth, bias_.begin());
+      wide_bias_(wide_bias) {
+  std::copy_n(first_bias, kUnits, bias_.begin());
   const size_t encoded = features * (bins + 1);
-  for (size_t unit = 0; unit <= kPriorWidth; ++unit) {  // the last is the wide part
-    const float* weight = unit < kPriorWidth ? first + unit * encoded : wide;
+  for (size_t unit = 0; unit <= kUnits; ++unit) {  // the last is the wide part
+    const float* weight = unit < kUnits ? first + unit * encoded : wide;
     for (size_t f = 0; f < features; ++f) {
       double total = 0;
       for (size_t k = 0; k < bins + 2; ++k) {  // every edge, then what is unknown
@@ -636,11 +630,10 @@ Prior::Prior(size_t features, size_t bins, const float* edges, const float* firs
 }
 
 void Prior::logits(size_t rows, const float* features, float* out, unsigned threads) const {
-  const Product second(second_);
-  const Table table{features_, bins_,  stride_,      edges_.data(), table_.data(), bias_.data(),
-                    second_bias_.data(), last_.data(), wide_bias_};
+  const Table table{features_,     bins_,          stride_,             edges_.data(), table_.data(),
+                    bias_.data(), second_.data(), second_bias_.data(), last_.data(),  wide_bias_};
   in_blocks(rows, threads, [&](size_t start, size_t count) {
-    prior_block(table, second, count, features + start * features_, out + start);
+    prior_block(table, count, features + start * features_, out + start);
   });
 }
 

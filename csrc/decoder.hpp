@@ -17,7 +17,7 @@
 
 namespace negfast {
 
-constexpr size_t kPriorWidth = 128;  // units of the prior's layers
+constexpr size_t kPriorMembers = 4, kPriorWidth = 32;  // networks of the prior, units of a layer of each
 
 template <class T>
 struct CacheLines {  // memory that begins where a cache line does
@@ -100,10 +100,10 @@ class Decoder {
 // linear: a row of a table at every edge of a feature's bins, between which a value lies.
 class Prior {
  public:
-  // edges float32 [features, bins + 1]; first [width, features * (bins + 1)], its bias and that of the second layer
-  // [width]; second [width, width]; wide [features * (bins + 1)] and its bias; last [width].
+  // edges float32 [features, bins + 1]; first [members * width, features * (bins + 1)]; second [members, in, out];
+  // biases and last [members * width]; wide [features * (bins + 1)].
   Prior(size_t features, size_t bins, const float* edges, const float* first, const float* first_bias,
-        const float* second, const float* second_bias, const float* wide, float wide_bias, const float* last);
+        const float* second, const float* second_bias, const float* last, const float* wide, float wide_bias);
 
   size_t features() const { return features_; }
   // Logits [rows] of features [rows, features], NaN where unknown.
@@ -111,10 +111,9 @@ class Prior {
 
  private:
   size_t features_, bins_, stride_;
-  std::vector<float> edges_, bias_, second_bias_, last_;
+  std::vector<float> edges_, bias_, second_, second_bias_, last_;
   Aligned<float> table_;
   float wide_bias_;
-  Weights second_;
 };
 
 }  // namespace negfast

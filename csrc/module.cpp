@@ -227,16 +227,19 @@ void norm_rows(const Decoder& decoder, Column<float> weight, Floats<2> hidden) {
   decoder.norm(hidden.shape(0), weight.data(), hidden.data());
 }
 
-std::unique_ptr<Prior> make_prior(Table<float> edges, Table<float> first, Column<float> first_bias, Table<float> second,
-                                  Column<float> second_bias, Column<float> wide, float wide_bias, Column<float> last) {
+std::unique_ptr<Prior> make_prior(Table<float> edges, Table<float> first, Column<float> first_bias, Cube second,
+                                  Table<float> second_bias, Table<float> last, Column<float> wide, float wide_bias) {
+  constexpr size_t kUnits = kPriorMembers * kPriorWidth;
   const size_t features = edges.shape(0), encoded = features * edges.shape(1);
   if (edges.shape(1) < 2) throw ShardError("edges: expected at least 2 of a feature");
-  same_shape(first, {kPriorWidth, encoded}, "first");
-  same_shape(second, {kPriorWidth, kPriorWidth}, "second");
+  same_shape(first, {kUnits, encoded}, "first");
+  same_shape(first_bias, {kUnits}, "first_bias");
+  same_shape(second, {kPriorMembers, kPriorWidth, kPriorWidth}, "second");
+  same_shape(second_bias, {kPriorMembers, kPriorWidth}, "second_bias");
+  same_shape(last, {kPriorMembers, kPriorWidth}, "last");
   same_shape(wide, {encoded}, "wide");
-  for (const auto* units : {&first_bias, &second_bias, &last}) same_shape(*units, {kPriorWidth}, "units");
   return std::make_unique<Prior>(features, edges.shape(1) - 1, edges.data(), first.data(), first_bias.data(),
-                                 second.data(), second_bias.data(), wide.data(), wide_bias, last.data());
+                                 second.data(), second_bias.data(), last.data(), wide.data(), wide_bias);
 }
 
 void prior_logits(const Prior& prior, Table<float> features, Output<float> out, unsigned threads) {
@@ -399,6 +402,7 @@ NB_MODULE(_core, m) {
       .def("tables", &feature_tables);
 
   m.attr("HAS_BFLOAT16") = has_bfloat16();
+  m.attr("PRIOR_MEMBERS") = kPriorMembers;
   m.attr("PRIOR_WIDTH") = kPriorWidth;
   m.def("sum_rows", &sum_rows_of, "table"_a, "place"_a, "none"_a, "out"_a);
   nb::class_<Decoder>(m, "Decoder")
@@ -419,8 +423,8 @@ NB_MODULE(_core, m) {
       .def("finish", &finish_rows, "layer"_a, "attention"_a, "hidden"_a, "threads"_a)
       .def("norm", &norm_rows, "weight"_a, "hidden"_a);
   nb::class_<Prior>(m, "Prior")
-      .def(nb::new_(&make_prior), "edges"_a, "first"_a, "first_bias"_a, "second"_a, "second_bias"_a, "wide"_a,
-           "wide_bias"_a, "last"_a)
+      .def(nb::new_(&make_prior), "edges"_a, "first"_a, "first_bias"_a, "second"_a, "second_bias"_a, "last"_a,
+           "wide"_a, "wide_bias"_a)
       .def("logits", &prior_logits, "features"_a, "out"_a, "threads"_a);
 
   nb::class_<SortingSource>(m, "EventSorter")

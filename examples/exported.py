@@ -130,16 +130,18 @@ class Export:
         return (first != NEVER) & (first < moment) | bool(self.before(user, moment))
 
     def verdict(self, features: np.ndarray) -> np.ndarray:
-        """Logits [E] of features [E, C]: a wide and a deep part over their piecewise-linear encoding."""
+        """Logits [E] of features [E, C]: a linear part and the mean of small networks, over their piecewise-linear
+        encoding."""
         weights, features = load_file(self.folder / "verdict.safetensors"), features.astype(np.float32)
         low, width = weights["edges"][:, :-1], np.diff(weights["edges"], axis=1)
         unknown = np.isnan(features)[..., None]
         place = np.clip((features[..., None] - low) / np.where(width > 0, width, np.inf), 0, 1)
         encoded = np.concatenate([np.where(unknown, 0, place), unknown], axis=-1).reshape(len(features), -1)
-        hidden = encoded
-        for layer in range(sum(name.startswith("deep.") for name in weights) // 2):
-            hidden = np.maximum(hidden @ weights[f"deep.{layer}.weight"].T + weights[f"deep.{layer}.bias"], 0)
-        return (encoded @ weights["wide.weight"].T + weights["wide.bias"] + hidden @ weights["last.weight"].T)[:, 0]
+        second, last = weights["second"], weights["last"]
+        hidden = np.maximum(encoded @ weights["first.weight"].T + weights["first.bias"], 0)
+        hidden = np.einsum("emi,mio->emo", hidden.reshape(len(hidden), *second.shape[:2]), second)
+        networks = (np.maximum(hidden + weights["second_bias"], 0) * last).sum(-1)
+        return (encoded @ weights["wide.weight"].T + weights["wide.bias"])[:, 0] + networks.mean(-1)
 
     def probability(self, logit: np.ndarray, given: str) -> np.ndarray:
         """P(dislike | feedback) or P(dislike | shown)."""

@@ -57,7 +57,8 @@ class Features:
     def tables(self) -> dict[str, NDArray[Any]]: ...
 
 HAS_BFLOAT16: bool  # whether the CPU multiplies bfloat16 numbers
-PRIOR_WIDTH: int  # units of a layer of the verdict's prior
+PRIOR_MEMBERS: int  # networks of the verdict's prior
+PRIOR_WIDTH: int  # units of a layer of each
 
 def sum_rows(table: NDArray[np.float32], place: NDArray[np.int64], none: int, out: NDArray[np.float32]) -> None: ...
 
@@ -125,9 +126,9 @@ class Prior:
         first_bias: NDArray[np.float32],
         second: NDArray[np.float32],
         second_bias: NDArray[np.float32],
+        last: NDArray[np.float32],
         wide: NDArray[np.float32],
         wide_bias: float,
-        last: NDArray[np.float32],
     ) -> None: ...
     def logits(self, features: NDArray[np.float32], out: NDArray[np.float32], threads: int) -> None: ...
 

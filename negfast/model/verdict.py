@@ -9,19 +9,19 @@ from negfast import _core
 from negfast.model.inference import Packed, array
 
 BINS = 16  # quantile bins of a feature
-WIDTH = _core.PRIOR_WIDTH  # of the deep part's two layers
-DROPOUT = 0.5
-EPOCHS, BATCH, RATE, WEIGHT_DECAY = 8, 512, 2e-3, 0.1
+MEMBERS, WIDTH = _core.PRIOR_MEMBERS, _core.PRIOR_WIDTH  # networks of the deep part, units of a layer of each
+DROPOUT = 0.1
+EPOCHS, BATCH, RATE, WEIGHT_DECAY = 16, 512, 2e-3, 0.5
 ROWS_ENCODED = 8192  # at once: encoding takes several times the memory of what it makes
 
 
 class Verdict(nn.Module):
-    """logit P(dislike) = wide(z) + deep(z), z the piecewise-linear encoding of the features.
+    """logit P(dislike) = wide(z) + mean of deep_m(z) over members m, z the piecewise-linear encoding of the features.
 
     A feature becomes one number a quantile bin: 0 below the bin, 1 above, linear within (Gorishniy et al.,
     arXiv 2203.05556), and one that says whether it is unknown (NaN). So the linear part is an additive model of
-    piecewise-linear curves, to which the deep part adds what features say together. Fitted once by `fit` and constant
-    from there on; it answers 0 before.
+    piecewise-linear curves, to which the deep part adds what features say together: small networks of two hidden
+    layers, each trained as if it were alone. Fitted once by `fit` and constant from there on; it answers 0 before.
     """
 
     edges: Tensor
@@ -31,9 +31,11 @@ class Verdict(nn.Module):
         self.register_buffer("edges", torch.arange(BINS + 1.0).repeat(features, 1))  # [features, BINS + 1], ascending
         encoded = features * (BINS + 1)
         self.wide = nn.Linear(encoded, 1)
-        self.deep = nn.ModuleList([nn.Linear(encoded, WIDTH), nn.Linear(WIDTH, WIDTH)])
-        self.last = nn.Linear(WIDTH, 1, bias=False)
-        for parameter in (self.wide.weight, self.wide.bias, self.last.weight):
+        self.first = nn.Linear(encoded, MEMBERS * WIDTH)
+        self.second = nn.Parameter(torch.zeros(MEMBERS, WIDTH, WIDTH))  # [member, in, out]
+        self.second_bias = nn.Parameter(torch.zeros(MEMBERS, WIDTH))
+        self.last = nn.Parameter(torch.zeros(MEMBERS, WIDTH))
+        for parameter in (self.wide.weight, self.wide.bias):
             nn.init.zeros_(parameter)
         self.requires_grad_(False)
         self.packed = Packed(Verdict._in_core)
@@ -52,21 +54,19 @@ class Verdict(nn.Module):
             logit = torch.empty(len(features))
             self.packed.of(self).logits(array(features), logit.numpy(), torch.get_num_threads())
             return logit
-        return self.logit(self.encode(features))
+        return self.logits(self.encode(features)).mean(0)
 
     def _in_core(self) -> _core.Prior:
-        deep = [array(x) for layer in self.deep for x in layer.parameters()]
-        wide, bias = array(self.wide.weight[0]), float(self.wide.bias)
-        return _core.Prior(
-            array(self.edges), deep[0], deep[1], deep[2], deep[3], wide, bias, array(self.last.weight[0])
-        )
+        weights = self.first.weight, self.first.bias, self.second, self.second_bias, self.last, self.wide.weight[0]
+        first, first_bias, second, second_bias, last, wide = map(array, weights)
+        wide_bias = float(self.wide.bias)
+        return _core.Prior(array(self.edges), first, first_bias, second, second_bias, last, wide, wide_bias)
 
-    def logit(self, encoded: Tensor, dropout: float = 0.0) -> Tensor:
-        """Logit [R] of encoded features; ``dropout`` is the share of the deep part's units left out."""
-        hidden = encoded
-        for layer in self.deep:
-            hidden = F.dropout(F.relu(layer(hidden)), dropout)
-        return (self.wide(encoded) + self.last(hidden)).squeeze(-1)
+    def logits(self, encoded: Tensor, dropout: float = 0.0) -> Tensor:
+        """Logits [MEMBERS, R] of encoded features; ``dropout`` is the share of the deep part's units left out."""
+        hidden = F.dropout(F.relu(self.first(encoded)), dropout).unflatten(1, (MEMBERS, WIDTH)).transpose(0, 1)
+        hidden = F.dropout(F.relu(torch.baddbmm(self.second_bias.unsqueeze(1), hidden, self.second)), dropout)
+        return self.wide(encoded).squeeze(-1) + (hidden @ self.last.unsqueeze(-1)).squeeze(-1)
 
 
 def fit(verdict: Verdict, features: np.ndarray, labels: np.ndarray, seed: int) -> None:
@@ -77,27 +77,37 @@ def fit(verdict: Verdict, features: np.ndarray, labels: np.ndarray, seed: int) -
     device = verdict.edges.device
     verdict.cpu().requires_grad_(True)
     verdict.edges.copy_(torch.from_numpy(_quantiles(features)))
+    unknown = torch.from_numpy(np.isnan(features).any(0))
+    used = torch.cat([verdict.edges.diff(dim=1) > 0, unknown.unsqueeze(1)], dim=1).flatten()  # others are always 0
     parts = torch.from_numpy(features).float().split(ROWS_ENCODED)
-    inputs = torch.empty(len(features), verdict.wide.in_features)
+    inputs = torch.empty(len(features), int(used.sum()))
     for rows, part in zip(inputs.split(ROWS_ENCODED), parts, strict=True):
-        rows.copy_(verdict.encode(part))
+        rows.copy_(verdict.encode(part)[:, used])
     wanted = torch.from_numpy(labels).float()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for layer in verdict.deep:
-            assert isinstance(layer, nn.Linear)
-            layer.reset_parameters()
+        verdict.first.reset_parameters()
+        nn.init.uniform_(verdict.second, -(WIDTH**-0.5), WIDTH**-0.5)
+        layers = verdict.wide, verdict.first
+        whole = [layer.weight for layer in layers]
+        for layer, weight in zip(layers, whole, strict=True):
+            layer.weight = nn.Parameter(weight[:, used])
         optimizer = torch.optim.AdamW(verdict.parameters(), lr=RATE, weight_decay=WEIGHT_DECAY)
         steps = EPOCHS * -(-len(wanted) // BATCH)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=max(steps, 2))
         nn.init.constant_(verdict.wide.bias, float(torch.logit(wanted.mean())))
         for _ in range(EPOCHS):
             for rows in torch.randperm(len(wanted)).split(BATCH):
-                loss = F.binary_cross_entropy_with_logits(verdict.logit(inputs[rows], DROPOUT), wanted[rows])
+                logits = verdict.logits(inputs[rows], DROPOUT)
+                loss = F.binary_cross_entropy_with_logits(logits, wanted[rows].expand_as(logits))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
+    with torch.no_grad():
+        for layer, weight in zip(layers, whole, strict=True):
+            weight.zero_()[:, used] = layer.weight
+            layer.weight = weight
     verdict.zero_grad(set_to_none=True)  # what is left here would count in the norm that clips the policy's gradients
     verdict.requires_grad_(False).to(device)
 

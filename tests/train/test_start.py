@@ -35,7 +35,7 @@ def test_a_run_from_another_fits_the_verdict_anew(tiny_run, tiny_data, tmp_path)
     none: dict[str, Any] = {"align__steps": 0, "sft__steps": 0, "grpo__steps": 0}
     run_cli(*train_arguments(tiny_data, out, tiny_run, **none))
     first = load_file(out / "checkpoints" / "initial" / "policy.safetensors")
-    assert not first["verdict.wide.weight"].any() and not first["verdict.last.weight"].any()
+    assert not first["verdict.wide.weight"].any() and not first["verdict.last"].any()
     ended, before = (load_file(run / "final" / "policy.safetensors") for run in (out, tiny_run))
     assert ended["verdict.wide.weight"].any()
     wide = [float(weights["verdict.wide.weight"].norm()) for weights in (ended, before)]
