@@ -29,7 +29,7 @@ PACKAGES = "negfast", "torch", "triton", "liger-kernel", "flash-attn"
 
 
 def all_cases() -> list[Case]:
-    """From launch-bound to bandwidth-bound, the shapes of Qwen3-0.6B's attention, and many short branches of a history."""
+    """From launch-bound to bandwidth-bound, the shapes of Qwen3-0.6B's attention, and many requests of a history."""
     bf16 = torch.bfloat16
     sizes = [(64, 256, bf16), (1088, 256, bf16), (16_384, 256, bf16), (131_072, 256, bf16)]
     sizes += [(131_072, 256, torch.float32), (1024, 8192, bf16), (8192, 8192, bf16)]

@@ -11,11 +11,9 @@
 #include <immintrin.h>
 #define NEGFAST_X86 1
 #define NEGFAST_NO_LANES(x) asm("" : "+x"(x))  // lanes would round every product of a sum, fused steps do not
-#define NEGFAST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define NEGFAST_X86 0
 #define NEGFAST_NO_LANES(x)
-#define NEGFAST_CLONES
 #endif
 
 #include "lanes.hpp"
@@ -26,19 +24,11 @@ namespace {
 
 constexpr size_t kPanel = 2 * kLanes;  // columns of weights that lie together
 constexpr size_t kTile = 12, kFew = 4;  // rows that a panel is multiplied by at once: their sums fit into registers
-constexpr size_t kBlock = 8 * kTile;    // rows whose intermediate results stay in the cache
+constexpr size_t kBlock = kRowsAtOnce;  // rows whose intermediate results stay in the cache
+static_assert(kBlock % kTile == 0);
 constexpr size_t kQueries = 64;         // completions of a prompt whose attention is one piece of work
-constexpr size_t kRowsAThread = 512;    // fewer are not worth the start of one
 
 size_t whole(size_t count, size_t unit) { return (count + unit - 1) / unit * unit; }
-
-NEGFAST_INLINE Lanes load(const float* from) {
-  Lanes lanes;
-  std::memcpy(&lanes, from, sizeof lanes);
-  return lanes;
-}
-
-NEGFAST_INLINE void store(float* to, const Lanes& lanes) { std::memcpy(to, &lanes, sizeof lanes); }
 
 NEGFAST_INLINE float square_sum(const float* x, size_t count) {
   Lanes total{};
@@ -470,14 +460,6 @@ NEGFAST_CLONES void attend_piece(const Attending& given, const DecoderShape& sha
   }
 }
 
-// Calls ``task(first, count)`` for blocks of rows.
-template <class Task>
-void in_blocks(size_t rows, unsigned threads, const Task& task) {
-  threads = static_cast<unsigned>(std::min<size_t>(threads, 1 + rows / kRowsAThread));
-  parallel_for(whole(rows, kBlock) / kBlock, threads,
-               [&](size_t block, unsigned) { task(block * kBlock, std::min(kBlock, rows - block * kBlock)); });
-}
-
 }  // namespace
 
 Decoder::Decoder(const DecoderShape& shape, bool bfloat16) : shape_(shape), bfloat16_(bfloat16) {}
@@ -505,7 +487,7 @@ void Decoder::project(size_t number, size_t rows, const float* hidden, const flo
   const Layer& layer = layers_[number];
   const Product product(layer.project);
   const size_t size = shape_.head_dim, keys = shape_.kv_heads * size;
-  in_blocks(rows, threads, [&](size_t first, size_t count) {
+  parallel_rows(rows, threads, [&](size_t first, size_t count) {
     project_block(product, shape_, layer.input_norm, layer.query_norm, layer.key_norm, count,
                   hidden + first * shape_.hidden, cos + first * size / 2, sin + first * size / 2,
                   query + first * shape_.heads * size, key + first * keys, value + first * keys);
@@ -528,7 +510,7 @@ void Decoder::attend(const Attending& given, float* out, unsigned threads) const
 void Decoder::finish(size_t number, size_t rows, const float* attention, float* hidden, unsigned threads) const {
   const Layer& layer = layers_[number];
   const Product out(layer.out), gate(layer.gate), up(layer.up), down(layer.down);
-  in_blocks(rows, threads, [&](size_t first, size_t count) {
+  parallel_rows(rows, threads, [&](size_t first, size_t count) {
     finish_block(out, gate, up, down, shape_, layer.post_norm, count,
                  attention + first * shape_.heads * shape_.head_dim, hidden + first * shape_.hidden);
   });
@@ -536,105 +518,6 @@ void Decoder::finish(size_t number, size_t rows, const float* attention, float* 
 
 void Decoder::norm(size_t rows, const float* weight, float* hidden) const {
   norm_rows(rows, weight, shape_.hidden, shape_.eps, hidden);
-}
-
-namespace {
-
-constexpr size_t kUnits = kPriorMembers * kPriorWidth;
-static_assert(kPriorWidth % kLanes == 0);
-
-struct Table {
-  size_t features, bins, stride;
-  const float *edges, *rows, *bias, *second, *second_bias, *last;
-  float wide_bias;
-};
-
-// What a row is before the first layer's activation, and the wide part of its logit.
-template <size_t parts>
-NEGFAST_INLINE void look_up(const Table& table, const float* features, float* hidden) {
-  Lanes total[parts];
-#pragma GCC unroll 16
-  for (size_t p = 0; p < parts; ++p) total[p] = load(table.bias + p * kLanes);
-  for (size_t f = 0; f < table.features; ++f) {
-    const float x = features[f];
-    const float* edges = table.edges + f * (table.bins + 1);
-    const float* at = table.rows + f * (table.bins + 2) * table.stride;
-    if (std::isnan(x)) {
-      at += (table.bins + 1) * table.stride;
-#pragma GCC unroll 16
-      for (size_t p = 0; p < parts; ++p) total[p] += load(at + p * kLanes);
-      continue;
-    }
-    size_t bin = 0;
-    for (size_t k = 1; k <= table.bins; ++k) bin += x >= edges[k];
-    at += bin * table.stride;
-    if (bin == table.bins) {
-#pragma GCC unroll 16
-      for (size_t p = 0; p < parts; ++p) total[p] += load(at + p * kLanes);
-      continue;
-    }
-    const float share = std::max((x - edges[bin]) / (edges[bin + 1] - edges[bin]), 0.0f);
-#pragma GCC unroll 16
-    for (size_t p = 0; p < parts; ++p)
-      total[p] += (1 - share) * load(at + p * kLanes) + share * load(at + table.stride + p * kLanes);
-  }
-#pragma GCC unroll 16
-  for (size_t p = 0; p < parts; ++p) store(hidden + p * kLanes, total[p]);
-}
-
-NEGFAST_CLONES void prior_block(const Table& table, size_t rows, const float* features, float* out) {
-  alignas(64) float hidden[kUnits + kLanes];
-  for (size_t r = 0; r < rows; ++r) {
-    look_up<kUnits / kLanes + 1>(table, features + r * table.features, hidden);
-    const Lanes none{};
-    Lanes total{};
-    for (size_t unit = 0; unit < kUnits; unit += kLanes) {  // of the second layer
-      const size_t member = unit / kPriorWidth, column = unit % kPriorWidth;
-      Lanes units = load(table.second_bias + unit);
-      for (size_t k = member * kPriorWidth; k < (member + 1) * kPriorWidth; ++k)
-        units += std::max(hidden[k], 0.0f) * load(table.second + k * kPriorWidth + column);
-      total += (units > none ? units : none) * load(table.last + unit);
-    }
-    out[r] = hidden[kUnits] + table.wide_bias + sum(total) / kPriorMembers;
-  }
-}
-
-}  // namespace
-
-Prior::Prior(size_t features, size_t bins, const float* edges, const float* first, const float* first_bias,
-             const float* second, const float* second_bias, const float* last, const float* wide, float wide_bias)
-    : features_(features),
-      bins_(bins),
-      stride_(kUnits + kLanes),
-      edges_(edges, edges + features * (bins + 1)),
-      bias_(stride_),
-      second_(second, second + kUnits * kPriorWidth),
-      second_bias_(second_bias, second_bias + kUnits),
-      last_(last, last + kUnits),
-      table_(features * (bins + 2) * stride_),
-      wide_bias_(wide_bias) {
-  std::copy_n(first_bias, kUnits, bias_.begin());
-  const size_t encoded = features * (bins + 1);
-  for (size_t unit = 0; unit <= kUnits; ++unit) {  // the last is the wide part
-    const float* weight = unit < kUnits ? first + unit * encoded : wide;
-    for (size_t f = 0; f < features; ++f) {
-      double total = 0;
-      for (size_t k = 0; k < bins + 2; ++k) {  // every edge, then what is unknown
-        const float* of_edges = edges + f * (bins + 1);
-        if (k > 0 && k <= bins && of_edges[k] > of_edges[k - 1]) total += weight[f * (bins + 1) + k - 1];
-        table_[(f * (bins + 2) + k) * stride_ + unit] =
-            k <= bins ? static_cast<float>(total) : weight[f * (bins + 1) + bins];
-      }
-    }
-  }
-}
-
-void Prior::logits(size_t rows, const float* features, float* out, unsigned threads) const {
-  const Table table{features_,     bins_,          stride_,             edges_.data(), table_.data(),
-                    bias_.data(), second_.data(), second_bias_.data(), last_.data(),  wide_bias_};
-  in_blocks(rows, threads, [&](size_t start, size_t count) {
-    prior_block(table, count, features + start * features_, out + start);
-  });
 }
 
 }  // namespace negfast

@@ -1,4 +1,4 @@
-// The built-in decoder (negfast.model.qwen3) and the verdict's prior for inference on the CPU, without gradients.
+// The built-in decoder (negfast.model.qwen3) for inference on the CPU, without gradients.
 //
 // What a row gets does not depend on the rows beside it, to the bit: every number is summed in one order, in which a key
 // counts at its position, whether it is one of a prompt or of a completion. So a history that grows position by position
@@ -10,24 +10,12 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
-#include <new>
 #include <span>
 #include <vector>
 
+#include "lanes.hpp"
+
 namespace negfast {
-
-constexpr size_t kPriorMembers = 4, kPriorWidth = 32;  // networks of the prior, units of a layer of each
-
-template <class T>
-struct CacheLines {  // memory that begins where a cache line does
-  using value_type = T;
-  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64))); }
-  void deallocate(T* memory, size_t) { ::operator delete(memory, std::align_val_t(64)); }
-  bool operator==(const CacheLines&) const = default;
-};
-template <class T>
-using Aligned = std::vector<T, CacheLines<T>>;
 
 bool has_bfloat16();  // whether the CPU multiplies bfloat16 numbers
 
@@ -94,26 +82,6 @@ class Decoder {
   DecoderShape shape_;
   bool bfloat16_;
   std::vector<Layer> layers_;
-};
-
-// The verdict's prior (negfast.model.verdict_prior). The first layer of a piecewise-linear encoding is itself piecewise
-// linear: a row of a table at every edge of a feature's bins, between which a value lies.
-class Prior {
- public:
-  // edges float32 [features, bins + 1]; first [members * width, features * (bins + 1)]; second [members, in, out];
-  // biases and last [members * width]; wide [features * (bins + 1)].
-  Prior(size_t features, size_t bins, const float* edges, const float* first, const float* first_bias,
-        const float* second, const float* second_bias, const float* last, const float* wide, float wide_bias);
-
-  size_t features() const { return features_; }
-  // Logits [rows] of features [rows, features], NaN where unknown.
-  void logits(size_t rows, const float* features, float* out, unsigned threads) const;
-
- private:
-  size_t features_, bins_, stride_;
-  std::vector<float> edges_, bias_, second_, second_bias_, last_;
-  Aligned<float> table_;
-  float wide_bias_;
 };
 
 }  // namespace negfast

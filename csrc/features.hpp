@@ -1,5 +1,5 @@
-// What the past says of a user, an item and their pair, kept up to date event by event: the inputs of the verdict's
-// prior and of the baselines. negfast/data/features.py names the columns.
+// What the past says of a user, an item and their pair, kept up to date event by event: the inputs of the verdict
+// and of the baselines. negfast/data/features.py names the columns.
 //
 // Events are learned moment by moment: those of one moment see nothing of each other, and the newest moment's wait until
 // a later one is added or asked about. So events that arrive one by one leave the same state as a log read at once.

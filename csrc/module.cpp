@@ -15,6 +15,7 @@
 #include "packer.hpp"
 #include "shard.hpp"
 #include "source.hpp"
+#include "verdict.hpp"
 #include "writer.hpp"
 
 namespace nb = nanobind;
@@ -227,25 +228,25 @@ void norm_rows(const Decoder& decoder, Column<float> weight, Floats<2> hidden) {
   decoder.norm(hidden.shape(0), weight.data(), hidden.data());
 }
 
-std::unique_ptr<Prior> make_prior(Table<float> edges, Table<float> first, Column<float> first_bias, Cube second,
+std::unique_ptr<Verdict> make_verdict(Table<float> edges, Table<float> first, Column<float> first_bias, Cube second,
                                   Table<float> second_bias, Table<float> last, Column<float> wide, float wide_bias) {
-  constexpr size_t kUnits = kPriorMembers * kPriorWidth;
+  constexpr size_t kUnits = kMembers * kWidth;
   const size_t features = edges.shape(0), encoded = features * edges.shape(1);
   if (edges.shape(1) < 2) throw ShardError("edges: expected at least 2 of a feature");
   same_shape(first, {kUnits, encoded}, "first");
   same_shape(first_bias, {kUnits}, "first_bias");
-  same_shape(second, {kPriorMembers, kPriorWidth, kPriorWidth}, "second");
-  same_shape(second_bias, {kPriorMembers, kPriorWidth}, "second_bias");
-  same_shape(last, {kPriorMembers, kPriorWidth}, "last");
+  same_shape(second, {kMembers, kWidth, kWidth}, "second");
+  same_shape(second_bias, {kMembers, kWidth}, "second_bias");
+  same_shape(last, {kMembers, kWidth}, "last");
   same_shape(wide, {encoded}, "wide");
-  return std::make_unique<Prior>(features, edges.shape(1) - 1, edges.data(), first.data(), first_bias.data(),
+  return std::make_unique<Verdict>(features, edges.shape(1) - 1, edges.data(), first.data(), first_bias.data(),
                                  second.data(), second_bias.data(), last.data(), wide.data(), wide_bias);
 }
 
-void prior_logits(const Prior& prior, Table<float> features, Output<float> out, unsigned threads) {
-  same_shape(features, {out.size(), prior.features()}, "features");
+void verdict_logits(const Verdict& verdict, Table<float> features, Output<float> out, unsigned threads) {
+  same_shape(features, {out.size(), verdict.features()}, "features");
   nb::gil_scoped_release release;
-  prior.logits(out.size(), features.data(), out.data(), threads);
+  verdict.logits(out.size(), features.data(), out.data(), threads);
 }
 
 void add_events(SortingSource& source, Column<int32_t> user, Column<int32_t> item, Column<uint8_t> feedback,
@@ -402,8 +403,8 @@ NB_MODULE(_core, m) {
       .def("tables", &feature_tables);
 
   m.attr("HAS_BFLOAT16") = has_bfloat16();
-  m.attr("PRIOR_MEMBERS") = kPriorMembers;
-  m.attr("PRIOR_WIDTH") = kPriorWidth;
+  m.attr("VERDICT_MEMBERS") = kMembers;
+  m.attr("VERDICT_WIDTH") = kWidth;
   m.def("sum_rows", &sum_rows_of, "table"_a, "place"_a, "none"_a, "out"_a);
   nb::class_<Decoder>(m, "Decoder")
       .def("__init__",
@@ -422,10 +423,10 @@ NB_MODULE(_core, m) {
            "own_value"_a, "out"_a, "threads"_a)
       .def("finish", &finish_rows, "layer"_a, "attention"_a, "hidden"_a, "threads"_a)
       .def("norm", &norm_rows, "weight"_a, "hidden"_a);
-  nb::class_<Prior>(m, "Prior")
-      .def(nb::new_(&make_prior), "edges"_a, "first"_a, "first_bias"_a, "second"_a, "second_bias"_a, "last"_a,
+  nb::class_<Verdict>(m, "Verdict")
+      .def(nb::new_(&make_verdict), "edges"_a, "first"_a, "first_bias"_a, "second"_a, "second_bias"_a, "last"_a,
            "wide"_a, "wide_bias"_a)
-      .def("logits", &prior_logits, "features"_a, "out"_a, "threads"_a);
+      .def("logits", &verdict_logits, "features"_a, "out"_a, "threads"_a);
 
   nb::class_<SortingSource>(m, "EventSorter")
       .def(nb::init<std::string, uint64_t, uint64_t, uint64_t>(), "folder"_a, "users"_a, "items"_a, "memory_bytes"_a)

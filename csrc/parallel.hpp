@@ -35,4 +35,15 @@ void parallel_for(size_t count, unsigned threads, Task&& task) {
   if (error) std::rethrow_exception(error);
 }
 
+constexpr size_t kRowsAtOnce = 96, kRowsAThread = 512;  // fewer are not worth the start of a thread
+
+// Calls task(first, count) for blocks of at most kRowsAtOnce rows.
+template <class Task>
+void parallel_rows(size_t rows, unsigned threads, const Task& task) {
+  threads = static_cast<unsigned>(std::min<size_t>(threads, 1 + rows / kRowsAThread));
+  parallel_for((rows + kRowsAtOnce - 1) / kRowsAtOnce, threads, [&](size_t block, unsigned) {
+    task(block * kRowsAtOnce, std::min(kRowsAtOnce, rows - block * kRowsAtOnce));
+  });
+}
+
 }  // namespace negfast

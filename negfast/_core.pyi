@@ -57,8 +57,8 @@ class Features:
     def tables(self) -> dict[str, NDArray[Any]]: ...
 
 HAS_BFLOAT16: bool  # whether the CPU multiplies bfloat16 numbers
-PRIOR_MEMBERS: int  # networks of the verdict's prior
-PRIOR_WIDTH: int  # units of a layer of each
+VERDICT_MEMBERS: int  # networks of the verdict
+VERDICT_WIDTH: int  # units of a layer of each
 
 def sum_rows(table: NDArray[np.float32], place: NDArray[np.int64], none: int, out: NDArray[np.float32]) -> None: ...
 
@@ -116,8 +116,8 @@ class Decoder:
     def finish(self, layer: int, attention: NDArray[np.float32], hidden: NDArray[np.float32], threads: int) -> None: ...
     def norm(self, weight: NDArray[np.float32], hidden: NDArray[np.float32]) -> None: ...
 
-class Prior:
-    """The verdict's prior for inference on the CPU (csrc/decoder.hpp); see `negfast.model.verdict_prior`."""
+class Verdict:
+    """The verdict for inference on the CPU (csrc/verdict.hpp); see `negfast.model.verdict`."""
 
     def __init__(
         self,

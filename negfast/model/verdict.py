@@ -9,7 +9,7 @@ from negfast import _core
 from negfast.model.inference import Packed, array
 
 BINS = 16  # quantile bins of a feature
-MEMBERS, WIDTH = _core.PRIOR_MEMBERS, _core.PRIOR_WIDTH  # networks of the deep part, units of a layer of each
+MEMBERS, WIDTH = _core.VERDICT_MEMBERS, _core.VERDICT_WIDTH  # networks of the deep part, units of a layer of each
 DROPOUT = 0.1
 EPOCHS, BATCH, RATE, WEIGHT_DECAY = 16, 512, 2e-3, 0.5
 ROWS_ENCODED = 8192  # at once: encoding takes several times the memory of what it makes
@@ -56,11 +56,11 @@ class Verdict(nn.Module):
             return logit
         return self.logits(self.encode(features)).mean(0)
 
-    def _in_core(self) -> _core.Prior:
+    def _in_core(self) -> _core.Verdict:
         weights = self.first.weight, self.first.bias, self.second, self.second_bias, self.last, self.wide.weight[0]
         first, first_bias, second, second_bias, last, wide = map(array, weights)
         wide_bias = float(self.wide.bias)
-        return _core.Prior(array(self.edges), first, first_bias, second, second_bias, last, wide, wide_bias)
+        return _core.Verdict(array(self.edges), first, first_bias, second, second_bias, last, wide, wide_bias)
 
     def logits(self, encoded: Tensor, dropout: float = 0.0) -> Tensor:
         """Logits [MEMBERS, R] of encoded features; ``dropout`` is the share of the deep part's units left out."""
