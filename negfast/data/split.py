@@ -275,11 +275,26 @@ def sample_pairs(user: np.ndarray, item: np.ndarray, most: int) -> np.ndarray:
     """
     if len(user) <= most:
         return np.arange(len(user))
+    return np.sort(np.argpartition(_pair_hash(user, item), most)[:most])
+
+
+def draw_users(users: np.ndarray, bounds: Sequence[tuple[np.ndarray, int]]) -> np.ndarray:
+    """The ``users`` int [U] (distinct) of least hash, ascending: so many that the first of ``bounds`` is reached, all
+    where none is. A bound is a count for each user, int [U], and where their sum ends the draw."""
+    if all(counts.sum() <= most for counts, most in bounds):
+        return users
+    order = np.argsort(_pair_hash(users, np.zeros_like(users)))
+    enough = [int(np.searchsorted(np.cumsum(counts[order]), most)) + 1 for counts, most in bounds]
+    return np.sort(users[order[: min(enough)]])
+
+
+def _pair_hash(user: np.ndarray, item: np.ndarray) -> np.ndarray:
+    """Of each pair, uint64; those of distinct pairs differ."""
     mixed = (user.astype(np.uint64) << np.uint64(32)) | item.astype(np.uint64)
     mixed += np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.sort(np.argpartition(mixed ^ (mixed >> np.uint64(31)), most)[:most])
+    return mixed ^ (mixed >> np.uint64(31))
 
 
 def first_dislike_events(log: EventLog, user: np.ndarray, item: np.ndarray) -> np.ndarray:

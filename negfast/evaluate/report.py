@@ -40,6 +40,7 @@ from negfast.evaluate.table import (
     Question,
     asks,
     best_of,
+    drawn,
     known,
     shown,
 )
@@ -147,7 +148,7 @@ def _head(folder: RunFolder, data: Dataset, table: Mapping[str, Any], found: Map
         f'<p class="soft">Run {escape(folder.path.resolve().name)}. Test days {split["test"]} to {days["last"]}: '
         f"{table['requests']:,} requests ({table['primary_requests']:,} primary) of {table['users']:,} users, "
         f"{table['filter_events']:,} first likes and dislikes ({percent(table['filter_dislike_rate'])} dislikes), "
-        f"{table['pools']:,} pools.</p>"
+        f"{table['pools']:,} pools{'; ' + escape(drawn(table)) if 'drawn_from' in table else ''}.</p>"
         f'<ul class="verdicts">{"".join(lines)}</ul>{kept if _chosen_step(folder) == 0 else ""}'
         '<p class="soft">In brackets: the 95 % interval of the paired difference, a bootstrap over users. "Level with" '
         "means that it holds zero.</p>"

@@ -1,6 +1,6 @@
 """What an evaluation asks of one split, made once: requests, filter events and matched pools."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numba
 import numpy as np
@@ -10,14 +10,17 @@ from negfast.data.split import (
     Requests,
     Split,
     UserDays,
+    draw_users,
     first_dislike_events,
     first_of_week,
     next_dislikes,
+    sample_pairs,
 )
 from negfast.errors import InputError
 from negfast.runtime.engine import Engine
 
 POOL = 100  # the disliked item and 99 others
+EVENTS_A_REQUEST = 10  # filter events of a sampled set, for each request asked for (negfast's choice)
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class EvalSet(ChoosingSet):
     pool_items: np.ndarray  # int32 [N, POOL], the disliked item first
     pools_redrawn: int  # pools with fewer than 99 events to draw from, so drawn with replacement
     pools_dropped: int  # pairs left out because nobody else consumed anything unknown to the user that day
+    drawn_from: dict[str, int] | None  # requests, users and filter events of the split, where its users were drawn
 
     @property
     def pool_user(self) -> np.ndarray:
@@ -74,20 +78,33 @@ def valid_set(engine: Engine) -> ChoosingSet:
 
 
 def engine_set(engine: Engine, name: str) -> EvalSet:
-    """The evaluation set of split ``name`` of the engine's data, in its context."""
-    return evaluation_set(engine.log, engine.split, name, context=engine.config.history.context)
+    """The evaluation set of split ``name`` of the engine's data, in its context and of the size that is set."""
+    config = engine.config
+    return evaluation_set(engine.log, engine.split, name, context=config.history.context, most=config.eval.requests)
 
 
-def evaluation_set(log: EventLog, split: Split, name: str, seed: int = 0, context: str = "day") -> EvalSet:
+def evaluation_set(
+    log: EventLog, split: Split, name: str, seed: int = 0, context: str = "day", most: int = 0
+) -> EvalSet:
     """Makes the evaluation set of split ``name``: its `choosing_set`, and a pool of every distinct (user, item of F),
-    with the context of the latest request that has it in F. Raises InputError where the split has no filter event."""
-    chosen = choosing_set(log, split, name, context)
+    with the context of the latest request that has it in F.
+
+    Where the split has more than ``most`` requests (0: no bound), or `EVENTS_A_REQUEST` times as many filter events,
+    everything is of users drawn by a hash of their index, the fewest that reach one of both, and of more than ``most``
+    pools that many are drawn (negfast's choice). Raises InputError where there is no filter event, or no request.
+    """
+    chosen, drawn_from = choosing_set(log, split, name, context), None
+    if most:
+        chosen, drawn_from = _of_drawn_users(chosen, most)
+    if not len(chosen.asked):
+        raise InputError(f"eval.requests={most}: the users drawn of {name} have no request with a dislike ahead")
     requests = chosen.asked.take()
     cold = np.ones(log.n_items, dtype=bool)
     cold[log.item[log.before(split.valid_day)]] = False
-    pool_request, pool_items, redrawn, dropped = _pools(log, requests, seed)
+    pool_request, pool_items, redrawn, dropped = _pools(log, requests, seed, most)
     return EvalSet(
         **vars(chosen),
+        drawn_from=drawn_from,
         requests=requests,
         primary=first_of_week(requests, _start(split, name)),
         next_dislike=next_dislikes(log, requests),
@@ -128,6 +145,26 @@ def choosing_set(log: EventLog, split: Split, name: str, context: str = "day") -
     )
 
 
+def _of_drawn_users(whole: ChoosingSet, most: int) -> tuple[ChoosingSet, dict[str, int] | None]:
+    """What is asked of users that `evaluation_set` draws, and how much there is; None where they are all."""
+    users = np.unique(np.concatenate([whole.asked.user, whole.filter_user]))
+    of_request, of_event = (np.searchsorted(users, of) for of in (whole.asked.user, whole.filter_user))
+    requests, events = (np.bincount(of, minlength=len(users)) for of in (of_request, of_event))
+    drawn = draw_users(users, ((requests, most), (events, most * EVENTS_A_REQUEST)))
+    if len(drawn) == len(users):
+        return whole, None
+    asked, scored = (np.isin(users, drawn)[of] for of in (of_request, of_event))
+    part = replace(
+        whole,
+        asked=whole.asked.only(asked),
+        filter_user=whole.filter_user[scored],
+        filter_item=whole.filter_item[scored],
+        filter_moment=whole.filter_moment[scored],
+        filter_dislike=whole.filter_dislike[scored],
+    )
+    return part, {"requests": len(of_request), "users": len(np.unique(of_request)), "filter_events": len(of_event)}
+
+
 def _start(split: Split, name: str) -> int:
     return {"valid": split.valid_day, "test": split.test_day}[name]
 
@@ -143,8 +180,9 @@ def check_choosable(valid: ChoosingSet) -> None:
         )
 
 
-def _pools(log: EventLog, requests: Requests, seed: int) -> tuple[np.ndarray, np.ndarray, int, int]:
-    """Pools of the distinct (user, item of F) pairs, sorted by (request, item): requests, items, redrawn, dropped.
+def _pools(log: EventLog, requests: Requests, seed: int, most: int) -> tuple[np.ndarray, np.ndarray, int, int]:
+    """Pools of the distinct (user, item of F) pairs, at most ``most`` of them (0: all), sorted by (request, item):
+    requests, items, redrawn, dropped.
 
     The 99 others are the items of 99 *events*, drawn without replacement from that day's events on items that
     the user has no event with at any time. An item consumed by many is drawn as often as it is consumed: so the
@@ -154,24 +192,30 @@ def _pools(log: EventLog, requests: Requests, seed: int) -> tuple[np.ndarray, np
     target = requests.dislikes[::-1]
     _, latest = np.unique(requests.user[row].astype(np.int64) * log.n_items + target, return_index=True)
     row, target = row[latest], target[latest]
+    if most:
+        drawn = sample_pairs(requests.user[row], target, most)
+        row, target = row[drawn], target[drawn]
     order = np.lexsort((target, row))
     row, target = row[order], target[order]
 
     user = requests.user[row]
     days = log.day
     day = days[first_dislike_events(log, user, target)]
-    by_day = np.argsort(days, kind="stable")
-    by_user = np.lexsort((log.item, log.user))
+    by_day = np.argsort((days - days.min()).astype(np.uint16), kind="stable")  # a radix sort, as in `user_days`
+    users = np.unique(user)
+    own, _ = log.of_users(users)
+    by_user = np.lexsort((own.item, own.user))
     order = np.argsort(day, kind="stable")  # counts per item are made once a day
     items, eligible = np.empty((len(row), POOL), np.int32), np.empty(len(row), np.int64)
     items[order], eligible[order] = _draw(
         user[order],
+        np.searchsorted(users, user[order]),
         target[order],
         np.searchsorted(days[by_day], day[order], side="left"),
         np.searchsorted(days[by_day], day[order], side="right"),
         log.item[by_day],
-        log.user_offsets,
-        log.item[by_user],
+        own.user_offsets,
+        own.item[by_user],
         log.n_items,
         seed,
     )
@@ -180,8 +224,9 @@ def _pools(log: EventLog, requests: Requests, seed: int) -> tuple[np.ndarray, np
 
 
 @numba.njit(cache=True)
-def _draw(user, target, begin, end, day_item, user_offsets, user_item, n_items, seed):
-    """Pools [N, POOL] and the number of events that each could draw from; rejection sampling, a seed a pair."""
+def _draw(user, place, target, begin, end, day_item, user_offsets, user_item, n_items, seed):
+    """Pools [N, POOL] and the number of events that each could draw from; rejection sampling, a seed a pair. ``place``
+    is the user's in ``user_offsets``."""
     n = len(user)
     pools = np.zeros((n, POOL), np.int32)
     eligible = np.zeros(n, np.int64)
@@ -192,7 +237,7 @@ def _draw(user, target, begin, end, day_item, user_offsets, user_item, n_items, 
             count[:] = 0
             for event in range(begin[p], end[p]):
                 count[day_item[event]] += 1
-        own = user_item[user_offsets[user[p]] : user_offsets[user[p] + 1]]  # ascending, may repeat
+        own = user_item[user_offsets[place[p]] : user_offsets[place[p] + 1]]  # ascending, may repeat
         eligible[p] = end[p] - begin[p]
         for k in range(len(own)):
             if k == 0 or own[k] != own[k - 1]:

@@ -158,7 +158,8 @@ def evaluation(evalset: EvalSet, rows: Sequence[Mapping[str, Any]], costs: Costs
 
 def summary(evalset: EvalSet) -> dict[str, Any]:
     """Sizes of the evaluation set, and the context of its filter."""
-    return {
+    drawn_from = {} if evalset.drawn_from is None else {"drawn_from": evalset.drawn_from}
+    return drawn_from | {
         "split": evalset.name,
         "requests": len(evalset.requests),
         "primary_requests": int(evalset.primary.sum()),
@@ -182,6 +183,8 @@ def print_table(found: Mapping[str, Any], console: Console | None = None) -> Non
     rows, context = found["rows"], found["filter_context"]
     console = console or Console(width=None if sys.stdout.isatty() else 100)
     console.print(sizes(found), highlight=False)
+    if "drawn_from" in found:
+        console.print(drawn(found), highlight=False)
     for question in QUESTIONS:
         headings = {metric: heading for metric, (heading, _) in question.figures.items()}
         console.print(f"\n[bold]{question.name}[/bold]: {asks(question, context)}", highlight=False)
@@ -205,6 +208,16 @@ def sizes(s: Mapping[str, Any]) -> str:
     return (
         f"{s['split']}: {s['requests']:,} requests ({s['primary_requests']:,} primary) of {s['users']:,} users, "
         f"{s['filter_events']:,} events ({s['filter_dislike_rate']:.1%} dislikes), {s['pools']:,} pools"
+    )
+
+
+def drawn(s: Mapping[str, Any]) -> str:
+    """What to say of sizes that are of users drawn."""
+    whole = s["drawn_from"]
+    return (
+        f"a sample: users are drawn by a hash of their index, and at most as many pools as requests are; the whole "
+        f"split has {whole['requests']:,} requests of {whole['users']:,} users and {whole['filter_events']:,} events "
+        "(eval.requests sets how many are drawn)"
     )
 
 

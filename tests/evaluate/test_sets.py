@@ -169,6 +169,64 @@ def test_a_day_with_nobody_else_gives_no_pool() -> None:
     assert test.pool_items.shape == (0, POOL) and test.pools_dropped == 1
 
 
+def of_user(evalset: EvalSet, log: EventLog) -> dict[int, tuple[list[tuple[int, ...]], ...]]:
+    """What is asked of each user: requests, filter events, and pools with the context's day."""
+    found: dict[int, tuple[list[tuple[int, ...]], ...]] = {user: ([], [], []) for user in range(log.n_users)}
+    requests = evalset.requests
+    for row, user in enumerate(requests.user.tolist()):
+        future = requests.dislikes[requests.dislike_offsets[row] : requests.dislike_offsets[row + 1]]
+        marks = int(requests.day[row]), int(evalset.primary[row]), int(evalset.next_dislike[row])
+        found[user][0].append((*marks, *future.tolist()))
+    columns = evalset.filter_user, evalset.filter_moment, evalset.filter_item, evalset.filter_dislike
+    for user, *event in zip(*(column.tolist() for column in columns), strict=True):
+        found[user][1].append(tuple(event))
+    for user, day, pool in zip(evalset.pool_user.tolist(), evalset.pool_day, evalset.pool_items, strict=True):
+        found[user][2].append((int(day), *pool.tolist()))
+    return found
+
+
+def test_a_bound_that_the_split_keeps_changes_nothing(random_log: MakeLog) -> None:
+    log = random_log(0)
+    split, _, whole = sets_of(log)
+    same = evaluation_set(log, split, "test", most=len(whole.requests))
+    assert same.drawn_from is None and of_user(same, log) == of_user(whole, log)
+
+
+def test_of_a_larger_split_users_are_drawn_whole(random_log: MakeLog) -> None:
+    """All that the whole set asks of them, and no more; the same on any log where these users did the same."""
+    log = random_log(1, n_users=150, n_events=6000)
+    split, _, whole = sets_of(log)
+    every = of_user(whole, log)
+    drawn: dict[int, set[int]] = {}
+    for most in (40, 100):
+        part = evaluation_set(log, split, "test", most=most)
+        assert part.drawn_from == {
+            "requests": len(whole.requests),
+            "users": len(set(whole.requests.user.tolist())),
+            "filter_events": len(whole.filter_user),
+        }
+        drawn[most] = set(np.unique(np.append(part.requests.user, part.filter_user)).tolist())
+        for user, asked in of_user(part, log).items():
+            kept = every[user] if user in drawn[most] else ([], [], [])
+            assert asked[:2] == kept[:2] and set(asked[2]) <= set(kept[2])
+        counts = [len(every[user][0]) for user in drawn[most]]
+        assert most <= len(part.requests) == sum(counts) < most + max(len(of[0]) for of in every.values())
+        assert len(part.pool_items) == min(most, sum(len(every[user][2]) for user in drawn[most]))
+    assert drawn[40] < drawn[100]
+
+
+def test_many_filter_events_bound_a_draw_too(random_log: MakeLog) -> None:
+    log = random_log(0)
+    split, _, whole = sets_of(log)
+    most = len(whole.filter_user) // 20
+    rare = replace(split, test=split.test.only(np.flatnonzero(split.test.has_dislikes)[:most]))
+    part = evaluation_set(log, rare, "test", most=most)
+    assert most * 10 <= len(part.filter_user) < len(whole.filter_user) and len(part.requests) < most
+    none = replace(split, test=split.test.only(~split.test.has_dislikes))
+    with pytest.raises(InputError, match=r"eval\.requests=5: the users drawn of test have no request with a dislike"):
+        evaluation_set(log, none, "test", most=5)
+
+
 def test_a_split_without_feedback_is_an_input_error(random_log: MakeLog) -> None:
     log = random_log(0)
     split = split_requests(log, 5, FIRST_DAY + 25, FIRST_DAY + 42)

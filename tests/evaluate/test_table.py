@@ -102,6 +102,22 @@ def test_a_table_a_question_fits_and_sets_models_below_baselines(test_set: EvalS
     assert " ".join(text.split()).count("P(dislike) >= 1 / (1 + 3) = 0.250") == 1
 
 
+def test_a_sample_is_said(random_log: Callable[..., EventLog], test_set: EvalSet) -> None:
+    """In the JSON and under the sizes; of a whole split nothing is said."""
+    log = random_log(9, n_users=50, n_items=90, n_events=3000)
+    part = evaluation_set(log, split_requests(log, 5, 15_025, 15_042), "test", most=20)
+    texts = []
+    for evalset in (part, test_set):
+        out = io.StringIO()
+        found = evaluation(evalset, evaluate_rows(evalset, {"a": guess(evalset, 1)}, resamples=20))
+        print_table(found, Console(file=out, width=100))
+        texts.append(" ".join(out.getvalue().split()))
+        assert ("drawn_from" in found) == (evalset is part)
+    assert found["requests"] > len(part.requests)
+    assert "a sample: users are drawn by a hash of their index" in texts[0] and "a sample" not in texts[1]
+    assert f"the whole split has {found['requests']:,} requests of {found['users']:,} users" in texts[0]
+
+
 def test_costs_are_in_json_only_when_given(test_set: EvalSet) -> None:
     predictions = {"a": guess(test_set, 1), "list": Predictions(generated=guess(test_set, 2).generated)}
     plain = evaluation(test_set, evaluate_rows(test_set, predictions, resamples=20))
