@@ -81,7 +81,7 @@ def run(
         language = language_scores(opened, context, model, learned, parts, epochs, layers, files)
     moments = log.moments(context)
     columns = [(log.user[rows], log.item[rows], moments[rows]) for rows in events]
-    features, scorers = fit_scorers(log, opened.items, days[0], context)
+    features, scorers, _ = fit_scorers(log, opened.items, days[0], context)
     of_features = [features.rich(*part) for part in columns]
     boosted = {name: [clipped(scorers[name](part)) for part in of_features] for name in ("boosted", RIVAL)}
     others = [of_another(log.user[rows], log.item[rows], np.random.default_rng(1)) for rows in events]

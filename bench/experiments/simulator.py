@@ -87,7 +87,7 @@ def filter_effects(simulation: Simulation, user_days: int = 4_000) -> Result:
     log, settings, truth = simulation.log, simulation.settings, simulation.truth
     day, moment = log.day, log.moments("day")
     fit_until, test_from = (FIRST_DAY + settings.days * k // 6 for k in (4, 5))
-    features, scorers = fit_scorers(log, simulation.items, fit_until, "day")
+    features, scorers, _ = fit_scorers(log, simulation.items, fit_until, "day")
 
     def score(*asked: np.ndarray) -> np.ndarray:
         return scorers["logistic"](features.rich(*asked))

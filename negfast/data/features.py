@@ -31,24 +31,24 @@ choice). `HistoryFeatures.names` names them:
 NaN where a column is not known.
 """
 
-import os
 from collections.abc import Sequence
 from copy import deepcopy
 from functools import cached_property
 from hashlib import blake2b
-from tempfile import TemporaryFile
 
 import numpy as np
 
 from negfast import _core
 from negfast.data.items import ItemTable
 from negfast.data.log import DAY, EXPOSED, WITHDRAWN, EventLog
+from negfast.data.split import sample_pairs
 
 CONSTANTS: dict[str, float] = _core.FEATURE_CONSTANTS  # of the formulas in csrc/features.cpp; times in seconds
 PSEUDO_EVENTS = CONSTANTS["pseudo_events"]  # of the prior rate, mixed into every rate
 FITTED = 20_000  # items at most, the first, that the axes of the text vectors are fitted to
 REPLAYED_AT_ONCE = 1 << 18  # events
-IN_MEMORY = 1 << 28  # bytes of answers that are kept there; more lie in a nameless file of the temporary directory
+ANSWERED_ONCE = 1_500_000  # pairs whose first feedback is answered for good, at most (negfast's choice)
+KEPT = 100_000  # other questions whose answers are kept until others are asked
 _INDICATORS = 32  # most frequent values of an attribute that get a column each
 _SIMPLE = ["item_logit_rate", "user_logit_rate", "item_log_events", "user_log_events"]
 _VALUES = ["item_mean_value", "user_mean_value", "user_spread"]
@@ -69,7 +69,8 @@ class HistoryFeatures:
     ``n_full`` add what else the log and item table offer; all ``width`` are the verdict's features.
 
     Questions about the first feedback of a pair at its own moment, those of training and of the filter, are answered
-    once for the whole log; others replay the log at each call: ask them together.
+    once for the whole log; of more than `ANSWERED_ONCE` pairs, for those that `sample_pairs` draws first. Others replay
+    the log up to the last of them at each call: ask them together.
     """
 
     def __init__(
@@ -97,9 +98,11 @@ class HistoryFeatures:
         self.events = log.user[rows], log.item[rows], log.time[rows], log.feedback[rows], value
         pairs = self._pairs(*self.events[:2])
         self.first_pairs, first = np.unique(pairs, return_index=True)
-        judged = log.feedback[rows[first]] != WITHDRAWN
+        judged = np.flatnonzero(log.feedback[rows[first]] != WITHDRAWN)
+        judged = judged[sample_pairs(*np.divmod(self.first_pairs[judged], self.n_items), ANSWERED_ONCE)]
         self.first_pairs, self.first = self.first_pairs[judged], first[judged]
         self.first_moments = moments[rows[self.first]]
+        self._last: tuple[np.ndarray, ...] | None = None  # user, item and moment of other questions, and the answers
 
     @property
     def width(self) -> int:
@@ -115,11 +118,9 @@ class HistoryFeatures:
         if len(self.first):
             own = (self.first_pairs[place] == self._pairs(user, item)) & (self.first_moments[place] == moment)
             if own.any():
-                found, row = self._of_first
-                out[own] = found[row[place[own]]]
+                out[own] = self._of_first[place[own]]
         if not own.all():
-            found, row = self._answer(user[~own], item[~own], moment[~own])
-            out[~own] = found[row]
+            self._answer_others(user, item, moment, np.flatnonzero(~own), out)
         return out
 
     def live(self) -> "LiveFeatures":
@@ -129,19 +130,30 @@ class HistoryFeatures:
         return live
 
     @cached_property
-    def _of_first(self) -> tuple["np.ndarray | _RowsOnDisk", np.ndarray]:
-        """Answers to each pair's first feedback at its moment, as `_answer` gives them."""
-        return self._answer(self.events[0][self.first], self.events[1][self.first], self.first_moments)
+    def _of_first(self) -> np.ndarray:
+        """Answers to the first feedback of each of ``first_pairs`` at its moment."""
+        out = np.empty((len(self.first), self.width), np.float32)
+        of_user, of_item = (column[self.first] for column in self.events[:2])
+        self._answer(of_user, of_item, self.first_moments, np.arange(len(out)), out)
+        return out
+
+    def _answer_others(
+        self, user: np.ndarray, item: np.ndarray, moment: np.ndarray, rows: np.ndarray, out: np.ndarray
+    ) -> None:
+        """`_answer`, or what it gave, where the same was asked last."""
+        asked = user[rows], item[rows], moment[rows]
+        if self._last is not None and all(map(np.array_equal, asked, self._last)):
+            out[rows] = self._last[-1]
+            return
+        self._answer(user, item, moment, rows, out)
+        self._last = (*asked, out[rows]) if len(rows) <= KEPT else None
 
     def _answer(
-        self, user: np.ndarray, item: np.ndarray, moment: np.ndarray
-    ) -> tuple["np.ndarray | _RowsOnDisk", np.ndarray]:
-        """Answers float32 [Q, width] in the order of the replay, and the row of each question's, int32 [Q]."""
-        order = np.lexsort((user, moment))
-        moments, row = moment[order].astype(np.int64), np.empty(len(order), np.int32)
-        row[order] = np.arange(len(order), dtype=np.int32)
-        small = 4 * len(order) * self.width <= IN_MEMORY
-        found = np.empty((len(order), self.width), np.float32) if small else _RowsOnDisk(self.width)
+        self, user: np.ndarray, item: np.ndarray, moment: np.ndarray, rows: np.ndarray, out: np.ndarray
+    ) -> None:
+        """Fills ``rows`` int64 of ``out`` float32 [Q, width] with the answers to those questions."""
+        order = rows[np.lexsort((user[rows], moment[rows]))]
+        moments = moment[order].astype(np.int64)
         of_user, of_item, time, feedback, value = self.events
         state, begin = self._start().state, 0
         ends = [*range(REPLAYED_AT_ONCE, len(time), REPLAYED_AT_ONCE), len(time)]
@@ -150,11 +162,9 @@ class HistoryFeatures:
             if last < len(time):  # questions of later moments may be about events to come
                 now = time[last - 1] // DAY * DAY if self.context == "day" else time[last - 1]
                 end = int(np.searchsorted(moments, now, side="right"))
-            rows = order[begin:end]
-            asked = user[rows].astype(np.int32), item[rows].astype(np.int32), moments[begin:end]
-            answers = (
-                found[begin:end] if isinstance(found, np.ndarray) else np.empty((len(rows), self.width), np.float32)
-            )
+            now_asked = order[begin:end]
+            asked = user[now_asked].astype(np.int32), item[now_asked].astype(np.int32), moments[begin:end]
+            answers = np.empty((end - begin, self.width), np.float32)
             events = (
                 of_user[first:last],
                 of_item[first:last],
@@ -163,10 +173,10 @@ class HistoryFeatures:
                 value[first:last],
             )
             state.replay(*events, *asked, answers)
-            if isinstance(found, _RowsOnDisk):
-                found.append(answers)
+            out[now_asked] = answers
             begin = end
-        return found, row
+            if begin == len(order):
+                break
 
     def _start(self) -> "LiveFeatures":
         """What is known before the first event."""
@@ -211,25 +221,6 @@ class LiveFeatures:
         columns = self.item_side.arrays(items)
         self.state.add_values(*(column[known:] for column in self.item_side.value_columns()))
         self.state.add_items(keys_of(items.ids), *columns)
-
-
-class _RowsOnDisk:
-    """Rows float32 [N, width] in a nameless file; not mapped, as pages that were read would count as memory."""
-
-    def __init__(self, width: int) -> None:
-        self.width, self.file = width, TemporaryFile(buffering=0)  # noqa: SIM115
-
-    def append(self, rows: np.ndarray) -> None:
-        view = rows.reshape(-1).view(np.uint8).data
-        while len(view):
-            view = view[self.file.write(view) :]
-
-    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        out = np.empty((len(rows), self.width), np.float32)
-        for place, row in enumerate(rows.tolist()):
-            if os.preadv(self.file.fileno(), [out[place]], row * out.strides[0]) != out.strides[0]:
-                raise OSError("features: the temporary file was cut short")
-        return out
 
 
 class _ItemSide:

@@ -91,9 +91,10 @@ def baselines_of(engine: Engine, sets: dict[str, EvalSet], split: str, trained: 
     _say("baselines")
     log, items, frozen = engine.log, engine.data.items, engine.data.valid_day
     place = list(sets).index(split)
+    both = [evalset if name == split else evalset.of_filter() for name, evalset in sets.items()]
     if engine.fit_until == frozen:
-        return dict(baseline_predictions(log, items, list(sets.values()), frozen, trained=trained)[place])
-    chosen = baseline_predictions(log, items, list(sets.values()), frozen)[place]
+        return dict(baseline_predictions(log, items, both, frozen, trained=trained)[place])
+    chosen = baseline_predictions(log, items, both, frozen)[place]
     fitted = baseline_predictions(log, items, [sets[split]], engine.fit_until, trained=trained)[0]
     return {
         name: replace(predicted, filter_threshold=chosen[name].filter_threshold) if name in chosen else predicted

@@ -34,6 +34,7 @@ class Predictions:
     pool_score: np.ndarray | None = None  # float64 [N, 100], in the order of EvalSet.pool_items
     expected_reward: np.ndarray | None = None  # float64 [R], of one item drawn from a policy
     kind: str = "model"  # or "baseline"
+    note: str = ""  # what of the log it was not shown
 
 
 def threshold_for_share(score: np.ndarray, share: float = 0.1) -> float:

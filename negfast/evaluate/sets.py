@@ -56,6 +56,20 @@ class EvalSet(ChoosingSet):
     pools_dropped: int  # pairs left out because nobody else consumed anything unknown to the user that day
     drawn_from: dict[str, int] | None  # requests, users and filter events of the split, where its users were drawn
 
+    def of_filter(self) -> "EvalSet":
+        """The same without requests and pools."""
+        requests = np.zeros(0, np.int64)
+        return replace(
+            self,
+            asked=self.asked.only(requests),
+            requests=self.requests.take(requests),
+            primary=self.primary[:0],
+            next_dislike=self.next_dislike[:0],
+            past_dislike=self.past_dislike[:0],
+            pool_request=self.pool_request[:0],
+            pool_items=self.pool_items[:0],
+        )
+
     @property
     def pool_user(self) -> np.ndarray:
         """int32 [N]."""

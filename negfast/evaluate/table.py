@@ -100,6 +100,7 @@ def evaluate_rows(
         row |= {metric: interval(values) for metric, values in samples[name].items()}
         if predicted.filter_score is not None and predicted.filter_is_probability:
             row["filter_reliability"] = reliability_curve(predicted.filter_score, evalset.filter_dislike)
+        row |= {"note": predicted.note} if predicted.note else {}
         rows.append(row)
     return rows
 
@@ -195,6 +196,9 @@ def print_table(found: Mapping[str, Any], console: Console | None = None) -> Non
         console.print(f"\n[bold]Costs[/bold]: {cost_rule(found['costs'])}; {CONTEXTS[context]}", highlight=False)
         console.print(_grid(rows, COST_FIGURES, ("saved_per_1000",)))
         console.print("saved per 1,000 events: in the unit of the costs, against showing everything", highlight=False)
+    for row in rows:
+        if "note" in row:
+            console.print(f"{row['name']}: {row['note']}", highlight=False)
     console.print("\n± is half of a 95 % bootstrap interval over users; bold is the best of a column", highlight=False)
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import numba
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
@@ -63,34 +64,46 @@ def _within_room(points: np.ndarray, centroids: np.ndarray, prices: np.ndarray, 
         return squared_distances(points[rows], centroids) + prices
 
     if len(points) * len(centroids) > LARGEST_TABLE:
-        return _stable(cost_of, len(points), capacity)
+        return _stable(lambda rows: (cost_of(rows), np.arange(len(rows))), len(points), capacity)
     cost = cost_of(slice(None))
     if capacity.max() == 1 and cost.size <= LARGEST_EXACT:
         free = np.flatnonzero(capacity)
         return free[linear_sum_assignment(cost[:, free])[1]]
-    return _stable(cost.__getitem__, len(points), capacity)
+    return _stable(lambda rows: (cost, rows), len(points), capacity)
 
 
-def _stable(cost_of: Callable[[np.ndarray], np.ndarray], size: int, capacity: np.ndarray) -> np.ndarray:
+def _stable(
+    cost_of: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], size: int, capacity: np.ndarray
+) -> np.ndarray:
     """Every item proposes to its next-best code, every code keeps its nearest up to capacity (deferred acceptance).
 
-    ``cost_of`` tells the costs [n, k] of some items; they are not kept, as a table of a large catalogue fills memory.
+    ``cost_of`` tells a table of costs [n, k] and the rows of some items in it; it need not keep it, as a table of a
+    large catalogue fills memory.
     """
     code, cost = np.full(size, -1), np.full(size, -np.inf)
-    every, proposing = np.arange(len(capacity)), np.arange(size)
+    proposing = np.arange(size)
     while len(proposing):
         for begin in range(0, len(proposing), BLOCK):
-            rows = proposing[begin : begin + BLOCK]
-            costs, last = cost_of(rows), code[rows, None]
-            now = np.where(last < 0, -np.inf, np.take_along_axis(costs, last, axis=1))  # not as it was: bits may differ
-            later = (costs > now) | ((costs == now) & (every > last))  # in the order of (cost, code)
-            code[rows] = best = np.where(later, costs, np.inf).argmin(axis=1)
-            cost[rows] = costs[np.arange(len(rows)), best]
+            items = proposing[begin : begin + BLOCK]
+            _propose(*cost_of(items), items, code, cost)
         order = np.lexsort((cost, code))  # by code, nearest first
         ordered = code[order]
         rank = np.arange(size) - np.searchsorted(ordered, ordered)
         proposing = order[rank >= capacity[ordered]]
     return code
+
+
+@numba.njit(cache=True)
+def _propose(costs, rows, items, code, cost):
+    """Moves ``items``, whose costs are in ``rows`` of a table, to the next code in the order of (cost, code)."""
+    for row, item in zip(rows, items):  # noqa: B905
+        last, best = code[item], -1
+        now = costs[row, last] if last >= 0 else -np.inf  # not as it was: bits may differ
+        for c in range(costs.shape[1]):
+            later = costs[row, c] > now or (costs[row, c] == now and c > last)
+            if later and (best < 0 or costs[row, c] < costs[row, best]):
+                best = c
+        code[item], cost[item] = max(best, 0), costs[row, max(best, 0)]
 
 
 def assign_new(

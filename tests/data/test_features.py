@@ -14,6 +14,7 @@ from negfast.data import features as module
 from negfast.data.features import HistoryFeatures
 from negfast.data.items import ItemTable
 from negfast.data.log import DAY, DISLIKE, EXPOSED, LIKE, WITHDRAWN, EventLog
+from negfast.data.split import sample_pairs
 
 USERS, ITEMS, EVENTS, PRIOR, PRIOR_VALUE = 12, 15, 500, 0.3, 5.0
 SKETCH, TEXT = 128, 32
@@ -282,18 +283,42 @@ def test_live_answers_are_those_of_the_whole_log(seed: int, context: str, share:
 
 
 @pytest.mark.parametrize("context", ["day", "event"])
-def test_answers_do_not_depend_on_how_many_events_are_replayed_at_once_nor_on_where_they_lie(monkeypatch, context):
+def test_answers_do_not_depend_on_how_many_events_are_replayed_at_once_nor_on_what_is_kept(monkeypatch, context):
     log, items = random_log(3), random_items(3)
     of_log = features(log, items, context)
     asked = (of_log.events[0][of_log.first], of_log.events[1][of_log.first], of_log.first_moments)
     later = (*asked[:2], asked[2] + 3 * DAY)
     expected = [of_log.rich(*asked), of_log.rich(*later)]
     monkeypatch.setattr(module, "REPLAYED_AT_ONCE", 7)
-    monkeypatch.setattr(module, "IN_MEMORY", 0)
+    monkeypatch.setattr(module, "ANSWERED_ONCE", 20)
     other = features(log, items, context)
-    for rows, whole in zip((asked, later), expected, strict=True):
+    for rows, whole in zip((asked, later, later, asked), (*expected, expected[1], expected[0]), strict=True):
         assert np.array_equal(other.rich(*rows), whole, equal_nan=True)
-    assert not isinstance(other._of_first[0], np.ndarray)
+    assert len(other._of_first) == 20 < len(asked[0])
+
+
+def test_what_is_drawn_and_what_was_just_asked_is_not_replayed_again(monkeypatch):
+    log, items = random_log(3), random_items(3)
+    pairs = features(log, items).first_pairs
+    monkeypatch.setattr(module, "ANSWERED_ONCE", 20)
+    of_log = features(log, items)
+    drawn = pairs[sample_pairs(*np.divmod(pairs, log.n_items), 10)]  # fewer of the same draw
+    user, item = (part.astype(np.int32) for part in np.divmod(drawn, log.n_items))
+    at = np.searchsorted(of_log.first_pairs, drawn)
+    replays, start = [], of_log._start
+
+    def counted() -> object:
+        replays.append(1)
+        return start()
+
+    monkeypatch.setattr(of_log, "_start", counted)
+    for moment in (of_log.first_moments[at], of_log.first_moments[at], of_log.first_moments[at] + DAY):
+        first = of_log.rich(user, item, moment)
+    assert len(replays) == 2
+    again = of_log.rich(user, item, of_log.first_moments[at] + DAY)
+    assert len(replays) == 2 and np.array_equal(first, again, equal_nan=True)
+    of_log.rich(user, item, of_log.first_moments[at] + 2 * DAY)
+    assert len(replays) == 3
 
 
 def test_old_events_and_questions_are_refused() -> None:

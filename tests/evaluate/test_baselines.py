@@ -1,20 +1,24 @@
 """Baselines against slow readings, and the proof that none reads an event after its context."""
 
+import io
 from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from negfast.data.features import HistoryFeatures
 from negfast.data.items import ItemTable
 from negfast.data.log import DAY, DISLIKE, EXPOSED, LIKE, EventLog
-from negfast.data.split import all_requests, split_requests
-from negfast.evaluate.baselines import baseline_predictions
-from negfast.evaluate.baselines.rates import fit_scorers
+from negfast.data.split import all_requests, draw_users, split_requests
+from negfast.evaluate.baselines import baseline_predictions, knn, rates
+from negfast.evaluate.baselines.knn import knn_predictions
+from negfast.evaluate.baselines.ranking import first_items
+from negfast.evaluate.baselines.rates import fit_scorers, rate_predictions
 from negfast.evaluate.predictions import TOP, Predictions, check_generated, threshold_for_share
 from negfast.evaluate.sets import EvalSet, evaluation_set
-from negfast.evaluate.table import evaluate_rows
+from negfast.evaluate.table import evaluate_rows, evaluation, print_table
 
 MakeLog = Callable[..., EventLog]
 MakeItems = Callable[..., ItemTable]
@@ -205,9 +209,9 @@ def test_in_event_context_all_before_the_second_counts(random_log: MakeLog, rand
     moment = int(np.sort(log.time[log.day == TEST])[20])
     user, item = (grid.ravel() for grid in np.meshgrid(np.arange(60), np.arange(80)))
     asked = user, item, np.full(len(user), moment)
-    features, truth = fit_scorers(log, items, VALID, "event")
+    features, truth, _ = fit_scorers(log, items, VALID, "event")
     for start, same in ((moment, True), (TEST * DAY, False)):
-        changed, other = fit_scorers(altered_from(log, start), items, VALID, "event")
+        changed, other, _ = fit_scorers(altered_from(log, start), items, VALID, "event")
         for name, score in truth.items():
             assert (score(features.rich(*asked)) == other[name](changed.rich(*asked))).all() == same, name
 
@@ -281,3 +285,46 @@ def test_a_log_without_likes_leaves_the_fitted_baselines_out(random_log: MakeLog
     assert "boosted" not in answers and "logistic" not in answers and "item-rate" in answers
     rows = {row["name"]: row for row in evaluate_rows(test, answers, resamples=10)}
     assert rows["item-rate"]["filter_auc"] == {"mean": None, "low": None, "high": None}
+
+
+@pytest.mark.parametrize("most", [1, 30, 90, 400])
+def test_the_first_items_are_those_of_a_whole_sort(most: int) -> None:
+    rng = np.random.default_rng(most)
+    for levels in (1, 3, 300):
+        score, events = rng.integers(0, levels, 300) / 4, rng.integers(0, 5, 300).astype(float)
+        whole = np.lexsort((-events, -score))
+        assert first_items(score, events, most).tolist() == whole[:most].tolist()
+
+
+def test_neighbours_of_a_large_log_are_counted_over_users_drawn(random_log: MakeLog, monkeypatch) -> None:
+    """Small users alone, until they have enough pairs, and the nearest neighbours alone; said, and the same again."""
+    log = random_log(5, n_users=80, n_items=150, n_events=4000)
+    test = sets_of(log)[1]
+    whole = knn_predictions(log, [test], VALID)[0]
+    assert whole["knn-all"].note == ""
+    monkeypatch.setattr(knn, "PAIRS", 8000)
+    monkeypatch.setattr(knn, "MOST_ITEMS", 40)
+    few, again = (knn_predictions(log, [test], VALID)[0]["knn-all"] for _ in range(2))
+    early = log.before(VALID)
+    sizes = np.array([len(np.unique(log.item[early & (log.user == user)])) for user in range(log.n_users)])
+    users = draw_users(np.flatnonzero((sizes > 0) & (sizes <= 40)), [(sizes[(sizes > 0) & (sizes <= 40)] ** 2, 8000)])
+    assert few.note.startswith(f"counts items of {len(users)} of {int((sizes > 0).sum())} users")
+    assert few.generated is not None and again.generated is not None and whole["knn-all"].generated is not None
+    assert (few.generated == again.generated).all() and (few.generated != whole["knn-all"].generated).any()
+    check_generated(log, test.requests, few.generated)
+    monkeypatch.setattr(knn, "MOST_NEIGHBOURS", 3)
+    fewer = knn_predictions(log, [test], VALID)[0]["knn-all"].generated
+    assert fewer is not None and (fewer != few.generated).any()
+
+
+def test_models_of_a_large_log_are_fitted_to_a_draw(random_log: MakeLog, random_items: MakeItems, monkeypatch) -> None:
+    log, items = random_log(2, n_events=4000), random_items(2)
+    monkeypatch.setattr(rates, "FITTED", 200)
+    test = sets_of(log)[1]
+    (found,) = rate_predictions(log, items, [test], VALID)
+    assert found["boosted"].note == found["logistic"].note and found["item-rate"].note == ""
+    assert found["boosted"].note.startswith("fitted to 200 of ")
+    out = io.StringIO()
+    table = evaluation(test, evaluate_rows(test, found, resamples=10))
+    print_table(table, Console(file=out, width=100))
+    assert f"boosted-plus: {found['boosted-plus'].note}" in out.getvalue()

@@ -218,7 +218,7 @@ def test_last_level_is_optimal():
 def test_stable_assignment_of_large_groups(room):
     rng = np.random.default_rng()
     cost = rng.random((30, 30 // room))
-    code = assign._stable(cost.__getitem__, len(cost), np.full(30 // room, room))
+    code = assign._stable(lambda rows: (cost, rows), len(cost), np.full(30 // room, room))
     counts = np.bincount(code, minlength=cost.shape[1])
     assert counts.max() <= room
     for item in range(30):  # no item would rather have a code that would rather have it

@@ -29,7 +29,8 @@ def ranking_predictions(log: EventLog, evalsets: Sequence[EvalSet]) -> list[dict
         for evalset in evalsets
     ]
     for day, scores, events in day_scores(log, wanted):
-        orders = {name: np.lexsort((-events, -score)).astype(np.int32) for name, score in scores.items()}
+        most = TOP + longest_history(log, [evalset.requests for evalset in evalsets], day)
+        orders = {name: first_items(score, events, most) for name, score in scores.items()}
         for evalset, of_set in zip(evalsets, predictions, strict=True):
             rows = np.flatnonzero(evalset.requests.day == day)
             pools = np.flatnonzero(evalset.pool_day == day)
@@ -85,8 +86,28 @@ def day_scores(log: EventLog, days: np.ndarray) -> Iterator[tuple[int, dict[str,
             yield first + k, scores, events
 
 
+def longest_history(log: EventLog, requests: Sequence[Requests], day: int) -> int:
+    """The most events that a user of the requests of ``day`` has had by then."""
+    users = np.concatenate([of.user[of.day == day] for of in requests])
+    ends = history_ends(log, users, np.full(len(users), day))
+    return int((ends - log.user_offsets[users]).max(initial=0))
+
+
+def first_items(score: np.ndarray, events: np.ndarray, most: int) -> np.ndarray:
+    """The first ``most`` items in the order of score, then of events (both float64 [I], descending), then of index,
+    int32; items that cannot be among them are not sorted."""
+    items = np.arange(len(score))
+    if most < len(items):
+        last = np.partition(score, -most)[-most]
+        above, level = np.flatnonzero(score > last), np.flatnonzero(score == last)
+        wanted = most - len(above)
+        fewest = np.partition(events[level], -wanted)[-wanted]
+        items = np.sort(np.concatenate([above, level[events[level] >= fewest]]))
+    return items[np.lexsort((-events[items], -score[items]))][:most].astype(np.int32)
+
+
 def first_unseen(log: EventLog, requests: Requests, order: np.ndarray) -> np.ndarray:
-    """The first `TOP` items of ``order`` (int32 [I]) that each request's user has no event with up to t."""
+    """The first `TOP` items of ``order`` (int32) that each request's user has no event with up to t."""
     end = history_ends(log, requests.user, requests.day)
     return _first_unseen(log.user_offsets[requests.user], end, log.item, order, log.n_items)
 

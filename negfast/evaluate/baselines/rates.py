@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 from negfast.data.features import HistoryFeatures
 from negfast.data.items import ItemTable
 from negfast.data.log import DISLIKE, EventLog
-from negfast.data.split import first_feedback
+from negfast.data.split import first_feedback, sample_pairs
 from negfast.evaluate.predictions import Predictions
 from negfast.evaluate.sets import EvalSet
 
@@ -30,7 +30,9 @@ BOOSTED: dict[str, Any] = {
 }
 BOOSTED_PLUS = BOOSTED | {"max_iter": 300, "max_leaf_nodes": 7, "min_samples_leaf": 200, "max_features": 0.3}
 
+FITTED = 500_000  # first likes and dislikes that models are fitted to, at most (negfast's choice)
 _SMALL = 500_000  # rows
+_BLOCK = 1 << 18  # pairs scored at a time
 
 Scorer = Callable[[np.ndarray], np.ndarray]  # columns of `HistoryFeatures.rich` [Q, C] -> probability [Q]
 
@@ -45,17 +47,20 @@ def rate_predictions(
     the design, ``boosted-plus`` all that the model's verdict sees. The fitted ones are left out when the events to fit
     on hold one class only.
     """
-    features, scorers = fit_scorers(log, items, fit_until, evalsets[0].context)
+    features, scorers, note = fit_scorers(log, items, fit_until, evalsets[0].context)
     asked = [pairs for evalset in evalsets for pairs in (_filter_pairs(evalset), _pool_pairs(evalset))]
     columns = features.rich(*(np.concatenate(column) for column in zip(*asked, strict=True)))  # one replay of the log
     parts = np.split(columns, np.cumsum([len(user) for user, _, _ in asked])[:-1])
     return [
         {
             name: Predictions(
-                filter_score=score(of_filter),
+                filter_score=_in_blocks(score, of_filter),
                 filter_is_probability=True,
-                pool_score=None if name == "user-rate" else score(of_pools).reshape(evalset.pool_items.shape),
+                pool_score=None
+                if name == "user-rate"
+                else _in_blocks(score, of_pools).reshape(evalset.pool_items.shape),
                 kind="baseline",
+                note="" if name.endswith("-rate") else note,
             )
             for name, score in scorers.items()
         }
@@ -65,8 +70,9 @@ def rate_predictions(
 
 def fit_scorers(
     log: EventLog, items: ItemTable, fit_until: int, context: str
-) -> tuple[HistoryFeatures, dict[str, Scorer]]:
-    """The features of ``log``, and what each baseline makes of their columns: the dislike probability."""
+) -> tuple[HistoryFeatures, dict[str, Scorer], str]:
+    """The features of ``log``, what each baseline makes of their columns, the dislike probability, and what to say of
+    a sample: of more than `FITTED` first likes and dislikes models are fitted to those that `sample_pairs` draws."""
     events = first_feedback(log)
     days = log.day
     events = events[log.before(fit_until)[events]]
@@ -87,14 +93,18 @@ def fit_scorers(
     fitted = days[events] - days.min() >= min(WARM_UP, int(0.4 * (fit_until - days.min())))
     events, dislike = events[fitted], dislike[fitted]
     if dislike.all() or not dislike.any():
-        return features, scorers
+        return features, scorers, ""
+    drawn, note = sample_pairs(log.user[events], log.item[events], FITTED), ""
+    if len(drawn) < len(events):
+        note = f"fitted to {len(drawn):,} of {len(events):,} first likes and dislikes, drawn by a hash"
+    events, dislike = events[drawn], dislike[drawn]
     columns = features.rich(log.user[events], log.item[events], log.moments(context)[events])
     logistic = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     logistic.fit(columns[:, : features.n_simple].astype(float), dislike)
     scorers["logistic"] = lambda asked: logistic.predict_proba(asked[:, : features.n_simple].astype(float))[:, 1]
     scorers["boosted"] = _boosted(BOOSTED, features.n_full, columns, dislike)
     scorers["boosted-plus"] = _boosted(BOOSTED_PLUS, features.width, columns, dislike)
-    return features, scorers
+    return features, scorers, note
 
 
 def _boosted(settings: dict[str, Any], first: int, columns: np.ndarray, dislike: np.ndarray) -> Scorer:
@@ -108,6 +118,12 @@ def _boosted(settings: dict[str, Any], first: int, columns: np.ndarray, dislike:
             return model.predict_proba(asked[:, :first])[:, 1]
 
     return score
+
+
+def _in_blocks(score: Scorer, columns: np.ndarray) -> np.ndarray:
+    """The scores of many rows: models copy what they score."""
+    blocks = np.split(columns, range(_BLOCK, len(columns), _BLOCK))
+    return np.concatenate([score(block) if len(block) else np.empty(0) for block in blocks])
 
 
 def _rate(logit: np.ndarray) -> np.ndarray:
