@@ -241,7 +241,7 @@ class Eval:
     beam: int = setting(64, low=1, help="beams kept above the last level")
     valid_requests: int = setting(1250, low=1, help="requests of the validation during training")
     requests: int = setting(
-        12_000, low=0, help="requests of the tables, about; of a split with more, users are drawn. 0: all"
+        6000, low=0, help="requests of the tables, about; of a split with more, users are drawn. 0: all"
     )
     resamples: int = setting(1000, low=1, help="of the paired bootstrap over users")
 

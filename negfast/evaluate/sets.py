@@ -20,7 +20,7 @@ from negfast.errors import InputError
 from negfast.runtime.engine import Engine
 
 POOL = 100  # the disliked item and 99 others
-EVENTS_A_REQUEST = 10  # filter events of a sampled set, for each request asked for (negfast's choice)
+EVENTS_A_REQUEST, POOLS_A_REQUEST = 20, 2  # of a sampled set, for each request that is asked for (negfast's choice)
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,9 @@ def evaluation_set(
     with the context of the latest request that has it in F.
 
     Where the split has more than ``most`` requests (0: no bound), or `EVENTS_A_REQUEST` times as many filter events,
-    everything is of users drawn by a hash of their index, the fewest that reach one of both, and of more than ``most``
-    pools that many are drawn (negfast's choice). Raises InputError where there is no filter event, or no request.
+    everything is of users drawn by a hash of their index, the fewest that reach one of both. Of more pools than
+    `POOLS_A_REQUEST` times ``most`` that many are drawn. Raises InputError where there is no filter event, or no
+    request.
     """
     chosen, drawn_from = choosing_set(log, split, name, context), None
     if most:
@@ -115,7 +116,7 @@ def evaluation_set(
     requests = chosen.asked.take()
     cold = np.ones(log.n_items, dtype=bool)
     cold[log.item[log.before(split.valid_day)]] = False
-    pool_request, pool_items, redrawn, dropped = _pools(log, requests, seed, most)
+    pool_request, pool_items, redrawn, dropped = _pools(log, requests, seed, most * POOLS_A_REQUEST)
     return EvalSet(
         **vars(chosen),
         drawn_from=drawn_from,

@@ -219,8 +219,8 @@ def drawn(s: Mapping[str, Any]) -> str:
     """What to say of sizes that are of users drawn."""
     whole = s["drawn_from"]
     return (
-        f"a sample: users are drawn by a hash of their index, and at most as many pools as requests are; the whole "
-        f"split has {whole['requests']:,} requests of {whole['users']:,} users and {whole['filter_events']:,} events "
+        f"a sample: users, and pools where there are many, are drawn by a hash; the whole split has "
+        f"{whole['requests']:,} requests of {whole['users']:,} users and {whole['filter_events']:,} events "
         "(eval.requests sets how many are drawn)"
     )
 

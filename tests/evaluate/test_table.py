@@ -114,7 +114,10 @@ def test_a_sample_is_said(random_log: Callable[..., EventLog], test_set: EvalSet
         texts.append(" ".join(out.getvalue().split()))
         assert ("drawn_from" in found) == (evalset is part)
     assert found["requests"] > len(part.requests)
-    assert "a sample: users are drawn by a hash of their index" in texts[0] and "a sample" not in texts[1]
+    assert (
+        "a sample: users, and pools where there are many, are drawn by a hash" in texts[0]
+        and "a sample" not in texts[1]
+    )
     assert f"the whole split has {found['requests']:,} requests of {found['users']:,} users" in texts[0]
 
 
