@@ -24,7 +24,7 @@ from negfast.data.log import EventLog, events_before
 from negfast.evaluate.bootstrap import interval, ranked_totals
 from negfast.evaluate.eval import baselines_of, check_predictions, similarity_of
 from negfast.evaluate.metrics import FILTER_SHARE, Samples
-from negfast.evaluate.predictions import Predictions, calibrate, filter_logits, pool_logits
+from negfast.evaluate.predictions import Predictions, calibrate, verdict_predictions
 from negfast.evaluate.sets import EvalSet, engine_set
 from negfast.evaluate.table import (
     HEADLINE,
@@ -35,7 +35,6 @@ from negfast.evaluate.table import (
     resampled,
     summary,
 )
-from negfast.runtime.engine import Engine
 from negfast.runtime.run_folder import RunFolder
 
 METRICS = ("mean_reward", *HEADLINE)
@@ -81,7 +80,7 @@ def run(
     for number, done in enumerate(finished):
         print(f"quality: {done.path}", file=sys.stderr, flush=True)
         found = {} if filter_only else predictions_of(done, ["sft", "grpo"], evalset, valid, engine.config.reward)
-        verdict = found["grpo"] if found else filter_of(done.finished_engine(None), evalset, valid)
+        verdict = found["grpo"] if found else filter_of(done, evalset, valid)
         predictions[f"{VERDICT}#{number}"] = replace(verdict, generated=None, expected_reward=None)
         for stage, one in found.items():
             predictions[f"{stage}#{number}"] = Predictions(one.generated, expected_reward=one.expected_reward)
@@ -108,15 +107,10 @@ def run(
     return result
 
 
-def filter_of(engine: Engine, evalset: EvalSet, valid: EvalSet) -> Predictions:
-    """What the verdict alone predicts."""
-    calibration = calibrate(engine, valid)
-    return Predictions(
-        filter_score=calibration.probability(filter_logits(engine, evalset)),
-        filter_is_probability=True,
-        filter_threshold=calibration.threshold,
-        pool_score=pool_logits(engine, evalset),
-    )
+def filter_of(run: RunFolder, evalset: EvalSet, valid: EvalSet) -> Predictions:
+    """What the run's verdict alone predicts."""
+    engine = run.finished_engine(None)
+    return verdict_predictions(engine, evalset, calibrate(engine, valid))
 
 
 def add_cold_users(

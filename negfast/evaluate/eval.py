@@ -18,7 +18,7 @@ from negfast.data.split import Requests
 from negfast.errors import InputError
 from negfast.evaluate.baselines import baseline_predictions
 from negfast.evaluate.metrics import Costs, Similarity
-from negfast.evaluate.predictions import TOP, Predictions, calibrate, check_generated, predict_set
+from negfast.evaluate.predictions import TOP, Predictions, calibrate, check_generated, predict_set, verdict_predictions
 from negfast.evaluate.sets import EvalSet, engine_set
 from negfast.evaluate.table import evaluate_rows, evaluation, print_table
 from negfast.files import atomic_file
@@ -26,6 +26,7 @@ from negfast.runtime.checkpoint import load_weights
 from negfast.runtime.engine import Engine
 from negfast.runtime.generation import generate
 from negfast.runtime.run_folder import RunFolder
+from negfast.runtime.verdict import Calibration
 
 
 def evaluate_run(
@@ -106,17 +107,24 @@ def model_predictions(run: RunFolder, engine: Engine, evalset: EvalSet, valid: E
     """Predictions of `prior` and of the run's `sft` and `grpo` weights; ``engine`` keeps the last weights."""
     _say("prior")
     predictions = {"prior": Predictions(generated=generate(engine, evalset.requests, TOP, with_policy=False)[0])}
+    _say("verdict")
+    verdict = verdict_predictions(engine, evalset, calibration_of(run, engine, valid))
     for name in ("sft", "grpo"):
         _say(name)
-        predictions[name] = stage_predictions(run, engine, name, evalset, valid)
+        load_weights(run.weights(name), engine.policy)
+        predictions[name] = replace(verdict, generated=generate(engine, evalset.requests, TOP)[0])
     return predictions
 
 
 def stage_predictions(run: RunFolder, engine: Engine, name: str, evalset: EvalSet, valid: EvalSet) -> Predictions:
     """Predictions of the weights that stage ``name`` ("sft" or "grpo") kept; ``engine`` keeps them."""
     load_weights(run.weights(name), engine.policy)
-    calibration = calibrate(engine, valid) if run.refit is None else run.refit.calibration
-    return predict_set(engine, evalset, calibration)
+    return predict_set(engine, evalset, calibration_of(run, engine, valid))
+
+
+def calibration_of(run: RunFolder, engine: Engine, valid: EvalSet) -> Calibration:
+    """The verdict's calibration on valid; of a refit that of the run which it repeats."""
+    return calibrate(engine, valid) if run.refit is None else run.refit.calibration
 
 
 def check_predictions(log: EventLog, evalset: EvalSet, predictions: dict[str, Predictions]) -> None:

@@ -1,6 +1,6 @@
 """What a model or baseline predicts for an evaluation set; a policy's predictions; the check of generated items."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numba
 import numpy as np
@@ -102,8 +102,13 @@ def platt_scaling(logit: np.ndarray, disliked: np.ndarray) -> Calibration:
 def predict_set(engine: Engine, evalset: EvalSet, calibration: Calibration) -> Predictions:
     """Everything that the engine's policy predicts for ``evalset``."""
     engine.policy.eval()
+    verdict = verdict_predictions(engine, evalset, calibration)
+    return replace(verdict, generated=generate(engine, evalset.requests, TOP)[0])
+
+
+def verdict_predictions(engine: Engine, evalset: EvalSet, calibration: Calibration) -> Predictions:
+    """What the verdict, which no stage trains, predicts for ``evalset``."""
     return Predictions(
-        generated=generate(engine, evalset.requests, TOP)[0],
         filter_score=calibration.probability(filter_logits(engine, evalset)),
         filter_is_probability=True,
         filter_threshold=calibration.threshold,
