@@ -41,6 +41,7 @@ polars.scan_parquet("{log}/*.parquet").sort("user", "time").sink_parquet("{out}"
 EVENTS = """
 import time
 from pathlib import Path
+from negfast.prepare.build import RESERVED
 from negfast.prepare.events import EventMapping, Selection
 from negfast.prepare.reading import LogReader, log_files, read_file, scratch_sorter, sort_log
 from negfast.prepare.rules import parse_rule
@@ -48,7 +49,7 @@ from negfast.prepare.writing import write_log
 mapping = EventMapping((parse_rule("rating<=2"),), value="rating", time_unit="s")
 out = Path("{out}").parent
 reader = LogReader(log_files([Path("{log}")]), read_file(mapping), mapping, print, Selection(), time.time())
-with scratch_sorter(out, {bytes} - (512 << 20)) as sorter:
+with scratch_sorter(out, {bytes} - RESERVED) as sorter:
     write_log(out, sort_log(reader, sorter)[0], horizon=7)
 """
 POLL_SECONDS = 0.05

@@ -45,7 +45,7 @@ from negfast.prepare.reading import LogReader, log_files, read_file, scratch_sor
 from negfast.prepare.writing import LogSummary, TakeBack, count_parts, taken_back, write_log
 
 SHARES = np.array([0.60, 0.15, 0.25])  # of train, valid and test in the user-days with a dislike ahead
-RESERVED, LEAST_ENGINE = 512 << 20, 512 << 20  # bytes of the process beside the sort, and of the least sort
+RESERVED, LEAST_ENGINE = 768 << 20, 512 << 20  # bytes of the process beside the sort, and of the least sort
 USER_BYTES, ITEM_BYTES = 100, 500  # of a user's id, of a row of the item table
 LEARNING = 1_600_000_000  # bytes while the axes of co-occurrence or TF-IDF are learned from samples
 ASSIGNING, VALUE_BYTES = 800_000_000, 16  # bytes while items get their codes: in all, of a value of an item's vector
