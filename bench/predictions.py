@@ -21,9 +21,7 @@ from negfast.runtime.run_folder import RunFolder
 from negfast.train.expected import expected_rewards, reward_table
 
 
-def predictions_of(
-    run: RunFolder, names: Sequence[str], evalset: EvalSet, valid: EvalSet, reward: Reward
-) -> dict[str, Predictions]:
+def predictions_of(run: RunFolder, names: Sequence[str], evalset: EvalSet, reward: Reward) -> dict[str, Predictions]:
     """Predictions of "prior" and of the weights of "sft" and "grpo", with their expected rewards by ``reward``.
 
     Each is kept in RUN/predictions under the checksum of its weights, so that weights which GRPO left unchanged are
@@ -37,19 +35,17 @@ def predictions_of(
         wanted = {"reward": json.dumps(asdict(reward))}
         if not kept.exists() or _metadata(kept)["reward"] != wanted["reward"]:
             engine = run.finished_engine(None) if engine is None else engine
-            _keep(kept, _predict(run, engine, name, evalset, valid, reward), wanted)
+            _keep(kept, _predict(run, engine, name, evalset, reward), wanted)
         found[name] = _read(kept)
     return found
 
 
-def _predict(
-    run: RunFolder, engine: Engine, name: str, evalset: EvalSet, valid: EvalSet, reward: Reward
-) -> dict[str, np.ndarray]:
+def _predict(run: RunFolder, engine: Engine, name: str, evalset: EvalSet, reward: Reward) -> dict[str, np.ndarray]:
     if name == "prior":
         engine.policy.block.scale.zero_()  # the prior alone chooses
         found = Predictions(generated=generate(engine, evalset.requests, TOP, with_policy=False)[0])
     else:
-        found = stage_predictions(run, engine, name, evalset, valid)
+        found = stage_predictions(run, engine, name, evalset)
     rewards = expected_rewards(engine, evalset.requests, reward_table(engine, evalset.requests, reward))
     arrays = {
         "generated": found.generated,

@@ -24,7 +24,7 @@ from negfast.data.log import EventLog, events_before
 from negfast.evaluate.bootstrap import interval, ranked_totals
 from negfast.evaluate.eval import baselines_of, check_predictions, similarity_of
 from negfast.evaluate.metrics import FILTER_SHARE, Samples
-from negfast.evaluate.predictions import Predictions, calibrate, verdict_predictions
+from negfast.evaluate.predictions import Predictions, verdict_predictions
 from negfast.evaluate.sets import EvalSet, engine_set
 from negfast.evaluate.table import (
     HEADLINE,
@@ -74,13 +74,13 @@ def run(
         finished.append(trained(Path(f"{base}-{seed}"), config, preset, folder, settings))
     engine = finished[0].finished_engine(None)
     sets = {part: engine_set(engine, part) for part in ("valid", "test")}
-    evalset, valid = sets[split], sets["valid"]
+    evalset = sets[split]
     predictions = baselines_of(engine, sets, split, sasrec)
-    predictions |= predictions_of(finished[0], ["prior"], evalset, valid, engine.config.reward)
+    predictions |= predictions_of(finished[0], ["prior"], evalset, engine.config.reward)
     for number, done in enumerate(finished):
         print(f"quality: {done.path}", file=sys.stderr, flush=True)
-        found = {} if filter_only else predictions_of(done, ["sft", "grpo"], evalset, valid, engine.config.reward)
-        verdict = found["grpo"] if found else filter_of(done, evalset, valid)
+        found = {} if filter_only else predictions_of(done, ["sft", "grpo"], evalset, engine.config.reward)
+        verdict = found["grpo"] if found else verdict_predictions(done.finished_engine(None), evalset, done.calibration)
         predictions[f"{VERDICT}#{number}"] = replace(verdict, generated=None, expected_reward=None)
         for stage, one in found.items():
             predictions[f"{stage}#{number}"] = Predictions(one.generated, expected_reward=one.expected_reward)
@@ -105,12 +105,6 @@ def run(
     if out is not None:
         write_result(out, result)
     return result
-
-
-def filter_of(run: RunFolder, evalset: EvalSet, valid: EvalSet) -> Predictions:
-    """What the run's verdict alone predicts."""
-    engine = run.finished_engine(None)
-    return verdict_predictions(engine, evalset, calibrate(engine, valid))
 
 
 def add_cold_users(

@@ -96,7 +96,7 @@ def main(
     similarity = similarity_of(engine)
 
     def measured(run: RunFolder) -> dict[str, Samples]:
-        return metric_samples(valid, predictions_of(run, STAGES, valid, valid, engine.config.reward), similarity)
+        return metric_samples(valid, predictions_of(run, STAGES, valid, engine.config.reward), similarity)
 
     reference = measured(default)
     for name in (DEFAULT, *names):

@@ -18,7 +18,7 @@ from negfast.data.split import Requests
 from negfast.errors import InputError
 from negfast.evaluate.baselines import baseline_predictions
 from negfast.evaluate.metrics import Costs, Similarity
-from negfast.evaluate.predictions import TOP, Predictions, calibrate, check_generated, predict_set, verdict_predictions
+from negfast.evaluate.predictions import TOP, Predictions, check_generated, predict_set, verdict_predictions
 from negfast.evaluate.sets import EvalSet, engine_set
 from negfast.evaluate.table import evaluate_rows, evaluation, print_table
 from negfast.files import atomic_file
@@ -26,7 +26,6 @@ from negfast.runtime.checkpoint import load_weights
 from negfast.runtime.engine import Engine
 from negfast.runtime.generation import generate
 from negfast.runtime.run_folder import RunFolder
-from negfast.runtime.verdict import Calibration
 
 
 def evaluate_run(
@@ -67,7 +66,7 @@ def evaluate_folder(
     sets = {name: engine_set(engine, name) for name in ("valid", "test")}
     evalset = sets[split]
     predictions = baselines_of(engine, sets, split, all_baselines)
-    predictions |= model_predictions(run, engine, evalset, sets["valid"])
+    predictions |= model_predictions(run, engine, evalset)
     check_predictions(engine.log, evalset, predictions)
     resamples, seed = engine.config.eval.resamples, engine.config.train.seed
     rows = evaluate_rows(evalset, predictions, similarity_of(engine), resamples, seed, costs)
@@ -103,12 +102,12 @@ def baselines_of(engine: Engine, sets: dict[str, EvalSet], split: str, trained: 
     }
 
 
-def model_predictions(run: RunFolder, engine: Engine, evalset: EvalSet, valid: EvalSet) -> dict[str, Predictions]:
+def model_predictions(run: RunFolder, engine: Engine, evalset: EvalSet) -> dict[str, Predictions]:
     """Predictions of `prior` and of the run's `sft` and `grpo` weights; ``engine`` keeps the last weights."""
     _say("prior")
     predictions = {"prior": Predictions(generated=generate(engine, evalset.requests, TOP, with_policy=False)[0])}
     _say("verdict")
-    verdict = verdict_predictions(engine, evalset, calibration_of(run, engine, valid))
+    verdict = verdict_predictions(engine, evalset, run.calibration)
     for name in ("sft", "grpo"):
         _say(name)
         load_weights(run.weights(name), engine.policy)
@@ -116,15 +115,10 @@ def model_predictions(run: RunFolder, engine: Engine, evalset: EvalSet, valid: E
     return predictions
 
 
-def stage_predictions(run: RunFolder, engine: Engine, name: str, evalset: EvalSet, valid: EvalSet) -> Predictions:
+def stage_predictions(run: RunFolder, engine: Engine, name: str, evalset: EvalSet) -> Predictions:
     """Predictions of the weights that stage ``name`` ("sft" or "grpo") kept; ``engine`` keeps them."""
     load_weights(run.weights(name), engine.policy)
-    return predict_set(engine, evalset, calibration_of(run, engine, valid))
-
-
-def calibration_of(run: RunFolder, engine: Engine, valid: EvalSet) -> Calibration:
-    """The verdict's calibration on valid; of a refit that of the run which it repeats."""
-    return calibrate(engine, valid) if run.refit is None else run.refit.calibration
+    return predict_set(engine, evalset, run.calibration)
 
 
 def check_predictions(log: EventLog, evalset: EvalSet, predictions: dict[str, Predictions]) -> None:

@@ -105,15 +105,15 @@ def test_predictions_are_made_once(tiny_run: Path, monkeypatch: pytest.MonkeyPat
     run_folder = RunFolder(tiny_run)
     engine = run_folder.finished_engine(None)
     valid = evaluation_set(engine.log, engine.split, "valid")
-    first = predictions_of(run_folder, ["prior", "sft", "grpo"], valid, valid, engine.config.reward)
+    first = predictions_of(run_folder, ["prior", "sft", "grpo"], valid, engine.config.reward)
     assert first["prior"].filter_score is None and first["grpo"].filter_threshold is not None
     monkeypatch.setattr(RunFolder, "finished_engine", None)
-    again = predictions_of(run_folder, ["prior", "grpo"], valid, valid, engine.config.reward)
+    again = predictions_of(run_folder, ["prior", "grpo"], valid, engine.config.reward)
     for name, found in again.items():
         for field, value in vars(found).items():
             np.testing.assert_array_equal(value, getattr(first[name], field))
     with pytest.raises(TypeError):  # another reward gives other expected rewards
-        predictions_of(run_folder, ["grpo"], valid, valid, Reward(like_penalty=0.7))
+        predictions_of(run_folder, ["grpo"], valid, Reward(like_penalty=0.7))
 
 
 def test_a_run_with_other_settings_is_not_taken_for_it(tiny_run: Path, tmp_path: Path) -> None:
