@@ -14,7 +14,7 @@ from tests.tiny import SETTINGS
 from tests.train.small import take_norms_in_their_own_dtype
 
 SHAPE = [f"{key}={value}" for key, value in SETTINGS.items() if key.startswith("model.")]
-OVERRIDES = [*SHAPE, "sft.histories=6", "history.window=24"]
+OVERRIDES = [*SHAPE, "sft.histories=6", "sft.requests_per_history=20", "history.window=24"]
 
 
 @pytest.fixture(params=["events", "codes"])
@@ -39,7 +39,8 @@ def test_histories_and_requests_are_the_same_step(stage: SftStage) -> None:
     stage.engine.policy.double()
     together, each = shared(stage, 1, 2), apart(stage, 1, 3)
     assert count_targets(together) == count_targets(each) > 50
-    assert sum(batch.tokens for batch in each) > 3 * sum(batch.tokens for batch in together)
+    positions = [sum(len(batch.histories.tokens) for batch in batches) for batches in (each, together)]
+    assert positions[0] > 3 * positions[1]
     loss, gradient = loss_and_gradient(stage, together)
     other_loss, other_gradient = loss_and_gradient(stage, each)
     assert abs(loss - other_loss) < 1e-7 * abs(loss)
@@ -64,7 +65,6 @@ def test_rows_hold_what_a_branch_sees_and_its_target(stage: SftStage) -> None:
     assert last["input_ids"][0, -2] == vocabulary.marker("history") or last["input_ids"][0, 0] == vocabulary.marker(
         "history"
     )
-    assert rows[-1]["labels"][-1] in (vocabulary.marker("yes"), vocabulary.marker("no"))
     some = rows[:2]
     padded = {
         name: torch.nn.utils.rnn.pad_sequence([row[name] for row in some], True, fill)

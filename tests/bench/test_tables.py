@@ -19,17 +19,18 @@ def difference(**keys: object) -> dict:
 
 def quality() -> dict:
     row = {"name": "boosted", "filter_auc": HALF, "filter_ece": HALF}
-    model = {"name": "grpo", "filter_auc": HALF | {"mean": 0.8024}, "filter_reduction": HALF, "FHR@20": HALF}
+    model = {"name": "verdict", "filter_auc": HALF | {"mean": 0.8024}, "filter_reduction": HALF}
     missing = {"mean": None, "low": None, "high": None}
     model |= {"filter_auc/cold_user": missing}
     differences = [
-        difference(a="grpo", b="boosted", metric="filter_auc"),
-        difference(a="grpo", b="boosted", metric="pool_auc", low=-0.001),
+        difference(a="verdict", b="boosted", metric="filter_auc"),
+        difference(a="verdict", b="boosted", metric="pool_auc", low=-0.001),
         difference(a="grpo", b="decay-4d", metric="FHR@20"),
     ]
-    entry = {"data": "a", "filter_context": "day", "seeds": [0], "rows": [row, model], "differences": differences}
+    entry = {"data": "a", "filter_context": "day", "seeds": [0], "differences": differences}
+    entry["rows"] = [row, model, {"name": "grpo", "FHR@20": HALF}]
     rows = [row | {"FHR@20": HALF}]
-    untrained = {"data": "b", "filter_context": "event", "seeds": [], "differences": [], "rows": rows}
+    untrained = {"data": "b", "filter_context": "event", "seeds": [0], "differences": [], "rows": rows}
     return {"entries": [entry, untrained]}
 
 
@@ -47,13 +48,17 @@ def cells(table: str) -> list[list[str]]:
 
 def test_tables_of_filters_and_lists(results: Path) -> None:
     rows = cells(written("filter", results))
-    assert [row[:2] for row in rows[2:]] == [["a, day", "`boosted`"], ["a, day", "`grpo`"], ["b, event", "`boosted`"]]
+    assert [row[:2] for row in rows[2:]] == [
+        ["a, day", "`boosted`"],
+        ["a, day", "`verdict`"],
+        ["b, event", "`boosted`"],
+    ]
     place = {name: rows[0].index(name) for name in ("filter AUC", "filter AUC, cold user", "reduction %", "ECE")}
     assert rows[3][place["filter AUC"]] == ".8024 [.2500, .7500]" and rows[3][place["filter AUC, cold user"]] == ""
     assert rows[3][place["reduction %"]] == "50.0 [25.0, 75.0]" and rows[2][place["ECE"]] == ".5000 [.2500, .7500]"
     rows = cells(written("filter-gains", results))
     assert rows[2:] == [
-        ["a, day", "`grpo` - `boosted`", "**+.0052** [+.0021, +.0084]", "", "", "+.0052 [-.0010, +.0084]"]
+        ["a, day", "`verdict` - `boosted`", "**+.0052** [+.0021, +.0084]", "", "", "+.0052 [-.0010, +.0084]"]
     ]
     assert [row[:2] for row in cells(written("lists", results))[2:]] == [["a, day", "`grpo`"]]  # a trained run's alone
     assert cells(written("list-gains", results))[2][-1] == "**+.005** [+.002, +.008]"
