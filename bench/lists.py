@@ -35,22 +35,21 @@ WEEK = 7  # days that the prices of their first are kept for
 
 
 def run(
-    runs: Path = Path("runs/quality"),
+    runs: Path = Path("runs/quality/movietweetings"),
     seeds: str = "0,1,2",
     split: str = "test",
     users: int = 1000,
     pools: int = 10_000,
     resamples: int = 1000,
 ) -> dict[str, Any]:
-    """Rows of ``split`` for the finished runs ``runs``/seed-N: pools of each score, and likeness of the lists.
-
-    At most ``pools`` pools are drawn, and ``users`` users get lists of 20.
+    """Rows of ``split`` for the finished runs ``runs``/day-N, as `bench quality` leaves them: pools of each score, and
+    likeness of the lists. At most ``pools`` pools are drawn, and ``users`` users get lists of 20.
     """
     chosen = numbers(seeds, "--seeds")
     predictions: dict[str, Predictions] = {}
     likeness: dict[str, list[dict[str, float]]] = {"likely": [], "taste": []}
     for seed in chosen:
-        engine = RunFolder(runs / f"seed-{seed}").finished_engine(None)
+        engine = RunFolder(runs / f"day-{seed}").finished_engine(None)
         sets = {name: fewer_pools(engine_set(engine, name), pools) for name in ("valid", "test")}
         evalset = sets[split]
         start = {"valid": engine.data.valid_day, "test": engine.data.test_day}[split]
