@@ -69,11 +69,11 @@ void read_everything(const std::string& path) {
         std::vector<int64_t> first(users.size(), 0), moments(users.size(), 0);
         for (size_t u = 0; u < users.size(); ++u)
           if (offsets[u] < offsets[u + 1]) moments[u] = time[static_cast<size_t>(offsets[u + 1]) - 1];
-        std::vector<uint8_t> views(users.size(), 3), requests(users.size(), 1);
+        std::vector<uint8_t> views(users.size(), 3);
         std::vector<int32_t> nodes(3 * shard.items());
         std::iota(nodes.begin(), nodes.end(), 0);
         const PackedParts parts = pack(shard, {users, first.data(), views.data()},
-                                       {users, moments.data(), requests.data()}, {nodes.data(), shard.items(), 3}, 1);
+                                       {users, moments.data()}, {nodes.data(), shard.items(), 3}, 1);
         std::vector<int32_t> packed(parts.positions()), cu(users.size() + 1), prefix(users.size());
         std::vector<int32_t> seen(parts.seen()), seen_cu(users.size() + 1);
         std::vector<uint8_t> kind(parts.positions()), gap(parts.positions()), branch_gap(users.size());

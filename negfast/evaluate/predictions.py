@@ -94,7 +94,7 @@ def calibrate_shown(engine: Engine) -> Calibration | None:
 
 def platt_scaling(logit: np.ndarray, disliked: np.ndarray) -> Calibration:
     """Scaling and threshold by logits float64 [E] and labels bool [E] of both kinds."""
-    fit = LogisticRegression(C=1e6).fit(logit[:, None], disliked)
+    fit = LogisticRegression(C=1e6, tol=1e-9).fit(logit[:, None], disliked)
     scaling = Calibration(float(fit.coef_[0, 0]), float(fit.intercept_[0]), 0.5)
     return Calibration(scaling.slope, scaling.intercept, threshold_for_share(scaling.probability(logit)))
 
