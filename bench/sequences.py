@@ -99,7 +99,7 @@ def prepare_long_histories(out: Path, users: int = 64, days: int = 101, a_day: i
     """A data set of users with ``a_day`` events on each of ``days`` train days, and on 18 days more to validate on.
 
     Popularity is Zipf's, no user meets an item twice; 60 % likes, 20 % dislikes, the rest exposures. The horizon is a
-    day, so each train day is a request, and each like or dislike a verdict from the 30th day on.
+    day, so each train day is a request.
     """
     rng, first, horizon = np.random.default_rng(0), 20_000, 1
     all_days = days + 18

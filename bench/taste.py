@@ -86,13 +86,13 @@ def run(
     boosted = {name: [clipped(scorers[name](part)) for part in of_features] for name in ("boosted", RIVAL)}
     others = [of_another(log.user[rows], log.item[rows], np.random.default_rng(1)) for rows in events]
     candidates, disliked, _ = verdict_examples(log, context, days[0])
-    seen = features.rich(candidates.user, candidates.item, candidates.moment).astype(np.float32)
+    seen = features.rich(candidates.user, candidates.item, candidates.moment)
     scores: list[Scores] = []
     for seed in chosen:
         verdict = Verdict(features.width)
         fit(verdict, seen, disliked, seed)
         with torch.inference_mode():
-            logits = [verdict(torch.from_numpy(part.astype(np.float32))).double().numpy() for part in of_features]
+            logits = [verdict(torch.from_numpy(part)).double().numpy() for part in of_features]
         of_language = language.get(seed, {})
         if of_language:
             of_language |= {LANGUAGE + SWAPPED: swap(of_language[LANGUAGE], others)}

@@ -1,8 +1,7 @@
 // The built-in decoder (negfast.model.qwen3) for inference on the CPU, without gradients.
 //
 // What a row gets does not depend on the rows beside it, to the bit: every number is summed in one order, in which a key
-// counts at its position, whether it is one of a prompt or of a completion. So a history that grows position by position
-// has the keys and values of one that is read at once.
+// counts at its position, whether it is one of a prompt or of a completion.
 //
 // Products are of bfloat16 numbers summed in float32 where the CPU multiplies them (AVX512_BF16), else of float32.
 // Everything between them, and attention, is in float32.

@@ -41,8 +41,8 @@ struct Packed {
   std::vector<int32_t> cu_seqlens;     // [B + 1]
   std::vector<int32_t> prefix;         // [A] positions of its history that a branch sees
   std::vector<uint8_t> branch_gap;     // [A]
-  std::vector<int32_t> seen_item;      // [S] distinct items of the user before the moment, increasing within a request
-  std::vector<int32_t> seen_cu;        // [R + 1]
+  std::vector<int32_t> seen_item;      // [S] distinct items of the user before the moment, increasing within a branch
+  std::vector<int32_t> seen_cu;        // [A + 1]
   std::vector<SeenLevel> seen;         // [levels]
 };
 

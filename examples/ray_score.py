@@ -2,9 +2,9 @@
 
 python examples/ray_score.py runs/quickstart candidates.parquet scored --workers 2
 
-CANDIDATES is a Parquet file, or a directory of them, with the columns user and item; sorted by user it goes fastest,
-for then a user's history runs once. OUT is a directory of Parquet files: the rows of `negfast score`, in any order.
-Needs `pip install "negfast[ray]"`. The run and its data set lie where every worker finds them by the same path.
+CANDIDATES is a Parquet file, or a directory of them, with the columns user and item. OUT is a directory of Parquet
+files: the rows of `negfast score`, in any order. Needs `pip install "negfast[ray]"`. The run and its data set lie where
+every worker finds them by the same path.
 """
 
 import argparse

@@ -135,7 +135,7 @@ class Sft(Stage):
     warmup: int = setting(50, low=0, help="steps")
     validate_every: int = setting(100, low=1, help="steps; the best weights on valid are kept")
     reset_head: bool = setting(True, help="start as the community prior alone, whatever align taught the code head")
-    histories: int = setting(64, low=1, help="histories a step; some of its requests share each")
+    histories: int = setting(64, low=1, help="histories a step; requests branch off each")
     requests_per_history: int = setting(4, low=1, help="requests drawn of a history, at most")
     target: str = setting("window", choices=("window", "next"), help="F, or only the item of F disliked first")
     targets: int = setting(4, low=1, help="items drawn from F, and from P, for a request")

@@ -48,7 +48,6 @@ PSEUDO_EVENTS = CONSTANTS["pseudo_events"]  # of the prior rate, mixed into ever
 FITTED = 20_000  # items at most, the first, that the axes of the text vectors are fitted to
 REPLAYED_AT_ONCE = 1 << 18  # events
 ANSWERED_ONCE = 1_500_000  # pairs whose first feedback is answered for good, at most (negfast's choice)
-KEPT = 100_000  # other questions whose answers are kept until others are asked
 _INDICATORS = 32  # most frequent values of an attribute that get a column each
 _SIMPLE = ["item_logit_rate", "user_logit_rate", "item_log_events", "user_log_events"]
 _VALUES = ["item_mean_value", "user_mean_value", "user_spread"]
@@ -102,7 +101,6 @@ class HistoryFeatures:
         judged = judged[sample_pairs(*np.divmod(self.first_pairs[judged], self.n_items), ANSWERED_ONCE)]
         self.first_pairs, self.first = self.first_pairs[judged], first[judged]
         self.first_moments = moments[rows[self.first]]
-        self._last: tuple[np.ndarray, ...] | None = None  # user, item and moment of other questions, and the answers
 
     @property
     def width(self) -> int:
@@ -120,7 +118,7 @@ class HistoryFeatures:
             if own.any():
                 out[own] = self._of_first[place[own]]
         if not own.all():
-            self._answer_others(user, item, moment, np.flatnonzero(~own), out)
+            self._answer(user, item, moment, np.flatnonzero(~own), out)
         return out
 
     def live(self) -> "LiveFeatures":
@@ -136,17 +134,6 @@ class HistoryFeatures:
         of_user, of_item = (column[self.first] for column in self.events[:2])
         self._answer(of_user, of_item, self.first_moments, np.arange(len(out)), out)
         return out
-
-    def _answer_others(
-        self, user: np.ndarray, item: np.ndarray, moment: np.ndarray, rows: np.ndarray, out: np.ndarray
-    ) -> None:
-        """`_answer`, or what it gave, where the same was asked last."""
-        asked = user[rows], item[rows], moment[rows]
-        if self._last is not None and all(map(np.array_equal, asked, self._last)):
-            out[rows] = self._last[-1]
-            return
-        self._answer(user, item, moment, rows, out)
-        self._last = (*asked, out[rows]) if len(rows) <= KEPT else None
 
     def _answer(
         self, user: np.ndarray, item: np.ndarray, moment: np.ndarray, rows: np.ndarray, out: np.ndarray

@@ -29,9 +29,9 @@ class PackedHistories:
     cu_seqlens: np.ndarray  # int32 [B + 1]: history b is the positions cu_seqlens[b]:cu_seqlens[b + 1]
     prefix: np.ndarray  # int32 [A] positions of its history that a branch sees, 1 or more
     branch_gap: np.ndarray  # uint8 [A] in [0, GAPS)
-    seen_item: np.ndarray  # int32 [S] distinct items of the user before the moment, increasing within a request
-    seen_cu: np.ndarray  # int32 [R + 1]
-    # The trie nodes above the seen items, one int32 array a level l = 1..L, each ordered by (request, node).
+    seen_item: np.ndarray  # int32 [S] distinct items of the user before the moment, increasing within a branch
+    seen_cu: np.ndarray  # int32 [A + 1]
+    # The trie nodes above the seen items, one int32 array a level l = 1..L, each ordered by (branch, node).
     seen_node: list[np.ndarray]  # [M_l]
     seen_request: list[np.ndarray]  # [M_l]
     seen_count: list[np.ndarray]  # [M_l] seen leaves under the node

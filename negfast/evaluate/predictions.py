@@ -34,7 +34,7 @@ class Predictions:
     pool_score: np.ndarray | None = None  # float64 [N, 100], in the order of EvalSet.pool_items
     expected_reward: np.ndarray | None = None  # float64 [R], of one item drawn from a policy
     kind: str = "model"  # or "baseline"
-    note: str = ""  # what of the log it was not shown
+    note: str = ""  # what to say of a sample that it was made from
 
 
 def threshold_for_share(score: np.ndarray, share: float = 0.1) -> float:
@@ -108,11 +108,16 @@ def predict_set(engine: Engine, evalset: EvalSet, calibration: Calibration) -> P
 
 def verdict_predictions(engine: Engine, evalset: EvalSet, calibration: Calibration) -> Predictions:
     """What the verdict, which no stage trains, predicts for ``evalset``."""
+    events = Candidates(evalset.filter_user, evalset.filter_item, evalset.filter_moment)
+    pools = pool_candidates(evalset)
+    columns = ((getattr(events, name), getattr(pools, name)) for name in ("user", "item", "moment"))
+    logits = candidate_logits(engine, Candidates(*map(np.concatenate, columns)))  # one replay of the log
+    of_events, of_pools = np.split(logits, [len(events)])
     return Predictions(
-        filter_score=calibration.probability(filter_logits(engine, evalset)),
+        filter_score=calibration.probability(of_events),
         filter_is_probability=True,
         filter_threshold=calibration.threshold,
-        pool_score=pool_logits(engine, evalset),
+        pool_score=of_pools.reshape(-1, POOL),
     )
 
 

@@ -105,13 +105,13 @@ def evaluation_set(
 
     Where the split has more than ``most`` requests (0: no bound), or `EVENTS_A_REQUEST` times as many filter events,
     everything is of users drawn by a hash of their index, the fewest that reach one of both. Of more pools than
-    `POOLS_A_REQUEST` times ``most`` that many are drawn. Raises InputError where there is no filter event, or no
-    request.
+    `POOLS_A_REQUEST` times ``most`` that many are drawn. Raises InputError where there is no filter event, or
+    the users drawn have no request.
     """
     chosen, drawn_from = choosing_set(log, split, name, context), None
     if most:
         chosen, drawn_from = _of_drawn_users(chosen, most)
-    if not len(chosen.asked):
+    if drawn_from is not None and not len(chosen.asked):
         raise InputError(f"eval.requests={most}: the users drawn of {name} have no request with a dislike ahead")
     requests = chosen.asked.take()
     cold = np.ones(log.n_items, dtype=bool)

@@ -54,7 +54,7 @@ class Verdict(nn.Module):
             logit = torch.empty(len(features))
             self.packed.of(self).logits(array(features), logit.numpy(), torch.get_num_threads())
             return logit
-        return self.logits(self.encode(features)).mean(0)
+        return torch.cat([self.logits(self.encode(part)).mean(0) for part in features.split(ROWS_ENCODED)])
 
     def _in_core(self) -> _core.Verdict:
         weights = self.first.weight, self.first.bias, self.second, self.second_bias, self.last, self.wide.weight[0]

@@ -12,7 +12,7 @@ from negfast.runtime.engine import Engine
 from negfast.staging import put
 
 EXAMPLES = 200_000  # that the verdict is fitted to, at most (negfast's choice)
-MEASURED_AT_MOST = 100_000  # candidates that a calibration or an AUC of training is made of (negfast's choice)
+MEASURED_AT_MOST = 100_000  # candidates that a calibration is made of (negfast's choice)
 WARM_UP_DAYS = 30  # of the log are left out: rates mean little before (negfast's choice)
 
 
@@ -64,7 +64,7 @@ def verdict_start(log: EventLog, fit_until: int) -> int:
 
 def verdict_features(engine: Engine, candidates: Candidates) -> np.ndarray:
     """What the verdict looks at, float32 [E, verdict_features]; many candidates at once cost least."""
-    return engine.features.rich(candidates.user, candidates.item, candidates.moment).astype(np.float32)
+    return engine.features.rich(candidates.user, candidates.item, candidates.moment)
 
 
 @torch.inference_mode()

@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 
 from negfast.data.dataset import Dataset, date_of, refuse_data_folder
 from negfast.errors import InputError
-from negfast.evaluate.predictions import calibrate, calibrate_shown
-from negfast.evaluate.sets import valid_set
 from negfast.files import atomic_directory, check_output
 from negfast.runtime.checkpoint import load_weights, read_state
 from negfast.runtime.run_folder import Chosen, Refit, RunFolder
@@ -47,8 +45,8 @@ def start_refit(
         folder = source.checkpoints / stage
         load_weights(folder, engine.policy)
         chosen[stage] = Chosen(read_state(folder)["step"], float(engine.policy.block.scale))
-    here, feedback = run.path.resolve(), calibrate(engine, valid_set(engine))
-    refit = Refit(os.path.relpath(source.path.resolve(), here), until, chosen, feedback, calibrate_shown(engine))
+    here, shown = run.path.resolve(), read_state(source.final).get("shown_calibration") and source.shown_calibration
+    refit = Refit(os.path.relpath(source.path.resolve(), here), until, chosen, source.calibration, shown)
     description = source.read() | {
         "data": os.path.relpath(source.data.resolve(), here),
         "learned_until": date_of(refit.until),

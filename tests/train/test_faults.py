@@ -221,7 +221,7 @@ def test_tensorboard_gets_the_figures_of_every_step(unfinished):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     journal = Journal(unfinished, {"align": 4, "sft": 6, "grpo": 4}, {"stage": "align", "step": 4}, tensorboard=True)
-    journal.step("sft", 1, Figures(2.5, 0.1, {"verdict_bce": 0.5, "kl": None}, 100), 1e-3, dict.fromkeys(SHOWN, 7.0))
+    journal.step("sft", 1, Figures(2.5, 0.1, {"nll_dislike": 0.5, "kl": None}, 100), 1e-3, dict.fromkeys(SHOWN, 7.0))
     journal.event("valid", stage="sft", step=1, score=0.75)
     found = EventAccumulator(str(unfinished / "tensorboard"))
     found.Reload()
