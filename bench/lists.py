@@ -17,13 +17,14 @@ from bench.machine import device_name, versions
 from negfast.evaluate.bootstrap import interval
 from negfast.evaluate.eval import baselines_of
 from negfast.evaluate.metrics import Samples
-from negfast.evaluate.predictions import Predictions, pool_candidates, pool_logits
+from negfast.evaluate.predictions import Predictions, pool_candidates
 from negfast.evaluate.sets import POOL, EvalSet, engine_set
 from negfast.evaluate.table import metric_samples, paired_differences, summary
 from negfast.runtime.engine import Engine
 from negfast.runtime.generation import generate
 from negfast.runtime.run_folder import RunFolder
 from negfast.runtime.taste import Taste, taste_scores
+from negfast.runtime.verdict import candidate_logits
 from negfast.serve.predict import requests_at
 from negfast.train.expected import item_log_probs
 
@@ -99,7 +100,7 @@ def pool_scores(engine: Engine, evalset: EvalSet, start: int) -> dict[str, np.nd
     likely = item_log_probs(engine, evalset.pool_user, evalset.pool_day, np.arange(n + 1) * POOL, items)[0]
     return {
         "likely": likely.reshape(n, POOL),
-        "verdict": pool_logits(engine, evalset),
+        "verdict": candidate_logits(engine, pool_candidates(evalset)).reshape(n, POOL),
         "taste": taste.reshape(n, POOL),
     }
 

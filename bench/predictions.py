@@ -1,4 +1,4 @@
-"""Predictions of finished runs on a split: made once and kept beside the run."""
+"""Lists of finished runs on a split: made once and kept beside the run."""
 
 import json
 from collections.abc import Sequence
@@ -7,14 +7,13 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from negfast.config import Reward
-from negfast.evaluate.eval import stage_predictions
 from negfast.evaluate.predictions import TOP, Predictions
 from negfast.evaluate.sets import EvalSet
 from negfast.files import atomic_file
-from negfast.runtime.checkpoint import WEIGHTS, read_state
+from negfast.runtime.checkpoint import WEIGHTS, load_weights, read_state
 from negfast.runtime.engine import Engine
 from negfast.runtime.generation import generate
 from negfast.runtime.run_folder import RunFolder
@@ -22,7 +21,7 @@ from negfast.train.expected import expected_rewards, reward_table
 
 
 def predictions_of(run: RunFolder, names: Sequence[str], evalset: EvalSet, reward: Reward) -> dict[str, Predictions]:
-    """Predictions of "prior" and of the weights of "sft" and "grpo", with their expected rewards by ``reward``.
+    """Lists of "prior" and of the weights of "sft" and "grpo", with their expected rewards by ``reward``.
 
     Each is kept in RUN/predictions under the checksum of its weights, so that weights which GRPO left unchanged are
     evaluated once. Delete the folder after a change of the evaluation.
@@ -43,18 +42,11 @@ def predictions_of(run: RunFolder, names: Sequence[str], evalset: EvalSet, rewar
 def _predict(run: RunFolder, engine: Engine, name: str, evalset: EvalSet, reward: Reward) -> dict[str, np.ndarray]:
     if name == "prior":
         engine.policy.block.scale.zero_()  # the prior alone chooses
-        found = Predictions(generated=generate(engine, evalset.requests, TOP, with_policy=False)[0])
     else:
-        found = stage_predictions(run, engine, name, evalset)
+        load_weights(run.weights(name), engine.policy)
+    generated = generate(engine, evalset.requests, TOP, with_policy=name != "prior")[0]
     rewards = expected_rewards(engine, evalset.requests, reward_table(engine, evalset.requests, reward))
-    arrays = {
-        "generated": found.generated,
-        "filter_score": found.filter_score,
-        "filter_threshold": found.filter_threshold,
-        "pool_score": found.pool_score,
-        "expected_reward": rewards,
-    }
-    return {field: np.ascontiguousarray(value) for field, value in arrays.items() if value is not None}
+    return {"generated": generated, "expected_reward": rewards}
 
 
 def _keep(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
@@ -68,11 +60,5 @@ def _metadata(path: Path) -> dict[str, str]:
 
 
 def _read(path: Path) -> Predictions:
-    with safe_open(path, "numpy") as file:
-        arrays = {field: file.get_tensor(field) for field in file.keys()}  # noqa: SIM118  (not a dict)
-    threshold = arrays.pop("filter_threshold", None)
-    return Predictions(
-        **arrays,
-        filter_is_probability="filter_score" in arrays,
-        filter_threshold=None if threshold is None else threshold.item(),
-    )
+    kept = load_file(path)
+    return Predictions(kept["generated"], expected_reward=kept["expected_reward"])

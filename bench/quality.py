@@ -10,7 +10,6 @@ and thresholds, which valid gives. Settings are chosen with ``--split valid``; t
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +78,11 @@ def run(
     predictions |= predictions_of(finished[0], ["prior"], evalset, engine.config.reward)
     for number, done in enumerate(finished):
         print(f"quality: {done.path}", file=sys.stderr, flush=True)
-        found = {} if filter_only else predictions_of(done, ["sft", "grpo"], evalset, engine.config.reward)
-        verdict = found["grpo"] if found else verdict_predictions(done.finished_engine(None), evalset, done.calibration)
-        predictions[f"{VERDICT}#{number}"] = replace(verdict, generated=None, expected_reward=None)
-        for stage, one in found.items():
-            predictions[f"{stage}#{number}"] = Predictions(one.generated, expected_reward=one.expected_reward)
+        verdict = verdict_predictions(done.finished_engine(None), evalset, done.calibration)
+        predictions[f"{VERDICT}#{number}"] = verdict
+        if not filter_only:
+            found = predictions_of(done, ["sft", "grpo"], evalset, engine.config.reward)
+            predictions |= {f"{stage}#{number}": lists for stage, lists in found.items()}
     check_predictions(engine.log, evalset, predictions)
     samples = metric_samples(evalset, predictions, similarity_of(engine), resamples)
     add_cold_users(samples, predictions, engine.log, evalset, resamples)

@@ -229,7 +229,7 @@ void norm_rows(const Decoder& decoder, Column<float> weight, Floats<2> hidden) {
 }
 
 std::unique_ptr<Verdict> make_verdict(Table<float> edges, Table<float> first, Column<float> first_bias, Cube second,
-                                  Table<float> second_bias, Table<float> last, Column<float> wide, float wide_bias) {
+                                      Table<float> second_bias, Table<float> last, Column<float> wide, float wide_bias) {
   constexpr size_t kUnits = kMembers * kWidth;
   const size_t features = edges.shape(0), encoded = features * edges.shape(1);
   if (edges.shape(1) < 2) throw ShardError("edges: expected at least 2 of a feature");
@@ -240,7 +240,7 @@ std::unique_ptr<Verdict> make_verdict(Table<float> edges, Table<float> first, Co
   same_shape(last, {kMembers, kWidth}, "last");
   same_shape(wide, {encoded}, "wide");
   return std::make_unique<Verdict>(features, edges.shape(1) - 1, edges.data(), first.data(), first_bias.data(),
-                                 second.data(), second_bias.data(), last.data(), wide.data(), wide_bias);
+                                   second.data(), second_bias.data(), last.data(), wide.data(), wide_bias);
 }
 
 void verdict_logits(const Verdict& verdict, Table<float> features, Output<float> out, unsigned threads) {

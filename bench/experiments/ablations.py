@@ -27,7 +27,7 @@ from negfast.runtime.run_folder import RunFolder
 
 RESULT = Path(__file__).parents[1] / "results" / "ablations.json"
 DEFAULT = "default"
-METRICS = ("mean_reward", "FHR@20", "filter_auc", "pool_auc")
+METRICS = ("mean_reward", "FHR@20")
 
 ABLATIONS: dict[str, tuple[str, ...]] = {  # in the order in which they are run
     "random-sids": ("sid.quantizer=random",),

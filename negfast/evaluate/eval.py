@@ -18,7 +18,7 @@ from negfast.data.split import Requests
 from negfast.errors import InputError
 from negfast.evaluate.baselines import baseline_predictions
 from negfast.evaluate.metrics import Costs, Similarity
-from negfast.evaluate.predictions import TOP, Predictions, check_generated, predict_set, verdict_predictions
+from negfast.evaluate.predictions import TOP, Predictions, check_generated, verdict_predictions
 from negfast.evaluate.sets import EvalSet, engine_set
 from negfast.evaluate.table import evaluate_rows, evaluation, print_table
 from negfast.files import atomic_file
@@ -113,12 +113,6 @@ def model_predictions(run: RunFolder, engine: Engine, evalset: EvalSet) -> dict[
         load_weights(run.weights(name), engine.policy)
         predictions[name] = replace(verdict, generated=generate(engine, evalset.requests, TOP)[0])
     return predictions
-
-
-def stage_predictions(run: RunFolder, engine: Engine, name: str, evalset: EvalSet) -> Predictions:
-    """Predictions of the weights that stage ``name`` ("sft" or "grpo") kept; ``engine`` keeps them."""
-    load_weights(run.weights(name), engine.policy)
-    return predict_set(engine, evalset, run.calibration)
 
 
 def check_predictions(log: EventLog, evalset: EvalSet, predictions: dict[str, Predictions]) -> None:

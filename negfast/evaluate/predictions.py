@@ -47,16 +47,9 @@ def threshold_for_share(score: np.ndarray, share: float = 0.1) -> float:
     return float(values[::-1][np.argmin(np.abs(at_or_above[::-1] - share))])
 
 
-def filter_logits(engine: Engine, evalset: ChoosingSet, rows: np.ndarray | None = None) -> np.ndarray:
-    """Verdict logits of the filter events, or of those at ``rows`` int64 [E] alone; float64 [E]."""
-    columns = (evalset.filter_user, evalset.filter_moment, evalset.filter_item)
-    user, moment, item = columns if rows is None else (column[rows] for column in columns)
-    return candidate_logits(engine, Candidates(user, item, moment))
-
-
-def pool_logits(engine: Engine, evalset: EvalSet) -> np.ndarray:
-    """Verdict logits of the matched pools, float64 [N, POOL]."""
-    return candidate_logits(engine, pool_candidates(evalset)).reshape(-1, POOL)
+def filter_candidates(evalset: ChoosingSet) -> Candidates:
+    """The filter events."""
+    return Candidates(evalset.filter_user, evalset.filter_item, evalset.filter_moment)
 
 
 def pool_candidates(evalset: EvalSet) -> Candidates:
@@ -70,7 +63,8 @@ def calibrate(engine: Engine, valid: ChoosingSet) -> Calibration:
     where one kind is missing."""
     check_choosable(valid)
     drawn = sample_pairs(valid.filter_user, valid.filter_item, MEASURED_AT_MOST)
-    return platt_scaling(filter_logits(engine, valid, rows=drawn), valid.filter_dislike[drawn])
+    logits = candidate_logits(engine, filter_candidates(valid).take(drawn))
+    return platt_scaling(logits, valid.filter_dislike[drawn])
 
 
 def calibrate_shown(engine: Engine) -> Calibration | None:
@@ -108,8 +102,7 @@ def predict_set(engine: Engine, evalset: EvalSet, calibration: Calibration) -> P
 
 def verdict_predictions(engine: Engine, evalset: EvalSet, calibration: Calibration) -> Predictions:
     """What the verdict, which no stage trains, predicts for ``evalset``."""
-    events = Candidates(evalset.filter_user, evalset.filter_item, evalset.filter_moment)
-    pools = pool_candidates(evalset)
+    events, pools = filter_candidates(evalset), pool_candidates(evalset)
     columns = ((getattr(events, name), getattr(pools, name)) for name in ("user", "item", "moment"))
     logits = candidate_logits(engine, Candidates(*map(np.concatenate, columns)))  # one replay of the log
     of_events, of_pools = np.split(logits, [len(events)])

@@ -45,7 +45,8 @@ def start_refit(
         folder = source.checkpoints / stage
         load_weights(folder, engine.policy)
         chosen[stage] = Chosen(read_state(folder)["step"], float(engine.policy.block.scale))
-    here, shown = run.path.resolve(), read_state(source.final).get("shown_calibration") and source.shown_calibration
+    here = run.path.resolve()
+    shown = source.shown_calibration if read_state(source.final).get("shown_calibration") else None
     refit = Refit(os.path.relpath(source.path.resolve(), here), until, chosen, source.calibration, shown)
     description = source.read() | {
         "data": os.path.relpath(source.data.resolve(), here),

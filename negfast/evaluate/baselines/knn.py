@@ -16,7 +16,7 @@ PAIRS = 1 << 24  # of items that users consumed, counted in full up to here (neg
 MOST_ITEMS, MOST_NEIGHBOURS = 1000, 200  # beyond: of a user who is drawn, and kept of an item (negfast's choice)
 _BLOCK = 512  # requests scored at a time, which bounds the memory for scores
 
-Day = tuple[np.ndarray, np.ndarray]  # events of every item up to a day, float64 [I], and the items with most of them
+Day = tuple[np.ndarray, np.ndarray]  # events of every item up to a day, int32 [I], and the items with most of them
 
 
 def knn_predictions(log: EventLog, evalsets: Sequence[EvalSet], fit_until: int) -> list[dict[str, Predictions]]:
@@ -32,7 +32,7 @@ def knn_predictions(log: EventLog, evalsets: Sequence[EvalSet], fit_until: int) 
     days: dict[int, Day] = {}
     for day, _, events in day_scores(log, np.unique(np.concatenate([requests.day for requests in asked]))):
         most = TOP + longest_history(log, asked, day)
-        days[day] = events.copy(), first_items(events, events, most)
+        days[day] = events.astype(np.int32), first_items(events, events, most)
     users = np.unique(np.concatenate([requests.user for requests in asked]))
     known = np.zeros(log.n_items, bool)  # what a history may hold
     known[log.of_users(users)[0].item] = True
