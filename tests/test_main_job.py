@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from negfast.data.dataset import Dataset
@@ -74,6 +75,26 @@ def test_killed_run_goes_on_to_the_same_bits(tiny_run, tiny_data, tmp_path, mome
     assert restart["resumed_from"]["step"] >= 2
     weights = "final/policy.safetensors"
     assert (run / weights).read_bytes() == (tiny_run / weights).read_bytes()
+
+
+def test_a_run_killed_while_its_verdict_is_fitted_ends_with_the_same_bits(tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    description = RunFolder(run).read() | {"data": str(RunFolder(tiny_run).data)}
+    (run / "run.json").write_text(json.dumps(description))
+    shutil.rmtree(run / "final")
+    (run / "report.md").unlink()
+    said = run_cli("train", "--out", str(run))
+    assert re.search(r"verdict: fitted on ([\d,]+) of \1 judgements, [\d.]+ s\ncalibration on valid: ", said)
+    for name in ("metrics.jsonl", "report.md", "final/policy.safetensors", "final/state.json"):
+        assert (run / name).read_bytes() == (tiny_run / name).read_bytes(), name
+
+
+def test_the_verdict_is_fitted_after_the_last_stage(tiny_run):
+    """Every checkpoint before the final weights has it as it began."""
+    folders = [*(tiny_run / "checkpoints").iterdir(), tiny_run / "final"]
+    assert {"initial", "align", "sft", "grpo", "best-sft"} <= {folder.name for folder in folders}
+    weights = {folder.name: load_file(folder / "policy.safetensors") for folder in folders}
+    assert [name for name, tensors in weights.items() if tensors["verdict.wide.weight"].any()] == ["final"]
 
 
 @pytest.mark.slow

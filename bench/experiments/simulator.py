@@ -33,7 +33,7 @@ from negfast.prepare.rules import parse_rule
 from negfast.runtime.checkpoint import load_weights
 from negfast.runtime.engine import Engine
 from negfast.runtime.generation import generate
-from negfast.runtime.verdict import Candidates, candidate_logits
+from negfast.runtime.verdict import Candidates, candidate_logits, fit_verdict
 from negfast.train.journal import Journal
 from negfast.train.loop import run_stage
 from negfast.train.run import open_stage
@@ -231,6 +231,7 @@ def fitted(target: str, seed: int, steps: int, data: Path, out: Path, preset: st
         stage.next_items.requests = aimed(engine.log, engine.split, target, requests, seed)
         run_stage(stage, 1, engine.policy, run.path, engine.config.train, journal, None, None, 0)
     load_weights(kept, engine.policy)
+    fit_verdict(engine)  # a run does so after its last stage
     engine.policy.eval().requires_grad_(False)
     return engine
 

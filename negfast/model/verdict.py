@@ -108,7 +108,6 @@ def fit(verdict: Verdict, features: np.ndarray, labels: np.ndarray, seed: int) -
         for layer, weight in zip(layers, whole, strict=True):
             weight.zero_()[:, used] = layer.weight
             layer.weight = weight
-    verdict.zero_grad(set_to_none=True)  # what is left here would count in the norm that clips the policy's gradients
     verdict.requires_grad_(False).to(device)
 
 

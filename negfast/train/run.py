@@ -25,7 +25,7 @@ from negfast.runtime.checkpoint import (
 from negfast.runtime.engine import Engine
 from negfast.runtime.machine import choose_device
 from negfast.runtime.run_folder import RunFolder
-from negfast.runtime.verdict import Calibration, fit_verdict
+from negfast.runtime.verdict import fit_verdict
 from negfast.train import faults
 from negfast.train.align import AlignStage
 from negfast.train.combinations import check_combinations
@@ -98,7 +98,7 @@ def open_stage(name: str, options: TrainOptions) -> tuple[RunFolder, Engine, Sta
     with locked(run.path):  # it may be started here
         engine = open_run(run, settings, options, choose_device(settings.train.device))
     before = list(STAGES)[: list(STAGES).index(name)]
-    _load_start(run, engine, [stage for stage in before if (run.checkpoints / stage).is_dir()])
+    _load_latest(run, engine, [stage for stage in before if (run.checkpoints / stage).is_dir()])
     return run, engine, STAGES[name](engine)
 
 
@@ -118,14 +118,10 @@ def replay(folder: Path) -> None:
     print("\n".join(faults.replay(folder, stage, engine.policy)))
 
 
-def _load_start(run: RunFolder, engine: Engine, done: list[str]) -> None:
-    """The weights that the stage after those ``done`` starts from."""
+def _load_latest(run: RunFolder, engine: Engine, done: list[str]) -> None:
+    """The weights of the last of the stages ``done``; where none is, those of before the first step stay."""
     if done:
         load_weights(run.checkpoints / done[-1], engine.policy)
-    else:  # also from another run's weights: the log has grown since
-        began = time.perf_counter()
-        fitted, there = fit_verdict(engine)
-        say(f"verdict: fitted on {fitted:,} of {there:,} judgements, {time.perf_counter() - began:.1f} s")
 
 
 def _show_table(run: RunFolder) -> None:
@@ -154,7 +150,7 @@ def _run_stages(run: RunFolder, engine: Engine) -> None:
     if resumed_from is not None:
         say(f"resuming from {resumed_from['stage']} step {resumed_from['step']}")
     _tell_implementations(engine, journal)
-    _load_start(run, engine, done)
+    _load_latest(run, engine, done)
     validations: dict[str, Validation] = {}
     every = {"sft": engine.config.sft.validate_every, "grpo": engine.config.grpo.validate_every}
     if refit is None:
@@ -190,17 +186,22 @@ def _run_stages(run: RunFolder, engine: Engine) -> None:
 
 
 def _finish(run: RunFolder, engine: Engine) -> None:
-    if run.refit is None:
-        valid = valid_set(engine)
-        with sharding.gathered(engine.policy), timed("calibration on valid"):
-            state = distributed.from_first(lambda: _calibrations(calibrate(engine, valid), calibrate_shown(engine)))
-    else:
-        state = _calibrations(run.refit.calibration, run.refit.shown)
+    """The final weights: those of the last stage, and the verdict, which is fitted now since no stage reads it."""
+    state = distributed.from_first(lambda: _fit_filter(run, engine))
     save_by_first(run.final, engine.policy, state)
 
 
-def _calibrations(feedback: Calibration, shown: Calibration | None) -> dict[str, Any]:
-    """What the final state says of P(dislike | feedback) and, where the log tells it, P(dislike | shown)."""
+def _fit_filter(run: RunFolder, engine: Engine) -> dict[str, Any]:
+    """Fits the verdict; what the final state says of P(dislike | feedback) and, where the log tells it,
+    P(dislike | shown)."""
+    began = time.perf_counter()
+    fitted, there = fit_verdict(engine)
+    say(f"verdict: fitted on {fitted:,} of {there:,} judgements, {time.perf_counter() - began:.1f} s")
+    if run.refit is not None:
+        feedback, shown = run.refit.calibration, run.refit.shown
+    else:
+        with timed("calibration on valid"):
+            feedback, shown = calibrate(engine, valid_set(engine)), calibrate_shown(engine)
     return {"calibration": vars(feedback), "shown_calibration": None if shown is None else vars(shown)}
 
 
