@@ -287,6 +287,22 @@ def test_a_log_without_likes_leaves_the_fitted_baselines_out(random_log: MakeLog
     assert rows["item-rate"]["filter_auc"] == {"mean": None, "low": None, "high": None}
 
 
+def test_sets_without_a_request_have_a_filter_and_no_list(random_log: MakeLog, random_items: MakeItems) -> None:
+    log, items = random_log(6), random_items(6)
+    valid, test = sets_of(log)
+    (whole,) = baseline_predictions(log, items, [test], VALID)
+    for bare, scored in zip(
+        (valid, test), baseline_predictions(log, items, [valid.of_filter(), test.of_filter()], VALID), strict=True
+    ):
+        rows = {row["name"]: row for row in evaluate_rows(bare.of_filter(), scored, resamples=10)}
+        assert list(rows) == list(whole)
+        for name, row in rows.items():
+            assert ("filter_auc" in row) == (whole[name].filter_score is not None)
+            assert all(row[metric]["mean"] is None for metric in ("FHR@20", "pool_hr@10") if metric in row)
+    assert whole["boosted"].filter_score is not None and scored["boosted"].filter_score is not None
+    assert (scored["boosted"].filter_score == whole["boosted"].filter_score).all()
+
+
 @pytest.mark.parametrize("most", [1, 30, 90, 400])
 def test_the_first_items_are_those_of_a_whole_sort(most: int) -> None:
     rng = np.random.default_rng(most)

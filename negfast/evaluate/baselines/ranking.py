@@ -48,6 +48,8 @@ def day_scores(log: EventLog, days: np.ndarray) -> Iterator[tuple[int, dict[str,
 
     All float64 [I], counted up to the end of the day (a repeated dislike counts again) and overwritten by the next.
     """
+    if not len(days):
+        return
     order = np.argsort(log.time, kind="stable")
     item, dislike, event_day = log.item[order], log.feedback[order] == DISLIKE, log.day[order]
     first = int(event_day[0])
