@@ -16,7 +16,8 @@ from negfast.data.log import EventLog
 from negfast.data.neighbours import soft_similarity
 from negfast.data.split import Requests
 from negfast.errors import InputError
-from negfast.evaluate.baselines import baseline_predictions
+from negfast.evaluate.baselines import baseline_predictions, thresholds
+from negfast.evaluate.baselines.rates import rate_predictions
 from negfast.evaluate.metrics import Costs, Similarity
 from negfast.evaluate.predictions import TOP, Predictions, check_generated, verdict_predictions
 from negfast.evaluate.sets import EvalSet, engine_set
@@ -90,16 +91,12 @@ def baselines_of(engine: Engine, sets: dict[str, EvalSet], split: str, trained: 
     """
     _say("baselines")
     log, items, frozen = engine.log, engine.data.items, engine.data.valid_day
-    place = list(sets).index(split)
-    both = [evalset if name == split else evalset.of_filter() for name, evalset in sets.items()]
     if engine.fit_until == frozen:
-        return dict(baseline_predictions(log, items, both, frozen, trained=trained)[place])
-    chosen = baseline_predictions(log, items, both, frozen)[place]
+        both = [evalset if name == split else evalset.of_filter() for name, evalset in sets.items()]
+        return baseline_predictions(log, items, both, frozen, trained=trained)[list(sets).index(split)]
+    chosen = thresholds(rate_predictions(log, items, [sets["valid"].of_filter()], frozen)[0])
     fitted = baseline_predictions(log, items, [sets[split]], engine.fit_until, trained=trained)[0]
-    return {
-        name: replace(predicted, filter_threshold=chosen[name].filter_threshold) if name in chosen else predicted
-        for name, predicted in fitted.items()
-    }
+    return {name: replace(made, filter_threshold=chosen.get(name)) for name, made in fitted.items()}
 
 
 def model_predictions(run: RunFolder, engine: Engine, evalset: EvalSet) -> dict[str, Predictions]:

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,9 @@ import pytest
 from negfast.data.dataset import Dataset, date_of
 from negfast.data.log import DISLIKE
 from negfast.data.split import all_requests
+from negfast.evaluate import baselines
+from negfast.evaluate.eval import baselines_of
+from negfast.evaluate.sets import engine_set
 from negfast.runtime import distributed
 from negfast.runtime.checkpoint import read_state
 from negfast.runtime.run_folder import RunFolder
@@ -167,3 +172,24 @@ def test_it_is_not_written_into_a_data_set(tiny_data, tiny_run):
     assert "lies in the data set" in run_cli(
         "train", "--refit", str(tiny_run), "--out", str(tiny_data / "refit"), code=2
     )
+
+
+def test_its_baselines_are_made_once_with_thresholds_of_a_fit_before_valid(tiny_run, refitted, monkeypatch):
+    engines = [folder.finished_engine(None) for folder in (RunFolder(tiny_run), refitted[0])]
+    sets = {name: engine_set(engines[0], name) for name in ("valid", "test")}
+    calls: list[str] = []
+
+    def counted(name: str, make: Callable) -> Callable:
+        def made(*given: Any) -> Any:
+            calls.append(name)
+            return make(*given)
+
+        return made
+
+    for name in ("ranking_predictions", "knn_predictions", "rate_predictions"):
+        monkeypatch.setattr(baselines, name, counted(name, getattr(baselines, name)))
+    before, again = (baselines_of(engine, sets, "test", trained=False) for engine in engines)
+    assert calls == ["ranking_predictions", "knn_predictions", "rate_predictions"] * 2  # once for each run
+    assert [made.filter_threshold for made in again.values()] == [made.filter_threshold for made in before.values()]
+    scores = [of_run["boosted"].filter_score for of_run in (before, again)]
+    assert scores[0] is not None and scores[1] is not None and (scores[0] != scores[1]).any()

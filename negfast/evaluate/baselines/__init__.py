@@ -1,6 +1,6 @@
 """The baselines of the table: what a model has to beat, each reading events up to t only."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from negfast.data.items import ItemTable
@@ -35,12 +35,17 @@ def baseline_predictions(
         for of_set, new in zip(predictions, more, strict=True):
             of_set |= new
     of_valid = next((p for evalset, p in zip(evalsets, predictions, strict=True) if evalset.name == "valid"), {})
-    thresholds = {
+    chosen = thresholds(of_valid)
+    for evalset, of_set in zip(evalsets, predictions, strict=True):
+        for name in chosen.keys() & of_set.keys() if evalset.name == "test" else ():
+            of_set[name] = replace(of_set[name], filter_threshold=chosen[name])
+    return predictions
+
+
+def thresholds(of_valid: Mapping[str, Predictions]) -> dict[str, float]:
+    """The threshold of each filter, from its scores of valid."""
+    return {
         name: threshold_for_share(valid.filter_score)
         for name, valid in of_valid.items()
         if valid.filter_score is not None
     }
-    for evalset, of_set in zip(evalsets, predictions, strict=True):
-        for name in thresholds.keys() & of_set.keys() if evalset.name == "test" else ():
-            of_set[name] = replace(of_set[name], filter_threshold=thresholds[name])
-    return predictions
