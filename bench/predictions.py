@@ -29,7 +29,7 @@ def predictions_of(run: RunFolder, names: Sequence[str], evalset: EvalSet, rewar
     engine: Engine | None = None
     found = {}
     for name in names:
-        weights = "prior" if name == "prior" else read_state(run.weights(name))["files"][WEIGHTS]["sha256"][:16]
+        weights = "prior" if name == "prior" else read_state(run.checkpoints / name)["files"][WEIGHTS]["sha256"][:16]
         kept = run.path / "predictions" / f"{evalset.name}-{weights}.safetensors"
         wanted = {"reward": json.dumps(asdict(reward))}
         if not kept.exists() or _metadata(kept)["reward"] != wanted["reward"]:
@@ -43,7 +43,7 @@ def _predict(run: RunFolder, engine: Engine, name: str, evalset: EvalSet, reward
     if name == "prior":
         engine.policy.block.scale.zero_()  # the prior alone chooses
     else:
-        load_weights(run.weights(name), engine.policy)
+        load_weights(run.checkpoints / name, engine.policy)
     generated = generate(engine, evalset.requests, TOP, with_policy=name != "prior")[0]
     rewards = expected_rewards(engine, evalset.requests, reward_table(engine, evalset.requests, reward))
     return {"generated": generated, "expected_reward": rewards}

@@ -45,7 +45,7 @@ def test_a_run_holds_what_it_should(tiny_run):
     told = [event for event in events if event["event"] == "implementations"]
     assert len(told) == 1 and told[0]["trie_grpo"] == told[0]["prompt_attention"] == "eager reference"
     report = (tiny_run / "report.md").read_text()
-    for name in ("decay-4d", "boosted", "prior", "sft", "grpo"):
+    for name in ("decay-4d", "boosted", "prior", "verdict", "sft", "grpo"):
         assert name in report
 
 
@@ -161,9 +161,16 @@ def test_eval_json_has_every_row_and_metric(tiny_run):
     answer = json.loads(output[output.index("{") :])
     assert set(answer) >= {"split", "requests", "primary_requests", "users", "rows"} and answer["split"] == "test"
     rows = {row["name"]: row for row in answer["rows"]}
-    assert set(rows) >= {"popularity", "decay-4d", "item-rate", "logistic", "boosted", "prior", "sft", "grpo"}
-    for name in ("sft", "grpo"):
-        for metric in ("FHR@20", "filter_auc", "filter_reduction", "pool_hr@10", "soft_FHR@20"):
+    assert set(rows) >= {"popularity", "decay-4d", "item-rate", "logistic", "boosted"}
+    assert list(rows)[-4:] == ["prior", "verdict", "sft", "grpo"]
+    of_filter, of_lists = ("filter_auc", "filter_reduction", "pool_hr@10"), ("FHR@20", "soft_FHR@20")
+    for name, own, others in (
+        ("verdict", of_filter, of_lists),
+        ("sft", of_lists, of_filter),
+        ("grpo", of_lists, of_filter),
+    ):
+        assert not rows[name].keys() & set(others)
+        for metric in own:
             cell = rows[name][metric]
             assert cell["low"] <= cell["mean"] <= cell["high"]
     report = json.loads((tiny_run / "report.json").read_text())

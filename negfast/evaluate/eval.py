@@ -61,7 +61,7 @@ def read_costs(dislike: float | None, like: float | None) -> Costs | None:
 def evaluate_folder(
     run: RunFolder, split: str, data: Path | None, all_baselines: bool = False, costs: Costs | None = None
 ) -> tuple[EvalSet, list[dict[str, Any]]]:
-    """The rows of every baseline, of `prior`, and of the run's `sft` and `grpo` weights."""
+    """The rows of every baseline and those of `model_predictions`."""
     engine = run.finished_engine(data)
     check_unseen(run, engine, split)
     sets = {name: engine_set(engine, name) for name in ("valid", "test")}
@@ -100,15 +100,16 @@ def baselines_of(engine: Engine, sets: dict[str, EvalSet], split: str, trained: 
 
 
 def model_predictions(run: RunFolder, engine: Engine, evalset: EvalSet) -> dict[str, Predictions]:
-    """Predictions of `prior` and of the run's `sft` and `grpo` weights; ``engine`` keeps the last weights."""
+    """Lists of `prior`, scores of the run's `verdict`, lists of its `sft` and `grpo` weights. ``engine`` comes with the
+    final weights and is left with those of a stage, whose verdict is not fitted."""
     _say("prior")
     predictions = {"prior": Predictions(generated=generate(engine, evalset.requests, TOP, with_policy=False)[0])}
     _say("verdict")
-    verdict = verdict_predictions(engine, evalset, run.calibration)
+    predictions["verdict"] = verdict_predictions(engine, evalset, run.calibration)
     for name in ("sft", "grpo"):
         _say(name)
-        load_weights(run.weights(name), engine.policy)
-        predictions[name] = replace(verdict, generated=generate(engine, evalset.requests, TOP)[0])
+        load_weights(run.checkpoints / name, engine.policy)
+        predictions[name] = Predictions(generated=generate(engine, evalset.requests, TOP)[0])
     return predictions
 
 

@@ -1,6 +1,6 @@
 """What a model or baseline predicts for an evaluation set; a policy's predictions; the check of generated items."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numba
 import numpy as np
@@ -10,7 +10,6 @@ from negfast.data.log import EXPOSED, EventLog, history_ends
 from negfast.data.split import Requests, sample_pairs
 from negfast.evaluate.sets import POOL, ChoosingSet, EvalSet, check_choosable
 from negfast.runtime.engine import Engine
-from negfast.runtime.generation import generate
 from negfast.runtime.verdict import (
     MEASURED_AT_MOST,
     Calibration,
@@ -93,15 +92,8 @@ def platt_scaling(logit: np.ndarray, disliked: np.ndarray) -> Calibration:
     return Calibration(scaling.slope, scaling.intercept, threshold_for_share(scaling.probability(logit)))
 
 
-def predict_set(engine: Engine, evalset: EvalSet, calibration: Calibration) -> Predictions:
-    """Everything that the engine's policy predicts for ``evalset``."""
-    engine.policy.eval()
-    verdict = verdict_predictions(engine, evalset, calibration)
-    return replace(verdict, generated=generate(engine, evalset.requests, TOP)[0])
-
-
 def verdict_predictions(engine: Engine, evalset: EvalSet, calibration: Calibration) -> Predictions:
-    """What the verdict, which no stage trains, predicts for ``evalset``."""
+    """What the verdict predicts for ``evalset``."""
     events, pools = filter_candidates(evalset), pool_candidates(evalset)
     columns = ((getattr(events, name), getattr(pools, name)) for name in ("user", "item", "moment"))
     logits = candidate_logits(engine, Candidates(*map(np.concatenate, columns)))  # one replay of the log

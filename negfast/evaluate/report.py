@@ -15,7 +15,7 @@ from negfast.data.dataset import Dataset, date_of, refuse_data_folder
 from negfast.errors import InputError
 from negfast.evaluate.charts import Line, bar_chart, changes, line_chart, percent
 from negfast.evaluate.eval import baselines_of, evaluate_folder, write_report
-from negfast.evaluate.predictions import predict_set
+from negfast.evaluate.predictions import TOP, Predictions, verdict_predictions
 from negfast.evaluate.report_facts import (
     SHARES,
     Comparison,
@@ -42,18 +42,19 @@ from negfast.evaluate.table import (
     best_of,
     drawn,
     known,
+    notes_of,
     shown,
 )
 from negfast.files import atomic_file, check_output_file
+from negfast.runtime.generation import generate
 from negfast.runtime.run_folder import RunFolder
 
 LOOKS = (  # what is measured on valid, its name, the label of its axis, and the least span of that axis: noise
     ("nll", "nats a future dislike", "nats a future dislike", 0.05),
     ("reward", "expected reward", "expected reward", 0.001),
     ("FHR@20", "FHR@20", "FHR@20", 0.04),
-    ("filter_auc", 'filter AUC, context "day"', "filter AUC", 0.04),
 )
-COMPARED = ("grpo", "boosted-plus", "logistic", "item-rate")  # of the filter's curves, the run's final weights first
+COMPARED = ("verdict", "boosted-plus", "logistic", "item-rate")  # of the filter's curves
 STAGES = ("align", "sft", "grpo")
 ROWS = {
     "popularity": "most dislikes so far",
@@ -65,7 +66,8 @@ ROWS = {
     "logistic, boosted, boosted-plus": "rankers of both rates; of those and more history; of all that the verdict sees",
     "sasrec-dislikes, sasrec-all": "a transformer over the sequence of items alone",
     "prior": "the community prior alone: what training starts from",
-    "sft, grpo": "the model after these stages; grpo is the run's final weights",
+    "verdict": "the filter: the dislike classifier, fitted after the stages",
+    "sft, grpo": "lists of the weights after these stages; those of grpo are the run's",
 }
 
 
@@ -91,14 +93,17 @@ def write_page(run: Path, out: Path | None) -> Path:
         check_choosable(evalset)  # curves and rates of one kind of event say nothing
     click.echo("report: baselines and test split again, for curves and examples; takes minutes", err=True)
     test, predictions = sets["test"], baselines_of(engine, sets, "test", trained=False)
-    final = predictions["grpo"] = predict_set(engine, test, folder.calibration)
+    generated = generate(engine, test.requests, TOP)[0]
+    verdict = predictions["verdict"] = verdict_predictions(engine, test, folder.calibration)
+    predictions["grpo"] = Predictions(generated=generated)
+    assert verdict.filter_score is not None
     found = compare(test, predictions, rows, config.eval.resamples, config.train.seed)
     beside = [*found["filter_auc"].baselines[:1]] if "filter_auc" in found else []
-    saved = savings(test, predictions, ["grpo", *beside], config.eval.resamples, config.train.seed)
+    saved = savings(test, predictions, ["verdict", *beside], config.eval.resamples, config.train.seed)
     sections = {  # id -> what the contents list says, and the section
         "filter": ("Filter", _filter(rows, context, found, tradeoffs(test, predictions, COMPARED))),
         "costs": ("What withholding saves", _costs(saved, context, table["filter_dislike_rate"])),
-        "past": ("By past dislikes", _strata(strata(engine.log, test, final), context)),
+        "past": ("By past dislikes", _strata(strata(engine.log, test, verdict.filter_score, generated), context)),
         "pool": ("Matched pool", _question(MATCHED_POOL, context, rows, found)),
         "generation": ("Generation", _question(GENERATION, context, rows, found)),
         "training": ("Training", _training(folder)),
@@ -106,7 +111,7 @@ def write_page(run: Path, out: Path | None) -> Path:
             "Every metric, codebooks, example users, configuration",
             _all_metrics(rows, context)
             + _codes(data)
-            + _examples(examples(data, test, final, config.train.seed), data.horizon)
+            + _examples(examples(data, test, generated, config.train.seed), data.horizon)
             + _made_of(folder, data),
         ),
     }
@@ -170,7 +175,7 @@ def _best(comparison: Comparison) -> str:
 def _verdict(rows: Sequence[Mapping[str, Any]], metric: str, heading: str, comparison: Comparison) -> str:
     """One sentence: both figures, and their difference with its interval, to a digit more."""
     by_name = {row["name"]: row for row in rows}
-    own, best = (shown(by_name[name], metric) for name in ("grpo", comparison.baselines[0]))
+    own, best = (shown(by_name[name], metric) for name in (comparison.model, comparison.baselines[0]))
     scale, digits, unit = (100, 2, " %") if metric in PER_CENT else (1, 4, "")
     mean, low, high = (
         "" if value is None else f"{value * scale:+.{digits}f}"
@@ -201,19 +206,19 @@ def _question(
         if metric in found
     )
     best = {metric: best_of(rows, metric) for metric in question.figures}
+    answering = [row for row in rows if any(known(row, metric) for metric in question.figures)]
     body, kind = [], "baseline"
-    for row in rows:
-        if not any(known(row, metric) for metric in question.figures):
-            continue
+    for row in answering:
         cells = "".join(f"<td>{_cell(row, metric, best[metric])}</td>" for metric in question.figures)
         first, kind = (' class="first"' if row["kind"] != kind else ""), row["kind"]
         body.append(f"<tr{first}><td>{escape(row['name'])}</td>{cells}</tr>")
     head = "".join(f"<th>{heading}</th>" for heading, _ in question.figures.values())
     says = " ".join(f"{heading}: {what}." for heading, what in question.figures.values())
+    notes = "".join(f'<p class="soft">{escape(note)}</p>' for note in notes_of(answering))
     return (
         f"<h2>{question.name}</h2><p>{escape(asked)}.</p><ul>{verdicts}</ul>{_html_table(head, body)}"
         f'<p class="soft">{escape(says)} ± is half of a 95 % bootstrap interval over users; bold is the best of a '
-        "column.</p>"
+        f"column.</p>{notes}"
     )
 
 
@@ -359,7 +364,7 @@ def _costs(saved: Sequence[Savings], context: str, dislike_rate: float) -> str:
     head = f"<th>withhold from P</th>{saves}<th>cost without a filter</th><th>dislikes / likes withheld %</th>"
     return (
         "<h2>What withholding saves</h2><p>Let a dislike that is shown cost as much as X likes that are withheld. With "
-        "a calibrated probability it is cheapest to withhold where P(dislike) is at least 1 / (1 + X). The model's "
+        "a calibrated probability it is cheapest to withhold where P(dislike) is at least 1 / (1 + X). The verdict's "
         f"probability was calibrated on valid; what it saves is counted on test; {escape(CONTEXTS[context])}. "
         f"Costs and savings are in likes withheld, per 1,000 events; the shares are those of {escape(names[0])}.</p>"
         f"{_html_table(head, lines, 'X')}"

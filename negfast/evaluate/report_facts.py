@@ -25,8 +25,9 @@ EXAMPLES, SHOWN = 6, 8  # users shown, and titles in each of their lists
 class Comparison:
     """The model beside the best baseline by one figure; ``difference`` has the interval of their paired difference."""
 
+    model: str  # its row: the verdict's, or that of the run's lists
     baselines: list[str]  # those whose figure, as shown, is the best; the best before rounding first
-    difference: Mapping[str, float | None]  # mean, low, high; model - baselines[0]
+    difference: Mapping[str, float | None]  # mean, low, high; the model's - that of baselines[0]
 
     @property
     def words(self) -> str:
@@ -82,25 +83,25 @@ def compare(
     rows: Sequence[Mapping[str, Any]],
     resamples: int,
     seed: int,
-    model: str = "grpo",
 ) -> dict[str, Comparison]:
-    """The model's row beside the best baseline by each headline figure that both have.
+    """The last of the model's rows beside the best baseline by each headline figure that both have.
 
     ``rows`` are those of `evaluate_rows` for the same ``predictions``.
     """
-    own = next(row for row in rows if row["name"] == model)
-    best: dict[str, list[str]] = {}
+    best: dict[str, tuple[str, list[str]]] = {}
     for metric in HEADLINE:
+        own = [row["name"] for row in rows if row["kind"] == "model" and known(row, metric)]
         baselines = [row for row in rows if row["kind"] == "baseline" and known(row, metric)]
-        if baselines and known(own, metric):
+        if baselines and own:
             baselines.sort(key=lambda row: -row[metric]["mean"])
-            best[metric] = [row["name"] for row in baselines if shown(row, metric) == shown(baselines[0], metric)]
-    names = [model, *dict.fromkeys(tied[0] for tied in best.values())]
+            tied = [row["name"] for row in baselines if shown(row, metric) == shown(baselines[0], metric)]
+            best[metric] = own[-1], tied
+    names = dict.fromkeys(name for model, tied in best.values() for name in (model, tied[0]))
     samples = metric_samples(evalset, {name: predictions[name] for name in names}, None, resamples, seed)
     out = {}
-    for metric, tied in best.items():
+    for metric, (model, tied) in best.items():
         (difference,) = paired_differences(samples, [(model, tied[0])], [metric])
-        out[metric] = Comparison(tied, {key: difference[key] for key in ("mean", "low", "high")})
+        out[metric] = Comparison(model, tied, {key: difference[key] for key in ("mean", "low", "high")})
     return out
 
 
@@ -129,30 +130,32 @@ def tradeoff(score: np.ndarray, dislike: np.ndarray) -> Tradeoff:
     return Tradeoff((bad[cut - 1] / bad[-1]).tolist(), ((cut - bad[cut - 1]) / max(len(order) - bad[-1], 1)).tolist())
 
 
-def strata(log: EventLog, evalset: EvalSet, predictions: Predictions) -> list[Stratum]:
-    """The model by the number of dislikes that the user had before."""
-    assert predictions.filter_score is not None and predictions.generated is not None
+def strata(log: EventLog, evalset: EvalSet, score: np.ndarray, generated: np.ndarray) -> list[Stratum]:
+    """The filter's ``score`` float64 [E] and the lists ``generated`` int32 [R, TOP], by the number of dislikes that the
+    user had before."""
     of_event = past_dislikes(log, evalset.filter_user, evalset.filter_moment)
     requests = evalset.requests
     of_request = past_dislikes(log, requests.user, requests.moment)
-    hit = np.asarray(future_hits(requests.dislike_offsets, requests.dislikes, predictions.generated[:, :20]).any(1))
+    hit = np.asarray(future_hits(requests.dislike_offsets, requests.dislikes, generated[:, :20]).any(1))
     out = []
     for low, high in PAST_BINS:
         label = f"{low}+" if high is None else str(low) if low == high else f"{low}-{high}"
         wanted = np.arange(low, (int(of_event.max(initial=0)) if high is None else high) + 1)
         events, rows = (np.flatnonzero(np.isin(count, wanted)) for count in (of_event, of_request))
         labels = evalset.filter_dislike[events]
-        auc = float(roc_auc_score(labels, predictions.filter_score[events])) if 0 < labels.sum() < len(labels) else None
+        auc = float(roc_auc_score(labels, score[events])) if 0 < labels.sum() < len(labels) else None
         fhr = float(hit[rows].mean()) if len(rows) else None
         out.append(Stratum(label, len(events), auc, len(rows), fhr))
     return out
 
 
-def examples(data: Dataset, evalset: EvalSet, predictions: Predictions, seed: int) -> list[Example]:
-    """A random choice of users with past likes and dislikes, half of them with a hit where there are such."""
-    assert predictions.generated is not None
+def examples(data: Dataset, evalset: EvalSet, generated: np.ndarray, seed: int) -> list[Example]:
+    """A random choice of users with past likes and dislikes, half of them with a hit where there are such.
+
+    ``generated`` is int32 [R, TOP].
+    """
     log, requests = data.log, evalset.requests
-    top = predictions.generated[:, : SHOWN + 2]
+    top = generated[:, : SHOWN + 2]
     hit = future_hits(requests.dislike_offsets, requests.dislikes, top)
     liked = future_hits(requests.like_offsets, requests.likes, top)
     known = np.flatnonzero(past_dislikes(log, requests.user, requests.moment) >= 3)

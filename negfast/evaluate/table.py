@@ -196,10 +196,14 @@ def print_table(found: Mapping[str, Any], console: Console | None = None) -> Non
         console.print(f"\n[bold]Costs[/bold]: {cost_rule(found['costs'])}; {CONTEXTS[context]}", highlight=False)
         console.print(_grid(rows, COST_FIGURES, ("saved_per_1000",)))
         console.print("saved per 1,000 events: in the unit of the costs, against showing everything", highlight=False)
-    for row in rows:
-        if "note" in row:
-            console.print(f"{row['name']}: {row['note']}", highlight=False)
+    for note in notes_of(rows):
+        console.print(note, highlight=False)
     console.print("\n± is half of a 95 % bootstrap interval over users; bold is the best of a column", highlight=False)
+
+
+def notes_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each row that was made from a sample."""
+    return [f"{row['name']}: {row['note']}" for row in rows if "note" in row]
 
 
 def asks(question: Question, context: str) -> str:

@@ -84,10 +84,6 @@ class RunFolder:
     def final(self) -> Path:
         return self.path / "final"
 
-    def weights(self, stage: str) -> Path:
-        """What a stage of a finished run left."""
-        return self.final if stage == "grpo" else self.checkpoints / stage
-
     @property
     def report(self) -> Path:
         return self.path / "report.md"

@@ -26,9 +26,9 @@ def test_costs_on_the_command_line(tiny_run):
     found = json.loads(output[output.index("{") :])
     assert found["costs"] == {"dislike": 4.0, "like": 1.0, "threshold": 0.2}
     rows = {row["name"]: row for row in found["rows"]}
-    for name in ("boosted-plus", "sft", "grpo"):
+    for name in ("boosted-plus", "verdict"):
         saved = rows[name]["saved_per_1000"]
         assert saved["low"] <= saved["mean"] <= saved["high"]
-    assert "saved_per_1000" not in rows["popularity"]
+    assert all("saved_per_1000" not in rows[name] for name in ("popularity", "sft", "grpo"))
     plain = json.loads((tiny_run / "report.json").read_text())["rows"]
     assert [{key: row[key] for key in old} for row, old in zip(found["rows"], plain, strict=True)] == plain

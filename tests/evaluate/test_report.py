@@ -14,10 +14,10 @@ from negfast.data.log import DISLIKE, LIKE, EventLog, past_dislikes
 from negfast.data.split import split_requests
 from negfast.evaluate.charts import HEIGHT, WIDTH, Line, bar_chart, changes, line_chart, ticks
 from negfast.evaluate.predictions import Predictions
-from negfast.evaluate.report import _best, _list
+from negfast.evaluate.report import _best, _list, _question
 from negfast.evaluate.report_facts import RATIOS, SHARES, Comparison, compare, savings, tradeoff
 from negfast.evaluate.sets import evaluation_set
-from negfast.evaluate.table import evaluate_rows
+from negfast.evaluate.table import FILTER, GENERATION, evaluate_rows
 from negfast.runtime.run_folder import RunFolder
 from tests.tiny import run_cli
 
@@ -72,9 +72,8 @@ def test_the_page_is_whole_and_reaches_nothing_outside(page):
     for folded in ("Codebook usage", "Example users", "Data and configuration", "What the rows are"):
         assert f"<details><summary>{folded}</summary>" in page
     left_out = re.search("nothing changes in them: (.*?)</p>", page)
-    for chart in ("nats a future dislike", "expected reward", "FHR@20", 'filter AUC, context "day"'):
-        drawn = f"<h3>valid: {chart.replace(chr(34), '&quot;')}</h3>" in page
-        assert drawn != (left_out is not None and chart.split(",")[0] in left_out[1])
+    for chart in ("nats a future dislike", "expected reward", "FHR@20"):
+        assert (f"<h3>valid: {chart}</h3>" in page) != (left_out is not None and chart in left_out[1])
     assert "prefers-color-scheme: dark" in page and 'name="viewport"' in page
 
 
@@ -82,7 +81,8 @@ def test_its_figures_are_those_of_the_run(page, tiny_run):
     rows = {row["name"]: row for row in json.loads((tiny_run / "report.json").read_text())["rows"]}
     for section, name, metric in (
         ("filter", "boosted-plus", "filter_auc"),
-        ("filter", "grpo", "filter_auc"),
+        ("filter", "verdict", "filter_auc"),
+        ("pool", "verdict", "pool_auc"),
         ("generation", "grpo", "FHR@20"),
         ("generation", "decay-4d", "FHR@20"),
     ):
@@ -134,6 +134,32 @@ def test_a_chart_in_which_nothing_changes_is_left_out(page):
         assert any(len(of_line) > 1 for of_line in heights)
 
 
+def test_the_filter_is_the_verdicts_and_the_lists_are_the_runs(page, tiny_run):
+    """In every figure's sentence, and in no other row of the model's."""
+    rows = {row["name"]: row for row in json.loads((tiny_run / "report.json").read_text())["rows"]}
+    for heading, name, metric in (
+        ("AUC", "verdict", "filter_auc"),
+        ("HR@10", "verdict", "pool_hr@10"),
+        ("FHR@20", "grpo", "FHR@20"),
+    ):
+        assert f"<li>{heading} {rows[name][metric]['mean']:.3f}, " in page
+    for section, missing in (("filter", ("sft", "grpo")), ("pool", ("sft", "grpo")), ("generation", ("verdict",))):
+        body = page[page.index(f'<section id="{section}">') :].split("</section>")[0]
+        assert not any(f"<td>{name}</td>" in body for name in missing)
+
+
+def test_a_row_that_is_made_from_a_sample_says_so_in_the_sections_that_show_it():
+    whole = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    rows = [
+        {"name": "knn-all", "kind": "baseline", "FHR@20": whole, "note": "counts items of 5 of 9 users <drawn>"},
+        {"name": "boosted", "kind": "baseline", "filter_auc": whole, "note": "fitted to 3 of 4"},
+        {"name": "grpo", "kind": "model", "FHR@20": whole},
+    ]
+    lists, scores = (_question(question, "day", rows, {}) for question in (GENERATION, FILTER))
+    assert "knn-all: counts items of 5 of 9 users &lt;drawn&gt;</p>" in lists and "fitted to" not in lists
+    assert "boosted: fitted to 3 of 4</p>" in scores and "knn-all" not in scores
+
+
 def test_the_best_baseline_is_that_of_the_figure_shown(random_log):
     """A baseline ahead in the fifth digit shares its place; a difference whose interval holds zero is level."""
     log = random_log(9, n_users=50, n_items=90, n_events=3000)
@@ -151,12 +177,15 @@ def test_the_best_baseline_is_that_of_the_figure_shown(random_log):
             "boosted": Predictions(filter_score=base, kind="baseline"),
             "boosted-plus": Predictions(filter_score=swapped, kind="baseline"),
             "weak": Predictions(filter_score=rng.random(len(base)), kind="baseline"),
-            "grpo": Predictions(filter_score=model),
+            "verdict": Predictions(filter_score=model),
+            "grpo": Predictions(generated=lists),
         }
         rows = evaluate_rows(evalset, predictions, resamples=200)
         return compare(evalset, predictions, rows, 200, 0)["filter_auc"]
 
+    lists = np.tile(np.arange(50, dtype=np.int32), (len(evalset.requests), 1))
     same = found(swapped)
+    assert same.model == "verdict"
     assert same.baselines == ["boosted-plus", "boosted"] and same.difference["mean"] == 0
     assert same.words == "level with" and _best(same) == "the best baselines, boosted-plus and boosted"
     assert found(base + 0.5 * evalset.filter_dislike).words == "above"
@@ -168,13 +197,13 @@ def test_savings_leave_out_what_is_no_probability(random_log):
     evalset = evaluation_set(log, split_requests(log, 5, 15_025, 15_042), "test")
     sure = evalset.filter_dislike.astype(float)
     predictions = {
-        "grpo": Predictions(filter_score=sure, filter_is_probability=True),
+        "verdict": Predictions(filter_score=sure, filter_is_probability=True),
         "ranking": Predictions(filter_score=sure),
     }
-    for at in savings(evalset, predictions, ["grpo", "ranking"], 20, 0):
-        assert list(at.by_name) == ["grpo"]
+    for at in savings(evalset, predictions, ["verdict", "ranking"], 20, 0):
+        assert list(at.by_name) == ["verdict"]
         expected = 1000 * at.costs.dislike * sure.mean()  # all dislikes avoided, no like withheld
-        assert at.by_name["grpo"]["saved_per_1000"]["mean"] == pytest.approx(expected, rel=1e-12)
+        assert at.by_name["verdict"]["saved_per_1000"]["mean"] == pytest.approx(expected, rel=1e-12)
 
 
 def test_titles_are_escaped():

@@ -155,6 +155,6 @@ def test_training_evaluation_and_refit_in_event_context(places, tmp_path):
     table = json.loads(run_cli("eval", str(run), "--json").splitlines()[-1])
     rows = {row["name"]: row for row in table["rows"]}
     assert table["filter_context"] == "event" and table["filter_events"] > 300
-    assert rows["grpo"]["filter_auc"]["mean"] > 0.6
+    assert rows["verdict"]["filter_auc"]["mean"] > 0.6
     run_cli("train", "--refit", str(run), "--whole-log", "--out", str(again))
     assert "cannot measure it" in run_cli("eval", str(again), code=2)

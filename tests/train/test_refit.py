@@ -105,7 +105,7 @@ def test_it_cannot_be_asked_about_what_it_was_trained_on(refitted):
     assert f"learned from events before {until}, so valid" in said
     rows = {row["name"]: row for row in json.loads(run_cli("eval", str(run.path), "--json").splitlines()[-1])["rows"]}
     share = rows["boosted"]["filter_at_threshold_share"]["mean"]  # chosen by a fit before valid
-    assert 0 < share < 1 and "filter_at_threshold_share" in rows["grpo"]
+    assert 0 < share < 1 and "filter_at_threshold_share" in rows["verdict"]
 
 
 def test_no_run_that_chooses_on_valid_starts_from_it(tiny_data, refitted, tmp_path):
