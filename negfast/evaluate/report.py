@@ -453,7 +453,8 @@ def _cards(cards: Sequence[str]) -> str:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    text = re.sub(r"\bNaN\b", "null", path.read_text())
+    """The objects of a file, one a line; none where it is missing: a run without a step has no metrics.jsonl."""
+    text = re.sub(r"\bNaN\b", "null", path.read_text()) if path.exists() else ""
     return [_json(path, line) for line in text.splitlines()]
 
 

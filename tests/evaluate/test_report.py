@@ -14,7 +14,7 @@ from negfast.data.log import DISLIKE, LIKE, EventLog, past_dislikes
 from negfast.data.split import split_requests
 from negfast.evaluate.charts import HEIGHT, WIDTH, Line, bar_chart, changes, line_chart, ticks
 from negfast.evaluate.predictions import Predictions
-from negfast.evaluate.report import _best, _list, _question
+from negfast.evaluate.report import _best, _list, _question, _training
 from negfast.evaluate.report_facts import RATIOS, SHARES, Comparison, compare, savings, tradeoff
 from negfast.evaluate.sets import evaluation_set
 from negfast.evaluate.table import FILTER, GENERATION, evaluate_rows
@@ -158,6 +158,12 @@ def test_a_row_that_is_made_from_a_sample_says_so_in_the_sections_that_show_it()
     lists, scores = (_question(question, "day", rows, {}) for question in (GENERATION, FILTER))
     assert "knn-all: counts items of 5 of 9 users &lt;drawn&gt;</p>" in lists and "fitted to" not in lists
     assert "boosted: fitted to 3 of 4</p>" in scores and "knn-all" not in scores
+
+
+def test_a_run_without_a_step_has_no_charts_of_training(tmp_path):
+    (tmp_path / "events.jsonl").write_text('{"event": "finished"}\n')
+    section = _training(RunFolder(tmp_path))
+    assert "<svg" not in section and "nothing changes in them: align: loss; sft: loss; grpo: loss;" in section
 
 
 def test_the_best_baseline_is_that_of_the_figure_shown(random_log):
