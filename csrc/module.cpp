@@ -13,6 +13,7 @@
 #include "decoder.hpp"
 #include "features.hpp"
 #include "packer.hpp"
+#include "requests.hpp"
 #include "shard.hpp"
 #include "source.hpp"
 #include "verdict.hpp"
@@ -56,6 +57,17 @@ void write_histories(const std::string& path, Column<int64_t> offsets, Column<in
   nb::gil_scoped_release release;
   const MemorySource source({view(offsets), item.data(), feedback.data(), time.data()});
   write_shard(path, source, {users, items, time_unit, threads, view(user_list)});
+}
+
+size_t request_days_of(Column<int64_t> offsets, Column<int32_t> item, Column<uint8_t> feedback, Column<int64_t> time,
+                       int64_t horizon, Output<int64_t> user, Output<int64_t> day, Output<uint8_t> ahead) {
+  same_length(feedback.size(), item.size(), "feedback");
+  same_length(time.size(), item.size(), "time");
+  for (const size_t size : {user.size(), day.size(), ahead.size()}) same_length(size, item.size(), "room for requests");
+  if (offsets.size() > 0) same_length(item.size(), offsets.data()[offsets.size() - 1], "events");
+  nb::gil_scoped_release release;
+  return request_days(view(offsets), item.data(), feedback.data(), time.data(), horizon, user.data(), day.data(),
+                      ahead.data());
 }
 
 std::unique_ptr<Features> make_features(bool by_day, double prior_rate, double prior_value, bool has_values,
@@ -381,6 +393,9 @@ NB_MODULE(_core, m) {
   m.attr("GAPS") = kGaps;
   m.def("write_histories", &write_histories, "path"_a, "offsets"_a, "item"_a, "feedback"_a, "time"_a, "user_list"_a,
         "users"_a, "items"_a, "time_unit"_a, "threads"_a);
+
+  m.def("request_days", &request_days_of, "offsets"_a, "item"_a, "feedback"_a, "time"_a, "horizon"_a, "user"_a, "day"_a,
+        "ahead"_a);
 
   m.attr("FEATURE_TEXT") = kText;
   nb::dict constants;

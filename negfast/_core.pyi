@@ -228,3 +228,13 @@ def write_histories(
     time_unit: int,
     threads: int,
 ) -> None: ...
+def request_days(
+    offsets: NDArray[np.int64],
+    item: NDArray[np.int32],
+    feedback: NDArray[np.uint8],
+    time: NDArray[np.int64],
+    horizon: int,
+    user: NDArray[np.int64],
+    day: NDArray[np.int64],
+    ahead: NDArray[np.uint8],
+) -> int: ...

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from negfast import _core
 from negfast.data.log import BLOCK_EVENTS, DAY, DISLIKE, LIKE, EventLog
 from negfast.errors import InputError
 
@@ -156,13 +157,9 @@ class DayCounts:
 def request_days(log: EventLog, horizon: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The user and day of every request, int64 [R] in the order of both, and what its future holds, uint8 [R] of
     F_AHEAD | P_AHEAD: what `all_requests` says of them, without the items."""
-    user, day, *spans = _ahead(log, horizon)
-    ahead = np.zeros(len(user), np.uint8)
-    for bit, span in zip((F_AHEAD, P_AHEAD), spans, strict=True):
-        some, size = span.end > span.begin, len(user) + 1
-        opened = np.bincount(span.begin[some], minlength=size) - np.bincount(span.end[some], minlength=size)
-        ahead |= np.where(np.cumsum(opened)[:-1] > 0, np.uint8(bit), np.uint8(0))
-    return user, day, ahead
+    user, day, ahead = np.empty(len(log), np.int64), np.empty(len(log), np.int64), np.empty(len(log), np.uint8)
+    found = _core.request_days(log.user_offsets, log.item, log.feedback, log.time, horizon, user, day, ahead)
+    return user[:found], day[:found], ahead[:found]
 
 
 def part_masks(

@@ -13,7 +13,7 @@ import numpy as np
 from negfast.data.dataset import EVENTS, VALUES
 from negfast.data.log import Cuts, EventLog
 from negfast.data.shards import Shard, ShardBuilder, histories
-from negfast.data.split import NEVER, DayCounts, refuse_empty_parts, request_days, user_part_masks
+from negfast.data.split import F_AHEAD, NEVER, DayCounts, refuse_empty_parts, request_days, user_part_masks
 from negfast.prepare.communities import Communities
 from negfast.prepare.reading import LONG, SortedLog
 from negfast.progress import Progress
@@ -134,9 +134,9 @@ def count_parts(
     them have dislikes, in bounded memory. Raises InputError as `split_requests` does."""
     parts = dict.fromkeys(("train", "valid", "test"), (0, 0))
     for _, log in histories(shard, cuts):
-        user, day, has_dislikes = request_days(log, horizon)
+        user, day, ahead = request_days(log, horizon)
         for name, mask in user_part_masks(log, user, day, horizon, valid_day, test_day, days[1]).items():
             requests, with_dislikes = parts[name]
-            parts[name] = requests + int(mask.sum()), with_dislikes + int((mask & has_dislikes).sum())
+            parts[name] = requests + int(mask.sum()), with_dislikes + int((mask & (ahead & F_AHEAD > 0)).sum())
     refuse_empty_parts(parts, horizon, *days, valid_day, test_day)
     return parts
