@@ -186,7 +186,7 @@ def build(
         from negfast.sid.build import (
             build_semantic_ids,
             choose_shape,
-        )  # imports torch and faiss: bad input need not wait
+        )  # imports faiss and scikit-learn: bad input need not wait
 
         levels, codebook = choose_shape(len(items), semantic_ids.levels, semantic_ids.codebook, report)
         semantic_ids = replace(semantic_ids, levels=levels, codebook=codebook)

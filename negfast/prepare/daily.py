@@ -76,7 +76,7 @@ def prepare_like(
     report_log(facts, items, report)
     valid_day, test_day = choose_split(facts.days, dates, report)
     report_split(facts.days.parts(valid_day, test_day), report)
-    from negfast.sid.assign import assign_new  # both import torch, which bad input need not wait for
+    from negfast.sid.assign import assign_new  # both take a second to import, which bad input need not wait for
     from negfast.sid.embed import embed_new
     from negfast.sid.quantize import Quantizer
 

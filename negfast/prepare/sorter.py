@@ -35,7 +35,7 @@ class LogSorter:
             config["memory_limit"] = f"{memory >> 20}MiB"
         self._memory, self._path, self._rows = memory, folder / "log.parquet", 0
         self._writer: parquet.ParquetWriter | None = None
-        self._found: dict[str, pa.Array] = {}  # the distinct values of "user" and "item"
+        self._found: dict[str, tuple[pa.Array, pa.StringArray]] = {}  # distinct values and ids
         self._database = duckdb.connect(":memory:", config=config)
 
     def __enter__(self) -> Self:
@@ -54,9 +54,15 @@ class LogSorter:
         same columns in every block."""
         with self._errors():
             if self._writer is None:
-                few = [column.name for column in block.schema if not pa.types.is_int64(column.type)]
+                integers = [column.name for column in block.schema if pa.types.is_int64(column.type)]
+                others = [name for name in block.schema.names if name not in integers]
                 self._writer = parquet.ParquetWriter(
-                    self._path, block.schema, compression="lz4", use_dictionary=few, write_statistics=False
+                    self._path,
+                    block.schema,
+                    compression=dict.fromkeys(integers, "none") | dict.fromkeys(others, "lz4"),
+                    use_dictionary=others,
+                    column_encoding=dict.fromkeys(integers, "DELTA_BINARY_PACKED"),  # half the time of LZ4, and smaller
+                    write_statistics=False,
                 )
             self._writer.write_table(block)
         self._rows += len(block)
@@ -72,10 +78,17 @@ class LogSorter:
         with self._errors():
             rows = self._database.read_parquet(str(self._path))
             found = rows.select(f'"{column}"').distinct().to_arrow_table()
-        self._found[column] = values = found[column].combine_chunks()
+        values = found[column].combine_chunks()
+        if pa.types.is_integer(values.type) and pc.min(values).as_py() >= 0:
+            order = pc.sort_indices(values)
+        else:
+            ids = values.cast(pa.string())
+            keys = pa.table({"length": pc.utf8_length(ids), "text": ids})
+            order = pc.sort_indices(keys, [("length", "ascending"), ("text", "ascending")])
+        values = values.take(order)
         ids = values.cast(pa.string())
-        keys = pa.table({"length": pc.utf8_length(ids), "text": ids})
-        return ids.take(pc.sort_indices(keys, [("length", "ascending"), ("text", "ascending")]))
+        self._found[column] = values, ids
+        return ids
 
     def sorted(self, user_ids: pa.StringArray, item_ids: pa.StringArray) -> Iterator[dict[str, np.ndarray]]:
         """The rows, BATCH_ROWS at a time, as columns by name: user and item int32, indices into ``user_ids`` and
@@ -84,8 +97,8 @@ class LogSorter:
         others = "".join(f", log.{name}" for name in self._writer.schema.names if name not in ("user", "item", "time"))
         with self._errors():
             for name, ids in (("user", user_ids), ("item", item_ids)):
-                values = self._found[name]
-                index = pc.index_in(values.cast(pa.string()), value_set=ids)
+                values, own = self._found[name]
+                index = np.arange(len(own), dtype=np.int32) if ids is own else pc.index_in(own, value_set=ids)
                 self._database.register(f"{name}s", pa.table({"id": values, "index": index}))
             log = self._database.read_parquet(str(self._path), file_row_number=True)
             self._database.register("log", log)

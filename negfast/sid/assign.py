@@ -41,9 +41,10 @@ def assign_codes(vectors: np.ndarray, quantizer: Quantizer, taken: np.ndarray | 
             capacity = room[level] - (np.searchsorted(held, below, "right") - np.searchsorted(held, below))
             code[rows] = _within_room(residual[rows], centroids, prices, capacity)
         codes[:, level] = code
-        residual = left_over(residual, centroids, code)
-        child = np.concatenate([parent * width + code, parent_taken * width + taken[:, level]])
-        parent, parent_taken = np.split(np.unique(child, return_inverse=True)[1], [len(vectors)])
+        if level + 1 < len(levels):
+            residual = left_over(residual, centroids, code, out=residual if level else None)
+            child = np.concatenate([parent * width + code, parent_taken * width + taken[:, level]])
+            parent, parent_taken = np.split(np.unique(child, return_inverse=True)[1], [len(vectors)])
     return codes
 
 

@@ -11,16 +11,14 @@ from negfast.config import QUANTIZERS
 from negfast.data.items import ItemTable
 from negfast.data.log import EventLog
 from negfast.errors import InputError
-from negfast.sid.assign import assign_codes, digits, random_codes
+from negfast.sid.assign import assign_codes, digits, leaf_numbers, random_codes
 from negfast.sid.embed import ItemEmbedding, embed_items
 from negfast.sid.kmeans import fit_balanced, fit_rq_kmeans
 from negfast.sid.quality import neighbour_overlap, quantisation, usage
 from negfast.sid.quantize import Quantizer
-from negfast.sid.rqvae import fit_rq_vae
 
 LEAST_LEVELS, LEAST_CODES, MOST_CODES = 3, 256, 65_536
 ROOM = 8  # names an item, at least: in a tree that is nearly full many items get no name near them
-FITS = {"rq-kmeans": fit_rq_kmeans, "balanced": fit_balanced, "rq-vae": fit_rq_vae}
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,9 @@ def name_items(
             facts |= quantisation(vectors[~cold], codes[~cold], fitted)
     facts["quantize_seconds"] = round(time.perf_counter() - began, 2)
     facts["level"] = usage(codes, codebook)
-    facts["nodes"] = [len(np.unique(codes[:, :level], axis=0)) for level in range(1, levels + 1)]
+    leaves = np.sort(leaf_numbers(codes, codebook))
+    nodes = (leaves // codebook ** (levels - level) for level in range(1, levels + 1))
+    facts["nodes"] = [1 + int(np.count_nonzero(np.diff(node))) for node in nodes]
     facts["neighbour_overlap"] = neighbour_overlap(vectors, codes, seed)
     for line in _lines(facts):
         report(line)
@@ -148,7 +148,11 @@ def _quantised(
     if n_warm == 0:
         return codes, Quantizer.plain(np.full((levels, codebook, vectors.shape[1]), np.nan, dtype=np.float32))
     warm = vectors[~cold]
-    fitted = FITS[quantizer](warm, [codebook - reserved] + [codebook] * (levels - 1), codebook, seed)
+    if quantizer == "rq-vae":
+        from negfast.sid.rqvae import fit_rq_vae as fit  # imports torch
+    else:
+        fit = fit_balanced if quantizer == "balanced" else fit_rq_kmeans
+    fitted = fit(warm, [codebook - reserved] + [codebook] * (levels - 1), codebook, seed)
     codes[~cold] = assign_codes(warm, fitted)
     return codes, fitted
 

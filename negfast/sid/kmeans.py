@@ -55,7 +55,8 @@ def _fit(vectors: np.ndarray, sizes: list[int], codebook: int, seed: int, balanc
             rows = np.random.default_rng([seed, level]).permutation(len(residual))[: POINTS_PER_CENTROID * size]
             centroids, price = balance(residual[rows], centroids)
         codebooks[level, :size], prices[level, :size] = centroids, price
-        residual = left_over(residual, centroids, nearest(residual, centroids, price))
+        if level + 1 < len(sizes):
+            residual = left_over(residual, centroids, nearest(residual, centroids, price))
     return Quantizer(codebooks, prices)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import faiss
 import numpy as np
 
+from negfast.sid.assign import leaf_numbers
 from negfast.sid.quantize import BLOCK, Quantizer, encode
 
 NEIGHBOURS = 10
@@ -29,10 +30,10 @@ def quantisation(vectors: np.ndarray, codes: np.ndarray, quantizer: Quantizer) -
 
     A collision is an item without a code of its own: N minus the number of distinct codes.
     """
-    before = encode(vectors, quantizer)
+    before, codebook = encode(vectors, quantizer), quantizer.codebooks.shape[1]
     return {
-        "collisions_before": len(codes) - len(np.unique(before, axis=0)),
-        "collisions_after": len(codes) - len(np.unique(codes, axis=0)),
+        "collisions_before": len(codes) - len(np.unique(leaf_numbers(before, codebook))),
+        "collisions_after": len(codes) - len(np.unique(leaf_numbers(codes, codebook))),
         "moved": int((before != codes).any(axis=1).sum()),
         "moved_above_last_level": int((before[:, :-1] != codes[:, :-1]).any(axis=1).sum()),
         "error_before": reconstruction_error(vectors, before, quantizer),
@@ -45,8 +46,10 @@ def reconstruction_error(vectors: np.ndarray, codes: np.ndarray, quantizer: Quan
     missed = length = 0.0
     for begin in range(0, len(vectors), BLOCK):
         part = vectors[begin : begin + BLOCK].astype(np.float64)
-        missed += ((part - quantizer.reconstruct(codes[begin : begin + BLOCK])) ** 2).sum()
         length += (part**2).sum()
+        part -= quantizer.reconstruct(codes[begin : begin + BLOCK])
+        part *= part
+        missed += part.sum()
     return float(missed / max(length, 1e-30))
 
 
@@ -56,7 +59,7 @@ def neighbour_overlap(vectors: np.ndarray, codes: np.ndarray, seed: int = 0) -> 
     Mean over a seeded sample of ``ASKED`` items; items with a zero vector are neither asked nor found. Empty where
     there are too few items.
     """
-    placed = np.flatnonzero(np.linalg.norm(vectors, axis=1) > 0)
+    placed = np.flatnonzero(vectors.any(axis=1))
     if len(placed) <= NEIGHBOURS:
         return []
     unit = np.ascontiguousarray(vectors[placed], dtype=np.float32)

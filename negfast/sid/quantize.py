@@ -85,9 +85,11 @@ def nearest(residual: np.ndarray, centroids: np.ndarray, prices: np.ndarray) -> 
     return code
 
 
-def left_over(residual: np.ndarray, centroids: np.ndarray, code: np.ndarray) -> np.ndarray:
-    """What the chosen centroids leave of residuals [N, d], float32 [N, d]."""
-    rest = np.empty_like(residual)
+def left_over(
+    residual: np.ndarray, centroids: np.ndarray, code: np.ndarray, out: np.ndarray | None = None
+) -> np.ndarray:
+    """What the chosen centroids leave of residuals [N, d], float32 [N, d]; ``out`` may be ``residual``."""
+    rest = np.empty_like(residual) if out is None else out
     for begin in range(0, len(residual), BLOCK):
         rows = slice(begin, begin + BLOCK)
         np.subtract(residual[rows], centroids[code[rows]], out=rest[rows])
@@ -100,5 +102,6 @@ def encode(vectors: np.ndarray, quantizer: Quantizer) -> np.ndarray:
     residual = quantizer.project(vectors)
     for level, (centroids, prices) in enumerate(quantizer.levels):
         codes[:, level] = nearest(residual, centroids, prices)
-        residual = left_over(residual, centroids, codes[:, level])
+        if level + 1 < len(quantizer.levels):
+            residual = left_over(residual, centroids, codes[:, level], out=residual if level else None)
     return codes
