@@ -3,6 +3,28 @@
 #include <algorithm>
 
 namespace negfast {
+namespace {
+
+// By user, of first to first + count - 1, and by time; equal ones keep their order. Most come in order.
+void sort_events(std::vector<Event>& events, uint64_t first, uint64_t count) {
+  const auto earlier = [](const Event& a, const Event& b) { return a.time < b.time; };
+  const auto before = [&](const Event& a, const Event& b) { return a.user != b.user ? a.user < b.user : earlier(a, b); };
+  if (std::is_sorted(events.begin(), events.end(), before)) return;
+  std::vector<uint64_t> next(count + 1, 0);  // where a user's next event goes, and at last where the next user begins
+  for (const Event& e : events) ++next[e.user - first + 1];
+  for (uint64_t u = 0; u < count; ++u) next[u + 1] += next[u];
+  std::vector<Event> sorted(events.size());
+  for (const Event& e : events) sorted[next[e.user - first]++] = e;
+  auto begin = sorted.begin();
+  for (uint64_t u = 0; u < count; ++u) {
+    const auto end = sorted.begin() + static_cast<ptrdiff_t>(next[u]);
+    if (!std::is_sorted(begin, end, earlier)) std::stable_sort(begin, end, earlier);
+    begin = end;
+  }
+  events.swap(sorted);
+}
+
+}  // namespace
 
 int64_t MemorySource::earliest() const {
   bool found = false;
@@ -42,25 +64,15 @@ void SortingSource::add(std::span<const int32_t> user, const int32_t* item, cons
   }
 }
 
-// Counting sort by user keeps the order of arrival; times within a user are mostly in order already.
 void SortingSource::spill() {
   if (pending_.empty()) return;
-  std::vector<uint32_t> next(users_ + 1, 0);
-  for (const Event& e : pending_) ++next[e.user + 1];
-  for (size_t u = 0; u < users_; ++u) next[u + 1] += next[u];
-  const std::vector<uint32_t> first = next;
-  std::vector<Event> sorted(pending_.size());
-  for (const Event& e : pending_) sorted[next[e.user]++] = e;
-  const auto earlier = [](const Event& a, const Event& b) { return a.time < b.time; };
-  for (size_t u = 0; u < users_; ++u) {
-    const auto begin = sorted.begin() + first[u], end = sorted.begin() + first[u + 1];
-    if (!std::is_sorted(begin, end, earlier)) std::stable_sort(begin, end, earlier);
-  }
-
+  sort_events(pending_, 0, users_);
   Run run{std::make_unique<ScratchFile>(folder_), {}};
-  for (uint64_t u = 0; u < users_; u += kStripeUsers) run.stripes.push_back(first[u]);
-  run.stripes.push_back(sorted.size());
-  run.file->append(sorted.data(), sorted.size() * sizeof(Event));
+  const auto before = [](const Event& e, uint64_t user) { return e.user < user; };
+  for (uint64_t u = 0; u < users_; u += kStripeUsers)
+    run.stripes.push_back(std::lower_bound(pending_.begin(), pending_.end(), u, before) - pending_.begin());
+  run.stripes.push_back(pending_.size());
+  run.file->append(pending_.data(), pending_.size() * sizeof(Event));
   runs_.push_back(std::move(run));
   pending_.clear();
 }
@@ -69,37 +81,27 @@ Histories SortingSource::read(uint64_t first, uint64_t count, SourceBuffer& b) c
   const uint64_t stripe = first / kStripeUsers;
   uint64_t total = 0;
   for (const Run& run : runs_) total += run.stripes[stripe + 1] - run.stripes[stripe];
-  b.raw.resize(total * sizeof(Event));
-  auto* events = reinterpret_cast<Event*>(b.raw.data());
+  b.events.resize(total);
   uint64_t at = 0;
   for (const Run& run : runs_) {
     const uint64_t n = run.stripes[stripe + 1] - run.stripes[stripe];
-    run.file->read(events + at, n * sizeof(Event), run.stripes[stripe] * sizeof(Event));
+    run.file->read(b.events.data() + at, n * sizeof(Event), run.stripes[stripe] * sizeof(Event));
     at += n;
   }
+  sort_events(b.events, first, count);  // runs came in order of arrival
 
-  // Runs came in order of arrival, so a stable sort by user and then by time keeps that order among ties.
   b.offsets.assign(count + 1, 0);
-  for (uint64_t i = 0; i < total; ++i) ++b.offsets[events[i].user - first + 1];
-  for (uint64_t r = 0; r < count; ++r) b.offsets[r + 1] += b.offsets[r];
-  std::vector<int64_t> next(b.offsets.begin(), b.offsets.end() - 1);
-  std::vector<uint64_t> order(total);
-  for (uint64_t i = 0; i < total; ++i) order[next[events[i].user - first]++] = i;
-  const auto earlier = [&](uint64_t x, uint64_t y) { return events[x].time < events[y].time; };
-  for (uint64_t r = 0; r < count; ++r) {
-    const auto begin = order.begin() + b.offsets[r], end = order.begin() + b.offsets[r + 1];
-    if (!std::is_sorted(begin, end, earlier)) std::stable_sort(begin, end, earlier);
-  }
-
   b.item.resize(total);
   b.feedback.resize(total);
   b.time.resize(total);
   for (uint64_t i = 0; i < total; ++i) {
-    const Event& e = events[order[i]];
+    const Event& e = b.events[i];
+    ++b.offsets[e.user - first + 1];
     b.item[i] = static_cast<int32_t>(e.item_feedback >> 2);
     b.feedback[i] = e.item_feedback & 3;
     b.time[i] = e.time;
   }
+  for (uint64_t r = 0; r < count; ++r) b.offsets[r + 1] += b.offsets[r];
   return {b.offsets, b.item.data(), b.feedback.data(), b.time.data()};
 }
 

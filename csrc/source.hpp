@@ -22,9 +22,15 @@ struct Histories {
   size_t rows() const { return offsets.size() - 1; }
 };
 
+struct Event {
+  uint32_t user;
+  uint32_t item_feedback;  // item * 4 + feedback
+  int64_t time;
+};
+
 // Memory that a worker keeps from stripe to stripe.
 struct SourceBuffer {
-  std::vector<uint8_t> raw;
+  std::vector<Event> events;
   std::vector<int64_t> offsets;
   std::vector<int32_t> item;
   std::vector<uint8_t> feedback;
@@ -70,11 +76,6 @@ class SortingSource : public EventSource {
   Histories read(uint64_t first, uint64_t count, SourceBuffer& buffer) const override;
 
  private:
-  struct Event {
-    uint32_t user;
-    uint32_t item_feedback;  // item * 4 + feedback
-    int64_t time;
-  };
   struct Run {
     std::unique_ptr<ScratchFile> file;
     std::vector<uint64_t> stripes;  // events before every stripe of users, and in all
