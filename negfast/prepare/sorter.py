@@ -79,7 +79,7 @@ class LogSorter:
             rows = self._database.read_parquet(str(self._path))
             found = rows.select(f'"{column}"').distinct().to_arrow_table()
         values = found[column].combine_chunks()
-        if pa.types.is_integer(values.type) and pc.min(values).as_py() >= 0:
+        if _by_number(values):
             order = pc.sort_indices(values)
         else:
             ids = values.cast(pa.string())
@@ -102,16 +102,25 @@ class LogSorter:
                 self._database.register(f"{name}s", pa.table({"id": values, "index": index}))
             log = self._database.read_parquet(str(self._path), file_row_number=True)
             self._database.register("log", log)
+            users, own = self._found["user"]
+            user, join = 'users."index"', 'JOIN users ON log."user" = users.id'
+            if in_order := user_ids is own and _by_number(users):  # no join: the sorted users tell their index
+                user, join = f'log."user"::{_narrow(users[-1].as_py())}', ""
             rows = self._database.sql(
-                f"""SELECT users."index" AS "user", items."index" AS item, log.time // 1000000000 AS time{others}
-                FROM log JOIN users ON log."user" = users.id JOIN items ON log.item = items.id
-                ORDER BY users."index", log.time, log.file_row_number"""
+                f"""SELECT {user} AS "user", items."index" AS item, log.time // 1000000000 AS time{others}
+                FROM log {join} JOIN items ON log.item = items.id
+                ORDER BY {user}, log.time, log.file_row_number::{_narrow(self._rows)}"""
             )
             for batch in rows.to_arrow_reader(BATCH_ROWS):
-                yield {
+                columns = {
                     name: column.to_numpy(zero_copy_only=False)
                     for name, column in zip(batch.schema.names, batch.columns, strict=True)
                 }
+                if in_order:
+                    found = columns["user"]
+                    first = int(np.searchsorted(users.to_numpy(), found[0]))
+                    columns["user"] = first + np.cumsum(np.append(False, found[1:] != found[:-1]), dtype=np.int32)
+                yield columns
 
     def times_at(self, shares: Sequence[float], rows: pa.RecordBatchReader) -> tuple[np.ndarray, np.ndarray]:
         """Of rows of "part" (int32) and "time" (int64): the parts, int32 [P], and for each the times at ``shares`` of
@@ -138,6 +147,16 @@ class LogSorter:
             raise KeyboardInterrupt from error
         except (duckdb.IOException, pa.ArrowException) as error:
             raise OSError(f"the log cannot be sorted: {_one_line(error)}") from error
+
+
+def _by_number(ids: pa.Array) -> bool:
+    """Whether the order of (length, text) is that of the numbers."""
+    return pa.types.is_integer(ids.type) and pc.min(ids).as_py() >= 0
+
+
+def _narrow(largest: int) -> str:
+    """The type of numbers from 0 to ``largest``: the smaller the keys, the faster the sort."""
+    return "UINTEGER" if largest < 1 << 32 else "BIGINT"
 
 
 def _one_line(error: BaseException) -> str:

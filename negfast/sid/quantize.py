@@ -73,15 +73,16 @@ def _mlp(x: np.ndarray, network: Mapping[str, np.ndarray], name: str) -> np.ndar
 
 def nearest(residual: np.ndarray, centroids: np.ndarray, prices: np.ndarray) -> np.ndarray:
     """The code of least squared distance plus price for residuals [N, d], int64 [N]."""
-    # |r - c|^2 + p is the distance to the centroid from a plane sqrt(p) away from it
-    lifted = np.concatenate([centroids, np.sqrt(prices)[:, None]], axis=1)
-    index = faiss.IndexFlatL2(lifted.shape[1])
-    index.add(np.ascontiguousarray(lifted, dtype=np.float32))
+    if priced := prices.any():  # |r - c|^2 + p is the distance to the centroid from a plane sqrt(p) away from it
+        centroids = np.concatenate([centroids, np.sqrt(prices)[:, None]], axis=1)
+    index = faiss.IndexFlatL2(centroids.shape[1])
+    index.add(np.ascontiguousarray(centroids, dtype=np.float32))
     code = np.empty(len(residual), np.int64)
     for begin in range(0, len(residual), BLOCK):
         part = residual[begin : begin + BLOCK]
-        flat = np.concatenate([part, np.zeros((len(part), 1), dtype=np.float32)], axis=1)
-        code[begin : begin + BLOCK] = index.search(np.ascontiguousarray(flat), 1)[1][:, 0]
+        if priced:
+            part = np.concatenate([part, np.zeros((len(part), 1), dtype=np.float32)], axis=1)
+        code[begin : begin + BLOCK] = index.search(np.ascontiguousarray(part), 1)[1][:, 0]
     return code
 
 

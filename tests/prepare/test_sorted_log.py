@@ -224,6 +224,41 @@ def test_integer_ids_may_be_floats_or_missing_in_some_files(tmp_path, order):
         read_events([tmp_path], MAPPING, silent, Selection(skip_bad_rows=True), known=known, whole=False)
 
 
+@pytest.mark.parametrize("kind", ["small", "large", "negative", "string"])
+@pytest.mark.parametrize("known", [False, True])
+def test_the_order_is_that_of_the_definition_for_ids_of_any_kind(tmp_path, kind, known):
+    """By (length, text) of the user's id, by time, by arrival; in several batches."""
+    rng = np.random.default_rng(3)
+    spread = {"small": 1, "large": 1 << 40, "negative": -7, "string": 1}[kind]
+    user, item = rng.integers(0, 40, 300_000) * spread, rng.integers(0, 12, 300_000) * spread
+    if kind == "negative":
+        user[user % 2 == 0] *= -1
+    time = rng.integers(0, 50, len(user)) * 500_000_000
+    row = np.arange(len(user))
+    with sorter.LogSorter(tmp_path) as rows:
+        ids = [pa.array(column) if kind != "string" else pa.array(column).cast(pa.string()) for column in (user, item)]
+        table = pa.table({"user": ids[0], "item": ids[1], "time": time, "value": row.astype(np.float32)})
+        for first in range(0, len(user), 70_000):
+            rows.add(table.slice(first, 70_000))
+        rows.end()
+        user_ids, item_ids = rows.ids("user"), rows.ids("item")
+        assert user_ids.to_pylist() == sorted(set(map(str, user.tolist())), key=lambda name: (len(name), name))
+        if known:  # an item table of its own order, with an item that the log lacks
+            item_ids = pa.array([*item_ids.to_pylist()[::-1], "no event"])
+        batches = list(rows.sorted(user_ids, item_ids))
+    assert len(batches) > 1
+    found = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    index = []
+    for names, column in ((user_ids, user), (item_ids, item)):
+        place = {name: number for number, name in enumerate(names.to_pylist())}
+        index.append(np.array([place[str(value)] for value in column.tolist()]))
+    order = np.lexsort((row, time, index[0]))
+    assert found["value"].tolist() == order.tolist()
+    assert found["user"].dtype == np.int32 and np.array_equal(found["user"], index[0][order])
+    assert found["item"].dtype == np.int32 and np.array_equal(found["item"], index[1][order])
+    assert np.array_equal(found["time"], time[order] // 1_000_000_000)
+
+
 def test_a_directory_without_data_is_refused(tmp_path):
     (tmp_path / "_SUCCESS").touch()
     with pytest.raises(InputError, match=r"found no data file in the directory, expected \.parquet"):
