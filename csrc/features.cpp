@@ -16,20 +16,14 @@
 
 // The same bits on every CPU: always 16 lanes, in however many registers, sums in one order, no fused multiply-add
 // (CMakeLists.txt), and log and exp2 of our own, as those of libm depend on the CPU.
-#if defined(__x86_64__) && defined(__gnu_linux__)
-#define NEGFAST_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define NEGFAST_CLONES
-#endif
-
 namespace negfast {
 namespace {
 
-constexpr size_t kSketch = 128;  // numbers of a sketch
-constexpr size_t kRidge = 8;     // text numbers that the ridge regression sees, the first
-constexpr size_t kRecent = 32;   // a user's last judgements, compared by text
-constexpr size_t kFew = 8;       // judgements up to which they are all that is kept of what follows from them
-constexpr size_t kEvidence = 18, kDeviations = 6, kRates = 4, kValues = 3;  // columns
+constexpr size_t kJudgements = 128;  // of a user that are kept, the last ones
+constexpr size_t kJudges = 256;      // of an item that are kept, the last ones
+constexpr size_t kRidge = 8;         // text numbers that the ridge regression sees, the first
+constexpr size_t kRecent = 32;       // a user's last judgements, compared by text
+constexpr size_t kEvidence = 14, kDeviations = 6, kRates = 4, kValues = 3;  // columns
 
 constexpr uint8_t kExposed = 0, kDislike = 2, kWithdrawn = 3;
 constexpr int64_t kNever = std::numeric_limits<int64_t>::min();
@@ -37,7 +31,8 @@ constexpr double kDay = 86'400;
 constexpr float kUnknown = std::numeric_limits<float>::quiet_NaN();
 constexpr double kRecentPseudoEvents = 3, kCellPseudoEvents = 3;  // the same, of recent means and of cells
 constexpr double kHalfLife = 30 * kDay, kCountHalfLife = 2 * kDay;  // of recent deviations and of the recent count
-constexpr float kPairWeight = 0.5f, kTextWeight = 0.3f;             // added to the weights that a mean is divided by
+constexpr float kAlikeWeight = 0.5f, kTextWeight = 0.3f;            // added to the weights that a mean is divided by
+constexpr float kAlikeLength = 0.5f;                                // added to the lengths that a cosine is divided by
 constexpr float kPenalty = 2;                                       // of the ridge regression
 constexpr float kStep = 0.4f, kShrink = 0.003f, kStart = 0.2f;      // of the factorisation; kStart: range at first
 constexpr float kLately = 0.15f, kLatelyAll = 0.005f;               // weight of the newest event in a running mean
@@ -48,7 +43,6 @@ struct alignas(64) Vector {
   static_assert(width % kLanes == 0);
   Lanes part[width / kLanes] = {};
 };
-using Sketch = Vector<kSketch>;
 using Text = Vector<kText>;
 
 // Counts of a kind are of its user's and item's events that the kind knows: all for dislikes, those with a value for
@@ -68,31 +62,45 @@ struct Sums {
   int64_t at = kNever;      // the moment that decayed sums hold at
 };
 
-// What follows from a user's judgements alone.
-struct Judged {
-  Sketch sketch;  // s_u = sum r_uj g_j, g_j the signs of item j
-  // Of the ridge regression's Gram matrix the inverse, two rows in a part; the weights twice.
-  Lanes inverse[kRidge / 2];
-  Lanes weights = {};
-  int32_t item[kRecent] = {};  // the last ones
-  float residual[kRecent] = {};
+struct Judgement {
+  int32_t other;  // of a user: the item, ~item where it is not the first of its pair; of an item: the user
+  float residual;
+};
+
+// The last judgements of a user or an item, at most `most`.
+template <size_t most>
+class Judgements {
+ public:
+  void add(const Judgement& judgement) {
+    if (kept_.size() == most) {
+      kept_[made_ % most] = judgement;
+    } else {
+      if (kept_.size() == kept_.capacity()) kept_.reserve(std::min(most, kept_.size() + kept_.size() / 4 + 4));
+      kept_.push_back(judgement);
+    }
+    ++made_;
+  }
+  size_t size() const { return kept_.size(); }
+  // Number k of those kept, the oldest first.
+  NEGFAST_INLINE const Judgement& operator[](size_t k) const { return kept_[(made_ - kept_.size() + k) % most]; }
+  size_t bytes() const { return kept_.capacity() * sizeof(Judgement); }
+
+ private:
+  std::vector<Judgement> kept_;
+  uint64_t made_ = 0;
 };
 
 struct User {
-  Sketch taste;            // sum r_uj times the sketch of item j
-  Lanes factors;           // p_u
-  int32_t item[kFew];      // the first judgements; ~item where it is not the first of its pair
-  float residual[kFew];
-  uint64_t judged = 0;     // how many
-  float weight = 0;        // sum |r_uj| |sketch of j|
+  Lanes factors;  // p_u
+  Judgements<kJudgements> judgements;
+  float square = 0;  // sum of all r_uj^2
   Sums sums;
   int64_t last = kNever, last_dislike = kNever;
 };
 
 struct Item {
-  Sketch sketch, opinion;  // sum r_vi h_v, h_v the signs of user v; t_i = sum r_vi s_v
-  Lanes factors;           // q_i
-  float weight = 0;        // sum |r_vi| |s_v|
+  Lanes factors;  // q_i
+  Judgements<kJudges> judges;
   Sums sums;
   int64_t first = kNever;
 };
@@ -141,16 +149,9 @@ constexpr Field field(const char* name, size_t offset) {
       NEGFAST_DEVIATION(Row, sums.of_value), NEGFAST_FIELD(Row, sums.recent_events),                            \
       NEGFAST_FIELD(Row, sums.lately), NEGFAST_FIELD(Row, sums.at)
 
-constexpr Field kJudgedFields[] = {NEGFAST_FIELD(Judged, sketch), NEGFAST_FIELD(Judged, inverse),
-                                   NEGFAST_FIELD(Judged, weights), NEGFAST_FIELD(Judged, item),
-                                   NEGFAST_FIELD(Judged, residual)};
-constexpr Field kUserFields[] = {NEGFAST_FIELD(User, taste),  NEGFAST_FIELD(User, factors),
-                                 NEGFAST_FIELD(User, judged), NEGFAST_FIELD(User, weight),
-                                 NEGFAST_SUMS(User),          NEGFAST_FIELD(User, last),
-                                 NEGFAST_FIELD(User, last_dislike)};
-constexpr Field kItemFields[] = {NEGFAST_FIELD(Item, sketch), NEGFAST_FIELD(Item, opinion),
-                                 NEGFAST_FIELD(Item, factors), NEGFAST_FIELD(Item, weight),
-                                 NEGFAST_SUMS(Item),           NEGFAST_FIELD(Item, first)};
+constexpr Field kUserFields[] = {NEGFAST_FIELD(User, factors), NEGFAST_FIELD(User, square), NEGFAST_SUMS(User),
+                                 NEGFAST_FIELD(User, last), NEGFAST_FIELD(User, last_dislike)};
+constexpr Field kItemFields[] = {NEGFAST_FIELD(Item, factors), NEGFAST_SUMS(Item), NEGFAST_FIELD(Item, first)};
 constexpr Field kCellFields[] = {NEGFAST_FIELD(Cell, count), NEGFAST_FIELD(Cell, excess)};
 constexpr Field kValueFields[] = {NEGFAST_FIELD(Value, count), NEGFAST_FIELD(Value, dislikes),
                                   NEGFAST_FIELD(Value, column), NEGFAST_FIELD(Value, content)};
@@ -171,12 +172,6 @@ NEGFAST_INLINE float dot(const Vector<width>& a, const Vector<width>& b) {
   return sum(total);
 }
 
-NEGFAST_INLINE float length(const Sketch& sketch) { return std::sqrt(dot(sketch, sketch)); }
-
-NEGFAST_INLINE void add(Sketch& to, float scale, const Sketch& what) {
-  for (size_t p = 0; p < kSketch / kLanes; ++p) to.part[p] += scale * what.part[p];
-}
-
 NEGFAST_INLINE uint64_t mixed(uint64_t x) {  // SplitMix64
   x += 0x9e3779b97f4a7c15u;
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
@@ -186,17 +181,6 @@ NEGFAST_INLINE uint64_t mixed(uint64_t x) {  // SplitMix64
 
 // Where the random numbers of a user (an item) with this key begin.
 NEGFAST_INLINE uint64_t seed(uint64_t key, bool is_user) { return mixed(2 * key + is_user); }
-
-// Adds random signs over sqrt(kSketch).
-NEGFAST_INLINE void add_signs(Sketch& to, float scale, uint64_t seed) {
-  Bits lane;
-  for (size_t l = 0; l < kLanes; ++l) lane[l] = static_cast<int32_t>(l);
-  const float size = scale / std::sqrt(static_cast<float>(kSketch));
-  for (size_t p = 0; p < kSketch / kLanes; ++p) {
-    const auto bits = static_cast<int32_t>(mixed(seed + p) >> 32);
-    to.part[p] += ((bits >> lane) & 1) != 0 ? Lanes{} - size : Lanes{} + size;
-  }
-}
 
 NEGFAST_INLINE Lanes first_factors(uint64_t seed) {
   Lanes out;
@@ -250,11 +234,17 @@ class States {
     return at == kNone ? nullptr : &blocks_[at / kBlock][at % kBlock];
   }
   T& make(int32_t number, const T& first) {
-    if (made_ % kBlock == 0) blocks_.push_back(std::make_unique_for_overwrite<T[]>(kBlock));
+    if (made_ % kBlock == 0) blocks_.push_back(std::make_unique<T[]>(kBlock));
     place_[number] = static_cast<uint32_t>(made_++);
     return *find(number) = first;
   }
   size_t bytes() const { return place_.capacity() * sizeof(uint32_t) + blocks_.size() * kBlock * sizeof(T); }
+  template <class Number>
+  size_t sum(const Number& of) const {
+    size_t total = 0;
+    for (size_t k = 0; k < made_; ++k) total += of(blocks_[k / kBlock][k % kBlock]);
+    return total;
+  }
 
  private:
   static constexpr uint32_t kNone = ~uint32_t{0};
@@ -276,8 +266,8 @@ class Table {
   }
   // The row of a key, or where it would be.
   NEGFAST_INLINE size_t place(uint64_t key) const {
-    size_t at = mixed(key) & (keys.size() - 1);
-    while (keys[at] != kEmpty && (keys[at] & kKey) != key) at = (at + 1) & (keys.size() - 1);
+    size_t at = first(key);
+    while (keys[at] != kEmpty && (keys[at] & kKey) != key) at = at + 1 == keys.size() ? 0 : at + 1;
     return at;
   }
   NEGFAST_INLINE bool is_empty(size_t at) const { return keys[at] == kEmpty; }
@@ -292,7 +282,7 @@ class Table {
     return at;
   }
   NEGFAST_INLINE void fetch_early(uint64_t key) const {
-    const size_t at = mixed(key) & (keys.size() - 1);
+    const size_t at = first(key);
     __builtin_prefetch(&keys[at], 1);
     if (!rows.empty()) __builtin_prefetch(&rows[at], 1);
   }
@@ -307,10 +297,16 @@ class Table {
   static constexpr uint64_t kEmpty = ~uint64_t{0};
   static constexpr size_t kLeast = 1024;
 
+  // Where the search for a key begins: ascending with its hash, so that a table grows in order.
+  NEGFAST_INLINE size_t first(uint64_t key) const {
+    return static_cast<size_t>(static_cast<unsigned __int128>(mixed(key)) * keys.size() >> 64);
+  }
+
   void grow() {
+    const size_t size = keys.size() + keys.size() / 2;
     Table more(!rows.empty());
-    more.keys.assign(2 * keys.size(), kEmpty);
-    if (!rows.empty()) more.rows.resize(2 * keys.size());
+    more.keys.assign(size, kEmpty);
+    if (!rows.empty()) more.rows.resize(size);
     for (size_t at = 0; at < keys.size(); ++at) {
       if (is_empty(at)) continue;
       const size_t to = more.place(keys[at] & kKey);
@@ -362,11 +358,6 @@ class FeatureState {
         by_user_value_(true),
         lately_(static_cast<float>(prior_)) {
     unknown_user_.sums.lately = unknown_item_.sums.lately = lately_;
-    for (size_t p = 0; p < kRidge / 2; ++p) {
-      nothing_judged_.inverse[p] = Lanes{};
-      for (size_t row = 2 * p; row < 2 * p + 2; ++row)
-        nothing_judged_.inverse[p][row % 2 * kRidge + row] = 1 / kPenalty;
-    }
     width_ = kRates + kEvidence + kDeviations + 1;
     if (settings.has_values) width_ += kValues + kDeviations + 1;
     for (const auto& attribute : settings.attributes) width_ += 2 + attribute.columns;
@@ -377,7 +368,7 @@ class FeatureState {
   void add_users(std::span<const uint64_t> keys) {
     user_key_.insert(user_key_.end(), keys.begin(), keys.end());
     users_.grow(keys.size());
-    judged_.grow(keys.size());
+    likeness_.resize(users_.size());
   }
 
   void add_values(std::span<const int32_t> column, std::span<const float> content) {
@@ -455,7 +446,6 @@ class FeatureState {
 
   NEGFAST_INLINE void fetch_early(int32_t user, int32_t item) {
     if (User* of_user = users_.find(user)) fetch(of_user);
-    if (Judged* judged = judged_.find(user)) fetch(judged);
     if (Item* of_item = items_.find(item)) fetch(of_item);
     said_.fetch_early(said_.key(user, item));
     const size_t attributes = settings_.attributes.size();
@@ -470,18 +460,16 @@ class FeatureState {
   // A user at a moment.
   struct Asked {
     const User* user;
-    const Judged* judged;
-    Judged few;
     int32_t number;
     int64_t moment;
     Side side;
-    float off[2], recent_events, sketch_length, taste_length, last, last_dislike;
+    Lanes ridge;  // the weights twice
+    float off[2], recent_events, last, last_dislike;
   };
 
   NEGFAST_INLINE void ask(Asked& asked, int32_t number, int64_t moment) {
     const User* user = &known_user(number);
     asked.user = user;
-    asked.judged = &judged(*user, number, asked.few);
     asked.number = number;
     asked.moment = moment;
     const Sums& sums = user->sums;
@@ -491,15 +479,14 @@ class FeatureState {
     const float events =
         sums.at == kNever ? 0 : std::max(sums.recent_events * left(moment - sums.at, kCountHalfLife), 0.0f);
     asked.recent_events = static_cast<float>(logarithm(1 + static_cast<double>(events)));
-    asked.sketch_length = length(asked.judged->sketch);
-    asked.taste_length = length(user->taste);
+    compare(*user, number);
+    asked.ridge = ridge(*user);
     asked.last = days(user->last, moment);
     asked.last_dislike = days(user->last_dislike, moment);
   }
 
   NEGFAST_INLINE void answer(const Asked& asked, int32_t i, float* out) {
     const User& user = *asked.user;
-    const Judged& judged = *asked.judged;
     const Item& item = known_item(i);
     const Side of_user = asked.side, of_item = side(item.sums, asked.moment);
     *out++ = of_item.logit_rate;
@@ -521,30 +508,38 @@ class FeatureState {
       *out++ = asked.off[kind];
     }
     *out++ = asked.recent_events;
-    by_pairs(dot(judged.sketch, item.opinion), asked.sketch_length, length(item.opinion), item.weight, out);
-    by_pairs(dot(item.sketch, user.taste), length(item.sketch), asked.taste_length, user.weight, out + 3);
-    out[6] = sum(user.factors * item.factors);
-    const Text& text = text_[i];
     float total = 0, weight = 0;
-    for (size_t k = 0; k < std::min<uint64_t>(user.judged, kRecent); ++k) {
-      const float cosine = std::max(dot(text, text_[judged.item[k]]), 0.0f), kernel = cosine * cosine * cosine;
-      total += kernel * judged.residual[k];
+    for (size_t k = 0; k < item.judges.size(); ++k) {
+      const float cosine = likeness_[item.judges[k].other];
+      total += cosine * item.judges[k].residual;
+      weight += std::abs(cosine);
+    }
+    out[0] = total;
+    out[1] = total / (weight + kAlikeWeight);
+    out[2] = sum(user.factors * item.factors);
+    const Text& text = text_[i];
+    total = weight = 0;
+    const size_t judged = user.judgements.size();
+    for (size_t k = judged - std::min(judged, kRecent); k < judged; ++k) {
+      const float cosine = std::max(dot(text, text_[number(user.judgements[k])]), 0.0f);
+      const float kernel = cosine * cosine * cosine;
+      total += kernel * user.judgements[k].residual;
       weight += kernel;
     }
-    out[7] = total / (weight + kTextWeight);
-    out[8] = weight;
-    out[9] = sum(judged.weights * twice(text)) / 2;
+    out[3] = total / (weight + kTextWeight);
+    out[4] = weight;
+    out[5] = sum(asked.ridge * twice(text)) / 2;
     for (size_t level = 0; level < 2; ++level) {
       const Cell& cell = cells_[cell_[i][level]];
-      out[10 + level] = static_cast<float>(cell.excess / (cell.count + kCellPseudoEvents));
+      out[6 + level] = static_cast<float>(cell.excess / (cell.count + kCellPseudoEvents));
     }
-    out[12] = user.sums.lately;
-    out[13] = item.sums.lately;
-    out[14] = lately_;
-    out[15] = asked.last;
-    out[16] = asked.last_dislike;
-    out[17] = days(item.first, asked.moment);
-    if (settings_.has_values) out[18] = spread(item.sums);
+    out[8] = user.sums.lately;
+    out[9] = item.sums.lately;
+    out[10] = lately_;
+    out[11] = asked.last;
+    out[12] = asked.last_dislike;
+    out[13] = days(item.first, asked.moment);
+    if (settings_.has_values) out[14] = spread(item.sums);
   }
 
   const FeatureSettings& settings() const { return settings_; }
@@ -555,21 +550,22 @@ class FeatureState {
   size_t bytes() const {
     const size_t of_items = item_key_.capacity() * (sizeof(uint64_t) + sizeof(Text) + sizeof(cell_[0])) +
                             value_start_.capacity() * sizeof(int64_t) + value_.capacity() * sizeof(int32_t);
-    return users_.bytes() + judged_.bytes() + items_.bytes() + said_.bytes() + by_user_value_.bytes() + of_items +
-           user_key_.capacity() * sizeof(uint64_t) + values_.capacity() * sizeof(Value) +
-           cells_.capacity() * sizeof(Cell);
+    const size_t judgements = users_.sum([](const User& user) { return user.judgements.bytes(); }) +
+                              items_.sum([](const Item& item) { return item.judges.bytes(); });
+    return users_.bytes() + items_.bytes() + judgements + said_.bytes() + by_user_value_.bytes() + of_items +
+           user_key_.capacity() * sizeof(uint64_t) + likeness_.capacity() * sizeof(float) +
+           values_.capacity() * sizeof(Value) + cells_.capacity() * sizeof(Cell);
   }
 
   // ---- The state as tables.
 
   void tables(const std::function<void*(const FeatureTable&)>& place) {
     if (!pending_.empty()) learn_pending();
-    copy("user.", kJudgedFields, users(), place, [this](size_t k) {
-      const auto number = static_cast<int32_t>(k);
-      return &judged(known_user(number), number, few_);
-    });
     copy("user.", kUserFields, users(), place, [this](size_t k) { return &known_user(static_cast<int32_t>(k)); });
     copy("item.", kItemFields, items(), place, [this](size_t k) { return &known_item(static_cast<int32_t>(k)); });
+    copy("judgements", users(), place, [this](size_t k) { return users_.find(static_cast<int32_t>(k)); },
+         &User::judgements);
+    copy("judges", items(), place, [this](size_t k) { return items_.find(static_cast<int32_t>(k)); }, &Item::judges);
     copy("cell.", kCellFields, cells_.size(), place, [this](size_t k) { return &cells_[k]; });
     copy("value.", kValueFields, values_.size(), place, [this](size_t k) { return &values_[k]; });
     std::memcpy(place({"lately", 'f', 1, 1}), &lately_, sizeof lately_);
@@ -598,6 +594,50 @@ class FeatureState {
       for (size_t k = 0; k < rows; ++k, out += field.bytes)
         std::memcpy(out, reinterpret_cast<const std::byte*>(row(k)) + field.offset, field.bytes);
     }
+  }
+
+  // Those of a row are between its start and the next one's, the oldest first.
+  template <class Row, class Find, size_t most>
+  static void copy(const std::string& name, size_t rows, const std::function<void*(const FeatureTable&)>& place,
+                   const Find& find, Judgements<most> Row::*judgements) {
+    auto* start = static_cast<int64_t*>(place({name + ".start", 'q', rows + 1, 1}));
+    for (size_t k = start[0] = 0; k < rows; ++k) {
+      const Row* row = find(k);
+      start[k + 1] = start[k] + (row == nullptr ? 0 : static_cast<int64_t>((row->*judgements).size()));
+    }
+    const auto total = static_cast<size_t>(start[rows]);
+    auto* other = static_cast<int32_t*>(place({name + ".other", 'i', total, 1}));
+    auto* residual = static_cast<float*>(place({name + ".residual", 'f', total, 1}));
+    for (size_t k = 0; k < rows; ++k) {
+      const Row* row = find(k);
+      for (size_t n = 0; row != nullptr && n < (row->*judgements).size(); ++n) {
+        *other++ = (row->*judgements)[n].other;
+        *residual++ = (row->*judgements)[n].residual;
+      }
+    }
+  }
+
+  // The item of a user's judgement.
+  NEGFAST_INLINE static int32_t number(const Judgement& judgement) {
+    return judgement.other < 0 ? ~judgement.other : judgement.other;
+  }
+
+  // How alike each other user judged what this one judged: the cosine of their residuals.
+  NEGFAST_INLINE void compare(const User& user, int32_t own) {
+    for (const int32_t other : compared_) likeness_[other] = 0;
+    compared_.clear();
+    for (size_t n = 0; n < user.judgements.size(); ++n) {
+      const float residual = user.judgements[n].residual;
+      const auto& judges = items_.find(number(user.judgements[n]))->judges;
+      for (size_t k = 0; k < judges.size(); ++k) {
+        float& likeness = likeness_[judges[k].other];
+        if (likeness == 0) compared_.push_back(judges[k].other);
+        likeness += residual * judges[k].residual;
+      }
+    }
+    for (const int32_t other : compared_)
+      likeness_[other] /= std::sqrt(user.square * users_.find(other)->square) + kAlikeLength;
+    likeness_[own] = 0;
   }
 
   // The first numbers of a text vector, twice.
@@ -644,12 +684,6 @@ class FeatureState {
       out += 2 + attribute.columns;
     }
     return out;
-  }
-
-  NEGFAST_INLINE static void by_pairs(float total, float a, float b, float weight, float* out) {
-    out[0] = total;
-    out[1] = total / (a * b + 1e-3f);
-    out[2] = total / (a * weight + kPairWeight);
   }
 
   NEGFAST_INLINE void learn_pending() {
@@ -749,22 +783,11 @@ class FeatureState {
     }
     User& user = *known_user;
     Item& item = *known_item;
-    Judged& judged = this->judged(user, event.user, few_);
     const float r = change.residual;
-    item.weight += std::abs(r) * length(judged.sketch);
-    user.weight += std::abs(r) * length(item.sketch);
-    negfast::add(item.opinion, r, judged.sketch);
-    negfast::add(user.taste, r, item.sketch);
-    add_signs(item.sketch, r, seed(user_key_[event.user], true));
+    user.judgements.add({change.is_first ? event.item : ~event.item, r});
+    user.square += r * r;
+    item.judges.add({event.user, r});
     if (change.is_first) factorise(user.factors, item.factors, r);
-    if (user.judged < kFew) {
-      user.item[user.judged] = change.is_first ? event.item : ~event.item;
-      user.residual[user.judged] = r;
-    } else {
-      judge(judged, user.judged, event.item, r, change.is_first);
-      if (user.judged == kFew) judged_.make(event.user, judged);
-    }
-    ++user.judged;
     count(user.sums, change, now);
     count(item.sums, change, now);
     deviate(user.sums.dislike, change.dislikes, change.judged, change.item_mean);
@@ -797,35 +820,34 @@ class FeatureState {
     if (item.first == kNever) item.first = now;
   }
 
-  // What follows from a user's judgements: as it is kept, or made in `few`.
-  NEGFAST_INLINE Judged& judged(const User& user, int32_t number, Judged& few) {
-    if (user.judged > kFew) return *judged_.find(number);
-    few = nothing_judged_;
-    for (size_t k = 0; k < user.judged; ++k) {
-      const bool is_first = user.item[k] >= 0;
-      judge(few, k, is_first ? user.item[k] : ~user.item[k], user.residual[k], is_first);
+  // The weights twice of the ridge regression of the user's residuals, each pair's first, on text: by Cholesky's method.
+  NEGFAST_INLINE Lanes ridge(const User& user) const {
+    Lanes gram[kRidge / 2] = {}, total = {};
+    for (size_t k = 0; k < user.judgements.size(); ++k) {
+      const Judgement& judgement = user.judgements[k];
+      if (judgement.other < 0) continue;
+      const Lanes x = twice(text_[judgement.other]);
+      for (size_t p = 0; p < kRidge / 2; ++p) gram[p] += rows(x, p) * x;
+      total += judgement.residual * x;
     }
-    return few;
-  }
-
-  // Adds judgement number k.
-  NEGFAST_INLINE void judge(Judged& to, uint64_t k, int32_t item, float residual, bool is_first) {
-    add_signs(to.sketch, residual, seed(item_key_[item], false));
-    if (is_first) regress(to, twice(text_[item]), residual);
-    to.item[k % kRecent] = item;
-    to.residual[k % kRecent] = residual;
-  }
-
-  // Recursive least squares: Sherman and Morrison's update of the inverse. `x` holds the numbers twice.
-  NEGFAST_INLINE static void regress(Judged& to, const Lanes& x, float residual) {
-    Lanes total = {};
-    for (size_t p = 0; p < kRidge / 2; ++p) total += to.inverse[p] * rows(x, p);
-    const auto half = std::bit_cast<std::array<Half, 2>>(total);
-    const Half both = half[0] + half[1];
-    const auto gain = std::bit_cast<Lanes>(std::array<Half, 2>{both, both});
-    const float scale = 1 / (1 + std::max(sum(gain * x) / 2, 0.0f));
-    for (size_t p = 0; p < kRidge / 2; ++p) to.inverse[p] -= rows(gain, p) * gain * scale;
-    to.weights += gain * (scale * (residual - sum(to.weights * x) / 2));
+    float lower[kRidge][kRidge], weight[kRidge];
+    for (size_t row = 0; row < kRidge; ++row) {
+      for (size_t column = 0; column <= row; ++column) {
+        float rest = gram[row / 2][row % 2 * kRidge + column];
+        for (size_t k = 0; k < column; ++k) rest -= lower[row][k] * lower[column][k];
+        lower[row][column] = column < row ? rest / lower[column][column] : std::sqrt(rest + kPenalty);
+      }
+      float rest = total[row];
+      for (size_t k = 0; k < row; ++k) rest -= lower[row][k] * weight[k];
+      weight[row] = rest / lower[row][row];
+    }
+    for (size_t row = kRidge; row-- > 0;) {
+      for (size_t k = row + 1; k < kRidge; ++k) weight[row] -= lower[k][row] * weight[k];
+      weight[row] /= lower[row][row];
+    }
+    Lanes out;
+    for (size_t l = 0; l < kLanes; ++l) out[l] = weight[l % kRidge];
+    return out;
   }
 
   // Number 2p of `x` eight times, then number 2p + 1.
@@ -847,10 +869,7 @@ class FeatureState {
   size_t width_;
   std::vector<uint64_t> user_key_, item_key_;
   States<User> users_;
-  States<Judged> judged_;  // of users with more than kFew judgements
   States<Item> items_;
-  Judged nothing_judged_;
-  Judged few_;  // of the user whose event is learned
   User unknown_user_;  // what is known of those without events; factors are those of the last one asked
   Item unknown_item_;
   std::vector<Text> text_;
@@ -861,6 +880,8 @@ class FeatureState {
   std::vector<Value> values_;
   Table<float> said_;             // of every (user, item): in the key the last feedback, its value
   Table<Counts> by_user_value_;   // of every (user, attribute value)
+  std::vector<float> likeness_;   // of every user to the one asked about
+  std::vector<int32_t> compared_;  // who may have one other than 0
   float lately_;                  // running mean of all
   std::vector<Event> pending_;    // of one moment, not yet learned
   std::vector<Change> changes_;   // of these
@@ -919,7 +940,12 @@ std::vector<std::pair<std::string, double>> feature_constants() {
           {"cell_pseudo_events", kCellPseudoEvents},
           {"half_life", kHalfLife},
           {"count_half_life", kCountHalfLife},
-          {"pair_weight", kPairWeight},
+          {"judgements", kJudgements},
+          {"judges", kJudges},
+          {"recent", kRecent},
+          {"ridge", kRidge},
+          {"alike_weight", kAlikeWeight},
+          {"alike_length", kAlikeLength},
           {"text_weight", kTextWeight},
           {"penalty", kPenalty},
           {"step", kStep},

@@ -16,14 +16,13 @@ choice). `HistoryFeatures.names` names them:
   ``_user_off``: how far the user is off the items' means, whatever the sign. ``user_log_recent``: the user's events,
   with weights that halve every 2 days.
 - evidence, from residuals r = dislike - what the rates of user and item led to expect:
-  ``like_users_*``, how people who judged like the user judged the item: the sum over pairs of judgements, its cosine,
-  and the sum over its weight; ``like_items_*``, how the user judged items judged like this one. Both are
-  neighbourhoods, estimated from sketches of fixed size: of an item i the random signs g_i, of a user u the sketch
-  s_u = sum r_uj g_j over the items it judged, of an item t_i = sum r_vi s_v over those who judged it; <s_u, t_i>
-  estimates the sum over others v of r_vi times <what u said, what v said> (AMS sketch, Alon, Matias and Szegedy 1996).
+  ``like_users_sum``: how people who judged like the user judged the item, the sum over its last 256 judgements of r
+  times the cosine of the residuals of its judge and of the user, on what the user judged last, 128 judgements;
+  ``like_users_mean``: that sum over the sum of the cosines' sizes. A user-based neighbourhood (Herlocker et al. 1999),
+  exact but for what is older: memory is linear in users and items, and no likeness is kept.
   ``factors``: the same by a factorisation of r that takes one gradient step an event.
   ``text_*``: how the user judged the last 32 items, by the cube of the cosine of their text vectors, and the weight of
-  that; ``text_ridge``: a ridge regression of r on text. ``cell_coarse``, ``cell_fine``: what everyone said of items
+  that; ``text_ridge``: a ridge regression of the user's r on text, of the last 128 judgements. ``cell_coarse``, ``cell_fine``: what everyone said of items
   with the same first code of the semantic ID and with the same first two, above the prior rate.
 - ``user_lately``, ``item_lately``, ``lately``: running means of dislikes, of the user, of the item and of all.
 - ``days_*``: days since the user last judged, last disliked, and since the item was first judged.
@@ -51,9 +50,8 @@ ANSWERED_ONCE = 1_500_000  # pairs whose first feedback is answered for good, at
 _INDICATORS = 32  # most frequent values of an attribute that get a column each
 _SIMPLE = ["item_logit_rate", "user_logit_rate", "item_log_events", "user_log_events"]
 _VALUES = ["item_mean_value", "user_mean_value", "user_spread"]
-_PAIRS = ["sum", "cosine", "mean"]
 _EVIDENCE = [
-    *(f"like_{what}_{name}" for what in ("users", "items") for name in _PAIRS),
+    *("like_users_sum", "like_users_mean"),
     *("factors", "text_mean", "text_weight", "text_ridge", "cell_coarse", "cell_fine"),
     *("user_lately", "item_lately", "lately"),
     *("days_since_judged", "days_since_dislike", "days_since_item_first"),
