@@ -105,6 +105,11 @@ struct Item {
   int64_t first = kNever;
 };
 
+struct Alike {
+  float cosine = 0;
+  bool compared = false;
+};
+
 struct Cell {
   double count = 0, excess = 0;
 };
@@ -368,7 +373,7 @@ class FeatureState {
   void add_users(std::span<const uint64_t> keys) {
     user_key_.insert(user_key_.end(), keys.begin(), keys.end());
     users_.grow(keys.size());
-    likeness_.resize(users_.size());
+    alike_.resize(users_.size());
   }
 
   void add_values(std::span<const int32_t> column, std::span<const float> content) {
@@ -510,7 +515,7 @@ class FeatureState {
     *out++ = asked.recent_events;
     float total = 0, weight = 0;
     for (size_t k = 0; k < item.judges.size(); ++k) {
-      const float cosine = likeness_[item.judges[k].other];
+      const float cosine = alike_[item.judges[k].other].cosine;
       total += cosine * item.judges[k].residual;
       weight += std::abs(cosine);
     }
@@ -553,7 +558,7 @@ class FeatureState {
     const size_t judgements = users_.sum([](const User& user) { return user.judgements.bytes(); }) +
                               items_.sum([](const Item& item) { return item.judges.bytes(); });
     return users_.bytes() + items_.bytes() + judgements + said_.bytes() + by_user_value_.bytes() + of_items +
-           user_key_.capacity() * sizeof(uint64_t) + likeness_.capacity() * sizeof(float) +
+           user_key_.capacity() * sizeof(uint64_t) + alike_.capacity() * sizeof(Alike) +
            values_.capacity() * sizeof(Value) + cells_.capacity() * sizeof(Cell);
   }
 
@@ -624,20 +629,21 @@ class FeatureState {
 
   // How alike each other user judged what this one judged: the cosine of their residuals.
   NEGFAST_INLINE void compare(const User& user, int32_t own) {
-    for (const int32_t other : compared_) likeness_[other] = 0;
+    for (const int32_t other : compared_) alike_[other] = {};
     compared_.clear();
     for (size_t n = 0; n < user.judgements.size(); ++n) {
       const float residual = user.judgements[n].residual;
       const auto& judges = items_.find(number(user.judgements[n]))->judges;
       for (size_t k = 0; k < judges.size(); ++k) {
-        float& likeness = likeness_[judges[k].other];
-        if (likeness == 0) compared_.push_back(judges[k].other);
-        likeness += residual * judges[k].residual;
+        Alike& alike = alike_[judges[k].other];
+        if (!alike.compared) compared_.push_back(judges[k].other);
+        alike.compared = true;
+        alike.cosine += residual * judges[k].residual;
       }
     }
     for (const int32_t other : compared_)
-      likeness_[other] /= std::sqrt(user.square * users_.find(other)->square) + kAlikeLength;
-    likeness_[own] = 0;
+      alike_[other].cosine /= std::sqrt(user.square * users_.find(other)->square) + kAlikeLength;
+    alike_[own].cosine = 0;
   }
 
   // The first numbers of a text vector, twice.
@@ -880,8 +886,8 @@ class FeatureState {
   std::vector<Value> values_;
   Table<float> said_;             // of every (user, item): in the key the last feedback, its value
   Table<Counts> by_user_value_;   // of every (user, attribute value)
-  std::vector<float> likeness_;   // of every user to the one asked about
-  std::vector<int32_t> compared_;  // who may have one other than 0
+  std::vector<Alike> alike_;      // every user and the one asked about
+  std::vector<int32_t> compared_;  // users compared with that one
   float lately_;                  // running mean of all
   std::vector<Event> pending_;    // of one moment, not yet learned
   std::vector<Change> changes_;   // of these

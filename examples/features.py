@@ -7,6 +7,7 @@ against it. What the columns mean is in negfast/data/features.py.
 from collections import defaultdict
 from collections.abc import Sequence
 from hashlib import blake2b
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ class Features:
         )
         self.user_keys, self.item_keys = list(user_keys), item_keys
         self.lately, self.learned = float(tables["lately"][0]), int(tables["learned"][0])
+        # (item, residual) of users, ~item where it is not the first of its pair, and (user, residual) of items
+        self.judgements, self.judges = (_lists(tables, name) for name in ("judgements", "judges"))
         # of users who are asked about or judge: item -> last like, dislike or withdrawal, and its value
         self.said: dict[int, dict[int, tuple[int, float]]] = defaultdict(dict)
 
@@ -42,7 +45,7 @@ class Features:
         u = {name: table[user].astype(float) for name, table in self.user.items()}
         i = {name: table[items].astype(float) for name, table in self.item.items()}
         found = self._rates(u, i) | self._attributes(user, items) | self._deviations(u, i, moment)
-        found |= self._evidence(u, i, moment)
+        found |= self._like_users(user, items) | self._of_text(user, i) | self._evidence(u, i, moment)
         if missing := [name for name in self.spec["names"] if name not in found]:
             raise ValueError(f"features: found {missing[0]!r}, which is not known here")
         return np.stack([np.broadcast_to(found[name], len(items)) for name in self.spec["names"]], axis=1)
@@ -103,24 +106,40 @@ class Features:
         kept = halved(moment - u["sums.at"], self.constants["count_half_life"])
         return out | {"user_log_recent": np.log1p(max(u["sums.recent_events"] * kept, 0))}
 
+    def _like_users(self, user: int, items: np.ndarray) -> Row:
+        """The items' last judgements, weighed by how alike their judges judged what the user judged."""
+        square, likeness = self.user["square"], defaultdict(float)
+        for item, own in self.judgements[user]:
+            for judge, residual in self.judges[max(item, ~item)]:
+                likeness[judge] += own * residual
+        likeness[user] = 0
+        cosine = {
+            judge: total / (np.sqrt(square[user] * square[judge]) + self.constants["alike_length"])
+            for judge, total in likeness.items()
+        }
+        weighed = [[(cosine.get(judge, 0), residual) for judge, residual in self.judges[item]] for item in items]
+        total = np.array([sum(weight * residual for weight, residual in some) for some in weighed])
+        weight = np.array([sum(abs(weight) for weight, _ in some) for some in weighed])
+        return {"like_users_sum": total, "like_users_mean": total / (weight + self.constants["alike_weight"])}
+
+    def _of_text(self, user: int, i: Row) -> Row:
+        """How the user judged texts like those of the items."""
+        judged, constants = self.judgements[user], self.constants
+        text = self.item["text"].astype(float)
+        last = judged[-int(constants["recent"]) :]
+        kernel = np.maximum(i["text"] @ text[[max(item, ~item) for item, _ in last]].T, 0) ** 3
+        weight = kernel.sum(1)
+        ridge, first = int(constants["ridge"]), [(item, residual) for item, residual in judged if item >= 0]
+        x, y = text[[item for item, _ in first], :ridge], np.array([residual for _, residual in first])
+        weights = np.linalg.solve(x.T @ x + constants["penalty"] * np.eye(ridge), x.T @ y)
+        return {
+            "text_weight": weight,
+            "text_mean": kernel @ [residual for _, residual in last] / (weight + constants["text_weight"]),
+            "text_ridge": i["text"][:, :ridge] @ weights,
+        }
+
     def _evidence(self, u: Row, i: Row, moment: int) -> Row:
-        constants, out = self.constants, {}
-        pairs = (
-            ("like_users", i["opinion"] @ u["sketch"], length(u["sketch"]), length(i["opinion"]), i["weight"]),
-            ("like_items", i["sketch"] @ u["taste"], length(i["sketch"]), length(u["taste"]), u["weight"]),
-        )
-        for name, total, a, b, weight in pairs:
-            out[f"{name}_sum"] = total
-            out[f"{name}_cosine"] = total / (a * b + 1e-3)
-            out[f"{name}_mean"] = total / (a * weight + constants["pair_weight"])
-        out["factors"] = i["factors"] @ u["factors"]
-        last = int(min(u["judged"], len(u["item"])))
-        cosine = i["text"] @ self.item["text"][u["item"][:last].astype(int)].astype(float).T
-        kernel = np.maximum(cosine, 0) ** 3
-        out["text_weight"] = kernel.sum(1)
-        out["text_mean"] = kernel @ u["residual"][:last] / (out["text_weight"] + constants["text_weight"])
-        ridge = ridge_size(u["inverse"])
-        out["text_ridge"] = i["text"][:, :ridge] @ u["weights"][:ridge]
+        constants, out = self.constants, {"factors": i["factors"] @ u["factors"]}
         for name, cell in zip(("coarse", "fine"), i["cell"].T.astype(int), strict=True):
             count = self.cell["count"][cell] + constants["cell_pseudo_events"]
             out[f"cell_{name}"] = self.cell["excess"][cell] / count
@@ -137,6 +156,7 @@ class Features:
         for name in self.user:
             self.user[name] = np.concatenate([self.user[name], *(row[name][None] for row in rows)])
         self.user_keys.extend(keys)
+        self.judgements += [[] for _ in keys]
         return range(len(self.user_keys) - len(keys), len(self.user_keys))
 
     def unknown(self, table: Row, seed: int) -> Row:
@@ -146,8 +166,6 @@ class Features:
             row[name][...] = NEVER
         row["sums.lately"][...] = self.spec["prior_rate"]
         row["factors"][...] = first_factors(seed, len(row["factors"]), self.constants["start"])
-        if "inverse" in row:
-            row["inverse"][...] = np.eye(ridge_size(row["inverse"])).ravel() / self.constants["penalty"]
         return row
 
     def learn(self, moment: int, events: Sequence[tuple[int, int, int, float]]) -> None:
@@ -186,18 +204,16 @@ class Features:
         }
 
     def _learn(self, user: int, item: int, feedback: int, moment: int, change: Row) -> None:
-        u, i, r, width = self.user, self.item, change["residual"], self.user["sketch"].shape[1]
-        i["weight"][item] += abs(r) * length(u["sketch"][user])
-        u["weight"][user] += abs(r) * length(i["sketch"][item])
-        i["opinion"][item] += r * u["sketch"][user]
-        u["taste"][user] += r * i["sketch"][item]
-        u["sketch"][user] += r * signs(2 * int(self.item_keys[item]), width)
-        i["sketch"][item] += r * signs(2 * int(self.user_keys[user]) + 1, width)
+        u, i, r = self.user, self.item, change["residual"]
+        for judged, other, most in (
+            (self.judgements[user], item if change["is_first"] else ~item, self.constants["judgements"]),
+            (self.judges[item], user, self.constants["judges"]),
+        ):
+            judged.append((other, r))
+            del judged[: -int(most)]
+        u["square"][user] += r * r
         if change["is_first"]:
-            self._fit(user, item, r)
-        place = u["judged"][user] % u["item"].shape[1]
-        u["item"][user, place], u["residual"][user, place] = item, r
-        u["judged"][user] += 1
+            self._factorise(user, item, r)
         self._count(u, user, moment, change, change["of_item"])
         self._count(i, item, moment, change, change["of_user"])
         judged, dislikes = change["dislike"]
@@ -221,14 +237,8 @@ class Features:
         first = i["first"][item]
         i["first"][item] = moment if first == NEVER else min(first, moment)
 
-    def _fit(self, user: int, item: int, residual: float) -> None:
-        """A row more of the ridge regression on text, and a gradient step of the factorisation."""
-        inverse, weights = self.user["inverse"][user], self.user["weights"][user]
-        ridge = ridge_size(inverse)
-        x, matrix = self.item["text"][item, :ridge].astype(float), inverse.reshape(ridge, ridge).astype(float)
-        gain = matrix @ x / (1 + x @ matrix @ x)
-        inverse[:] = (matrix - np.outer(gain, matrix @ x)).ravel()
-        weights[:] = np.resize(weights[:ridge] + gain * (residual - weights[:ridge] @ x), len(weights))
+    def _factorise(self, user: int, item: int, residual: float) -> None:
+        """A gradient step."""
         step, shrink = self.constants["step"], self.constants["shrink"]
         p, q = self.user["factors"][user].astype(float), self.item["factors"][item].astype(float)
         along = step * (residual - p @ q) / (1 + step * (p @ p + q @ q))
@@ -275,17 +285,14 @@ def halved(seconds: Any, half_life: float) -> Any:
     return 0.5 ** (seconds / half_life)
 
 
-def length(vectors: np.ndarray) -> Any:
-    return np.sqrt((vectors.astype(float) ** 2).sum(-1))
-
-
-def ridge_size(inverse: np.ndarray) -> int:
-    """Rows of the square matrix whose entries are given."""
-    return round(len(inverse) ** 0.5)
+def _lists(tables: dict[str, np.ndarray], name: str) -> list[list[tuple[int, float]]]:
+    start, other, residual = (tables[f"{name}.{part}"].tolist() for part in ("start", "other", "residual"))
+    pairs = list(zip(other, residual, strict=True))
+    return [pairs[begin:end] for begin, end in pairwise(start)]
 
 
 def key_of(name: str) -> int:
-    """The number of a user's or an item's id, from which random vectors come."""
+    """The number of a user's or an item's id, from which its first factors come."""
     return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
@@ -295,13 +302,6 @@ def mixed(x: int) -> int:
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
     return x ^ (x >> 31)
-
-
-def signs(seed: int, width: int) -> np.ndarray:
-    """Random signs over sqrt(width), of 2 * the item's key, or of 2 * the user's + 1."""
-    start = mixed(seed % 2**64)
-    bits = [mixed((start + part) % 2**64) >> 32 >> lane & 1 for part in range(width // 16) for lane in range(16)]
-    return np.where(bits, -1.0, 1.0) / np.sqrt(width)
 
 
 def first_factors(seed: int, width: int, size: float) -> np.ndarray:

@@ -22,8 +22,8 @@ choice). `HistoryFeatures.names` names them:
   exact but for what is older: memory is linear in users and items, and no likeness is kept.
   ``factors``: the same by a factorisation of r that takes one gradient step an event.
   ``text_*``: how the user judged the last 32 items, by the cube of the cosine of their text vectors, and the weight of
-  that; ``text_ridge``: a ridge regression of the user's r on text, of the last 128 judgements. ``cell_coarse``, ``cell_fine``: what everyone said of items
-  with the same first code of the semantic ID and with the same first two, above the prior rate.
+  that; ``text_ridge``: a ridge regression on text of the user's last 128 r. ``cell_coarse``, ``cell_fine``: what
+  everyone said of items with the same first code of the semantic ID and with the same first two, above the prior rate.
 - ``user_lately``, ``item_lately``, ``lately``: running means of dislikes, of the user, of the item and of all.
 - ``days_*``: days since the user last judged, last disliked, and since the item was first judged.
 

@@ -17,14 +17,19 @@ from negfast.data.log import DAY, DISLIKE, EXPOSED, LIKE, WITHDRAWN, EventLog
 from negfast.data.split import sample_pairs
 
 USERS, ITEMS, EVENTS, PRIOR, PRIOR_VALUE = 12, 15, 500, 0.3, 5.0
-SKETCH, TEXT = 128, 32
+TEXT = 32
 CONSTANTS = {
     "pseudo_events": 5,
     "recent_pseudo_events": 3,
     "cell_pseudo_events": 3,
     "half_life": 30 * DAY,
     "count_half_life": 2 * DAY,
-    "pair_weight": 0.5,
+    "judgements": 128,
+    "judges": 256,
+    "recent": 32,
+    "ridge": 8,
+    "alike_weight": 0.5,
+    "alike_length": 0.5,
     "text_weight": 0.3,
     "penalty": 2,
     "step": 0.4,
@@ -102,6 +107,12 @@ def reading(of_log: HistoryFeatures) -> Features:
         "lately": np.array([PRIOR]),
         "learned": np.array([-1]),
     }
+    for name, rows in (("judgements", len(of_log.user_keys)), ("judges", len(items))):
+        tables |= {
+            f"{name}.start": np.zeros(rows + 1, int),
+            f"{name}.other": np.zeros(0),
+            f"{name}.residual": np.zeros(0),
+        }
     spec = {
         "names": of_log.names,
         "prior_rate": PRIOR,
@@ -113,8 +124,9 @@ def reading(of_log: HistoryFeatures) -> Features:
         ],
     }
     item_keys = [key_of(name) for name in items.ids]
-    out = Features(spec, tables, range(USERS), item_keys)
-    seeds = (out.user, [2 * user + 1 for user in range(USERS)]), (out.item, [2 * key for key in item_keys])
+    users = range(len(of_log.user_keys))
+    out = Features(spec, tables, users, item_keys)
+    seeds = (out.user, [2 * user + 1 for user in users]), (out.item, [2 * key for key in item_keys])
     for table, of_row in seeds:
         without = {name: column for name, column in table.items() if name not in ("text", "cell")}
         for row, seed in enumerate(of_row):
@@ -141,14 +153,25 @@ def features(log: EventLog, items: ItemTable, context: str = "event") -> History
     return HistoryFeatures(log, items, PRIOR, PRIOR_VALUE, context)
 
 
-@pytest.mark.parametrize(("seed", "context"), [(0, "event"), (1, "event"), (2, "day")])
-def test_columns_are_those_of_a_loop_over_the_events(seed: int, context: str) -> None:
-    log, items = random_log(seed), random_items(seed)
+@pytest.mark.parametrize(
+    ("seed", "context", "users", "n_items", "events"),
+    [
+        (0, "event", USERS, ITEMS, EVENTS),
+        (1, "event", USERS, ITEMS, EVENTS),
+        (2, "day", USERS, ITEMS, EVENTS),
+        (3, "event", 3, ITEMS, 700),  # more judgements of a user than are kept
+        (4, "day", USERS, 3, 1000),  # more judgements of an item than are kept
+    ],
+)
+def test_columns_are_those_of_a_loop_over_the_events(
+    seed: int, context: str, users: int, n_items: int, events: int
+) -> None:
+    log, items = random_log(seed, users, n_items, events), random_items(seed, n_items)
     rng = np.random.default_rng(seed)
     moments = log.moments(context)
     own = rng.permutation(np.flatnonzero(log.judged))[:40]
-    user = np.concatenate([log.user[own], rng.integers(0, USERS, 60)])
-    item = np.concatenate([log.item[own], rng.integers(0, ITEMS, 60)])
+    user = np.concatenate([log.user[own], rng.integers(0, users, 60)])
+    item = np.concatenate([log.item[own], rng.integers(0, n_items, 60)])
     moment = np.concatenate([moments[own], rng.integers(-5, int(log.time.max()) + DAY, 60) // 350 * 350])
     of_log = features(log, items, context)
     got = of_log.rich(user, item, moment)
@@ -162,8 +185,8 @@ def test_columns_are_those_of_a_loop_over_the_events(seed: int, context: str) ->
 
 
 def test_the_reference_keeps_what_its_judgements_define() -> None:
-    """Running sums are the sums over all pairs' last feedback and over all changes; the ridge regression solves its
-    equations; and moments that come late leave the same sums of weights."""
+    """Running sums are the sums over all pairs' last feedback and over all changes, and moments that come late leave
+    the same."""
     log, items = random_log(8), random_items(8)
     changes: list[tuple[int, int, int, dict]] = []
 
@@ -177,7 +200,7 @@ def test_the_reference_keeps_what_its_judgements_define() -> None:
     reread(log, known, "event", int(log.time.max()) + 1)
     said = {(u, i): said for u, of_user in known.said.items() for i, said in of_user.items() if said[0] != WITHDRAWN}
     for table, side, expected in ((known.user, 0, "of_item"), (known.item, 1, "of_user")):
-        for row in range(len(table["weight"])):
+        for row in range(len(table["factors"])):
             labels = [feedback == DISLIKE for pair, (feedback, _) in said.items() if pair[side] == row]
             values = [value for pair, (_, value) in said.items() if pair[side] == row and np.isfinite(value)]
             assert (table["sums.count"][row], table["sums.dislikes"][row]) == (len(labels), sum(labels))
@@ -195,12 +218,6 @@ def test_the_reference_keeps_what_its_judgements_define() -> None:
             labels = [feedback == DISLIKE for (_, i), (feedback, _) in said.items() if code[i] == cell]
             assert known.cell["count"][cell] == len(labels), level
             assert known.cell["excess"][cell] == pytest.approx(sum(labels) - PRIOR * len(labels))
-    for user in range(USERS):
-        rows = [(i, change["residual"]) for u, i, _, change in changes if u == user and change["is_first"]]
-        x, y = known.item["text"][[i for i, _ in rows], :8], [r for _, r in rows]
-        np.testing.assert_allclose(
-            known.user["weights"][user, :8], np.linalg.solve(x.T @ x + 2 * np.eye(8), x.T @ y), rtol=1e-9, atol=1e-12
-        )
     late = reading(features(log, items))
     for _, item, moment, change in sorted(changes, key=lambda change: -change[2]):
         late._count(late.item, item, moment, change, change["of_user"])
@@ -339,16 +356,16 @@ def test_old_events_and_questions_are_refused() -> None:
     assert np.array_equal(before, again, equal_nan=True)
 
 
-def test_sketches_estimate_exact_neighbourhoods() -> None:
-    """<s_u, t_i> is the sum over others v and items j, judged by v before i, of r_vi r_vj r_uj, with a relative error
-    of about 1 / sqrt(SKETCH)."""
+def test_neighbourhoods_are_exact() -> None:
+    """As matrices, where nothing is older than what is kept: r of an item's judges, weighed by the cosine of their
+    residuals and the user's."""
     rng = np.random.default_rng(5)
     users, items = 60, 40
     taste, kind = rng.normal(size=(users, 2)), rng.normal(size=(items, 2))
-    pairs = rng.permutation(users * items)[:1200]
+    pairs = np.sort(rng.permutation(users * items)[:1200])
     log = EventLog(
         np.concatenate([[0], np.cumsum(np.bincount(pairs // items, minlength=users))]),
-        (np.sort(pairs) % items).astype(np.int32), np.zeros(1200, np.uint8), rng.permutation(1200), None, items,
+        (pairs % items).astype(np.int32), np.zeros(1200, np.uint8), rng.permutation(1200), None, items,
     )  # fmt: skip
     likes = (taste[log.user] * kind[log.item]).sum(1) > 0
     order = np.concatenate(
@@ -357,17 +374,19 @@ def test_sketches_estimate_exact_neighbourhoods() -> None:
     log = replace(log, feedback=np.where(likes, LIKE, DISLIKE).astype(np.uint8), time=order)
     table = ItemTable([str(i) for i in range(items)], [""] * items)
     of_log = HistoryFeatures(log, table, 0.5, 0.0, "event")
-    user, item = (grid.ravel() for grid in np.meshgrid(np.arange(users), np.arange(items)))
-    got = of_log.rich(user, item, np.full(len(user), 1200))[:, of_log.names.index("like_users_sum")]
-    count, disliked = np.zeros((2, users)), np.zeros((2, items))
-    r, first = np.zeros((users, items)), np.zeros((items, users, items))  # first[i, v, j]: r_vj known when v judged i
+    user, item = (grid.ravel() for grid in np.meshgrid(np.arange(users), np.arange(items), indexing="ij"))
+    rich = of_log.rich(user, item, np.full(len(user), 1200))
+    got = [rich[:, of_log.names.index(f"like_users_{name}")].reshape(users, items) for name in ("sum", "mean")]
+    count, disliked, r = np.zeros((2, users)), np.zeros((2, items)), np.zeros((users, items))
     for row in np.argsort(log.time):
         u, i, label = log.user[row], log.item[row], log.feedback[row] == DISLIKE
         p, q = ((c[1, k] + 2.5) / (c[0, k] + 5) for c, k in ((count, u), (disliked, i)))
-        first[i, u] = r[u]
         r[u, i] = label - 1 / (1 + np.exp(-logit(p) - logit(q)))
         count[:, u] += 1, label
         disliked[:, i] += 1, label
-    exact = np.array([(r[:, i] * (first[i] @ r[u])).sum() for u, i in zip(user, item, strict=True)])
-    assert np.sqrt(((got - exact) ** 2).mean() / (exact**2).mean()) < 3 / np.sqrt(SKETCH)
-    assert np.corrcoef(got, exact)[0, 1] > 0.97
+    length = np.linalg.norm(r, axis=1)
+    cosine = r @ r.T / (np.outer(length, length) + 0.5)
+    np.fill_diagonal(cosine, 0)
+    expected = cosine @ r
+    np.testing.assert_allclose(got[0], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got[1], expected / (np.abs(cosine) @ (r != 0) + 0.5), rtol=1e-4, atol=1e-5)
