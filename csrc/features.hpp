@@ -3,8 +3,8 @@
 //
 // Events are learned moment by moment: those of one moment see nothing of each other, and the newest moment's wait until
 // a later one is added or asked about. So events that arrive one by one leave the same state as a log read at once.
-// Memory is linear in users, items, judged pairs and (user, attribute value) pairs; nobody without a like, dislike or
-// withdrawal has a state.
+// Memory is linear in users, items, judged pairs and (user, attribute value) pairs: of a user's and an item's judgements
+// the last ones are kept. Nobody without a like, dislike or withdrawal has a state.
 #pragma once
 
 #include <cstddef>
@@ -55,7 +55,8 @@ struct FeatureQuestions {
   std::span<const int64_t> moment;  // seconds
 };
 
-// A part of the state: `width` numbers of every user, item, cell or attribute value, such as "user.sketch".
+// A part of the state: `width` numbers of every user, item, cell or attribute value, such as "user.factors", or of every
+// judgement that is kept, such as "judges.residual", between "judges.start" of an item and of the next.
 struct FeatureTable {
   std::string name;
   char type;  // as numpy names it: f float, d double, i int32_t, q int64_t
@@ -79,7 +80,7 @@ class Features {
   size_t users() const;
   size_t items() const;
 
-  // Users and items are numbered in the order in which they are added. Random vectors, and the order within a moment,
+  // Users and items are numbered in the order in which they are added. First factors, and the order within a moment,
   // follow their keys: numbers change nothing, nor does who else is there.
   void add_users(std::span<const uint64_t> keys);
   // Attribute values, numbered across attributes: `column` of its attribute that an item with the value sets to

@@ -14,7 +14,7 @@ import numpy as np
 from features import DAY, NEVER, WITHDRAWN, Features, key_of
 from safetensors.numpy import load_file
 
-FORMAT, LAYOUT = 4, "events"  # of negfast.json: one position an event
+FORMAT, LAYOUT = 5, "events"  # of negfast.json: one position an event
 FEEDBACK = ("shown", "like", "dislike", "withdrawn")  # the codes 0 to 3
 
 

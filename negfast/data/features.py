@@ -79,8 +79,8 @@ class HistoryFeatures:
         context: str,
         user_ids: Sequence[str] | None = None,
     ) -> None:
-        """``user_ids`` [U], from which users' random vectors are made; without them it is their numbers, and another
-        numbering of the same users gives other sketches."""
+        """``user_ids`` [U], from which users' first factors and their order within a moment are made; without them from
+        their numbers."""
         self.context, self.prior_rate, self.prior_value = context, prior_rate, prior_value
         self.n_items, self.has_values = log.n_items, log.value is not None
         self.items, self.item_side = items, _ItemSide(items)
