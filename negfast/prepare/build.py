@@ -25,7 +25,7 @@ from negfast.data.dataset import (
     is_data_folder,
 )
 from negfast.data.items import ItemTable
-from negfast.data.log import DAY, Cuts, EventLog
+from negfast.data.log import Cuts, EventLog
 from negfast.data.shards import Shard
 from negfast.data.split import DayCounts
 from negfast.errors import InputError
@@ -170,7 +170,7 @@ def build(
         said: dict[str, Any] = {}
         if communities is None:
             valid_day, test_day = choose_split(facts.days, split, report)
-            parts, begin = facts.days.parts(valid_day, test_day), valid_day * DAY
+            parts = facts.days.parts(valid_day, test_day)
         else:
             valid_day, test_day = facts.days.last + 1, facts.days.last + 2
             cuts = communities.cuts(valid_day)
@@ -181,7 +181,6 @@ def build(
             )
             days = facts.days.first, facts.days.last
             parts = count_parts(shard, split.horizon, valid_day, test_day, days, cuts)
-            begin = communities.moments[communities.of_item, 0]
         report_split(parts, report)
         from negfast.sid.build import (
             build_semantic_ids,
@@ -191,8 +190,7 @@ def build(
         levels, codebook = choose_shape(len(items), semantic_ids.levels, semantic_ids.codebook, report)
         semantic_ids = replace(semantic_ids, levels=levels, codebook=codebook)
         sample = sample_log(shard, semantic_ids.seed, report, cuts)
-        known = facts.item_time < begin
-        sids = build_semantic_ids(items, sample, valid_day, known=known, **asdict(semantic_ids), report=report)
+        sids = build_semantic_ids(items, sample, valid_day, **asdict(semantic_ids), report=report)
         manifest = {
             "negfast": negfast.__version__,
             "sources": {name: {"name": path.name, **file_record(path)} for name, path in sources.items()},

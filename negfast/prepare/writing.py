@@ -13,7 +13,7 @@ import numpy as np
 from negfast.data.dataset import EVENTS, VALUES
 from negfast.data.log import Cuts, EventLog
 from negfast.data.shards import Shard, ShardBuilder, histories
-from negfast.data.split import F_AHEAD, NEVER, DayCounts, refuse_empty_parts, request_days, user_part_masks
+from negfast.data.split import F_AHEAD, DayCounts, refuse_empty_parts, request_days, user_part_masks
 from negfast.prepare.communities import Communities
 from negfast.prepare.reading import LONG, SortedLog
 from negfast.progress import Progress
@@ -36,10 +36,6 @@ class LogSummary:
     taken_back: int = 0  # likes and dislikes
     taken_back_same_day: int = 0
     feedback: np.ndarray = field(default_factory=lambda: np.zeros(4, np.int64))  # events of each
-    item_time: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # [I] of its first event, or NEVER
-
-    def __post_init__(self) -> None:
-        self.item_time = np.full(self.n_items, NEVER)
 
     @classmethod
     def of(cls, log: EventLog, horizon: int) -> "LogSummary":
@@ -55,7 +51,6 @@ class LogSummary:
         self.n_events += len(log)
         self.repeats += int(log.repeats().sum())
         self.feedback += np.bincount(log.feedback, minlength=4)
-        np.minimum.at(self.item_time, log.item.astype(np.intp), log.time)  # of one type: 5x as fast
 
     def feedback_counts(self) -> dict[str, int]:
         """Events by feedback, as manifests and summaries name them; withdrawals only where there are any."""

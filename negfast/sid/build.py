@@ -34,7 +34,6 @@ def build_semantic_ids(
     log: EventLog,
     valid_day: int,
     *,
-    known: np.ndarray | None = None,
     levels: int = 3,
     codebook: int = 256,
     quantizer: str = "rq-kmeans",
@@ -42,16 +41,15 @@ def build_semantic_ids(
     seed: int = 0,
     report: Callable[[str], None] = print,
 ) -> SemanticIds:
-    """Embed the items, quantise, assign one-to-one; ``log`` and ``known`` as for `embed_items`.
+    """Embed the items, quantise, assign one-to-one; ``log`` as for `embed_items`.
 
-    The last codes of level 1 are the cold prefix: items with neither text, own embedding nor events before
-    ``valid_day`` lie there in table order, and one such code is always kept for items to come. ``quantizer`` is one of
-    ``QUANTIZERS``; "random" gives every item a random leaf, as a control. Raises InputError for unknown names and for
-    too few codes.
+    The last codes of level 1 are the cold prefix: items with a zero vector lie there in table order, and one such code
+    is always kept for items to come. ``quantizer`` is one of ``QUANTIZERS``; "random" gives every item a random leaf,
+    as a control. Raises InputError for unknown names and for too few codes.
     """
     check_shape(len(items), levels, codebook, quantizer)
     began = time.perf_counter()
-    embedded = embed_items(items, log, valid_day, known=known, encoder=encoder, seed=seed, report=report)
+    embedded = embed_items(items, log, valid_day, encoder=encoder, seed=seed, report=report)
     seconds = {"embed_seconds": round(time.perf_counter() - began, 2)}
     return name_items(
         embedded, seconds, levels=levels, codebook=codebook, quantizer=quantizer, seed=seed, report=report

