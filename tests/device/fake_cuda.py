@@ -169,7 +169,10 @@ def fake_cuda() -> Iterator[Trace]:
         mock.patch("torch.cuda.is_available", lambda: True),
         mock.patch("torch.cuda.is_bf16_supported", lambda *_, **__: True),
         mock.patch("torch.cuda.get_device_capability", lambda *_: (9, 0)),
-        mock.patch("torch.cuda.get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=132)),
+        mock.patch(
+            "torch.cuda.get_device_properties",
+            lambda *_: SimpleNamespace(name="NVIDIA H200", multi_processor_count=132),
+        ),
         mock.patch("torch.cuda._exchange_device", lambda _: 0),
         mock.patch("torch.cuda._maybe_exchange_device", lambda _: 0),
         mock.patch("negfast.train.grpo.graphs.replayed", trace.replayed),
