@@ -30,7 +30,7 @@ choice). `HistoryFeatures.names` names them:
 NaN where a column is not known.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from functools import cached_property
 from hashlib import blake2b
@@ -39,7 +39,7 @@ import numpy as np
 
 from negfast import _core
 from negfast.data.items import ItemTable
-from negfast.data.log import DAY, EXPOSED, WITHDRAWN, EventLog
+from negfast.data.log import DAY, EXPOSED, WITHDRAWN, EventLog, sort_stably
 from negfast.data.split import sample_pairs
 
 CONSTANTS: dict[str, float] = _core.FEATURE_CONSTANTS  # of the formulas in csrc/features.cpp; times in seconds
@@ -89,16 +89,11 @@ class HistoryFeatures:
         self.n_simple = len(_SIMPLE)
         self.n_full = len(_SIMPLE) + len(_VALUES) * self.has_values + len(self.item_side.names)
         self.names = self._names()
-        rows, moments = np.flatnonzero(log.feedback != EXPOSED), log.moments(context)
-        rows = rows[np.argsort(moments[rows], kind="stable")]
-        value = np.zeros(0, np.float32) if log.value is None else log.value[rows]
-        self.events = log.user[rows], log.item[rows], log.time[rows], log.feedback[rows], value
-        pairs = self._pairs(*self.events[:2])
-        self.first_pairs, first = np.unique(pairs, return_index=True)
-        judged = np.flatnonzero(log.feedback[rows[first]] != WITHDRAWN)
-        judged = judged[sample_pairs(*np.divmod(self.first_pairs[judged], self.n_items), ANSWERED_ONCE)]
-        self.first_pairs, self.first = self.first_pairs[judged], first[judged]
-        self.first_moments = moments[rows[self.first]]
+        self.log, self.user, self.order = log, log.user, _by_moment(log, context)
+        first = _first_judgements(log)
+        first = first[sample_pairs(self.user[first], log.item[first], ANSWERED_ONCE)]
+        self.first_pairs = self._pairs(self.user[first], log.item[first])
+        self.first_moments = self._moment(log.time[first])
 
     @property
     def width(self) -> int:
@@ -109,9 +104,9 @@ class HistoryFeatures:
         """float32 [Q, width] for users and items int [Q] and moments int [Q] in seconds."""
         out = np.empty((len(user), self.width), np.float32)
         place = np.searchsorted(self.first_pairs, self._pairs(user, item))
-        place = np.minimum(place, max(len(self.first) - 1, 0))
+        place = np.minimum(place, max(len(self.first_pairs) - 1, 0))
         own = np.zeros(len(user), bool)
-        if len(self.first):
+        if len(self.first_pairs):
             own = (self.first_pairs[place] == self._pairs(user, item)) & (self.first_moments[place] == moment)
             if own.any():
                 out[own] = self._of_first[place[own]]
@@ -122,16 +117,29 @@ class HistoryFeatures:
     def live(self) -> "LiveFeatures":
         """What is known at the log's end, to which events can be added."""
         live, nobody = self._start(), np.zeros(0, np.int32)
-        live.state.replay(*self.events, nobody, nobody, np.zeros(0, np.int64), np.empty((0, self.width), np.float32))
+        for events in self._events():
+            live.state.replay(*events, nobody, nobody, np.zeros(0, np.int64), np.empty((0, self.width), np.float32))
         return live
 
     @cached_property
     def _of_first(self) -> np.ndarray:
         """Answers to the first feedback of each of ``first_pairs`` at its moment."""
-        out = np.empty((len(self.first), self.width), np.float32)
-        of_user, of_item = (column[self.first] for column in self.events[:2])
-        self._answer(of_user, of_item, self.first_moments, np.arange(len(out)), out)
+        out = np.empty((len(self.first_pairs), self.width), np.float32)
+        self._answer(*np.divmod(self.first_pairs, self.n_items), self.first_moments, np.arange(len(out)), out)
         return out
+
+    def _moment(self, time: np.ndarray) -> np.ndarray:
+        """As `EventLog.moments`."""
+        return time if self.context == "event" else time // DAY * DAY
+
+    def _events(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+        """User, item, time, feedback and value of the events in order of moment, `REPLAYED_AT_ONCE` at a time; at least
+        one such part."""
+        log = self.log
+        for begin in range(0, max(len(self.order), 1), REPLAYED_AT_ONCE):
+            rows = self.order[begin : begin + REPLAYED_AT_ONCE]
+            value = np.zeros(0, np.float32) if log.value is None else log.value[rows]
+            yield self.user[rows], log.item[rows], log.time[rows], log.feedback[rows], value
 
     def _answer(
         self, user: np.ndarray, item: np.ndarray, moment: np.ndarray, rows: np.ndarray, out: np.ndarray
@@ -139,24 +147,15 @@ class HistoryFeatures:
         """Fills ``rows`` int64 of ``out`` float32 [Q, width] with the answers to those questions."""
         order = rows[np.lexsort((user[rows], moment[rows]))]
         moments = moment[order].astype(np.int64)
-        of_user, of_item, time, feedback, value = self.events
-        state, begin = self._start().state, 0
-        ends = [*range(REPLAYED_AT_ONCE, len(time), REPLAYED_AT_ONCE), len(time)]
-        for first, last in zip([0, *ends[:-1]], ends, strict=True):
-            end = len(order)
-            if last < len(time):  # questions of later moments may be about events to come
-                now = time[last - 1] // DAY * DAY if self.context == "day" else time[last - 1]
-                end = int(np.searchsorted(moments, now, side="right"))
+        state, begin, replayed = self._start().state, 0, 0
+        for events in self._events():
+            end, time = len(order), events[2]
+            replayed += len(time)
+            if replayed < len(self.order):  # questions of later moments may be about events to come
+                end = int(np.searchsorted(moments, self._moment(time[-1:])[0], side="right"))
             now_asked = order[begin:end]
             asked = user[now_asked].astype(np.int32), item[now_asked].astype(np.int32), moments[begin:end]
             answers = np.empty((end - begin, self.width), np.float32)
-            events = (
-                of_user[first:last],
-                of_item[first:last],
-                time[first:last],
-                feedback[first:last],
-                value[first:last],
-            )
             state.replay(*events, *asked, answers)
             out[now_asked] = answers
             begin = end
@@ -279,6 +278,27 @@ class _ItemSide:
             found, place = np.unique(keys, return_inverse=True)
             out[:, level] = np.array([self.cells.setdefault(key, len(self.cells)) for key in found.tolist()])[place]
         return out
+
+
+def _by_moment(log: EventLog, context: str) -> np.ndarray:
+    """Rows of likes, dislikes and withdrawals in order of moment, int32 or int64."""
+    rows = np.flatnonzero(log.feedback != EXPOSED)
+    if not len(rows):
+        return rows
+    moments = log.moments(context)[rows]
+    moments -= moments.min()
+    order = sort_stably(moments, int(moments.max()) + 1)[1]
+    return rows[order].astype(np.int32 if len(log) < 1 << 31 else np.int64)
+
+
+def _first_judgements(log: EventLog) -> np.ndarray:
+    """The first event of each pair beside exposures, where it is no withdrawal: rows int64, ascending by pair."""
+    found = []
+    for user, block in log.blocks():
+        pair, row = block.by_pair(np.flatnonzero(block.feedback != EXPOSED))
+        first = row[np.diff(pair, prepend=-1) > 0]
+        found.append(log.user_offsets[user] + first[block.feedback[first] != WITHDRAWN])
+    return np.concatenate([np.zeros(0, np.int64), *found])
 
 
 def keys_of(ids: Sequence[str]) -> np.ndarray:

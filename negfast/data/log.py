@@ -94,15 +94,7 @@ class EventLog:
     def by_pair(self, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """`pair` of the events at ``rows`` int64, ascending (default: all), sorted, and the rows in that order; the
         events of a pair stay in theirs."""
-        pair = self.pair if rows is None else self.pair[rows]
-        bits = len(pair).bit_length()
-        if self.n_users * self.n_items >= 1 << (63 - bits):
-            order = np.argsort(pair, kind="stable")
-            pair = pair[order]
-        else:  # values sort several times as fast as places
-            pair = pair << bits | np.arange(len(pair))
-            pair.sort()
-            pair, order = pair >> bits, pair & ((1 << bits) - 1)
+        pair, order = sort_stably(self.pair if rows is None else self.pair[rows], self.n_users * self.n_items)
         return pair, order if rows is None else rows[order]
 
     @cached_property
@@ -162,6 +154,18 @@ class EventLog:
 
     def __len__(self) -> int:
         return len(self.item)
+
+
+def sort_stably(keys: np.ndarray, bound: int) -> tuple[np.ndarray, np.ndarray]:
+    """``keys`` int64 [N] of [0, bound) sorted, and the place that each had, int64; equal ones stay in their order."""
+    bits = len(keys).bit_length()
+    if bound >= 1 << (63 - bits):
+        order = np.argsort(keys, kind="stable")
+        return keys[order], order
+    keys = keys << bits  # values sort several times as fast as places
+    keys |= np.arange(len(keys))
+    keys.sort()
+    return keys >> bits, keys & ((1 << bits) - 1)
 
 
 def events_before(log: EventLog, user: np.ndarray, moment: np.ndarray) -> np.ndarray:

@@ -108,6 +108,7 @@ def fit(verdict: Verdict, features: np.ndarray, labels: np.ndarray, seed: int) -
         for layer, weight in zip(layers, whole, strict=True):
             weight.zero_()[:, used] = layer.weight
             layer.weight = weight
+    verdict.zero_grad(set_to_none=True)
     verdict.requires_grad_(False).to(device)
 
 

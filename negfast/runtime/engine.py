@@ -39,9 +39,13 @@ class Engine:
     trie: Trie
     chooser: TrieChooser
     histories: HistoryBuilder
-    features: HistoryFeatures
     device: torch.device
     fit_until: int  # days since 1970: what is learned or counted for training comes from events of days before
+
+    @cached_property
+    def features(self) -> HistoryFeatures:
+        """Of the verdict; made when they are first asked for: no step is."""
+        return history_features(self.data, self.fit_until, self.config.history.context)
 
     @cached_property
     def co_dislikes(self) -> "Neighbours":
@@ -98,7 +102,6 @@ def build_engine(
         trie,
         TrieChooser(trie.to(device), config.prior.weight),
         histories,
-        history_features(data, fit_until, config.history.context),
         device,
         fit_until,
     )

@@ -97,7 +97,7 @@ def open_run(run: RunFolder, settings: Config, options: TrainOptions, device: to
     policy, tokenizer = run.load_policy(dataset)
     until = None if run.refit is None else run.refit.until
     counts = dataset.manifest["counts"]
-    with timed(f"trie, community prior and features of {counts['events']:,} events, {counts['items']:,} items"):
+    with timed(f"trie and community prior of {counts['events']:,} events, {counts['items']:,} items"):
         engine = build_engine(settings, dataset, policy, tokenizer, device, until)
     load_weights(run.initial, engine.policy)
     if sharding.shard(engine.policy, settings, device):

@@ -303,7 +303,7 @@ def test_live_answers_are_those_of_the_whole_log(seed: int, context: str, share:
 def test_answers_do_not_depend_on_how_many_events_are_replayed_at_once_nor_on_what_is_kept(monkeypatch, context):
     log, items = random_log(3), random_items(3)
     of_log = features(log, items, context)
-    asked = (of_log.events[0][of_log.first], of_log.events[1][of_log.first], of_log.first_moments)
+    asked = (*np.divmod(of_log.first_pairs, ITEMS), of_log.first_moments)
     later = (*asked[:2], asked[2] + 3 * DAY)
     expected = [of_log.rich(*asked), of_log.rich(*later)]
     monkeypatch.setattr(module, "REPLAYED_AT_ONCE", 7)
