@@ -167,7 +167,6 @@ def part_masks(
 ) -> dict[str, np.ndarray]:
     """Which requests of these days are of train, valid and test, bool; see `Split`. ``valid_day``, ``test_day`` and
     ``last_day`` are the same for all or those of each request."""
-    day = day.astype(np.int64)
     return {
         "train": day + horizon < valid_day,
         "valid": (valid_day <= day) & (day + horizon < test_day),
@@ -180,8 +179,10 @@ def user_part_masks(
 ) -> dict[str, np.ndarray]:
     """`part_masks` of requests (user, day), at the moments of `Cuts` where the log has some. The day that a moment lies
     in is enough, as contexts and futures end with a day."""
+    if log.cuts is None:
+        return part_masks(day, horizon, valid_day, test_day, last_day)
     days = (valid_day, test_day, max(last_day, test_day) + 1)
-    valid, test, end = (log.cut(until)[user] // DAY for until in days)
+    valid, test, end = ((log.cut(until) // DAY).astype(np.int32)[user] for until in days)
     return part_masks(day, horizon, valid, test, end - 1)
 
 
@@ -222,13 +223,15 @@ def split_requests(log: EventLog, horizon: int, valid_day: int, test_day: int) -
 
 def user_days(log: EventLog, horizon: int) -> UserDays:
     """Every active user-day of the log, also where the log ends within the horizon; some users at a time."""
-    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    users, days, aheads = [], [], []
     for first, block in log.blocks():
         user, day, ahead = request_days(block, horizon)
-        parts.append(((user + first).astype(np.int32), day.astype(np.int32), ahead))
-    user, day, ahead = (np.concatenate(column) for column in zip(*parts, strict=True))
+        users.append((user + first).astype(np.int32))
+        days.append(day.astype(np.int32))
+        aheads.append(ahead)
+    day = np.concatenate(days)
     order = np.argsort((day - day.min()).astype(np.uint16), kind="stable")  # a radix sort; 65,536 days are 179 years
-    return UserDays(log, horizon, user[order], day[order], ahead[order])
+    return UserDays(log, horizon, np.concatenate(users)[order], day[order], np.concatenate(aheads)[order])
 
 
 def all_requests(log: EventLog, horizon: int) -> Requests:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from negfast.data.log import DISLIKE, LIKE, EventLog
+from negfast.data.log import BLOCK_EVENTS, DAY, DISLIKE, LIKE, EventLog, sort_stably
 from negfast.sid.trie import DeviceTrie, SeenNodes, Trie
 from negfast.staging import put
 
@@ -47,10 +47,22 @@ class DecayedMass:
         Sums are made in float64 and stored as ``dtype``.
         """
         keys.sort()
-        first = np.flatnonzero(np.append(True, keys[1:] != keys[:-1])[: len(keys)])
-        count = np.diff(first, append=len(keys))
+        first = _firsts(keys)
+        return cls.of_counts(keys[first], np.diff(first, append=len(keys)), days, half_life_days, device, dtype)
+
+    @classmethod
+    def of_counts(
+        cls,
+        key: np.ndarray,
+        count: np.ndarray,
+        days: int,
+        half_life_days: float,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> "DecayedMass":
+        """Of ``count`` [E] events with each ``key`` int64 [E], ascending."""
         decay = np.append(np.exp2(-np.arange(days) / half_life_days), 0.0)
-        key = np.append(-days, keys[first])
+        key = np.append(-days, key)
         mass = _accumulate(key, np.append(0.0, count), decay)
         floats = (torch.as_tensor(values).to(device=device, dtype=dtype) for values in (mass, decay))
         return cls(days, torch.as_tensor(key).to(device), *floats)
@@ -62,6 +74,11 @@ class DecayedMass:
         entry = torch.searchsorted(self.key, wanted, right=True) - 1
         age = wanted - self.key[entry]
         return self.mass[entry] * self.decay[age.masked_fill_(age > day, self.days)]  # older: of another group
+
+
+def _firsts(keys: np.ndarray) -> np.ndarray:
+    """Where another of the ascending ``keys`` begins, int64."""
+    return np.flatnonzero(np.append(True, keys[1:] != keys[:-1])[: len(keys)])
 
 
 def _accumulate(key: np.ndarray, count: np.ndarray, decay: np.ndarray) -> np.ndarray:
@@ -116,18 +133,32 @@ class DevicePrior:
         """
         if eps <= 0:
             raise ValueError(f"eps must be above 0, found {eps}")
-        day = log.day
-        first_day = int(day.min()) - 1
-        days = int(day.max()) - first_day + 1
-        of_branch = [np.flatnonzero(log.feedback == feedback) for feedback in FEEDBACK_OF_BRANCH]
+        first_day = int(log.time.min() // DAY) - 1
+        days = int(log.time.max() // DAY) - first_day + 1
+        key = np.empty(int(np.count_nonzero(log.judged)), np.int64)
+        filled = 0
+        for begin in range(0, len(log), BLOCK_EVENTS):
+            block = slice(begin, begin + BLOCK_EVENTS)
+            for branch, feedback in enumerate(FEEDBACK_OF_BRANCH):
+                some = log.feedback[block] == feedback
+                leaf = trie.item_nodes[log.item[block][some], -1] + np.int64(branch * trie.node_counts[-1])
+                key[filled : filled + len(leaf)] = leaf * days + (log.time[block][some] // DAY - first_day)
+                filled += len(leaf)
+        key.sort()
+        first = _firsts(key)
+        key, count = key[first], np.diff(first, append=len(key))
         levels = []
-        for level in range(1, trie.levels + 1):
-            keys = []
-            for branch, rows in enumerate(of_branch):
-                node = trie.item_nodes[log.item[rows], level - 1] + np.int64(branch * trie.node_counts[level])
-                keys.append(node * days + (day[rows] - first_day))
-            levels.append(DecayedMass.build(np.concatenate(keys), days, half_life_days, device, dtype))
-        return cls(first_day, eps, trie.node_counts, levels)
+        for level in range(trie.levels, 0, -1):  # those of a level are sums of those of the next
+            levels.append(DecayedMass.of_counts(key, count, days, half_life_days, device, dtype))
+            if level > 1:
+                group, day = np.divmod(key, days)
+                branch, node = np.divmod(group, trie.node_counts[level])
+                parent = np.searchsorted(trie.first_child[level - 1], node, side="right") - 1
+                bound = 2 * trie.node_counts[level - 1] * days
+                key, order = sort_stably((branch * trie.node_counts[level - 1] + parent) * days + day, bound)
+                first = _firsts(key)
+                key, count = key[first], np.add.reduceat(count[order], first) if len(first) else count
+        return cls(first_day, eps, trie.node_counts, levels[::-1])
 
     def mass(self, level: int, branch: int | Tensor, day_row: Tensor, nodes: Tensor) -> Tensor:
         """Mass of ``nodes`` int64 of a level in 1..L at the end of ``day_row`` int64, for ``branch``; shapes broadcast
