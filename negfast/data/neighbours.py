@@ -42,11 +42,12 @@ class Neighbours:
 
 def co_dislike_neighbours(log: EventLog, valid_day: int, top: int = TOP) -> Neighbours:
     """Count co-dislikes before ``valid_day`` (days since 1970); of a pair, the last feedback before it counts."""
-    early = log.before(valid_day) & (log.feedback != EXPOSED)
-    pair = log.user[early].astype(np.int64) * log.n_items + log.item[early]
-    # a user's events are in order of time, so the last of a pair is the first from behind
-    pairs, from_behind = np.unique(pair[::-1], return_index=True)
-    pairs = pairs[log.feedback[early][::-1][from_behind] == DISLIKE]
+    found = [np.zeros(0, np.int64)]
+    for first, block in log.blocks():
+        pair, row = block.by_pair(np.flatnonzero(block.before(valid_day) & (block.feedback != EXPOSED)))
+        last = np.append(pair[1:] != pair[:-1], True)[: len(pair)]
+        found.append(pair[last & (block.feedback[row] == DISLIKE)] + first * log.n_items)
+    pairs = np.concatenate(found)
     user, item = pairs // log.n_items, (pairs % log.n_items).astype(np.int32)
     by_item = np.argsort(item, kind="stable")
     dislikes = np.bincount(item, minlength=log.n_items).astype(np.int32)
