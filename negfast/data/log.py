@@ -54,7 +54,7 @@ class EventLog:
     @property
     def day(self) -> np.ndarray:
         """The UTC day of every event, int32 [N], days since 1970."""
-        return (self.time // DAY).astype(np.int32)
+        return np.floor_divide(self.time, DAY, out=np.empty(len(self), np.int32), casting="unsafe")
 
     def moments(self, context: str) -> np.ndarray:
         """The moment of every event, int64 [N], seconds: its second in context "event", its day's start in "day".

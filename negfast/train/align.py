@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from negfast.data.log import DISLIKE, EventLog
+from negfast.data.log import DAY, DISLIKE, EventLog
 from negfast.errors import InputError
 from negfast.model.beam import beam_search
 from negfast.model.histories import Histories
@@ -234,7 +234,7 @@ class AlignStage:
             if count and (wanted := examples(engine, train)):
                 self.tasks[name] = SidToText(engine, name, count, wanted, examples(engine, held))
         if settings.pairs:
-            first_day = int(engine.log.day.min())
+            first_day = int(engine.log.time.min() // DAY)
             before_day = first_day + round((engine.fit_until - first_day) * PAIR_DAYS)
             pairs = CoDisliked(engine, settings.pairs, before_day, settings.held_out)
             if len(pairs.users):
