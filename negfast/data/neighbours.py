@@ -86,18 +86,20 @@ class ContentNeighbours:
         self.embedding, self.threshold, self.top = embedding, threshold, top
         self.norm = np.linalg.norm(embedding, axis=1)
         self.index: faiss.Index = faiss.IndexFlatIP(embedding.shape[1])
-        large = len(embedding) > EXACT_ITEMS
-        if large:
+        known = np.flatnonzero(self.norm)
+        if len(known) <= EXACT_ITEMS:
+            self.index = faiss.IndexIDMap(self.index)
+        else:
             cells = faiss.IndexIVFFlat(
-                self.index, embedding.shape[1], 2 * int(len(embedding) ** 0.5), faiss.METRIC_INNER_PRODUCT
+                self.index, embedding.shape[1], 2 * int(len(known) ** 0.5), faiss.METRIC_INNER_PRODUCT
             )
             cells.cp.niter, cells.nprobe = CELL_ROUNDS, CELLS_VISITED
-            step = max(1, len(embedding) // (POINTS_PER_CELL * cells.nlist))
-            cells.train(self._unit(np.arange(0, len(embedding), step)))
+            cells.train(self._unit(known[:: max(1, len(known) // (POINTS_PER_CELL * cells.nlist))]))
             self.index = cells
-        for first in range(0, len(embedding), ADDED_AT_ONCE):
-            self.index.add(self._unit(np.arange(first, min(first + ADDED_AT_ONCE, len(embedding)))))
-        self._table = None if large else self._search(np.arange(len(embedding)))
+        for first in range(0, len(known), ADDED_AT_ONCE):
+            some = known[first : first + ADDED_AT_ONCE]
+            self.index.add_with_ids(self._unit(some), some)
+        self._table = self._search(np.arange(len(embedding))) if len(known) <= EXACT_ITEMS else None
 
     def __call__(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if self._table is not None:
@@ -112,8 +114,7 @@ class ContentNeighbours:
 
     def _search(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         cosine, ids = self.index.search(self._unit(items), min(self.top + 1, len(self.norm)))
-        itself, known = ids == items[:, None], self.norm > 0
-        near = (ids >= 0) & (cosine >= self.threshold) & known[items, None] & known[ids] & ~itself
+        near = (ids >= 0) & (cosine >= self.threshold) & (self.norm[items, None] > 0) & (ids != items[:, None])
         order = np.argsort(~near, axis=1, kind="stable")[:, : self.top]  # those that stay, in their order
         out_ids = np.full((len(items), self.top), -1, dtype=np.int32)
         out_cosine = np.zeros((len(items), self.top), dtype=np.float32)

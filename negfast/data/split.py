@@ -229,9 +229,9 @@ def user_days(log: EventLog, horizon: int) -> UserDays:
         users.append((user + first).astype(np.int32))
         days.append(day.astype(np.int32))
         aheads.append(ahead)
-    day = np.concatenate(days)
+    day = _joined_parts(days)
     order = np.argsort((day - day.min()).astype(np.uint16), kind="stable")  # a radix sort; 65,536 days are 179 years
-    return UserDays(log, horizon, np.concatenate(users)[order], day[order], np.concatenate(aheads)[order])
+    return UserDays(log, horizon, _joined_parts(users)[order], day[order], _joined_parts(aheads)[order])
 
 
 def all_requests(log: EventLog, horizon: int) -> Requests:
@@ -365,6 +365,13 @@ def _ahead(log: EventLog, horizon: int) -> tuple[np.ndarray, np.ndarray, _Span, 
 def _no_requests() -> Requests:
     none = np.zeros(0, np.int32)
     return Requests(none, none, np.zeros(1, np.int64), none, np.zeros(1, np.int64), none)
+
+
+def _joined_parts(parts: list[np.ndarray]) -> np.ndarray:
+    """One array; the parts are let go."""
+    whole = np.concatenate(parts)
+    parts.clear()
+    return whole
 
 
 def _joined(parts: Sequence[Requests]) -> Requests:

@@ -46,9 +46,7 @@ class DecayedMass:
 
         Sums are made in float64 and stored as ``dtype``.
         """
-        keys.sort()
-        first = _firsts(keys)
-        return cls.of_counts(keys[first], np.diff(first, append=len(keys)), days, half_life_days, device, dtype)
+        return cls.of_counts(*_counted(keys), days, half_life_days, device, dtype)
 
     @classmethod
     def of_counts(
@@ -60,10 +58,10 @@ class DecayedMass:
         device: torch.device | str,
         dtype: torch.dtype,
     ) -> "DecayedMass":
-        """Of ``count`` [E] events with each ``key`` int64 [E], ascending."""
+        """Of ``count`` int [E] events with each ``key`` int64 [E], ascending."""
         decay = np.append(np.exp2(-np.arange(days) / half_life_days), 0.0)
         key = np.append(-days, key)
-        mass = _accumulate(key, np.append(0.0, count), decay)
+        mass = _accumulate(key, np.append(0, count), decay)
         floats = (torch.as_tensor(values).to(device=device, dtype=dtype) for values in (mass, decay))
         return cls(days, torch.as_tensor(key).to(device), *floats)
 
@@ -74,6 +72,13 @@ class DecayedMass:
         entry = torch.searchsorted(self.key, wanted, right=True) - 1
         age = wanted - self.key[entry]
         return self.mass[entry] * self.decay[age.masked_fill_(age > day, self.days)]  # older: of another group
+
+
+def _counted(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct ``keys``, ascending, and how many there are of each, int32; the array is sorted in place."""
+    keys.sort()
+    first = _firsts(keys)
+    return keys[first], np.diff(first, append=len(keys)).astype(np.int32)
 
 
 def _firsts(keys: np.ndarray) -> np.ndarray:
@@ -144,20 +149,19 @@ class DevicePrior:
                 leaf = trie.item_nodes[log.item[block][some], -1] + np.int64(branch * trie.node_counts[-1])
                 key[filled : filled + len(leaf)] = leaf * days + (log.time[block][some] // DAY - first_day)
                 filled += len(leaf)
-        key.sort()
-        first = _firsts(key)
-        key, count = key[first], np.diff(first, append=len(key))
+        key, count = _counted(key)
         levels = []
         for level in range(trie.levels, 0, -1):  # those of a level are sums of those of the next
             levels.append(DecayedMass.of_counts(key, count, days, half_life_days, device, dtype))
             if level > 1:
                 group, day = np.divmod(key, days)
-                branch, node = np.divmod(group, trie.node_counts[level])
+                side, node = np.divmod(group, trie.node_counts[level])
                 parent = np.searchsorted(trie.first_child[level - 1], node, side="right") - 1
                 bound = 2 * trie.node_counts[level - 1] * days
-                key, order = sort_stably((branch * trie.node_counts[level - 1] + parent) * days + day, bound)
+                key, order = sort_stably((side * trie.node_counts[level - 1] + parent) * days + day, bound)
                 first = _firsts(key)
-                key, count = key[first], np.add.reduceat(count[order], first) if len(first) else count
+                count = np.add.reduceat(count[order], first) if len(first) else count
+                key = key[first]
         return cls(first_day, eps, trie.node_counts, levels[::-1])
 
     def mass(self, level: int, branch: int | Tensor, day_row: Tensor, nodes: Tensor) -> Tensor:
