@@ -105,9 +105,11 @@ struct Item {
   int64_t first = kNever;
 };
 
-struct Alike {
-  float cosine = 0;
-  bool compared = false;
+// A user beside the one asked about.
+struct alignas(16) Alike {
+  float product = 0;      // of the residuals of both, where `question` is the present one
+  uint32_t question = 0;
+  float length = 0;       // of this user's residuals
 };
 
 struct Cell {
@@ -469,7 +471,7 @@ class FeatureState {
     int64_t moment;
     Side side;
     Lanes ridge;  // the weights twice
-    float off[2], recent_events, last, last_dislike;
+    float off[2], recent_events, length, last, last_dislike;
   };
 
   NEGFAST_INLINE void ask(Asked& asked, int32_t number, int64_t moment) {
@@ -484,8 +486,9 @@ class FeatureState {
     const float events =
         sums.at == kNever ? 0 : std::max(sums.recent_events * left(moment - sums.at, kCountHalfLife), 0.0f);
     asked.recent_events = static_cast<float>(logarithm(1 + static_cast<double>(events)));
-    compare(*user, number);
+    compare(*user);
     asked.ridge = ridge(*user);
+    asked.length = alike_[number].length;
     asked.last = days(user->last, moment);
     asked.last_dislike = days(user->last_dislike, moment);
   }
@@ -515,7 +518,10 @@ class FeatureState {
     *out++ = asked.recent_events;
     float total = 0, weight = 0;
     for (size_t k = 0; k < item.judges.size(); ++k) {
-      const float cosine = alike_[item.judges[k].other].cosine;
+      const int32_t judge = item.judges[k].other;
+      const Alike& alike = alike_[judge];
+      if (alike.question != question_ || judge == asked.number) continue;
+      const float cosine = alike.product / (asked.length * alike.length + kAlikeLength);
       total += cosine * item.judges[k].residual;
       weight += std::abs(cosine);
     }
@@ -627,23 +633,21 @@ class FeatureState {
     return judgement.other < 0 ? ~judgement.other : judgement.other;
   }
 
-  // How alike each other user judged what this one judged: the cosine of their residuals.
-  NEGFAST_INLINE void compare(const User& user, int32_t own) {
-    for (const int32_t other : compared_) alike_[other] = {};
-    compared_.clear();
+  // How alike each other user judged what this one judged.
+  NEGFAST_INLINE void compare(const User& user) {
+    if (++question_ == 0) {  // all numbers of questions are used up
+      for (Alike& alike : alike_) alike.question = 0;
+      question_ = 1;
+    }
     for (size_t n = 0; n < user.judgements.size(); ++n) {
       const float residual = user.judgements[n].residual;
       const auto& judges = items_.find(number(user.judgements[n]))->judges;
       for (size_t k = 0; k < judges.size(); ++k) {
         Alike& alike = alike_[judges[k].other];
-        if (!alike.compared) compared_.push_back(judges[k].other);
-        alike.compared = true;
-        alike.cosine += residual * judges[k].residual;
+        alike.product = residual * judges[k].residual + (alike.question == question_ ? alike.product : 0);
+        alike.question = question_;
       }
     }
-    for (const int32_t other : compared_)
-      alike_[other].cosine /= std::sqrt(user.square * users_.find(other)->square) + kAlikeLength;
-    alike_[own].cosine = 0;
   }
 
   // The first numbers of a text vector, twice.
@@ -792,6 +796,7 @@ class FeatureState {
     const float r = change.residual;
     user.judgements.add({change.is_first ? event.item : ~event.item, r});
     user.square += r * r;
+    alike_[event.user].length = std::sqrt(user.square);
     item.judges.add({event.user, r});
     if (change.is_first) factorise(user.factors, item.factors, r);
     count(user.sums, change, now);
@@ -886,8 +891,8 @@ class FeatureState {
   std::vector<Value> values_;
   Table<float> said_;             // of every (user, item): in the key the last feedback, its value
   Table<Counts> by_user_value_;   // of every (user, attribute value)
-  std::vector<Alike> alike_;      // every user and the one asked about
-  std::vector<int32_t> compared_;  // users compared with that one
+  std::vector<Alike> alike_;      // every user
+  uint32_t question_ = 0;         // number of the present one
   float lately_;                  // running mean of all
   std::vector<Event> pending_;    // of one moment, not yet learned
   std::vector<Change> changes_;   // of these

@@ -30,7 +30,7 @@ BOOSTED: dict[str, Any] = {
 }
 BOOSTED_PLUS = BOOSTED | {"max_iter": 300, "max_leaf_nodes": 7, "min_samples_leaf": 200, "max_features": 0.3}
 
-FITTED = 500_000  # first likes and dislikes that models are fitted to, at most (negfast's choice)
+FITTED = 200_000  # first likes and dislikes that models are fitted to, at most (negfast's choice)
 _SMALL = 500_000  # rows
 _BLOCK = 1 << 18  # pairs scored at a time
 
