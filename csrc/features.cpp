@@ -38,12 +38,10 @@ constexpr float kStep = 0.4f, kShrink = 0.003f, kStart = 0.2f;      // of the fa
 constexpr float kLately = 0.15f, kLatelyAll = 0.005f;               // weight of the newest event in a running mean
 constexpr size_t kAhead = 4;                                        // events whose memory is fetched early
 
-template <size_t width>
-struct alignas(64) Vector {
-  static_assert(width % kLanes == 0);
-  Lanes part[width / kLanes] = {};
+// What holds lanes says its alignment: where the compiler's target is narrower than a clone's it would take less.
+struct alignas(64) Text {
+  Lanes part[kText / kLanes] = {};
 };
-using Text = Vector<kText>;
 
 // Counts of a kind are of its user's and item's events that the kind knows: all for dislikes, those with a value for
 // values. `excess` sums how far events were above what was to be expected.
@@ -90,7 +88,7 @@ class Judgements {
   uint64_t made_ = 0;
 };
 
-struct User {
+struct alignas(64) User {
   Lanes factors;  // p_u
   Judgements<kJudgements> judgements;
   float square = 0;  // sum of all r_uj^2
@@ -98,7 +96,7 @@ struct User {
   int64_t last = kNever, last_dislike = kNever;
 };
 
-struct Item {
+struct alignas(64) Item {
   Lanes factors;  // q_i
   Judgements<kJudges> judges;
   Sums sums;
@@ -172,10 +170,9 @@ struct Change {
   bool is_first;
 };
 
-template <size_t width>
-NEGFAST_INLINE float dot(const Vector<width>& a, const Vector<width>& b) {
+NEGFAST_INLINE float dot(const Text& a, const Text& b) {
   Lanes total = a.part[0] * b.part[0];
-  for (size_t p = 1; p < width / kLanes; ++p) total += a.part[p] * b.part[p];
+  for (size_t p = 1; p < kText / kLanes; ++p) total += a.part[p] * b.part[p];
   return sum(total);
 }
 
@@ -465,7 +462,7 @@ class FeatureState {
   // ---- Answers.
 
   // A user at a moment.
-  struct Asked {
+  struct alignas(64) Asked {
     const User* user;
     int32_t number;
     int64_t moment;
