@@ -60,7 +60,7 @@ def test_completions_in_half_precision(dtype: torch.dtype, dim: int, device: tor
 )
 def test_many_rows_of_one_token(prefix: str, dtype: torch.dtype, device: torch.device, seed: int):
     """As requests over a history, short prefixes too: several tiles of the sizes that half precision has."""
-    case = attention_case(seed, device, (300, 40), 2, 1, 64, group=(150, 9), prefix=prefix, dtype=dtype)
+    case = attention_case(seed, device, (300, 40), 2, 1, 64, group=(150, 90), prefix=prefix, dtype=dtype)
     check(case.completions(), completion_attention, completion_attention_reference)
 
 
