@@ -16,6 +16,7 @@
 
 // The same bits on every CPU: always 16 lanes, in however many registers, sums in one order, no fused multiply-add
 // (CMakeLists.txt), and log and exp2 of our own, as those of libm depend on the CPU.
+
 namespace negfast {
 namespace {
 

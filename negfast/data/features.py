@@ -39,8 +39,8 @@ import numpy as np
 
 from negfast import _core
 from negfast.data.items import ItemTable
-from negfast.data.log import DAY, EXPOSED, WITHDRAWN, EventLog, sort_stably
-from negfast.data.split import sample_pairs
+from negfast.data.log import DAY, EXPOSED, EventLog, sort_stably
+from negfast.data.split import first_feedback, sample_pairs
 
 CONSTANTS: dict[str, float] = _core.FEATURE_CONSTANTS  # of the formulas in csrc/features.cpp; times in seconds
 PSEUDO_EVENTS = CONSTANTS["pseudo_events"]  # of the prior rate, mixed into every rate
@@ -90,10 +90,11 @@ class HistoryFeatures:
         self.n_full = len(_SIMPLE) + len(_VALUES) * self.has_values + len(self.item_side.names)
         self.names = self._names()
         self.log, self.user, self.order = log, log.user, _by_moment(log, context)
-        first = _first_judgements(log)
+        first = first_feedback(log)
         first = first[sample_pairs(self.user[first], log.item[first], ANSWERED_ONCE)]
-        self.first_pairs = self._pairs(self.user[first], log.item[first])
-        self.first_moments = self._moment(log.time[first])
+        pairs = self._pairs(self.user[first], log.item[first])
+        self.first_pairs, order = sort_stably(pairs, log.n_users * log.n_items)
+        self.first_moments = self._moment(log.time[first[order]])
 
     @property
     def width(self) -> int:
@@ -289,16 +290,6 @@ def _by_moment(log: EventLog, context: str) -> np.ndarray:
     moments -= moments.min()
     order = sort_stably(moments, int(moments.max()) + 1)[1]
     return rows[order].astype(np.int32 if len(log) < 1 << 31 else np.int64)
-
-
-def _first_judgements(log: EventLog) -> np.ndarray:
-    """The first event of each pair beside exposures, where it is no withdrawal: rows int64, ascending by pair."""
-    found = []
-    for user, block in log.blocks():
-        pair, row = block.by_pair(np.flatnonzero(block.feedback != EXPOSED))
-        first = row[np.diff(pair, prepend=-1) > 0]
-        found.append(log.user_offsets[user] + first[block.feedback[first] != WITHDRAWN])
-    return np.concatenate([np.zeros(0, np.int64), *found])
 
 
 def keys_of(ids: Sequence[str]) -> np.ndarray:
