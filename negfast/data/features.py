@@ -286,7 +286,7 @@ def _by_moment(log: EventLog, context: str) -> np.ndarray:
     rows = np.flatnonzero(log.feedback != EXPOSED)
     if not len(rows):
         return rows
-    moments = log.moments(context)[rows]
+    moments = log.moments(context, rows)
     moments -= moments.min()
     order = sort_stably(moments, int(moments.max()) + 1)[1]
     return rows[order].astype(np.int32 if len(log) < 1 << 31 else np.int64)

@@ -56,12 +56,14 @@ class EventLog:
         """The UTC day of every event, int32 [N], days since 1970."""
         return np.floor_divide(self.time, DAY, out=np.empty(len(self), np.int32), casting="unsafe")
 
-    def moments(self, context: str) -> np.ndarray:
-        """The moment of every event, int64 [N], seconds: its second in context "event", its day's start in "day".
+    def moments(self, context: str, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """The moment of every event, or of those at ``rows``, int64, seconds: its second in context "event", its day's
+        start in "day".
 
         A question about an event sees the events of earlier moments, none of its own.
         """
-        return self.time if context == "event" else self.time // DAY * DAY
+        time = self.time[rows]
+        return time if context == "event" else time // DAY * DAY
 
     def cut(self, day: int) -> np.ndarray:
         """The moment at which what lies before ``day`` ends for each user, int64 [U], seconds: the start of the day,

@@ -223,15 +223,24 @@ def split_requests(log: EventLog, horizon: int, valid_day: int, test_day: int) -
 
 def user_days(log: EventLog, horizon: int) -> UserDays:
     """Every active user-day of the log, also where the log ends within the horizon; some users at a time."""
-    users, days, aheads = [], [], []
+    blocks, first_day, last_day = [], int(log.time.min()) // DAY, int(log.time.max()) // DAY
+    counts = np.zeros(last_day - first_day + 1, np.int64)  # requests of each day
     for first, block in log.blocks():
         user, day, ahead = request_days(block, horizon)
-        users.append((user + first).astype(np.int32))
-        days.append(day.astype(np.int32))
-        aheads.append(ahead)
-    day = _joined_parts(days)
-    order = np.argsort((day - day.min()).astype(np.uint16), kind="stable")  # a radix sort; 65,536 days are 179 years
-    return UserDays(log, horizon, _joined_parts(users)[order], day[order], _joined_parts(aheads)[order])
+        day -= first_day
+        order = np.argsort(day.astype(np.uint16), kind="stable")  # a radix sort; 65,536 days are 179 years
+        of_day = np.bincount(day, minlength=len(counts))
+        blocks.append(((user[order] + first).astype(np.int32), ahead[order], of_day))
+        counts += of_day
+    free = np.cumsum(counts) - counts  # the next place of each day
+    users, aheads = np.empty(counts.sum(), np.int32), np.empty(counts.sum(), np.uint8)
+    blocks.reverse()
+    while blocks:
+        user, ahead, of_day = blocks.pop()
+        place = np.arange(len(user)) + np.repeat(free - (np.cumsum(of_day) - of_day), of_day)
+        users[place], aheads[place] = user, ahead
+        free += of_day
+    return UserDays(log, horizon, users, np.repeat(np.arange(len(counts), dtype=np.int32) + first_day, counts), aheads)
 
 
 def all_requests(log: EventLog, horizon: int) -> Requests:
@@ -365,13 +374,6 @@ def _ahead(log: EventLog, horizon: int) -> tuple[np.ndarray, np.ndarray, _Span, 
 def _no_requests() -> Requests:
     none = np.zeros(0, np.int32)
     return Requests(none, none, np.zeros(1, np.int64), none, np.zeros(1, np.int64), none)
-
-
-def _joined_parts(parts: list[np.ndarray]) -> np.ndarray:
-    """One array; the parts are let go."""
-    whole = np.concatenate(parts)
-    parts.clear()
-    return whole
 
 
 def _joined(parts: Sequence[Requests]) -> Requests:

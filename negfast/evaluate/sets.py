@@ -146,7 +146,7 @@ def choosing_set(log: EventLog, split: Split, name: str, context: str = "day") -
     events = np.flatnonzero(log.first_judged & asked)
     if len(events) == 0:
         raise InputError(f"evaluation: {name} has no first like or dislike, expected at least one")
-    user, item, moment = log.user[events], log.item[events], log.moments(context)[events]
+    user, item, moment = log.user[events], log.item[events], log.moments(context, events)
     order = np.lexsort((item, user, moment))
     days: UserDays = getattr(split, name)
     return ChoosingSet(

@@ -39,7 +39,7 @@ def first_feedback_candidates(
     rows = first_feedback(log)
     rows = rows[(log.before(before_day) & ~log.before(from_day))[rows]]
     labels = (log.feedback[rows] == DISLIKE).astype(np.float32)
-    return Candidates(log.user[rows], log.item[rows], log.moments(context)[rows]), labels
+    return Candidates(log.user[rows], log.item[rows], log.moments(context, rows)), labels
 
 
 def shown_candidates(log: EventLog, context: str, from_day: int, before_day: int) -> tuple[Candidates, np.ndarray]:
@@ -53,7 +53,7 @@ def shown_candidates(log: EventLog, context: str, from_day: int, before_day: int
     disliked = log.feedback == DISLIKE
     last = int(days.max()) + 1
     same_day = np.isin(key[rows] * last + days[rows], key[disliked] * last + days[disliked])
-    return Candidates(log.user[rows], log.item[rows], log.moments(context)[rows]), same_day
+    return Candidates(log.user[rows], log.item[rows], log.moments(context, rows)), same_day
 
 
 def verdict_start(log: EventLog, fit_until: int) -> int:

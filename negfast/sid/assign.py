@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numba
 import numpy as np
 from scipy.optimize import linear_sum_assignment
+from threadpoolctl import threadpool_limits
 
 from negfast.errors import InputError
 from negfast.sid.kmeans import squared_distances
@@ -15,6 +16,7 @@ LARGEST_TABLE = 1 << 24  # cells of a cost matrix that is kept; larger ones are 
 LARGEST_EXACT = 1 << 22  # cells of a cost matrix up to which the assignment is optimal (seconds), not stable
 
 
+@threadpool_limits.wrap(limits=1, user_api="blas")  # thousands of small products, for which threads only wait
 def assign_codes(vectors: np.ndarray, quantizer: Quantizer, taken: np.ndarray | None = None) -> np.ndarray:
     """Distinct codes of vectors [N, D], none of them in ``taken`` uint16 [M, L]: uint16 [N, L].
 

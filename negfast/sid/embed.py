@@ -12,6 +12,7 @@ import numpy as np
 import scipy.sparse as sp
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
+from threadpoolctl import threadpool_limits
 
 from negfast.config import ENCODERS
 from negfast.data.items import ItemTable
@@ -165,11 +166,12 @@ def embed_cooccurrence(log: EventLog, valid_day: int, seed: int = 0) -> np.ndarr
     """
     early = log.before(valid_day)
     shape = (log.n_items, log.n_users)
-    met = sp.csr_matrix((np.ones(int(early.sum())), (log.item[early], log.user[early])), shape=shape)
+    met = sp.csr_matrix((np.ones(int(early.sum()), np.float32), (log.item[early], log.user[early])), shape=shape)
     met.data[:] = 1.0  # repeated feedback counts once
     return _reduced(TfidfTransformer().fit_transform(met), seed)
 
 
+@threadpool_limits.wrap(limits=1, user_api="blas")  # two threads took 4 times the CPU, and longer
 def _reduced(features: sp.csr_matrix, seed: int, learn_from: int | None = None) -> np.ndarray:
     features = features[:, np.unique(features[:learn_from].indices)]  # most hashed columns of a small table are empty
     known = features[:learn_from]

@@ -98,7 +98,7 @@ def fit_scorers(
     if len(drawn) < len(events):
         note = f"fitted to {len(drawn):,} of {len(events):,} first likes and dislikes, drawn by a hash"
     events, dislike = events[drawn], dislike[drawn]
-    columns = features.rich(log.user[events], log.item[events], log.moments(context)[events])
+    columns = features.rich(log.user[events], log.item[events], log.moments(context, events))
     logistic = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     logistic.fit(columns[:, : features.n_simple].astype(float), dislike)
     scorers["logistic"] = lambda asked: logistic.predict_proba(asked[:, : features.n_simple].astype(float))[:, 1]
