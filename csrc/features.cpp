@@ -12,10 +12,12 @@
 #include <string>
 #include <type_traits>
 
+#include "containers.hpp"
 #include "lanes.hpp"
+#include "portable_math.hpp"
 
 // The same bits on every CPU: always 16 lanes, in however many registers, sums in one order, no fused multiply-add
-// (CMakeLists.txt), and log and exp2 of our own, as those of libm depend on the CPU.
+// (CMakeLists.txt), and log and exp2 of our own (portable_math.hpp), as those of libm depend on the CPU.
 
 namespace negfast {
 namespace {
@@ -66,32 +68,9 @@ struct Judgement {
   float residual;
 };
 
-// The last judgements of a user or an item, at most `most`.
-template <size_t most>
-class Judgements {
- public:
-  void add(const Judgement& judgement) {
-    if (kept_.size() == most) {
-      kept_[made_ % most] = judgement;
-    } else {
-      if (kept_.size() == kept_.capacity()) kept_.reserve(std::min(most, kept_.size() + kept_.size() / 4 + 4));
-      kept_.push_back(judgement);
-    }
-    ++made_;
-  }
-  size_t size() const { return kept_.size(); }
-  // Number k of those kept, the oldest first.
-  NEGFAST_INLINE const Judgement& operator[](size_t k) const { return kept_[(made_ - kept_.size() + k) % most]; }
-  size_t bytes() const { return kept_.capacity() * sizeof(Judgement); }
-
- private:
-  std::vector<Judgement> kept_;
-  uint64_t made_ = 0;
-};
-
 struct alignas(64) User {
   Lanes factors;  // p_u
-  Judgements<kJudgements> judgements;
+  Last<Judgement, kJudgements> judgements;
   float square = 0;  // sum of all r_uj^2
   Sums sums;
   int64_t last = kNever, last_dislike = kNever;
@@ -99,7 +78,7 @@ struct alignas(64) User {
 
 struct alignas(64) Item {
   Lanes factors;  // q_i
-  Judgements<kJudges> judges;
+  Last<Judgement, kJudges> judges;
   Sums sums;
   int64_t first = kNever;
 };
@@ -177,13 +156,6 @@ NEGFAST_INLINE float dot(const Text& a, const Text& b) {
   return sum(total);
 }
 
-NEGFAST_INLINE uint64_t mixed(uint64_t x) {  // SplitMix64
-  x += 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
-
 // Where the random numbers of a user (an item) with this key begin.
 NEGFAST_INLINE uint64_t seed(uint64_t key, bool is_user) { return mixed(2 * key + is_user); }
 
@@ -196,29 +168,6 @@ NEGFAST_INLINE Lanes first_factors(uint64_t seed) {
   return out;
 }
 
-// The natural logarithm of a normal number, to 1e-10.
-NEGFAST_INLINE double logarithm(double x) {
-  const auto bits = std::bit_cast<uint64_t>(x) - std::bit_cast<uint64_t>(0.70710678118654752);
-  const auto exponent = static_cast<int64_t>(bits) >> 52;
-  const double m = std::bit_cast<double>(std::bit_cast<uint64_t>(x) - (static_cast<uint64_t>(exponent) << 52));
-  const double s = (m - 1) / (m + 1), z = s * s;  // |s| < 0.172
-  const double series =
-      1 + z * (1. / 3 + z * (1. / 5 + z * (1. / 7 + z * (1. / 9 + z * (1. / 11 + z * (1. / 13))))));
-  return static_cast<double>(exponent) * 0.69314718055994531 + 2 * s * series;
-}
-
-// What is left of 1 after so many seconds, to 1e-8.
-NEGFAST_INLINE float left(int64_t seconds, double half_life) {
-  const double x = static_cast<double>(seconds) / half_life;
-  if (x >= 100) return 0;
-  const auto whole = static_cast<int64_t>(x);
-  const double z = (static_cast<double>(whole) + 0.5 - x) * 0.69314718055994531;  // |z| < 0.35
-  double power = 1;
-  for (int n = 8; n > 0; --n) power = 1 + power * z / n;
-  const double half = std::bit_cast<double>(static_cast<uint64_t>(1023 - whole) << 52);  // 2^-whole
-  return static_cast<float>(power * 0.70710678118654752 * half);
-}
-
 NEGFAST_INLINE float days(int64_t since, int64_t until) {
   return since == kNever ? kUnknown : static_cast<float>(static_cast<double>(until - since) / kDay);
 }
@@ -227,103 +176,6 @@ template <class T>
 NEGFAST_INLINE void fetch(const T* what) {
   for (size_t at = 0; at < sizeof(T); at += 64) __builtin_prefetch(reinterpret_cast<const char*>(what) + at, 1);
 }
-
-// States of those of N numbers that have one, in blocks that do not move.
-template <class T>
-class States {
- public:
-  void grow(size_t more) { place_.resize(place_.size() + more, kNone); }
-  size_t size() const { return place_.size(); }
-  NEGFAST_INLINE T* find(int32_t number) {
-    const uint32_t at = place_[number];
-    return at == kNone ? nullptr : &blocks_[at / kBlock][at % kBlock];
-  }
-  T& make(int32_t number, const T& first) {
-    if (made_ % kBlock == 0) blocks_.push_back(std::make_unique<T[]>(kBlock));
-    place_[number] = static_cast<uint32_t>(made_++);
-    return *find(number) = first;
-  }
-  size_t bytes() const { return place_.capacity() * sizeof(uint32_t) + blocks_.size() * kBlock * sizeof(T); }
-  template <class Number>
-  size_t sum(const Number& of) const {
-    size_t total = 0;
-    for (size_t k = 0; k < made_; ++k) total += of(blocks_[k / kBlock][k % kBlock]);
-    return total;
-  }
-
- private:
-  static constexpr uint32_t kNone = ~uint32_t{0};
-  static constexpr size_t kBlock = 256;
-  std::vector<uint32_t> place_;
-  std::vector<std::unique_ptr<T[]>> blocks_;
-  size_t made_ = 0;
-};
-
-// A hash table from a pair of numbers below 2^31 to a row of `Payload`, by linear probing. The key's two highest bits
-// are the caller's.
-template <class Payload>
-class Table {
- public:
-  static constexpr uint64_t kKey = ~uint64_t{0} >> 2;
-
-  NEGFAST_INLINE static uint64_t key(int32_t a, int32_t b) {
-    return static_cast<uint64_t>(a) << 31 | static_cast<uint64_t>(b);
-  }
-  // The row of a key, or where it would be.
-  NEGFAST_INLINE size_t place(uint64_t key) const {
-    size_t at = first(key);
-    while (keys[at] != kEmpty && (keys[at] & kKey) != key) at = at + 1 == keys.size() ? 0 : at + 1;
-    return at;
-  }
-  NEGFAST_INLINE bool is_empty(size_t at) const { return keys[at] == kEmpty; }
-  // The row of a key, made if there is none.
-  NEGFAST_INLINE size_t make(uint64_t key) {
-    if (4 * (held_ + 1) > 3 * keys.size()) grow();
-    const size_t at = place(key);
-    if (is_empty(at)) {
-      keys[at] = key;
-      ++held_;
-    }
-    return at;
-  }
-  NEGFAST_INLINE void fetch_early(uint64_t key) const {
-    const size_t at = first(key);
-    __builtin_prefetch(&keys[at], 1);
-    if (!rows.empty()) __builtin_prefetch(&rows[at], 1);
-  }
-  size_t bytes() const { return keys.capacity() * sizeof(uint64_t) + rows.capacity() * sizeof(Payload); }
-
-  explicit Table(bool has_rows) : keys(kLeast, kEmpty), rows(has_rows ? kLeast : 0) {}
-
-  std::vector<uint64_t> keys;
-  std::vector<Payload> rows;  // empty, or one a key
-
- private:
-  static constexpr uint64_t kEmpty = ~uint64_t{0};
-  static constexpr size_t kLeast = 1024;
-
-  // Where the search for a key begins: ascending with its hash, so that a table grows in order.
-  NEGFAST_INLINE size_t first(uint64_t key) const {
-    return static_cast<size_t>(static_cast<unsigned __int128>(mixed(key)) * keys.size() >> 64);
-  }
-
-  void grow() {
-    const size_t size = keys.size() + keys.size() / 2;
-    Table more(!rows.empty());
-    more.keys.assign(size, kEmpty);
-    if (!rows.empty()) more.rows.resize(size);
-    for (size_t at = 0; at < keys.size(); ++at) {
-      if (is_empty(at)) continue;
-      const size_t to = more.place(keys[at] & kKey);
-      more.keys[to] = keys[at];
-      if (!rows.empty()) more.rows[to] = rows[at];
-    }
-    keys.swap(more.keys);
-    rows.swap(more.rows);
-  }
-
-  size_t held_ = 0;
-};
 
 struct Counts {
   int32_t count = 0, dislikes = 0;
@@ -608,7 +460,7 @@ class FeatureState {
   // Those of a row are between its start and the next one's, the oldest first.
   template <class Row, class Find, size_t most>
   static void copy(const std::string& name, size_t rows, const std::function<void*(const FeatureTable&)>& place,
-                   const Find& find, Judgements<most> Row::*judgements) {
+                   const Find& find, Last<Judgement, most> Row::*judgements) {
     auto* start = static_cast<int64_t*>(place({name + ".start", 'q', rows + 1, 1}));
     for (size_t k = start[0] = 0; k < rows; ++k) {
       const Row* row = find(k);
