@@ -30,7 +30,7 @@ def test_the_benchmark_has_a_row_for_each_system(tmp_path):
     rows = {row["system"]: row for row in result["rows"]}
     assert {"negfast", "negfast events", "duckdb"} <= set(rows) and not list(tmp_path.iterdir())
     for row in rows.values():
-        assert row["events"] == 30_000 and row["wall_s"] > 0 and row["peak_mib"] > 50 and row["disk_mib"] > 0
+        assert row["events"] == 30_000 and row["wall_s"] > 0 and row["peak_mib"] > 40 and row["disk_mib"] > 0
     assert 0 < rows["negfast"]["semantic_ids_s"] < rows["negfast"]["wall_s"]
     parts = {name: seconds for name, seconds in rows["first step"].items() if name.endswith(", s")}
     assert {"requests and the sample of valid, s", "what align learns from, s"} < set(parts)

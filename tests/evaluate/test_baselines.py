@@ -335,7 +335,7 @@ def test_neighbours_of_a_large_log_are_counted_over_users_drawn(random_log: Make
 
 def test_models_of_a_large_log_are_fitted_to_a_draw(random_log: MakeLog, random_items: MakeItems, monkeypatch) -> None:
     log, items = random_log(2, n_events=4000), random_items(2)
-    monkeypatch.setattr(rates, "FITTED", 200)
+    monkeypatch.setattr(rates, "EXAMPLES", 200)
     test = sets_of(log)[1]
     (found,) = rate_predictions(log, items, [test], VALID)
     assert found["boosted"].note == found["logistic"].note and found["item-rate"].note == ""

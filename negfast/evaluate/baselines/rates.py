@@ -16,6 +16,7 @@ from negfast.data.log import DISLIKE, EventLog
 from negfast.data.split import first_feedback, sample_pairs
 from negfast.evaluate.predictions import Predictions
 from negfast.evaluate.sets import EvalSet
+from negfast.runtime.verdict import EXAMPLES
 
 WARM_UP = 40  # days at the start of the log that are not fitted on, as histories are still short
 
@@ -30,7 +31,6 @@ BOOSTED: dict[str, Any] = {
 }
 BOOSTED_PLUS = BOOSTED | {"max_iter": 300, "max_leaf_nodes": 7, "min_samples_leaf": 200, "max_features": 0.3}
 
-FITTED = 200_000  # first likes and dislikes that models are fitted to, at most (negfast's choice)
 _SMALL = 500_000  # rows
 _BLOCK = 1 << 18  # pairs scored at a time
 
@@ -72,7 +72,8 @@ def fit_scorers(
     log: EventLog, items: ItemTable, fit_until: int, context: str
 ) -> tuple[HistoryFeatures, dict[str, Scorer], str]:
     """The features of ``log``, what each baseline makes of their columns, the dislike probability, and what to say of
-    a sample: of more than `FITTED` first likes and dislikes models are fitted to those that `sample_pairs` draws."""
+    a sample: of more first likes and dislikes than the verdict's `EXAMPLES` models are fitted to those that
+    `sample_pairs` draws."""
     events = first_feedback(log)
     days = log.day
     events = events[log.before(fit_until)[events]]
@@ -94,7 +95,7 @@ def fit_scorers(
     events, dislike = events[fitted], dislike[fitted]
     if dislike.all() or not dislike.any():
         return features, scorers, ""
-    drawn, note = sample_pairs(log.user[events], log.item[events], FITTED), ""
+    drawn, note = sample_pairs(log.user[events], log.item[events], EXAMPLES), ""
     if len(drawn) < len(events):
         note = f"fitted to {len(drawn):,} of {len(events):,} first likes and dislikes, drawn by a hash"
     events, dislike = events[drawn], dislike[drawn]
