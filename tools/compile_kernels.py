@@ -2,9 +2,9 @@
 
     python tools/compile_kernels.py [--target 80 90 100] [--kernel trie_grpo ...] [--defaults] [--json]
 
-Launches are recorded from the very functions that run on a GPU, on tensors without data, so that the compiled
-signatures are those of real calls. No GPU is needed; TRITON_INTERPRET must not be set. Triton keeps what it compiled
-in its cache directory, so that a second run is fast.
+Launches are recorded from the very functions that run on a GPU, on tensors without data, and Triton compiles them as
+it would there. No GPU is needed; TRITON_INTERPRET must not be set. Triton keeps what it compiled in its cache
+directory, where the same build of Triton finds it on a GPU.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 
 from negfast.kernels import (
     add_norm,
@@ -39,24 +39,18 @@ from negfast.kernels.trie_grpo import GRPOObjective
 from negfast.kernels.trie_rows import RowTokens, TrieRows, TrieTables, row_inputs
 
 TARGETS = (80, 90, 100)
-TYPES = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int32: "i32",
-    torch.int64: "i64",
-    torch.bool: "i1",
-}
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # in the names of cases
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One recorded launch: a kernel function and the arguments it was given."""
+    """One recorded launch: a kernel function and what it was given."""
 
     case: str
     kernel: triton.JITFunction
     grid: tuple[int, ...]
-    arguments: dict
+    arguments: tuple
+    options: dict
 
     @property
     def name(self) -> str:
@@ -76,9 +70,8 @@ class Recorder:
     launches: list[Launch]
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable:
-        def note(*args: object, **kwargs: object) -> None:
-            arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
-            self.launches.append(Launch(self.case, self.kernel, grid, arguments))
+        def note(*arguments: object, **options: object) -> None:
+            self.launches.append(Launch(self.case, self.kernel, grid, arguments, options))
 
         return note
 
@@ -221,6 +214,22 @@ class Resources:
     narrowest: int = 0
 
 
+@dataclass(frozen=True)
+class NoDevice:
+    """Answers what Triton asks its driver before it compiles a launch."""
+
+    capability: int
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # by which a process keeps what it compiled
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
 def launches_for(kernel: str, capability: int) -> list[Launch]:
     """Launches of a kernel's cases with the blocks that it would choose on a device of that capability."""
     dispatch.compile_for = capability
@@ -228,8 +237,8 @@ def launches_for(kernel: str, capability: int) -> list[Launch]:
 
 
 def compile_launch(family: str, launch: Launch, capability: int) -> Resources:
-    source, options = ast_source(launch)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    driver.set_active(NoDevice(capability))
+    compiled = launch.kernel.run(*launch.arguments, grid=launch.grid, warmup=True, **launch.options)
     usage, sass = inspect_cubin(compiled.asm["cubin"])
     matrix = [name for name in ("UTCHMMA", "HGMMA", "HMMA") if name in sass]
     return Resources(
@@ -246,29 +255,6 @@ def compile_launch(family: str, launch: Launch, capability: int) -> Resources:
         tensor_core=matrix[0] if matrix else "",
         narrowest=min(map(int, re.findall(r"HGMMA\.64x(\d+)x", sass)), default=0),
     )
-
-
-def ast_source(launch: Launch) -> tuple[ASTSource, dict]:
-    """Signature as Triton's own launcher would specialise it: None and 1 are constants, aligned values are marked."""
-    names = launch.kernel.arg_names
-    constexprs = {param.name for param in launch.kernel.params if param.is_constexpr}
-    signature, constants, attributes = {}, {}, {}
-    for index, name in enumerate(names):
-        value = launch.arguments[name]
-        if name in constexprs or value is None or (isinstance(value, int) and value == 1):
-            signature[name], constants[name] = "constexpr", value
-            continue
-        if isinstance(value, Tensor):
-            signature[name] = "*" + TYPES[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, int):
-            signature[name] = "i32" if value < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32"
-    options = {key: value for key, value in launch.arguments.items() if key not in names}
-    return ASTSource(launch.kernel, signature, constants, attributes), options
 
 
 def inspect_cubin(cubin: bytes) -> tuple[dict[str, str], str]:

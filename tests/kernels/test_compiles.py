@@ -7,8 +7,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
+from triton.runtime import driver
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "compile_kernels.py"
@@ -64,13 +67,34 @@ def test_products_of_prompt_attention_fill_a_warpgroup(resources: dict[str, list
     assert min(r["narrowest"] for r in found) >= 32, found
 
 
-def test_every_kernel_is_compiled():
-    """No kernel that is launched is missing from the tool."""
+@pytest.fixture(scope="module")
+def tool() -> Iterator[ModuleType]:
     spec = importlib.util.spec_from_file_location("compile_kernels", TOOL)
     assert spec and spec.loader
-    tool = importlib.util.module_from_spec(spec)
-    sys.modules["compile_kernels"] = tool  # dataclasses look their module up
-    spec.loader.exec_module(tool)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["compile_kernels"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "_active", None)  # it puts its own there
+        yield module
+
+
+def test_a_launch_finds_what_was_compiled_ahead(tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By tensors that have memory, in another process as far as Triton knows."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    launches = [launch for kernel in KERNELS for launch in tool.launches_for(kernel, 90)[:1]]
+    for launch in launches:
+        tool.compile_launch("", launch, 90)
+    compiled = sorted(tmp_path.iterdir())
+    for launch in launches:
+        launch.kernel.device_caches.clear()
+        arguments = (torch.empty(64, dtype=x.dtype) if isinstance(x, torch.Tensor) else x for x in launch.arguments)
+        launch.kernel.run(*arguments, grid=launch.grid, warmup=True, **launch.options)
+    assert len(compiled) >= len(launches) and sorted(tmp_path.iterdir()) == compiled
+
+
+def test_every_kernel_is_compiled(tool: ModuleType):
+    """No kernel that is launched is missing from the tool."""
     assert tuple(tool.KERNELS) == KERNELS
     launched = {launch.name for kernel in KERNELS for launch in tool.launches_for(kernel, 90)}
     written = set()
