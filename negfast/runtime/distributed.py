@@ -2,7 +2,7 @@
 
 Every rank holds all weights and computes its micro-batches (`negfast.train.step`), rollouts included; after the last
 backward one all-reduce adds the gradients up in buckets. It is not overlapped with the backward: for weights of
-0.6 B in float32 that is 2.4 GB a step, some 15 ms between eight GPUs on NVLink (docs/scaling.md has the calculation).
+0.6 B in float32 that is 2.4 GB a step, some 10 ms between eight GPUs on NVLink (docs/scaling.md has the calculation).
 
 A process belongs to a group if `torchrun` or `negfast train --gpus` said so in its environment (RANK, WORLD_SIZE).
 Only the first rank writes files; all read the same file system.

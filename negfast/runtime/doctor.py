@@ -16,8 +16,8 @@ from negfast.sid.embed import minilm_folder
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "numpy", "pyarrow", "faiss-cpu", "scikit-learn", "numba")
 OPTIONAL = {
-    "flash-attn": "a peer of bench kernels",
-    "liger-kernel": "losses over the whole vocabulary",
+    "flash-attn": "attention of prompts on CUDA",
+    "liger-kernel": "fused layers and losses over the whole vocabulary on CUDA",
     "peft": "LoRA adapters",
     "tensorboard": "train.tensorboard",
     "trl": "the GRPO benchmark's peer",

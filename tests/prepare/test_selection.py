@@ -1,7 +1,7 @@
 """What of a log is read: nulls in every format, rows that are skipped, days that are cut, repeats, several files."""
 
 import json
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -233,7 +233,7 @@ def test_a_stray_date_is_named_with_its_row(tmp_path, stray, option):
     rows = [{**ROWS[i % 8], "time": T0 + i * DAY // 10} for i in range(800)]
     rows[500]["time"] = rows[600]["time"] = stray
     path = write_rows(tmp_path / "log.csv", rows)
-    date = datetime.utcfromtimestamp(stray).date()
+    date = datetime.fromtimestamp(stray, UTC).date()
     with pytest.raises(
         InputError, match=rf"line 502: {date} is far from the other dates \(2 of 800 .* {option} leaves"
     ):
