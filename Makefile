@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install train smoke check test test-slow fuzz soak lint docs wheel try-wheel clean
+.PHONY: help install train smoke check test test-slow fuzz soak lint docs wheel try-wheel visit clean
 
 help:
 	@echo "make train      install, then the whole job on the embedded sample -> runs/quickstart"
@@ -18,6 +18,7 @@ help:
 	@echo "make docs       docs/configuration.md from the settings' types"
 	@echo "make wheel      a wheel in dist/"
 	@echo "make try-wheel  the wheel in an empty environment, outside the repository: every command"
+	@echo "make visit      wheels for bench gpu on a machine without network, PYTHON=python3.12"
 
 install: $(INSTALLED)
 
@@ -74,5 +75,12 @@ wheel: install
 try-wheel: wheel
 	tools/try_wheel.sh "$$(ls -t dist/*.whl | head -1)"
 
+# Of PYTHON's version: negfast, and what a GPU machine with torch, transformers, pyarrow and scikit-learn may lack.
+LACKING ?= duckdb faiss-cpu liger-kernel trl datasets dill multiprocess
+
+visit:
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir visit .
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary :all: --constraint constraints.txt --dest visit $(LACKING)
+
 clean:
-	rm -rf build dist $(INSTALLED)
+	rm -rf build dist visit $(INSTALLED)

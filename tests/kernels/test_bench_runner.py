@@ -1,6 +1,8 @@
 """The benchmark's bookkeeping without a GPU: floors are predicted, nothing is said to be timed."""
 
 import json
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -54,6 +56,20 @@ def test_the_gpu_bench_refuses_without_a_gpu(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="no CUDA GPU found"):
         gpu.run(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_visit_needs_the_dependencies_pytest_and_hypothesis():
+    """A GPU machine without network has little more: no module of other extras is imported (`make visit`)."""
+    extras = ["zstandard", "polars", "ray", "peft", "tensorboard", "fastapi", "uvicorn", "prometheus_client", "httpx"]
+    script = f"""
+import sys
+sys.modules |= dict.fromkeys({extras})
+import bench.gpu, bench.gpu_steps, bench.kernels, pytest
+sys.exit(pytest.main([bench.gpu.TESTS, "--collect-only", "-q", "-p", "no:cacheprovider"]))
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=gpu.ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 TINY = Model(hidden=32, intermediate=48, layers=2, heads=2, kv_heads=1, head_dim=32)
