@@ -295,19 +295,18 @@ class Gpu:
 def predict(shape: Shape = Shape(), gpu: Gpu = Gpu()) -> dict[str, Any]:
     """What a step costs by counting: products and attention at a share of peak FLOP/s, all else by bytes moved.
 
-    Elementwise work is counted as liger-kernel fuses it, in bytes of a token and layer: two norms of the float32
-    residual stream, each rounded once for the products behind it, and two additions to it; norms and rotary embedding
-    of queries and keys, and SwiGLU, in bf16; twice that backward. The optimiser counts 28 bytes a weight, the bf16
-    copies of autocast 6 a pass.
+    Elementwise work is counted in bytes: of an element of the float32 residual stream 28, forward and backward, for an
+    addition with the norm behind it (`add_norm`), two of them a layer; of norms and rotary embedding of queries and
+    keys, and of SwiGLU, what liger-kernel moves in bf16, twice that backward. The optimiser counts 28 bytes a weight,
+    the bf16 copies 6 a pass.
     """
     tokens = shape.sequence * shape.sequences
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     weights = shape.layers * (2 * shape.hidden * (query + key) + 3 * shape.hidden * shape.intermediate)
     products = 6.0 * weights * tokens
     attention = 3 * 4.0 * query * shape.layers * tokens * (shape.sequence + 1) / 2
-    norms, additions = 2 * (4 + 4 + 4 + 2) * shape.hidden, 2 * (4 + 2 + 4) * shape.hidden
-    moved = norms + additions + 2 * (2 + 2) * (query + key) + 3 * 2 * shape.intermediate
-    elementwise = 3.0 * moved * shape.layers * tokens
+    stream, branches = 2 * 28 * shape.hidden, 2 * (2 + 2) * (query + key) + 3 * 2 * shape.intermediate
+    elementwise = (stream + 3.0 * branches) * shape.layers * tokens
     optimiser = (28.0 + 2 * 6) * weights
     seconds = {
         "products": products / (gpu.flops * gpu.product_share),
