@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -76,23 +77,24 @@ class Job:
 
 
 def grpo_jobs(device: torch.device, sizes: Sizes) -> Iterator[Job]:
-    for case in sizes.grpo:
+    """All of ours come first: a peer that takes too long must not cost them their rows."""
 
-        def peer(case: Case = case) -> Figures:
-            return fastest_peer(case, sizes, device)
+    def ours(case: Case) -> Figures:
+        return {"seconds": timed(Ours(case, sizes.grpo_shape, device).step, device, sizes.repeats)}
 
-        def ours(case: Case = case) -> Figures:
-            return {"seconds": timed(Ours(case, sizes.grpo_shape, device).step, device, sizes.repeats)}
-
-        about = {"bench": "grpo", **case.describe(), **asdict(sizes.grpo_shape)}
-        yield Job("negfast", about, ours)
-        if find_spec("trl"):
-            yield Job("trl with vllm" if find_spec("vllm") else "trl", about, peer)
-        yield Job("negfast, eager", about, eagerly(ours))
+    cases = [(case, {"bench": "grpo", **case.describe(), **asdict(sizes.grpo_shape)}) for case in sizes.grpo]
+    for case, about in cases:
+        yield Job("negfast", about, partial(ours, case))
+    if find_spec("trl"):
+        for case, about in cases:
+            system = "trl with vllm" if find_spec("vllm") else "trl"
+            yield Job(system, about, partial(fastest_peer, case, sizes, device))
+    for case, about in cases:
+        yield Job("negfast, eager", about, eagerly(partial(ours, case)))
 
 
 def fastest_peer(case: Case, sizes: Sizes, device: torch.device) -> Figures:
-    """TRL's steps at the fastest micro-batch that fits."""
+    """TRL's steps at the fastest micro-batch that fits, the largest first, until a smaller one is slower."""
     from bench.trl_peer import peer_steps
 
     found: dict[int, list[float]] = {}
@@ -105,6 +107,10 @@ def fastest_peer(case: Case, sizes: Sizes, device: torch.device) -> Figures:
             found[size] = peer_steps(case, size, 3, shape=sizes.grpo_shape, on_gpu=on_gpu).wall[1:]
         except RuntimeError as error:  # out of memory
             failed = str(error).splitlines()[0]
+            continue
+        *earlier, last = map(statistics.median, found.values())
+        if earlier and last > earlier[-1]:
+            break
     if not found:
         raise RuntimeError(failed or f"no micro-batch divides {case.completions} completions")
     best = min(found, key=lambda size: statistics.median(found[size]))

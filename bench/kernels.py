@@ -25,6 +25,7 @@ from tests.kernels import cases as inputs
 
 H100_COPY = 3.0e12  # bytes/s, read plus written; about 90 % of the datasheet's 3.35e12. Predictions only
 H100_MATRIX = 989e12  # dense bf16 FLOP/s of the datasheet. Predictions only
+INDUCTOR = "torch.compile of eager", "flex attention"  # systems that compile for seconds: timed after all others
 PACKAGES = "negfast", "torch", "triton", "liger-kernel", "flash-attn"
 
 
@@ -61,13 +62,14 @@ def run(out: Path | None = None, seconds: float = 240.0) -> dict[str, Any]:
         "versions": versions(*PACKAGES),
     }
     began = time.monotonic()
-    for case in all_cases():
+    cases = all_cases()
+    for case, by_inductor in [(case, last) for last in (False, True) for case in cases]:
         if not on_gpu:
-            found = [_row(case, "negfast", floor) | {"status": "predicted"}]
+            found = [] if by_inductor else [_row(case, "negfast", floor) | {"status": "predicted"}]
         elif time.monotonic() - began > seconds:
-            found = [_row(case, "negfast", floor) | {"status": "not reached"}]
+            found = [_row(case, "by inductor" if by_inductor else "negfast", floor) | {"status": "not reached"}]
         else:
-            found = time_case(case, device, floor)
+            found = time_case(case, device, floor, by_inductor)
         for row in found:
             print(_line(row), file=sys.stderr, flush=True)
         rows += found
@@ -89,8 +91,9 @@ def measure_floor(device: torch.device) -> dict[str, float]:
     return {"copy_bytes_s": 2e3 * source.nbytes / copy, "matrix_flop_s": 2e3 * 8192**3 / product}
 
 
-def time_case(case: Case, device: torch.device, floor: dict[str, float]) -> list[dict[str, Any]]:
-    """p20, p50, p80 of each system, each first compared with negfast's result; one that fails says why."""
+def time_case(case: Case, device: torch.device, floor: dict[str, float], by_inductor: bool) -> list[dict[str, Any]]:
+    """p20, p50, p80 of each system, of `INDUCTOR` or of the others, each first compared with negfast's result; one that
+    fails says why."""
     from triton.testing import do_bench
 
     rows = []
@@ -100,6 +103,8 @@ def time_case(case: Case, device: torch.device, floor: dict[str, float]) -> list
     except Exception as error:  # the other cases' rows are worth having
         return [_row(case, "negfast", floor) | {"status": _failed(error)}]
     for name, call in systems.items():
+        if (name in INDUCTOR) != by_inductor:
+            continue
         row = _row(case, name, floor)
         try:
             if "(no trie" not in name:

@@ -6,14 +6,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench import gpu, kernels, sft
-from bench.gpu_steps import PARTS, Job, Sizes, measured, ratios_of
-from bench.grpo_step import Case
+from bench.gpu_steps import PARTS, Job, Sizes, fastest_peer, measured, ratios_of
+from bench.grpo_step import Case as GrpoCase
+from bench.kernel_cases.case import Case
 from bench.sft import Case as SftCase
 from negfast.config import Model
 
@@ -34,6 +37,21 @@ def test_without_a_gpu_floors_are_predicted(tmp_path, monkeypatch):
         bound = max(row["bytes"] / kernels.H100_COPY, row["flops"] / kernels.H100_MATRIX)
         assert row["floor_s"] == bound > 0
     assert result["ratios"] == []
+
+
+def test_what_inductor_compiles_is_timed_last(monkeypatch):
+    """Seconds a case, which must not cost other cases their rows."""
+    names = ["negfast", "eager", "torch.compile of eager"]
+    cases = [Case(kernel, {}, 1, 1, lambda _: {name: lambda: torch.ones(1) for name in names}) for kernel in "ab"]
+    monkeypatch.setattr(kernels, "all_cases", lambda: cases)
+    monkeypatch.setattr(kernels, "measure_floor", lambda _: {"copy_bytes_s": 1.0, "matrix_flop_s": 1.0})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "none")
+    monkeypatch.setattr("triton.testing.do_bench", lambda *_, **__: (1.0, 1.0, 1.0))
+    rows = kernels.run()["rows"]
+    found = [(row["case"]["kernel"], row["system"]) for row in rows]
+    assert found == [(case, name) for part in (names[:2], names[2:]) for case in "ab" for name in part]
+    assert {row["status"] for row in rows} == {"ok"}
 
 
 def test_bytes_are_those_of_the_tensors():
@@ -82,12 +100,12 @@ sys.exit(pytest.main([bench.gpu.TESTS, "--collect-only", "-q", "-p", "no:cachepr
 
 TINY = Model(hidden=32, intermediate=48, layers=2, heads=2, kv_heads=1, head_dim=32)
 SMALL = Sizes(
-    grpo=(Case((9, 4), 2, levels=2),),
+    grpo=(GrpoCase((9, 4), 2, levels=2),),
     grpo_micro_batches=(4, 3, 2),
     grpo_shape=TINY,
     sft=SftCase(2, 6, 2, layers=2, hidden=32, heads=2, kv_heads=1, head_dim=32),
     sft_micro_batch=2,
-    beam=Case((7, 3), 1, levels=2),
+    beam=GrpoCase((7, 3), 1, levels=2),
     beam_width=4,
     beam_shape=TINY,
     repeats=2,
@@ -106,6 +124,30 @@ def test_whole_steps_are_timed_beside_their_peers():
     assert ("sft", "transformers Trainer") in systems
     assert (("grpo", "trl") in systems) == (find_spec("trl") is not None)  # a peer that only `bench` installs
     assert len(ratios_of(rows)) == len(rows) - 3
+
+
+@pytest.mark.parametrize(
+    ("seconds", "fastest", "asked"),
+    [
+        ({8: 1.0, 4: 2.0, 2: 0.5}, 8, [8, 4]),
+        ({8: 3.0, 4: 2.0, 2: 1.0}, 2, [8, 4, 2]),
+        ({4: 2.0, 2: 3.0}, 4, [8, 4, 2]),
+    ],
+)
+def test_the_peer_gets_its_fastest_micro_batch(seconds, fastest, asked, monkeypatch):
+    """The sweep ends where a smaller one is slower; one that does not fit is passed over."""
+    tried = []
+
+    def peer_steps(case: GrpoCase, size: int, *_: object, **__: object) -> SimpleNamespace:
+        tried.append(size)
+        if size not in seconds:
+            raise RuntimeError("CUDA out of memory")
+        return SimpleNamespace(wall=[9.0, seconds[size], seconds[size]])
+
+    monkeypatch.setitem(sys.modules, "bench.trl_peer", SimpleNamespace(peer_steps=peer_steps))
+    sizes = replace(SMALL, grpo_micro_batches=(8, 4, 2))
+    found = fastest_peer(GrpoCase((9, 4), 4, levels=2), sizes, CPU)
+    assert (found["micro_batch"], tried) == (fastest, asked)
 
 
 def test_a_job_that_fails_says_why_and_rows_name_what_eager_code_computed():
@@ -221,7 +263,7 @@ def test_a_whole_visit(tmp_path, runs, monkeypatch):
     assert benches[0] == "kernel tests" and benches[-2:] == ["kernels", "compute-sanitizer"]
     assert len(result["rows"]) == len((tmp_path / "rows.jsonl").read_text().splitlines())
     assert json.loads((tmp_path / "gpu.json").read_text()) == result
-    shares = gpu.CORRECTNESS_S + sum(gpu.STEPS_S.values()) + gpu.KERNELS_S + gpu.SANITIZER_S
+    shares = gpu.CORRECTNESS_S + gpu.TRAINING_S + sum(gpu.STEPS_S.values()) + gpu.KERNELS_S + gpu.SANITIZER_S
     assert shares <= gpu.BUDGET_S < 540
 
 
