@@ -3,8 +3,8 @@
 trie_grpo                 GRPO's loss over trie nodes and its gradient, one launch
 sid_cross_entropy         SFT's loss over trie nodes and its gradient
 prompt_attention          causal attention of packed prompts, forward and backward
-completion_attention      and of completions over prefixes of their shared prompts and their own tokens
-add_norm                  an addition to the residual stream and the RMSNorm behind it
+completion_attention      attention of completions over a prefix of their shared prompt and their own tokens
+add_norm                  an addition to the residual stream and the RMSNorm that follows
 vocabulary_cross_entropy  the loss of a token of the whole vocabulary, by liger-kernel where installed
 
 ``x.py`` is what callers import, ``x_reference.py`` the formula in eager code, ``x_kernel.py`` the Triton code. Both

@@ -1,4 +1,4 @@
-"""The addition to a decoder's residual stream and the RMSNorm behind it, forward and backward, each a row once.
+"""The addition to a decoder's residual stream and the RMSNorm that follows, forward and backward.
 
     s = x + b,   r = 1 / sqrt(mean_j s_j^2 + eps),   y = w s r
 

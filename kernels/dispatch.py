@@ -14,15 +14,13 @@ HEAD_DIMS = (32, 64, 128)  # of attention
 # Triton reads the variable when a kernel is decorated, hence once, at import.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-
-KERNELS = ("trie_grpo", "sid_cross_entropy", "attention", "liger")  # which `eager` knows
+KERNELS = ("trie_grpo", "sid_cross_entropy", "attention", "liger")  # as `eager` names them; "liger": fused layers too
 _eager: ContextVar[tuple[str, ...]] = ContextVar("negfast_eager", default=())
 
 
 @contextmanager
 def eager(*kernels: str) -> Iterator[None]:
-    """Within it the eager references compute on any device in place of ``kernels``, of all where none is named: what a
-    whole step by the kernels is compared with."""
+    """Within it eager references replace ``kernels``, by default all, on any device: whole steps are compared so."""
     token = _eager.set((*_eager.get(), *(kernels or KERNELS)))
     try:
         yield

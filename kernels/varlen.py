@@ -15,13 +15,13 @@ from torch import Tensor
 from negfast.kernels.attention_inputs import Segments
 from negfast.kernels.prompt_attention import prompt_attention
 
-HALVES = (torch.bfloat16, torch.float16)  # which the libraries take
+HALF_TYPES = (torch.bfloat16, torch.float16)  # the only ones that the libraries take
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, prompts: Segments, scale: float) -> Tensor:
-    """`prompt_attention` of the same arguments; a library computes half-precision tensors of a GPU. Bit-equal from run
-    to run, by whichever: the libraries' backward is asked not to add atomically."""
-    if query.device.type == "cuda" and query.dtype in HALVES and query.numel():
+    """`prompt_attention`, on a GPU in half precision by a library where there is one. Bit-equal from run to run either
+    way: the libraries' backward is asked not to add atomically."""
+    if query.device.type == "cuda" and query.dtype in HALF_TYPES and query.numel():
         _, call = library()
         if call is not None:
             return call(query, key, value, prompts, scale)

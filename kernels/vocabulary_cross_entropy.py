@@ -21,7 +21,7 @@ ROWS_AT_ONCE = 64  # of the entropies' temporaries, 37 MiB at 151,936 tokens
 def vocabulary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """nll [R] of ``target`` int64 [R] after ``logits`` [R, V], in float32, or float64 where logits are.
 
-    Logits are given up: where they take a gradient, Liger's kernel leaves it in their memory. Raises ValueError on
+    Do not read the logits afterwards: Liger's kernel writes their gradient into their memory. Raises ValueError on
     unsupported shapes, dtypes and devices.
     """
     if logits.ndim != 2 or target.shape != logits.shape[:1] or target.dtype != torch.int64:

@@ -113,9 +113,8 @@ class Stage(Protocol):
 class Measured:
     """What a whole step measured, still on the device; the same on all ranks."""
 
-    numbers: (
-        Tensor  # float64: loss, tokens, total and weight of each Mean of ``metrics``, gradient norm before clipping
-    )
+    # float64: loss, tokens, total and weight of each Mean of ``metrics``, gradient norm before clipping
+    numbers: Tensor
     metrics: dict[str, Mean | float | None]  # of one micro-batch
 
     @property

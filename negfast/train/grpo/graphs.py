@@ -26,7 +26,7 @@ MOST = 16  # sizes that graphs are kept for; batches of others run eagerly
 
 
 class Sizes(NamedTuple):
-    """What the shapes and grids of a rollout's launches hang on, rounded up but for ``histories``."""
+    """What the shapes and grids of a rollout's launches depend on, rounded up except ``histories``."""
 
     tokens: int
     requests: int

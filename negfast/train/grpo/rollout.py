@@ -34,9 +34,8 @@ class Rollout:
     choice: Choice
     tokens: SampledTokens
     hidden: Tensor  # [R, d], what each choice was made after, with a gradient
-    rows: list[
-        Tensor
-    ]  # per level, int64 [R_l]: the request of each row of level 1, below it a completion with its codes
+    # per level, int64 [R_l]: the request of each row of level 1; on lower levels a completion that has its codes
+    rows: list[Tensor]
     parents: list[Tensor]  # the same: which row of the level above each continues
     static: bool  # whether every completion has a row at every level below the first, in their order
 
@@ -58,9 +57,9 @@ def rollout(
     """Samples ``group`` items for every request of ``histories``, with replacement.
 
     ``request_ids`` int64 [B] key the noise, so the same request draws the same numbers in any batch. ``keep_forced``
-    carries every completion to its end, for objectives in which forced tokens count; ``static`` too, with shapes that
-    hang on the numbers of requests and completions alone, and without gradients: by ``graphs`` of the same histories,
-    where given.
+    carries every completion to its end, for objectives in which forced tokens count. So does ``static``, without
+    gradients, with shapes that depend on the numbers of requests and completions alone; ``graphs`` of the same
+    histories then compute the hidden states, where given.
     """
     layout, trie, prior = histories.layout, chooser.trie, histories.prior
     assert prior is not None
