@@ -27,7 +27,7 @@ from negfast.data.dataset import Dataset
 from negfast.model.histories import Histories
 from negfast.model.layout import GroupLayout
 from negfast.model.load import build_policy, small_qwen3
-from negfast.runtime.engine import build_engine, history_features
+from negfast.runtime.engine import build_engine, feature_width
 from negfast.train.histories import Drawn
 from negfast.train.loop import update
 from negfast.train.optimizer import make_optimizer
@@ -49,7 +49,7 @@ def open_stage(data: Path, overrides: list[str]) -> SftStage:
     config, dataset = load_config(None, "quickstart", overrides), Dataset.open(data)
     torch.manual_seed(0)
     shape = dataset.codes.shape[1], int(dataset.manifest["semantic_ids"]["codebook"])
-    features = history_features(dataset, dataset.valid_day, config.history.context).width
+    features = feature_width(dataset)
     texts = [text for text in dataset.items.text if text.strip()] or ["text"]
     policy, tokenizer = build_policy(config.model, None, texts, *shape, features)
     return SftStage(build_engine(config, dataset, policy, tokenizer, CPU))

@@ -17,8 +17,8 @@ from bench.machine import device_name, versions
 from negfast.evaluate.bootstrap import interval
 from negfast.evaluate.eval import baselines_of
 from negfast.evaluate.metrics import Samples
-from negfast.evaluate.predictions import Predictions, pool_candidates
-from negfast.evaluate.sets import POOL, EvalSet, engine_set
+from negfast.evaluate.predictions import Predictions
+from negfast.evaluate.sets import POOL, EvalSet, engine_set, pool_candidates
 from negfast.evaluate.table import metric_samples, paired_differences, summary
 from negfast.runtime.engine import Engine
 from negfast.runtime.generation import generate
@@ -55,7 +55,7 @@ def run(
         evalset = sets[split]
         start = {"valid": engine.data.valid_day, "test": engine.data.test_day}[split]
         if not predictions:
-            found = baselines_of(engine, sets, split, trained=False)
+            found, _ = baselines_of(engine, sets, split, trained=False)
             predictions = {name: Predictions(pool_score=found[name].pool_score) for name in BASELINES}
         _say(f"seed {seed}: pools")
         for name, score in pool_scores(engine, evalset, start).items():

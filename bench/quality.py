@@ -74,12 +74,12 @@ def run(
     engine = finished[0].finished_engine(None)
     sets = {part: engine_set(engine, part) for part in ("valid", "test")}
     evalset = sets[split]
-    predictions = baselines_of(engine, sets, split, sasrec)
+    predictions, columns = baselines_of(engine, sets, split, sasrec)
     predictions |= predictions_of(finished[0], ["prior"], evalset, engine.config.reward)
     for number, done in enumerate(finished):
         print(f"quality: {done.path}", file=sys.stderr, flush=True)
-        verdict = verdict_predictions(done.finished_engine(None), evalset, done.calibration)
-        predictions[f"{VERDICT}#{number}"] = verdict
+        verdict = done.finished_engine(None).policy.verdict
+        predictions[f"{VERDICT}#{number}"] = verdict_predictions(verdict, evalset, columns, done.calibration)
         if not filter_only:
             found = predictions_of(done, ["sft", "grpo"], evalset, engine.config.reward)
             predictions |= {f"{stage}#{number}": lists for stage, lists in found.items()}

@@ -32,6 +32,7 @@ from negfast.evaluate.baselines.rates import fit_scorers
 from negfast.evaluate.bootstrap import interval, ranked_totals, resample_users
 from negfast.files import atomic_file
 from negfast.model.verdict import Verdict, fit
+from negfast.runtime.engine import history_features
 from negfast.runtime.verdict import verdict_examples, verdict_start
 
 RIVAL, VERDICT, LANGUAGE = "boosted-plus", "verdict", "language model"
@@ -81,7 +82,8 @@ def run(
         language = language_scores(opened, context, model, learned, parts, epochs, layers, files)
     moments = log.moments(context)
     columns = [(log.user[rows], log.item[rows], moments[rows]) for rows in events]
-    features, scorers, _ = fit_scorers(log, opened.items, days[0], context)
+    features = history_features(opened, days[0], context)
+    scorers, _ = fit_scorers(features, days[0])
     of_features = [features.rich(*part) for part in columns]
     boosted = {name: [clipped(scorers[name](part)) for part in of_features] for name in ("boosted", RIVAL)}
     others = [of_another(log.user[rows], log.item[rows], np.random.default_rng(1)) for rows in events]

@@ -20,6 +20,7 @@ import numpy as np
 from bench.command import Experiment, numbers
 from bench.machine import device_name, versions, write_result
 from bench.simulate import FIRST_DAY, Simulation, SimulationSettings, exposure_policy, simulate, write_simulation
+from negfast.data.features import HistoryFeatures
 from negfast.data.log import DISLIKE, EventLog
 from negfast.data.split import Requests, Split, only_next
 from negfast.errors import InputError
@@ -87,7 +88,8 @@ def filter_effects(simulation: Simulation, user_days: int = 4_000) -> Result:
     log, settings, truth = simulation.log, simulation.settings, simulation.truth
     day, moment = log.day, log.moments("day")
     fit_until, test_from = (FIRST_DAY + settings.days * k // 6 for k in (4, 5))
-    features, scorers, _ = fit_scorers(log, simulation.items, fit_until, "day")
+    features = HistoryFeatures.smoothed(log, simulation.items, fit_until, "day")
+    scorers, _ = fit_scorers(features, fit_until)
 
     def score(*asked: np.ndarray) -> np.ndarray:
         return scorers["logistic"](features.rich(*asked))

@@ -34,12 +34,13 @@ from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from functools import cached_property
 from hashlib import blake2b
+from typing import Self
 
 import numpy as np
 
 from negfast import _core
 from negfast.data.items import ItemTable
-from negfast.data.log import DAY, EXPOSED, EventLog, sort_stably
+from negfast.data.log import DAY, DISLIKE, EXPOSED, EventLog, sort_stably
 from negfast.data.split import first_feedback, sample_pairs
 
 CONSTANTS: dict[str, float] = _core.FEATURE_CONSTANTS  # of the formulas in csrc/features.cpp; times in seconds
@@ -95,6 +96,17 @@ class HistoryFeatures:
         pairs = self._pairs(self.user[first], log.item[first])
         self.first_pairs, order = sort_stably(pairs, log.n_users * log.n_items)
         self.first_moments = self._moment(log.time[first[order]])
+
+    @classmethod
+    def smoothed(
+        cls, log: EventLog, items: ItemTable, fit_until: int, context: str, user_ids: Sequence[str] | None = None
+    ) -> Self:
+        """Smoothed towards the rate and the mean value of the likes and dislikes before the day ``fit_until``."""
+        early = log.before(fit_until) & log.judged
+        rate = float((log.feedback[early] == DISLIKE).mean()) if early.any() else 0.5
+        value = np.zeros(0) if log.value is None else log.value[early]
+        known = value[np.isfinite(value)]
+        return cls(log, items, rate, float(known.mean()) if len(known) else 0.0, context, user_ids)
 
     @property
     def width(self) -> int:

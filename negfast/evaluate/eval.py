@@ -20,11 +20,11 @@ from negfast.evaluate.baselines import baseline_predictions, thresholds
 from negfast.evaluate.baselines.rates import rate_predictions
 from negfast.evaluate.metrics import Costs, Similarity
 from negfast.evaluate.predictions import TOP, Predictions, check_generated, verdict_predictions
-from negfast.evaluate.sets import EvalSet, engine_set
+from negfast.evaluate.sets import EvalSet, SetColumns, engine_set, set_columns
 from negfast.evaluate.table import evaluate_rows, evaluation, print_table
 from negfast.files import atomic_file
 from negfast.runtime.checkpoint import load_weights
-from negfast.runtime.engine import Engine
+from negfast.runtime.engine import Engine, history_features
 from negfast.runtime.generation import generate
 from negfast.runtime.run_folder import RunFolder
 
@@ -66,8 +66,8 @@ def evaluate_folder(
     check_unseen(run, engine, split)
     sets = {name: engine_set(engine, name) for name in ("valid", "test")}
     evalset = sets[split]
-    predictions = baselines_of(engine, sets, split, all_baselines)
-    predictions |= model_predictions(run, engine, evalset)
+    predictions, columns = baselines_of(engine, sets, split, all_baselines)
+    predictions |= model_predictions(run, engine, evalset, columns)
     check_predictions(engine.log, evalset, predictions)
     resamples, seed = engine.config.eval.resamples, engine.config.train.seed
     rows = evaluate_rows(evalset, predictions, similarity_of(engine), resamples, seed, costs)
@@ -84,28 +84,34 @@ def check_unseen(run: RunFolder, engine: Engine, split: str) -> None:
         )
 
 
-def baselines_of(engine: Engine, sets: dict[str, EvalSet], split: str, trained: bool) -> dict[str, Predictions]:
-    """The baselines' predictions for ``split``, fitted to the same events as the engine's policy.
+def baselines_of(
+    engine: Engine, sets: dict[str, EvalSet], split: str, trained: bool
+) -> tuple[dict[str, Predictions], SetColumns]:
+    """The baselines' predictions for ``split``, fitted to the same events as the engine's policy, and the features of
+    its questions.
 
     Thresholds are chosen on valid, by a fit that ends before it; ``trained`` as for `baseline_predictions`.
     """
     _say("baselines")
-    log, items, frozen = engine.log, engine.data.items, engine.data.valid_day
+    features, frozen = engine.features, engine.data.valid_day
     if engine.fit_until == frozen:
         both = [evalset if name == split else evalset.of_filter() for name, evalset in sets.items()]
-        return baseline_predictions(log, items, both, frozen, trained=trained)[list(sets).index(split)]
-    chosen = thresholds(rate_predictions(log, items, [sets["valid"].of_filter()], frozen)[0])
-    fitted = baseline_predictions(log, items, [sets[split]], engine.fit_until, trained=trained)[0]
-    return {name: replace(made, filter_threshold=chosen.get(name)) for name, made in fitted.items()}
+        columns, place = set_columns(features, both), list(sets).index(split)
+        return baseline_predictions(features, both, columns, frozen, trained=trained)[place], columns[place]
+    of_frozen, valid = history_features(engine.data, frozen, features.context), [sets["valid"].of_filter()]
+    chosen = thresholds(rate_predictions(of_frozen, valid, set_columns(of_frozen, valid), frozen)[0])
+    columns = set_columns(features, [sets[split]])
+    fitted = baseline_predictions(features, [sets[split]], columns, engine.fit_until, trained=trained)[0]
+    return {name: replace(made, filter_threshold=chosen.get(name)) for name, made in fitted.items()}, columns[0]
 
 
-def model_predictions(run: RunFolder, engine: Engine, evalset: EvalSet) -> dict[str, Predictions]:
+def model_predictions(run: RunFolder, engine: Engine, evalset: EvalSet, columns: SetColumns) -> dict[str, Predictions]:
     """Lists of `prior`, scores of the run's `verdict`, lists of its `sft` and `grpo` weights. ``engine`` comes with the
     final weights and is left with those of a stage, whose verdict is not fitted."""
     _say("prior")
     predictions = {"prior": Predictions(generated=generate(engine, evalset.requests, TOP, with_policy=False)[0])}
     _say("verdict")
-    predictions["verdict"] = verdict_predictions(engine, evalset, run.calibration)
+    predictions["verdict"] = verdict_predictions(engine.policy.verdict, evalset, columns, run.calibration)
     for name in ("sft", "grpo"):
         _say(name)
         load_weights(run.checkpoints / name, engine.policy)

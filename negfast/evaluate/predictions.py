@@ -8,14 +8,15 @@ from sklearn.linear_model import LogisticRegression
 
 from negfast.data.log import EXPOSED, EventLog, history_ends
 from negfast.data.split import Requests, sample_pairs
-from negfast.evaluate.sets import POOL, ChoosingSet, EvalSet, check_choosable
+from negfast.evaluate.sets import ChoosingSet, EvalSet, SetColumns, check_choosable, filter_candidates
+from negfast.model.verdict import Verdict
 from negfast.runtime.engine import Engine
 from negfast.runtime.verdict import (
     MEASURED_AT_MOST,
     Calibration,
-    Candidates,
     candidate_logits,
     shown_candidates,
+    verdict_logits,
 )
 
 TOP = 50  # items generated for each request
@@ -44,17 +45,6 @@ def threshold_for_share(score: np.ndarray, share: float = 0.1) -> float:
     values, counts = np.unique(score, return_counts=True)
     at_or_above = np.cumsum(counts[::-1])[::-1] / len(score)
     return float(values[::-1][np.argmin(np.abs(at_or_above[::-1] - share))])
-
-
-def filter_candidates(evalset: ChoosingSet) -> Candidates:
-    """The filter events."""
-    return Candidates(evalset.filter_user, evalset.filter_item, evalset.filter_moment)
-
-
-def pool_candidates(evalset: EvalSet) -> Candidates:
-    """The items of the matched pools, one pool after the other."""
-    user, moment = np.repeat(evalset.pool_user, POOL), np.repeat(evalset.pool_moment, POOL)
-    return Candidates(user, evalset.pool_items.reshape(-1), moment)
 
 
 def calibrate(engine: Engine, valid: ChoosingSet) -> Calibration:
@@ -92,17 +82,15 @@ def platt_scaling(logit: np.ndarray, disliked: np.ndarray) -> Calibration:
     return Calibration(scaling.slope, scaling.intercept, threshold_for_share(scaling.probability(logit)))
 
 
-def verdict_predictions(engine: Engine, evalset: EvalSet, calibration: Calibration) -> Predictions:
-    """What the verdict predicts for ``evalset``."""
-    events, pools = filter_candidates(evalset), pool_candidates(evalset)
-    columns = ((getattr(events, name), getattr(pools, name)) for name in ("user", "item", "moment"))
-    logits = candidate_logits(engine, Candidates(*map(np.concatenate, columns)))  # one replay of the log
-    of_events, of_pools = np.split(logits, [len(events)])
+def verdict_predictions(
+    verdict: Verdict, evalset: EvalSet, columns: SetColumns, calibration: Calibration
+) -> Predictions:
+    """What the verdict predicts for ``evalset``, of which ``columns`` are."""
     return Predictions(
-        filter_score=calibration.probability(of_events),
+        filter_score=calibration.probability(verdict_logits(verdict, columns.of_filter)),
         filter_is_probability=True,
         filter_threshold=calibration.threshold,
-        pool_score=of_pools.reshape(-1, POOL),
+        pool_score=verdict_logits(verdict, columns.of_pools).reshape(evalset.pool_items.shape),
     )
 
 

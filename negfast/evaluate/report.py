@@ -92,9 +92,10 @@ def write_page(run: Path, out: Path | None) -> Path:
     for evalset in sets.values():
         check_choosable(evalset)  # curves and rates of one kind of event say nothing
     click.echo("report: baselines and test split again, for curves and examples; takes minutes", err=True)
-    test, predictions = sets["test"], baselines_of(engine, sets, "test", trained=False)
+    test = sets["test"]
+    predictions, columns = baselines_of(engine, sets, "test", trained=False)
     generated = generate(engine, test.requests, TOP)[0]
-    verdict = predictions["verdict"] = verdict_predictions(engine, test, folder.calibration)
+    verdict = predictions["verdict"] = verdict_predictions(engine.policy.verdict, test, columns, folder.calibration)
     predictions["grpo"] = Predictions(generated=generated)
     assert verdict.filter_score is not None
     found = compare(test, predictions, rows, config.eval.resamples, config.train.seed)

@@ -1,10 +1,12 @@
 """What an evaluation asks of one split, made once: requests, filter events and matched pools."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numba
 import numpy as np
 
+from negfast.data.features import HistoryFeatures
 from negfast.data.log import DISLIKE, EventLog, past_dislikes
 from negfast.data.split import (
     Requests,
@@ -18,6 +20,7 @@ from negfast.data.split import (
 )
 from negfast.errors import InputError
 from negfast.runtime.engine import Engine
+from negfast.runtime.verdict import Candidates
 
 POOL = 100  # the disliked item and 99 others
 EVENTS_A_REQUEST, POOLS_A_REQUEST = 20, 2  # of a sampled set, for each request that is asked for (negfast's choice)
@@ -84,6 +87,33 @@ class EvalSet(ChoosingSet):
     def pool_moment(self) -> np.ndarray:
         """int64 [N], seconds: each pool's context is every event before it."""
         return self.requests.moment[self.pool_request]
+
+
+@dataclass(frozen=True)
+class SetColumns:
+    """What the features say of the questions of an `EvalSet`, float32."""
+
+    of_filter: np.ndarray  # [E, C]
+    of_pools: np.ndarray  # [N * POOL, C], one pool after the other
+
+
+def set_columns(features: HistoryFeatures, evalsets: Sequence[EvalSet]) -> list[SetColumns]:
+    """Those of some sets, by one replay of the log."""
+    asked = [part for evalset in evalsets for part in (filter_candidates(evalset), pool_candidates(evalset))]
+    whole = (np.concatenate([getattr(part, name) for part in asked]) for name in ("user", "item", "moment"))
+    parts = np.split(features.rich(*whole), np.cumsum([len(part) for part in asked])[:-1])
+    return [SetColumns(*pair) for pair in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def filter_candidates(evalset: ChoosingSet) -> Candidates:
+    """The filter events."""
+    return Candidates(evalset.filter_user, evalset.filter_item, evalset.filter_moment)
+
+
+def pool_candidates(evalset: EvalSet) -> Candidates:
+    """The items of the matched pools, one pool after the other."""
+    user, moment = np.repeat(evalset.pool_user, POOL), np.repeat(evalset.pool_moment, POOL)
+    return Candidates(user, evalset.pool_items.reshape(-1), moment)
 
 
 def valid_set(engine: Engine) -> ChoosingSet:

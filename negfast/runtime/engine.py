@@ -10,7 +10,7 @@ import torch
 from negfast.config import Config
 from negfast.data.dataset import Dataset
 from negfast.data.features import HistoryFeatures
-from negfast.data.log import DAY, DISLIKE, EventLog
+from negfast.data.log import DAY, EventLog
 from negfast.data.split import Split, UserDays, user_days
 from negfast.model.choice import TrieChooser
 from negfast.model.fused_layers import fuse_layers
@@ -121,10 +121,4 @@ def requests_before(data: Dataset, fit_until: int) -> UserDays:
 
 def history_features(data: Dataset, fit_until: int, context: str) -> HistoryFeatures:
     """Features of the verdict, smoothed towards the rates and values of the events before ``fit_until``."""
-    log = data.log
-    early = log.before(fit_until) & log.judged
-    rate = float((log.feedback[early] == DISLIKE).mean()) if early.any() else 0.5
-    value = np.zeros(0) if log.value is None else log.value[early]
-    known = value[np.isfinite(value)]
-    value_mean = float(known.mean()) if len(known) else 0.0
-    return HistoryFeatures(log, data.items, rate, value_mean, context, data.user_ids)
+    return HistoryFeatures.smoothed(data.log, data.items, fit_until, context, data.user_ids)

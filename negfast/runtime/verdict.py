@@ -7,7 +7,7 @@ import torch
 
 from negfast.data.log import DISLIKE, WITHDRAWN, EventLog
 from negfast.data.split import first_feedback, sample_pairs
-from negfast.model.verdict import fit
+from negfast.model.verdict import Verdict, fit
 from negfast.runtime.engine import Engine
 from negfast.staging import put
 
@@ -67,11 +67,15 @@ def verdict_features(engine: Engine, candidates: Candidates) -> np.ndarray:
     return engine.features.rich(candidates.user, candidates.item, candidates.moment)
 
 
-@torch.inference_mode()
 def candidate_logits(engine: Engine, candidates: Candidates) -> np.ndarray:
     """Logits float64 [E] of P(dislike) for every candidate."""
-    features = put(verdict_features(engine, candidates), engine.device)
-    return engine.policy.verdict(features).double().cpu().numpy()
+    return verdict_logits(engine.policy.verdict, verdict_features(engine, candidates))
+
+
+@torch.inference_mode()
+def verdict_logits(verdict: Verdict, features: np.ndarray) -> np.ndarray:
+    """Logits float64 [E] of P(dislike) for features float32 [E, C]."""
+    return verdict(put(features, verdict.edges.device)).double().cpu().numpy()
 
 
 def verdict_examples(log: EventLog, context: str, fit_until: int) -> tuple[Candidates, np.ndarray, int]:

@@ -17,12 +17,17 @@ from negfast.evaluate.baselines.knn import knn_predictions
 from negfast.evaluate.baselines.ranking import first_items
 from negfast.evaluate.baselines.rates import fit_scorers, rate_predictions
 from negfast.evaluate.predictions import TOP, Predictions, check_generated, threshold_for_share
-from negfast.evaluate.sets import EvalSet, evaluation_set
+from negfast.evaluate.sets import EvalSet, evaluation_set, set_columns
 from negfast.evaluate.table import evaluate_rows, evaluation, print_table
 
 MakeLog = Callable[..., EventLog]
 MakeItems = Callable[..., ItemTable]
 VALID, TEST = 15_025, 15_042
+
+
+def predict(log: EventLog, items: ItemTable, evalsets: list[EvalSet], fit_until: int) -> list[dict[str, Predictions]]:
+    features = HistoryFeatures.smoothed(log, items, fit_until, "day")
+    return baseline_predictions(features, evalsets, set_columns(features, evalsets), fit_until)
 
 
 def sets_of(log: EventLog) -> list[EvalSet]:
@@ -63,7 +68,7 @@ def slow_scores(name: str, log: EventLog, user: int, day: int) -> np.ndarray:
 def test_rankings_and_neighbours(random_log: MakeLog, random_items: MakeItems, n_items: int) -> None:
     log = random_log(n_items, n_items=n_items, n_events=1200)
     _, test = sets_of(log)
-    (answers,) = baseline_predictions(log, random_items(0, n_items), [test], VALID)
+    (answers,) = predict(log, random_items(0, n_items), [test], VALID)
     requests = test.requests
     padded = False
     for row in range(0, len(requests), 6):
@@ -190,15 +195,15 @@ def test_no_baseline_reads_the_future(random_log: MakeLog, random_items: MakeIte
     log = random_log(11, n_users=60, n_items=80, n_events=5000, values=values)
     items = random_items(11, 80)
     _, test = sets_of(log)
-    (truth,) = baseline_predictions(log, items, [test], VALID)
+    (truth,) = predict(log, items, [test], VALID)
     day = TEST + 6
-    (other,) = baseline_predictions(altered_after(log, day), items, [test], VALID)
+    (other,) = predict(altered_after(log, day), items, [test], VALID)
     assert truth.keys() == other.keys()
     for name, answer in truth.items():
         leaks = differing(answer, other[name], test, 0, day)
         assert leaks and not any(leaks.values()), (name, leaks)
     # The same look sees what it should see: events before the context do change the answers.
-    (other,) = baseline_predictions(altered_after(log, day - 4), items, [test], VALID)
+    (other,) = predict(altered_after(log, day - 4), items, [test], VALID)
     for name, answer in truth.items():
         assert all(differing(answer, other[name], test, day - 3, day).values()), name
 
@@ -209,9 +214,11 @@ def test_in_event_context_all_before_the_second_counts(random_log: MakeLog, rand
     moment = int(np.sort(log.time[log.day == TEST])[20])
     user, item = (grid.ravel() for grid in np.meshgrid(np.arange(60), np.arange(80)))
     asked = user, item, np.full(len(user), moment)
-    features, truth, _ = fit_scorers(log, items, VALID, "event")
+    features = HistoryFeatures.smoothed(log, items, VALID, "event")
+    truth, _ = fit_scorers(features, VALID)
     for start, same in ((moment, True), (TEST * DAY, False)):
-        changed, other, _ = fit_scorers(altered_from(log, start), items, VALID, "event")
+        changed = HistoryFeatures.smoothed(altered_from(log, start), items, VALID, "event")
+        other, _ = fit_scorers(changed, VALID)
         for name, score in truth.items():
             assert (score(features.rich(*asked)) == other[name](changed.rich(*asked))).all() == same, name
 
@@ -228,9 +235,9 @@ def test_nothing_fitted_sees_the_days_after_the_fit(random_log: MakeLog, random_
         "filter_moment": test.filter_moment[test.filter_moment == TEST * DAY],
     }
     small = replace(test, **first_day)
-    (refit,) = baseline_predictions(log, items, [small], TEST)
-    (altered,) = baseline_predictions(altered_after(log, TEST - 1), items, [small], TEST)
-    (early,) = baseline_predictions(log, items, [small], VALID)
+    (refit,) = predict(log, items, [small], TEST)
+    (altered,) = predict(altered_after(log, TEST - 1), items, [small], TEST)
+    (early,) = predict(log, items, [small], VALID)
     for name in ("item-rate", "user-rate", "logistic", "boosted"):
         again, after, before = (found[name].filter_score for found in (refit, altered, early))
         assert again is not None and after is not None and before is not None
@@ -264,7 +271,7 @@ def test_a_log_without_values_and_attributes(random_log: MakeLog) -> None:
     log = random_log(7, values=False)
     evalsets = sets_of(log)
     bare = ItemTable(ids=[str(i) for i in range(log.n_items)], text=[""] * log.n_items)
-    valid, test = baseline_predictions(log, bare, evalsets, VALID)
+    valid, test = predict(log, bare, evalsets, VALID)
     assert list(test) == [
         *("popularity", "recent-7d", "recent-14d", "decay-4d", "recent-all-14d", "knn-dislikes", "knn-all"),
         *("item-rate", "user-rate", "logistic", "boosted", "boosted-plus"),
@@ -281,7 +288,7 @@ def test_a_log_without_likes_leaves_the_fitted_baselines_out(random_log: MakeLog
     log = random_log(8)
     log = replace(log, feedback=np.where(log.feedback == LIKE, EXPOSED, log.feedback).astype(np.uint8))
     _, test = sets_of(log)
-    (answers,) = baseline_predictions(log, random_items(8), [test], VALID)
+    (answers,) = predict(log, random_items(8), [test], VALID)
     assert "boosted" not in answers and "logistic" not in answers and "item-rate" in answers
     rows = {row["name"]: row for row in evaluate_rows(test, answers, resamples=10)}
     assert rows["item-rate"]["filter_auc"] == {"mean": None, "low": None, "high": None}
@@ -290,9 +297,9 @@ def test_a_log_without_likes_leaves_the_fitted_baselines_out(random_log: MakeLog
 def test_sets_without_a_request_have_a_filter_and_no_list(random_log: MakeLog, random_items: MakeItems) -> None:
     log, items = random_log(6), random_items(6)
     valid, test = sets_of(log)
-    (whole,) = baseline_predictions(log, items, [test], VALID)
+    (whole,) = predict(log, items, [test], VALID)
     for bare, scored in zip(
-        (valid, test), baseline_predictions(log, items, [valid.of_filter(), test.of_filter()], VALID), strict=True
+        (valid, test), predict(log, items, [valid.of_filter(), test.of_filter()], VALID), strict=True
     ):
         rows = {row["name"]: row for row in evaluate_rows(bare.of_filter(), scored, resamples=10)}
         assert list(rows) == list(whole)
@@ -337,7 +344,8 @@ def test_models_of_a_large_log_are_fitted_to_a_draw(random_log: MakeLog, random_
     log, items = random_log(2, n_events=4000), random_items(2)
     monkeypatch.setattr(rates, "EXAMPLES", 200)
     test = sets_of(log)[1]
-    (found,) = rate_predictions(log, items, [test], VALID)
+    features = HistoryFeatures.smoothed(log, items, VALID, "day")
+    (found,) = rate_predictions(features, [test], set_columns(features, [test]), VALID)
     assert found["boosted"].note == found["logistic"].note and found["item-rate"].note == ""
     assert found["boosted"].note.startswith("fitted to 200 of ")
     out = io.StringIO()

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 
+from negfast.data.features import HistoryFeatures
 from negfast.data.items import ItemTable
 from negfast.data.log import EventLog
 from negfast.data.split import Split, split_requests
 from negfast.evaluate.baselines import baseline_predictions
 from negfast.evaluate.predictions import check_generated
-from negfast.evaluate.sets import EvalSet, evaluation_set
+from negfast.evaluate.sets import EvalSet, evaluation_set, set_columns
 from negfast.evaluate.table import evaluate_rows, summary
 
 VALID_DAY, TEST_DAY = (int(np.datetime64(day).astype(int)) for day in ("2013-06-17", "2013-07-15"))
@@ -42,7 +43,9 @@ def test_set(movietweetings: tuple[EventLog, ItemTable], split: Split) -> EvalSe
 
 @pytest.fixture(scope="module")
 def rows(movietweetings: tuple[EventLog, ItemTable], test_set: EvalSet) -> dict[str, dict[str, float]]:
-    (predictions,) = baseline_predictions(*movietweetings, [test_set], fit_until=VALID_DAY)
+    log, items = movietweetings
+    features = HistoryFeatures.smoothed(log, items, VALID_DAY, "day")
+    (predictions,) = baseline_predictions(features, [test_set], set_columns(features, [test_set]), VALID_DAY)
     for answer in predictions.values():
         if answer.generated is not None:
             check_generated(movietweetings[0], test_set.requests, answer.generated)

@@ -188,7 +188,7 @@ def test_its_baselines_are_made_once_with_thresholds_of_a_fit_before_valid(tiny_
 
     for name in ("ranking_predictions", "knn_predictions", "rate_predictions"):
         monkeypatch.setattr(baselines, name, counted(name, getattr(baselines, name)))
-    before, again = (baselines_of(engine, sets, "test", trained=False) for engine in engines)
+    (before, _), (again, _) = (baselines_of(engine, sets, "test", trained=False) for engine in engines)
     assert calls == ["ranking_predictions", "knn_predictions", "rate_predictions"] * 2  # once for each run
     assert [made.filter_threshold for made in again.values()] == [made.filter_threshold for made in before.values()]
     scores = [of_run["boosted"].filter_score for of_run in (before, again)]

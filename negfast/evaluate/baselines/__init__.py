@@ -3,34 +3,40 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from negfast.data.items import ItemTable
-from negfast.data.log import EventLog
+from negfast.data.features import HistoryFeatures
 from negfast.evaluate.baselines.knn import knn_predictions
 from negfast.evaluate.baselines.ranking import ranking_predictions
 from negfast.evaluate.baselines.rates import rate_predictions
 from negfast.evaluate.baselines.sasrec import sasrec_predictions
 from negfast.evaluate.predictions import Predictions, threshold_for_share
-from negfast.evaluate.sets import EvalSet
+from negfast.evaluate.sets import EvalSet, SetColumns
 
 
 def baseline_predictions(
-    log: EventLog, items: ItemTable, evalsets: Sequence[EvalSet], fit_until: int, *, trained: bool = False
+    features: HistoryFeatures,
+    evalsets: Sequence[EvalSet],
+    columns: Sequence[SetColumns],
+    fit_until: int,
+    *,
+    trained: bool = False,
 ) -> list[dict[str, Predictions]]:
-    """Every baseline's predictions for every evaluation set, in the order of the table.
+    """Every baseline's predictions for every evaluation set, in the order of the table. ``columns`` are what
+    ``features`` say of each set: the baselines see what the verdict sees.
 
     ``trained`` adds the two SASRec rows, which take as long to train as everything else together.
 
-    ``fit_until`` (days since 1970) bounds what is learned: co-occurrence counts, smoothing rates, the logistic and
-    boosted models see only events of days before it. Pass the valid day, or the test day for a final refit. The
-    running counts that they are applied to always end with the context. Where ``evalsets`` holds valid and test,
-    thresholds for test are chosen on valid.
+    ``fit_until`` (days since 1970) bounds what is learned: co-occurrence counts, the logistic and boosted models see
+    only events of days before it, and so must the rates that ``features`` are smoothed towards. Pass the valid day, or
+    the test day for a final refit. The running counts that they are applied to always end with the context. Where
+    ``evalsets`` holds valid and test, thresholds for test are chosen on valid.
     """
+    log = features.log
     predictions: list[dict[str, Predictions]] = [{} for _ in evalsets]
     for more in (
         ranking_predictions(log, evalsets),
         knn_predictions(log, evalsets, fit_until),
         *([sasrec_predictions(log, evalsets, fit_until)] if trained else []),
-        rate_predictions(log, items, evalsets, fit_until),
+        rate_predictions(features, evalsets, columns, fit_until),
     ):
         for of_set, new in zip(predictions, more, strict=True):
             of_set |= new

@@ -11,11 +11,10 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from negfast.data.features import HistoryFeatures
-from negfast.data.items import ItemTable
-from negfast.data.log import DISLIKE, EventLog
+from negfast.data.log import DISLIKE
 from negfast.data.split import first_feedback, sample_pairs
 from negfast.evaluate.predictions import Predictions
-from negfast.evaluate.sets import EvalSet
+from negfast.evaluate.sets import EvalSet, SetColumns
 from negfast.runtime.verdict import EXAMPLES
 
 WARM_UP = 40  # days at the start of the log that are not fitted on, as histories are still short
@@ -38,74 +37,60 @@ Scorer = Callable[[np.ndarray], np.ndarray]  # columns of `HistoryFeatures.rich`
 
 
 def rate_predictions(
-    log: EventLog, items: ItemTable, evalsets: Sequence[EvalSet], fit_until: int
+    features: HistoryFeatures, evalsets: Sequence[EvalSet], columns: Sequence[SetColumns], fit_until: int
 ) -> list[dict[str, Predictions]]:
     """``item-rate``, ``user-rate``, ``logistic``, ``boosted``, ``boosted-plus``: filter scores and, save for user-rate,
-    pools.
+    pools. ``columns`` are what ``features`` say of each set.
 
-    Rates are smoothed with 5 pseudo-events at the dislike rate before ``fit_until``. ``boosted`` has the features of
-    the design, ``boosted-plus`` all that the model's verdict sees. The fitted ones are left out when the events to fit
-    on hold one class only.
+    ``boosted`` has the features of the design, ``boosted-plus`` all that the model's verdict sees. The fitted ones are
+    left out when the events to fit on hold one class only.
     """
-    features, scorers, note = fit_scorers(log, items, fit_until, evalsets[0].context)
-    asked = [pairs for evalset in evalsets for pairs in (_filter_pairs(evalset), _pool_pairs(evalset))]
-    columns = features.rich(*(np.concatenate(column) for column in zip(*asked, strict=True)))  # one replay of the log
-    parts = np.split(columns, np.cumsum([len(user) for user, _, _ in asked])[:-1])
+    scorers, note = fit_scorers(features, fit_until)
     return [
         {
             name: Predictions(
-                filter_score=_in_blocks(score, of_filter),
+                filter_score=_in_blocks(score, of_set.of_filter),
                 filter_is_probability=True,
                 pool_score=None
                 if name == "user-rate"
-                else _in_blocks(score, of_pools).reshape(evalset.pool_items.shape),
+                else _in_blocks(score, of_set.of_pools).reshape(evalset.pool_items.shape),
                 kind="baseline",
                 note="" if name.endswith("-rate") else note,
             )
             for name, score in scorers.items()
         }
-        for evalset, of_filter, of_pools in zip(evalsets, parts[::2], parts[1::2], strict=True)
+        for evalset, of_set in zip(evalsets, columns, strict=True)
     ]
 
 
-def fit_scorers(
-    log: EventLog, items: ItemTable, fit_until: int, context: str
-) -> tuple[HistoryFeatures, dict[str, Scorer], str]:
-    """The features of ``log``, what each baseline makes of their columns, the dislike probability, and what to say of
-    a sample: of more first likes and dislikes than the verdict's `EXAMPLES` models are fitted to those that
+def fit_scorers(features: HistoryFeatures, fit_until: int) -> tuple[dict[str, Scorer], str]:
+    """What each baseline makes of the columns of ``features``, the dislike probability, and what to say of a sample: of
+    more first likes and dislikes before ``fit_until`` than the verdict's `EXAMPLES` models are fitted to those that
     `sample_pairs` draws."""
+    log = features.log
     events = first_feedback(log)
     days = log.day
     events = events[log.before(fit_until)[events]]
-    dislike = log.feedback[events] == DISLIKE
-    value = log.value[events] if log.value is not None else np.zeros(0)
-    features = HistoryFeatures(
-        log,
-        items,
-        prior_rate=float(dislike.mean()) if len(events) else 0.5,
-        prior_value=float(value[np.isfinite(value)].mean()) if np.isfinite(value).any() else 0.0,
-        context=context,
-    )
     scorers: dict[str, Scorer] = {
         "item-rate": lambda columns: _rate(columns[:, 0]),
         "user-rate": lambda columns: _rate(columns[:, 1]),
     }
     # Of a short log at most 40 % is left out.
-    fitted = days[events] - days.min() >= min(WARM_UP, int(0.4 * (fit_until - days.min())))
-    events, dislike = events[fitted], dislike[fitted]
+    events = events[days[events] - days.min() >= min(WARM_UP, int(0.4 * (fit_until - days.min())))]
+    dislike = log.feedback[events] == DISLIKE
     if dislike.all() or not dislike.any():
-        return features, scorers, ""
+        return scorers, ""
     drawn, note = sample_pairs(log.user[events], log.item[events], EXAMPLES), ""
     if len(drawn) < len(events):
         note = f"fitted to {len(drawn):,} of {len(events):,} first likes and dislikes, drawn by a hash"
     events, dislike = events[drawn], dislike[drawn]
-    columns = features.rich(log.user[events], log.item[events], log.moments(context, events))
+    columns = features.rich(log.user[events], log.item[events], log.moments(features.context, events))
     logistic = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     logistic.fit(columns[:, : features.n_simple].astype(float), dislike)
     scorers["logistic"] = lambda asked: logistic.predict_proba(asked[:, : features.n_simple].astype(float))[:, 1]
     scorers["boosted"] = _boosted(BOOSTED, features.n_full, columns, dislike)
     scorers["boosted-plus"] = _boosted(BOOSTED_PLUS, features.width, columns, dislike)
-    return features, scorers, note
+    return scorers, note
 
 
 def _boosted(settings: dict[str, Any], first: int, columns: np.ndarray, dislike: np.ndarray) -> Scorer:
@@ -134,12 +119,3 @@ def _rate(logit: np.ndarray) -> np.ndarray:
 def _threads(rows: int) -> threadpool_limits:
     """One OpenMP thread for a small job: waiting threads spin, ten times slower where cores are shared."""
     return threadpool_limits(limits=1 if rows < _SMALL else None, user_api="openmp")
-
-
-def _filter_pairs(evalset: EvalSet) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return evalset.filter_user, evalset.filter_item, evalset.filter_moment
-
-
-def _pool_pairs(evalset: EvalSet) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    size = evalset.pool_items.shape[1]
-    return np.repeat(evalset.pool_user, size), evalset.pool_items.ravel(), np.repeat(evalset.pool_moment, size)
