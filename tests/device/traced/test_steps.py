@@ -149,7 +149,7 @@ def test_verdicts(open_job):
     candidates, _ = first_feedback_candidates(log, "day", int(log.day.max()) - 5, int(log.day.max()))
     job.trace.reset()
     candidate_logits(job.engine, candidates)
-    assert dict(job.trace.waits) == {("negfast/runtime/verdict.py", "candidate_logits"): 1}
+    assert dict(job.trace.waits) == {("negfast/runtime/verdict.py", "verdict_logits"): 1}
 
 
 def also(before: Callable[..., object]) -> Callable[[Callable], Callable]:
