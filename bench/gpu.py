@@ -34,7 +34,7 @@ from tests.kernels.conftest import DEVICE_LOST
 
 BUDGET_S = 510.0  # of the nine minutes; the rest is for starting and writing
 CORRECTNESS_S = 120.0
-TRAINING_S = 25.0  # which began with the tests, after them
+TRAINING_S = 25.0  # of the smoke training, which starts with the tests: what it may take after them
 STEPS_S = {"grpo": 170.0, "sft": 55.0, "rollout": 45.0}
 KERNELS_S = 65.0
 SANITIZER_S = 30.0

@@ -296,7 +296,7 @@ def predict(shape: Shape = Shape(), gpu: Gpu = Gpu()) -> dict[str, Any]:
     """What a step costs by counting: products and attention at a share of peak FLOP/s, all else by bytes moved.
 
     Elementwise work is counted in bytes: of an element of the float32 residual stream 28, forward and backward, for an
-    addition with the norm behind it (`add_norm`), two of them a layer; of norms and rotary embedding of queries and
+    addition with the norm that follows (`add_norm`), two of them a layer; of norms and rotary embedding of queries and
     keys, and of SwiGLU, what liger-kernel moves in bf16, twice that backward. The optimiser counts 28 bytes a weight,
     the bf16 copies 6 a pass.
     """
