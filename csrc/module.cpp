@@ -16,6 +16,7 @@
 #include "requests.hpp"
 #include "shard.hpp"
 #include "source.hpp"
+#include "trees.hpp"
 #include "verdict.hpp"
 #include "writer.hpp"
 
@@ -261,6 +262,30 @@ void verdict_logits(const Verdict& verdict, Table<float> features, Output<float>
   verdict.logits(out.size(), features.data(), out.data(), threads);
 }
 
+std::unique_ptr<Trees> make_trees(Table<int32_t> feature, Table<float> threshold, Table<bool> unknown_right,
+                                  Table<int32_t> left_leaves, Table<float> value) {
+  const size_t trees = feature.shape(0), splits = feature.shape(1);
+  if (splits >= Trees::kMostLeaves) throw ShardError("feature: found more splits than a tree may have");
+  same_shape(threshold, {trees, splits}, "threshold");
+  same_shape(unknown_right, {trees, splits}, "unknown_right");
+  same_shape(left_leaves, {trees, splits}, "left_leaves");
+  same_shape(value, {trees, splits + 1}, "value");
+  for (size_t k = 0; k < trees * splits; ++k) {
+    if (feature.data()[k] < 0) throw ShardError("feature: found a negative one");
+    if (left_leaves.data()[k] < 0 || left_leaves.data()[k] >> splits)
+      throw ShardError("left_leaves: found a split with all leaves on its left");
+  }
+  return std::make_unique<Trees>(trees, splits, feature.data(), threshold.data(), unknown_right.data(),
+                                 left_leaves.data(), value.data());
+}
+
+void tree_logits(const Trees& trees, Table<float> features, Output<float> out, unsigned threads) {
+  same_shape(features, {out.size()}, "features");
+  if (features.shape(1) < trees.features()) throw ShardError("features: found fewer than the trees ask for");
+  nb::gil_scoped_release release;
+  trees.logits(out.size(), features.shape(1), features.data(), out.data(), threads);
+}
+
 void add_events(SortingSource& source, Column<int32_t> user, Column<int32_t> item, Column<uint8_t> feedback,
                 Column<int64_t> time) {
   same_length(item.size(), user.size(), "item");
@@ -442,6 +467,10 @@ NB_MODULE(_core, m) {
       .def(nb::new_(&make_verdict), "edges"_a, "first"_a, "first_bias"_a, "second"_a, "second_bias"_a, "last"_a,
            "wide"_a, "wide_bias"_a)
       .def("logits", &verdict_logits, "features"_a, "out"_a, "threads"_a);
+
+  nb::class_<Trees>(m, "Trees")
+      .def(nb::new_(&make_trees), "feature"_a, "threshold"_a, "unknown_right"_a, "left_leaves"_a, "value"_a)
+      .def("logits", &tree_logits, "features"_a, "out"_a, "threads"_a);
 
   nb::class_<SortingSource>(m, "EventSorter")
       .def(nb::init<std::string, uint64_t, uint64_t, uint64_t>(), "folder"_a, "users"_a, "items"_a, "memory_bytes"_a)

@@ -14,7 +14,7 @@ import numpy as np
 from features import DAY, NEVER, WITHDRAWN, Features, key_of
 from safetensors.numpy import load_file
 
-FORMAT, LAYOUT = 5, "events"  # of negfast.json: one position an event
+FORMAT, LAYOUT = 6, "events"  # of negfast.json: one position an event
 FEEDBACK = ("shown", "like", "dislike", "withdrawn")  # the codes 0 to 3
 
 
@@ -130,24 +130,41 @@ class Export:
         return (first != NEVER) & (first < moment) | bool(self.before(user, moment))
 
     def verdict(self, features: np.ndarray) -> np.ndarray:
-        """Logits [E] of features [E, C]: a linear part and the mean of small networks, over their piecewise-linear
-        encoding."""
+        """Logits [E] of features [E, C]: the mean of what networks and trees say."""
         weights, features = load_file(self.folder / "verdict.safetensors"), features.astype(np.float32)
-        low, width = weights["edges"][:, :-1], np.diff(weights["edges"], axis=1)
-        unknown = np.isnan(features)[..., None]
-        place = np.clip((features[..., None] - low) / np.where(width > 0, width, np.inf), 0, 1)
-        encoded = np.concatenate([np.where(unknown, 0, place), unknown], axis=-1).reshape(len(features), -1)
-        second, last = weights["second"], weights["last"]
-        hidden = np.maximum(encoded @ weights["first.weight"].T + weights["first.bias"], 0)
-        hidden = np.einsum("emi,mio->emo", hidden.reshape(len(hidden), *second.shape[:2]), second)
-        networks = (np.maximum(hidden + weights["second_bias"], 0) * last).sum(-1)
-        return (encoded @ weights["wide.weight"].T + weights["wide.bias"])[:, 0] + networks.mean(-1)
+        return (networks(weights, features) + trees(weights, features)) / 2
 
     def probability(self, logit: np.ndarray, given: str) -> np.ndarray:
         """P(dislike | feedback) or P(dislike | shown)."""
         if (calibration := self.about["calibration"][given]) is None:
             raise SystemExit(f"--given {given}: the run has no such calibration, as its log has no exposures")
         return 1 / (1 + np.exp(-(calibration["slope"] * logit + calibration["intercept"])))
+
+
+def networks(weights: dict[str, np.ndarray], features: np.ndarray) -> np.ndarray:
+    """A linear part and the mean of small networks, over the features' piecewise-linear encoding."""
+    low, width = weights["edges"][:, :-1], np.diff(weights["edges"], axis=1)
+    unknown = np.isnan(features)[..., None]
+    place = np.clip((features[..., None] - low) / np.where(width > 0, width, np.inf), 0, 1)
+    encoded = np.concatenate([np.where(unknown, 0, place), unknown], axis=-1).reshape(len(features), -1)
+    second, last = weights["second"], weights["last"]
+    hidden = np.maximum(encoded @ weights["first.weight"].T + weights["first.bias"], 0)
+    hidden = np.einsum("emi,mio->emo", hidden.reshape(len(hidden), *second.shape[:2]), second)
+    deep = (np.maximum(hidden + weights["second_bias"], 0) * last).sum(-1)
+    return (encoded @ weights["wide.weight"].T + weights["wide.bias"])[:, 0] + deep.mean(-1)
+
+
+def trees(weights: dict[str, np.ndarray], features: np.ndarray) -> np.ndarray:
+    """The sum of the trees' leaves: of a tree, the first that no split rules out."""
+    names = "feature", "threshold", "unknown_right", "left_leaves", "value"
+    feature, threshold, unknown_right, left_leaves, value = (weights[f"trees.{name}"] for name in names)
+    left = np.full((len(features), len(feature)), -1)  # bit l: leaf l
+    for split in range(feature.shape[1]):
+        asked = features[:, feature[:, split]]
+        right = (asked > threshold[:, split]) | (np.isnan(asked) & unknown_right[:, split])
+        left &= ~(right * left_leaves[:, split])
+    leaf = np.log2(left & -left).astype(int)  # the lowest bit
+    return value[np.arange(len(feature)), leaf].sum(1, dtype=float)
 
 
 class Walk:

@@ -132,6 +132,19 @@ class Verdict:
     ) -> None: ...
     def logits(self, features: NDArray[np.float32], out: NDArray[np.float32], threads: int) -> None: ...
 
+class Trees:
+    """Boosted trees for inference on the CPU (csrc/trees.hpp); see `negfast.model.trees`."""
+
+    def __init__(
+        self,
+        feature: NDArray[np.int32],
+        threshold: NDArray[np.float32],
+        unknown_right: NDArray[np.bool_],
+        left_leaves: NDArray[np.int32],
+        value: NDArray[np.float32],
+    ) -> None: ...
+    def logits(self, features: NDArray[np.float32], out: NDArray[np.float32], threads: int) -> None: ...
+
 class EventSorter:
     """Takes events in any order and keeps at most ``memory_bytes`` of them in memory."""
 

@@ -1,4 +1,4 @@
-"""The verdict, P(user dislikes item): a wide and deep model over piecewise-linear history features."""
+"""The verdict, P(user dislikes item): networks over piecewise-linear history features, and boosted trees."""
 
 import numpy as np
 import torch
@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from negfast import _core
 from negfast.model.inference import Packed, array
+from negfast.model.trees import Trees, fit_boosted
 
 BINS = 16  # quantile bins of a feature
 MEMBERS, WIDTH = _core.VERDICT_MEMBERS, _core.VERDICT_WIDTH  # networks of the deep part, units of a layer of each
@@ -16,7 +17,8 @@ ROWS_ENCODED = 8192  # at once: encoding takes several times the memory of what 
 
 
 class Verdict(nn.Module):
-    """logit P(dislike) = wide(z) + mean of deep_m(z) over members m, z the piecewise-linear encoding of the features.
+    """logit P(dislike) is the mean of two logits: of networks, wide(z) + mean of deep_m(z) over members m, z the
+    piecewise-linear encoding of the features; and of boosted trees (`Trees`), which cut where the networks bend.
 
     A feature becomes one number a quantile bin: 0 below the bin, 1 above, linear within (Gorishniy et al.,
     arXiv 2203.05556), and one that says whether it is unknown (NaN). So the linear part is an additive model of
@@ -35,6 +37,7 @@ class Verdict(nn.Module):
         self.second = nn.Parameter(torch.zeros(MEMBERS, WIDTH, WIDTH))  # [member, in, out]
         self.second_bias = nn.Parameter(torch.zeros(MEMBERS, WIDTH))
         self.last = nn.Parameter(torch.zeros(MEMBERS, WIDTH))
+        self.trees = Trees()
         for parameter in (self.wide.weight, self.wide.bias):
             nn.init.zeros_(parameter)
         self.requires_grad_(False)
@@ -53,8 +56,9 @@ class Verdict(nn.Module):
         if torch.is_inference_mode_enabled() and features.device.type == "cpu":
             logit = torch.empty(len(features))
             self.packed.of(self).logits(array(features), logit.numpy(), torch.get_num_threads())
-            return logit
-        return torch.cat([self.logits(self.encode(part)).mean(0) for part in features.split(ROWS_ENCODED)])
+            return (logit + self.trees(features)) / 2
+        parts = features.split(ROWS_ENCODED)
+        return torch.cat([(self.logits(self.encode(part)).mean(0) + self.trees(part)) / 2 for part in parts])
 
     def _in_core(self) -> _core.Verdict:
         weights = self.first.weight, self.first.bias, self.second, self.second_bias, self.last, self.wide.weight[0]
@@ -63,19 +67,22 @@ class Verdict(nn.Module):
         return _core.Verdict(array(self.edges), first, first_bias, second, second_bias, last, wide, wide_bias)
 
     def logits(self, encoded: Tensor, dropout: float = 0.0) -> Tensor:
-        """Logits [MEMBERS, R] of encoded features; ``dropout`` is the share of the deep part's units left out."""
+        """Networks' logits [MEMBERS, R] for encoded features; ``dropout``: the share of the deep part's units left
+        out."""
         hidden = F.dropout(F.relu(self.first(encoded)), dropout).unflatten(1, (MEMBERS, WIDTH)).transpose(0, 1)
         hidden = F.dropout(F.relu(torch.baddbmm(self.second_bias.unsqueeze(1), hidden, self.second)), dropout)
         return self.wide(encoded).squeeze(-1) + (hidden @ self.last.unsqueeze(-1)).squeeze(-1)
 
 
 def fit(verdict: Verdict, features: np.ndarray, labels: np.ndarray, seed: int) -> None:
-    """Fits ``verdict`` to features float [R, C] (NaN unknown) and labels [R] in {0, 1}, by AdamW with a one-cycle rate.
+    """Fits ``verdict`` to features float [R, C] (NaN unknown) and labels [R] in {0, 1}, its networks by AdamW with a
+    one-cycle rate.
 
     The same seed gives the same weights; on the CPU, wherever ``verdict`` lies. Needs both labels.
     """
     device = verdict.edges.device
     verdict.cpu().requires_grad_(True)
+    verdict.trees.take(fit_boosted(features, labels, seed))
     verdict.edges.copy_(torch.from_numpy(_quantiles(features)))
     unknown = torch.from_numpy(np.isnan(features).any(0))
     used = torch.cat([verdict.edges.diff(dim=1) > 0, unknown.unsqueeze(1)], dim=1).flatten()  # others are always 0

@@ -23,7 +23,7 @@ from negfast.sid.tokens import CodeVocabulary
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 6  # of run.json and of what lies beside it
+FORMAT = 7  # of run.json and of what lies beside it
 
 T = TypeVar("T")
 

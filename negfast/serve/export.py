@@ -29,7 +29,7 @@ from negfast.sid.tokens import FEEDBACK
 from negfast.sid.trie import Trie
 
 DESCRIPTION = "negfast.json"
-FORMAT = 5  # of an export
+FORMAT = 6  # of an export
 
 
 def export_run(run: Path, out: Path) -> None:

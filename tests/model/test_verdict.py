@@ -1,10 +1,13 @@
 """The verdict: its encoding, what it can learn, and that the same seed fits the same weights."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
+from negfast.model.trees import fit_boosted
 from negfast.model.verdict import BINS, Verdict, fit
 
 
@@ -18,7 +21,28 @@ def table(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_it_answers_zero_before_it_is_fitted() -> None:
-    assert Verdict(3)(torch.randn(5, 3)).eq(0).all()
+    verdict, features = Verdict(3), torch.randn(5, 3)
+    with torch.inference_mode():
+        assert verdict(features).eq(0).all()
+    assert verdict(features).eq(0).all()
+
+
+def test_it_is_the_mean_of_networks_and_trees() -> None:
+    verdict = Verdict(4)
+    features, labels = table(np.random.default_rng(5), 2_000)
+    features = features.astype(np.float32)
+    fit(verdict, features, labels, seed=0)
+    asked = torch.from_numpy(features)
+    exact = copy.deepcopy(verdict).double()
+    networks, trees = (
+        exact.logits(exact.encode(asked.double())).mean(0),
+        fit_boosted(features, labels, 0).decision_function(asked),
+    )
+    expected = (networks + torch.from_numpy(trees)) / 2
+    with torch.inference_mode():
+        in_core = verdict(asked)
+    for found in (in_core, verdict(asked)):
+        assert (found - expected).norm() / expected.norm() < 1e-6
 
 
 def test_encoding_is_that_of_a_slow_loop() -> None:
@@ -62,6 +86,7 @@ def test_the_same_seed_fits_the_same_weights_and_leaves_the_generator_alone() ->
     for of_first, of_second in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
         assert torch.equal(of_first, of_second)
     assert not torch.equal(first.wide.weight, other.wide.weight)
+    assert not torch.equal(first.trees.threshold, other.trees.threshold)
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in first.parameters())
 
 
