@@ -181,7 +181,7 @@ def test_another_layout_is_refused(change: dict, exported: Path, tmp_path: Path,
     about = json.loads((exported / "negfast.json").read_text()) | change
     (tmp_path / "negfast.json").write_text(json.dumps(about))
     found = re.escape(
-        f"found an export of format and layout {(about['format'], about['layout'])}, expected (5, 'events')"
+        f"found an export of format and layout {(about['format'], about['layout'])}, expected (6, 'events')"
     )
     with pytest.raises(SystemExit, match=found):
         Export(tmp_path)

@@ -37,7 +37,21 @@ def fit_boosted(features: np.ndarray, labels: np.ndarray, seed: int) -> "HistGra
     )
     known = np.where(np.isfinite(features).any(0), features, 0.0)  # it refuses a column that never is
     with threadpool_limits(limits=1, user_api="openmp"):
-        return model.fit(known, labels)
+        model.fit(known, labels)
+    _centre(model, known)
+    return model
+
+
+def _centre(model: "HistGradientBoostingClassifier", features: np.ndarray) -> None:
+    """Moves thresholds, of which most are values of examples, to the middle between these and the next: no example
+    changes sides, and rounding does not decide. (A last bit of the features moved 80 % of the logits on polis.)"""
+    values = [np.unique(column[np.isfinite(column)]).astype(float) for column in features.T]
+    for (predictor,) in model._predictors:
+        for node in predictor.nodes:
+            of_feature = values[node["feature_idx"]]
+            above = np.searchsorted(of_feature, node["num_threshold"], side="right")
+            if not node["is_leaf"] and 0 < above < len(of_feature):
+                node["num_threshold"] = of_feature[above - 1 : above + 1].mean()
 
 
 class Trees(nn.Module):

@@ -8,6 +8,7 @@ import torch
 
 from negfast import _core
 from negfast.errors import InputError
+from negfast.model import trees
 from negfast.model.trees import LEAVES, SPLITS, TREES, Trees, fit_boosted
 
 COLUMNS = 7
@@ -45,11 +46,11 @@ def asked(model: Any) -> np.ndarray:
     return features
 
 
-def answers(trees: Trees, features: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+def answers(fitted: Trees, features: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the core and of torch."""
     with torch.inference_mode():
-        core = trees(torch.from_numpy(features))
-    return core, trees(torch.from_numpy(features))
+        core = fitted(torch.from_numpy(features))
+    return core, fitted(torch.from_numpy(features))
 
 
 def test_every_leaf_is_that_of_scikit_learn(model: Any, asked: np.ndarray) -> None:
@@ -59,46 +60,58 @@ def test_every_leaf_is_that_of_scikit_learn(model: Any, asked: np.ndarray) -> No
     model._baseline_prediction[:] = 1.0
     for (predictor,) in model._predictors:
         predictor.nodes["value"] = rng.integers(-1000, 1000, len(predictor.nodes))
-    trees = Trees()
-    trees.take(model)
-    core, by_torch = answers(trees, asked)
+    fitted = Trees()
+    fitted.take(model)
+    core, by_torch = answers(fitted, asked)
     assert np.array_equal(core.numpy(), model.decision_function(asked))
     assert torch.equal(core, by_torch)
 
 
 def test_logits_are_those_in_float64(model: Any, asked: np.ndarray) -> None:
-    trees = Trees()
-    trees.take(model)
+    fitted = Trees()
+    fitted.take(model)
     expected = model.decision_function(asked)
-    in_float64 = trees(torch.from_numpy(asked).double())
-    for found in (*answers(trees, asked), in_float64):
+    in_float64 = fitted(torch.from_numpy(asked).double())
+    for found in (*answers(fitted, asked), in_float64):
         assert np.linalg.norm(found.numpy() - expected) < 1e-7 * np.linalg.norm(expected)
-    assert in_float64.dtype == torch.float64 and trees.value.ne(0).sum() > TREES * LEAVES / 2
+    assert in_float64.dtype == torch.float64 and fitted.value.ne(0).sum() > TREES * LEAVES / 2
+
+
+def test_rounding_of_a_feature_does_not_decide(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thresholds of scikit-learn are values of examples: moved between these, they part the examples alike."""
+    features, labels = examples(np.random.default_rng(0), 30_000)
+    monkeypatch.setattr(trees, "_centre", lambda *_: None)
+    plain, expected = fit_boosted(features, labels, seed=0), model.decision_function(features)
+    assert np.array_equal(plain.decision_function(features), expected)
+    for end in (-np.inf, np.inf):
+        rounded = np.nextafter(features, np.float32(end))
+        assert np.array_equal(model.decision_function(rounded), expected)
+    assert (plain.decision_function(rounded) != expected).mean() > 0.1
 
 
 def test_a_copy_of_the_state_answers_alike(model: Any, asked: np.ndarray) -> None:
-    trees, copy = Trees(), Trees()
+    fitted, copy = Trees(), Trees()
     before = answers(copy, asked)
-    trees.take(model)
-    copy.load_state_dict(trees.state_dict())
-    for unfitted, fitted, copied in zip(before, answers(trees, asked), answers(copy, asked), strict=True):
-        assert unfitted.eq(0).all() and torch.equal(fitted, copied) and fitted.std() > 0.1
+    fitted.take(model)
+    copy.load_state_dict(fitted.state_dict())
+    for empty, given, copied in zip(before, answers(fitted, asked), answers(copy, asked), strict=True):
+        assert empty.eq(0).all() and torch.equal(given, copied) and given.std() > 0.1
 
 
 def test_a_row_does_not_depend_on_its_neighbours(model: Any, asked: np.ndarray) -> None:
-    trees = Trees()
-    trees.take(model)
-    together, _ = answers(trees, asked[:300])
+    fitted = Trees()
+    fitted.take(model)
+    together, _ = answers(fitted, asked[:300])
     for row in (0, 17, 96, 299):
-        assert torch.equal(answers(trees, asked[row : row + 1])[0][0], together[row])
+        assert torch.equal(answers(fitted, asked[row : row + 1])[0][0], together[row])
 
 
 def test_few_examples_make_trees_without_splits() -> None:
     features, labels = examples(np.random.default_rng(3), 50)
-    trees = Trees()
-    trees.take(fit_boosted(features, labels, seed=0))
+    fitted = Trees()
+    fitted.take(fit_boosted(features, labels, seed=0))
     rate = float(labels.mean())
-    for found in answers(trees, features):
+    for found in answers(fitted, features):
         np.testing.assert_allclose(found, np.full(50, np.log(rate / (1 - rate))), rtol=1e-5)
 
 
@@ -112,11 +125,11 @@ def test_few_examples_make_trees_without_splits() -> None:
     ],
 )
 def test_damaged_tables_are_refused(model: Any, asked: np.ndarray, name: str, value: int, message: str) -> None:
-    trees = Trees()
-    trees.take(model)
-    trees.get_buffer(name)[5, 0] = value
+    fitted = Trees()
+    fitted.take(model)
+    fitted.get_buffer(name)[5, 0] = value
     with torch.inference_mode(), pytest.raises(InputError, match=message):
-        trees(torch.from_numpy(asked))
+        fitted(torch.from_numpy(asked))
 
 
 def test_tables_that_do_not_fit_are_refused() -> None:
