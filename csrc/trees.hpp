@@ -6,8 +6,6 @@
 #include <cstdint>
 #include <vector>
 
-#include "lanes.hpp"
-
 namespace negfast {
 
 class Trees {

@@ -464,10 +464,10 @@ def test_a_damaged_description_is_one_line(run, pairs, tmp_path, name):
         damaged.append(b"")
         whole = json.loads(good)
         for key in whole.keys() - {"model", "init", "shown_calibration"}:  # which nothing that serves reads
-            values: tuple[object, ...] = ("no", 7, [], {"a": 1})
+            values: tuple[object, ...] = ("no", 70, [], {"a": 1})
             damaged += [json.dumps(whole | {key: value}).encode() for value in values]
             damaged.append(json.dumps({k: v for k, v in whole.items() if k != key}).encode())
-        damaged = [text for text in damaged if b'"verdict_features": 7' not in text]  # another number is no damage
+        damaged = [text for text in damaged if b'"verdict_features": 70' not in text]  # another number is no damage
     for text in damaged:
         file.write_bytes(text)
         said = one_line(run_cli("score", str(run), str(pairs), "--out", str(tmp_path / "x.parquet"), code=2))
