@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from sklearn.ensemble import HistGradientBoostingClassifier
 
 # Chosen on the valid splits of polis, california and MovieTweetings, as the other half of the verdict: fewer leaves say
-# less of polis, 31 lose on MovieTweetings what they gain there, and so do half the trees at twice the rate.
+# less of polis, 31 lose on MovieTweetings what they gain there, and so do half the trees at twice the rate. Alone,
+# trees of 15 leaves are .0011 of AUC better on MovieTweetings, .0004 and .0015 worse on polis and california.
 TREES, LEAVES, RATE = 300, 24, 0.05
 LEAF_EXAMPLES, SHRINKAGE, SHARE_OF_FEATURES = 200, 1.0, 0.3  # the least of a leaf, L2, those that a split looks at
 SPLITS = LEAVES - 1
