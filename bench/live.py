@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,18 +70,19 @@ def in_process(live: Live, repeats: int, rng: np.random.Generator) -> list[dict[
     clock = iter(range(end, end + 10 * repeats * DAY, DAY))  # a day for each event, so that both contexts see it
     now = next(clock)
 
-    def ask(user: str) -> None:
-        live.score(user, rng.choice(items, CANDIDATES, replace=len(items) < CANDIDATES), at=np.datetime64(now, "s"))
+    def question(user: str) -> Callable[[], object]:
+        drawn = rng.choice(items, CANDIDATES, replace=len(items) < CANDIDATES)
+        return partial(live.score, user, drawn, at=np.datetime64(now, "s"))
 
     for user in busy[:20]:
-        ask(user)
-    answers = [timed(lambda u=user: ask(u)) for user in busy[20 : 20 + repeats]]  # type: ignore[misc]
+        question(user)()
+    answers = [timed(question(user)) for user in busy[20 : 20 + repeats]]
     adding, after = [], []
     for user in busy[20 : 20 + repeats]:
-        item, feedback, at = str(rng.choice(items)), str(rng.choice(["like", "dislike"])), now
-        adding.append(timed(lambda: live.add(user, item, at, feedback)))  # noqa: B023
+        item, feedback = str(rng.choice(items)), str(rng.choice(["like", "dislike"]))
+        adding.append(timed(partial(live.add, user, item, now, feedback)))
         now = next(clock)
-        after.append(timed(lambda: ask(user)))  # noqa: B023
+        after.append(timed(question(user)))
     names = ["500 candidates", "500 candidates after an event", "an event"]
     return [
         {"what": name, "ms_p50": percentile(times, 50), "ms_p99": percentile(times, 99)}
@@ -88,7 +90,7 @@ def in_process(live: Live, repeats: int, rng: np.random.Generator) -> list[dict[
     ]
 
 
-def timed(work: Callable[[], None]) -> float:
+def timed(work: Callable[[], object]) -> float:
     begun = time.perf_counter()
     work()
     return 1000 * (time.perf_counter() - begun)
