@@ -35,7 +35,7 @@ class Unsummed(NamedTuple):
     branch: Tensor
 
 
-class AddNorm(nn.Module):
+class FusedAddNorm(nn.Module):
     """RMSNorm of hidden states, with the addition that a layer left; float32 within. Before a layer's products it gives
     the sum too, and normed rows in the type of autocast's products; at the end of the decoder float32 alone."""
 
@@ -103,7 +103,7 @@ def fuse_layers(policy: Policy, device: torch.device) -> None:
         if kind.endswith("RMSNorm") and ".self_attn." in name:
             policy.decoder.set_submodule(name, FusedNorm(module))
         elif kind.endswith("RMSNorm"):
-            policy.decoder.set_submodule(name, AddNorm(module, name.endswith("layernorm")))
+            policy.decoder.set_submodule(name, FusedAddNorm(module, name.endswith("layernorm")))
         elif kind.endswith("MLP"):
             policy.decoder.set_submodule(name, FusedMlp(module))
         elif kind.endswith("Attention"):

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from negfast.kernels import dispatch
 from negfast.kernels.trie_grpo import GRPOObjective
-from negfast.model.fused_layers import AddNorm, FusedMlp, FusedNorm, fuse_layers, fused_rotation, stock_because
+from negfast.model.fused_layers import FusedAddNorm, FusedMlp, FusedNorm, fuse_layers, fused_rotation, stock_because
 from negfast.model.policy import Policy
 from negfast.train.grpo.loss import GroupLoss
 from negfast.train.grpo.stage import freeze
@@ -62,7 +62,7 @@ def test_a_step_by_one_pass_and_by_two(decoder: str, device: torch.device, seed:
         fuse_layers(policy, device)
     assert [name for name, _ in job.policy.named_parameters()] == names
     kinds = [type(module) for module in job.policy.decoder.modules()]
-    assert kinds.count(FusedMlp) == 2 and kinds.count(AddNorm) == 5
+    assert kinds.count(FusedMlp) == 2 and kinds.count(FusedAddNorm) == 5
     assert kinds.count(FusedNorm) == (4 if decoder == "qwen3" else 0)
     rotations = [layer.self_attn.forward.__func__.__globals__ for layer in job.policy.decoder.layers]
     assert all(names["apply_rotary_pos_emb"] is fused_rotation for names in rotations)
