@@ -202,7 +202,7 @@ class Reward:
 
 @dataclass(frozen=True)
 class Train:
-    seed: int = setting(0, low=0)
+    seed: int = setting(0, low=0, high=2**32 - 1)
     weight_decay: float = setting(0.01, low=0.0, help="of the decoder's matrices")
     clip_norm: float = setting(1.0, above=0.0, help="largest gradient norm")
     device: str = setting("auto", help="auto, cpu, cuda, cuda:1, ...")

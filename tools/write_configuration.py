@@ -57,8 +57,8 @@ def _range(kind: Any, bounds: Any) -> str:
         return "`true`, `false`"
     low, high, above = bounds["low"], bounds["high"], bounds["above"]
     if low is not None and high is not None:
-        return f"{low:g}..{high:g}"
-    return f">={low:g}" if low is not None else f">{above:g}" if above is not None else "text"
+        return f"{low:.10g}..{high:.10g}"
+    return f">={low:.10g}" if low is not None else f">{above:.10g}" if above is not None else "text"
 
 
 if __name__ == "__main__":

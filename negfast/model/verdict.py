@@ -17,8 +17,8 @@ ROWS_ENCODED = 8192  # at once: encoding takes several times the memory of what 
 
 
 class Verdict(nn.Module):
-    """logit P(dislike) is the mean of two logits: of networks, wide(z) + mean of deep_m(z) over members m, z the
-    piecewise-linear encoding of the features; and of boosted trees (`Trees`), which cut where the networks bend.
+    """logit P(dislike) = (networks + trees) / 2, where networks = wide(z) + mean of deep_m(z) over members m, and trees
+    are boosted ones (`Trees`). z is the piecewise-linear encoding of the features.
 
     A feature becomes one number a quantile bin: 0 below the bin, 1 above, linear within (Gorishniy et al.,
     arXiv 2203.05556), and one that says whether it is unknown (NaN). So the linear part is an additive model of

@@ -53,7 +53,7 @@ def answers(fitted: Trees, features: np.ndarray) -> tuple[torch.Tensor, torch.Te
     return core, fitted(torch.from_numpy(features))
 
 
-def test_every_leaf_is_that_of_scikit_learn(model: Any, asked: np.ndarray) -> None:
+def test_every_leaf_is_that_of_scikit_learn(asked: np.ndarray) -> None:
     """Leaves are told apart by integers, of which every sum is exact."""
     rng = np.random.default_rng(2)
     model = fit_boosted(*examples(rng, 30_000), seed=1)

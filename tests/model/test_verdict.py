@@ -34,10 +34,8 @@ def test_it_is_the_mean_of_networks_and_trees() -> None:
     fit(verdict, features, labels, seed=0)
     asked = torch.from_numpy(features)
     exact = copy.deepcopy(verdict).double()
-    networks, trees = (
-        exact.logits(exact.encode(asked.double())).mean(0),
-        fit_boosted(features, labels, 0).decision_function(asked),
-    )
+    networks = exact.logits(exact.encode(asked.double())).mean(0)
+    trees = fit_boosted(features, labels, seed=0).decision_function(asked)
     expected = (networks + torch.from_numpy(trees)) / 2
     with torch.inference_mode():
         in_core = verdict(asked)

@@ -8,14 +8,13 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_limits
 
 from negfast.data.features import HistoryFeatures
 from negfast.data.log import DISLIKE
 from negfast.data.split import first_feedback, sample_pairs
 from negfast.evaluate.predictions import Predictions
 from negfast.evaluate.sets import EvalSet, SetColumns
-from negfast.model.trees import fit_boosted
+from negfast.model.trees import fit_boosted, one_thread
 from negfast.runtime.verdict import EXAMPLES
 
 WARM_UP = 40  # days at the start of the log that are not fitted on, as histories are still short
@@ -29,7 +28,6 @@ BOOSTED: dict[str, Any] = {
     "l2_regularization": 1.0,
 }
 
-_SMALL = 500_000  # rows
 _BLOCK = 1 << 18  # pairs scored at a time
 
 Scorer = Callable[[np.ndarray], np.ndarray]  # columns of `HistoryFeatures.rich` [Q, C] -> probability [Q]
@@ -41,8 +39,8 @@ def rate_predictions(
     """``item-rate``, ``user-rate``, ``logistic``, ``boosted``, ``boosted-plus``: filter scores and, save for user-rate,
     pools. ``columns`` are what ``features`` say of each set.
 
-    ``boosted`` has the features of the design, ``boosted-plus`` is what the verdict's trees are, on all that the
-    verdict sees. The fitted ones are left out when the events to fit on hold one class only.
+    ``boosted`` has the features of the design, ``boosted-plus`` is fitted like the verdict's trees, on all
+    that the verdict sees. The fitted ones are left out when the events to fit on hold one class only.
     """
     scorers, note = fit_scorers(features, fit_until)
     return [
@@ -87,18 +85,17 @@ def fit_scorers(features: HistoryFeatures, fit_until: int) -> tuple[dict[str, Sc
     logistic = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     logistic.fit(columns[:, : features.n_simple].astype(float), dislike)
     scorers["logistic"] = lambda asked: logistic.predict_proba(asked[:, : features.n_simple].astype(float))[:, 1]
-    few = columns[:, : features.n_full]
     boosted = HistGradientBoostingClassifier(**BOOSTED, early_stopping=False, random_state=0)
-    with _threads(len(few)):
-        boosted.fit(few, dislike)
-    scorers["boosted"] = lambda asked: _asked(boosted, asked[:, : features.n_full])
-    every = fit_boosted(columns, dislike, seed=0)
-    scorers["boosted-plus"] = lambda asked: _asked(every, asked)
+    with one_thread():
+        boosted.fit(columns[:, : features.n_full], dislike)
+    scorers["boosted"] = lambda asked: _probability(boosted, asked[:, : features.n_full])
+    boosted_plus = fit_boosted(columns, dislike, seed=0)
+    scorers["boosted-plus"] = lambda asked: _probability(boosted_plus, asked)
     return scorers, note
 
 
-def _asked(model: HistGradientBoostingClassifier, columns: np.ndarray) -> np.ndarray:
-    with _threads(len(columns)):
+def _probability(model: HistGradientBoostingClassifier, columns: np.ndarray) -> np.ndarray:
+    with one_thread():
         return model.predict_proba(columns)[:, 1]
 
 
@@ -110,8 +107,3 @@ def _in_blocks(score: Scorer, columns: np.ndarray) -> np.ndarray:
 
 def _rate(logit: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-logit.astype(np.float64)))
-
-
-def _threads(rows: int) -> threadpool_limits:
-    """One OpenMP thread for a small job: waiting threads spin, ten times slower where cores are shared."""
-    return threadpool_limits(limits=1 if rows < _SMALL else None, user_api="openmp")
