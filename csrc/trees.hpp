@@ -21,14 +21,15 @@ class Trees {
   void logits(size_t rows, size_t width, const float* features, float* out, unsigned threads) const;
 
   struct Split {
-    int32_t above, left_leaves;
-    uint32_t place;
+    int32_t above;        // the threshold, as an integer in the order of floats
+    int32_t left_leaves;  // bit l: leaf l, which a row that goes right cannot reach
+    uint32_t place;       // of the feature among a block's, unknown as the least or the greatest
   };
 
  private:
   size_t features_ = 0, leaves_;
-  std::vector<Split> splits_;     // of all trees, without those that rule out nothing
-  std::vector<size_t> ends_;      // of each tree
+  std::vector<Split> splits_;  // of all trees, without those that rule out nothing
+  std::vector<size_t> ends_;   // of each tree
   std::vector<float> value_;
 };
 
